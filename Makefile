@@ -1,0 +1,47 @@
+# Two commands to begin with: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-all lint format bench clean browser
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(READY)  ## a virtual environment with the pinned dependencies
+
+demo: $(READY)  ## the whole pipeline on handwritten digits, then the path of its report
+	$(BIN)/sftok run digits
+
+browser:
+	@sh tests/find_browser.sh
+
+test: $(READY) browser  ## the default tests
+	$(BIN)/python -m pytest
+
+test-all: $(READY) browser  ## all tests that this machine can run
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(READY)  ## style, types and dropped results
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pylint flows sftok generator infra
+
+format: $(READY)  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## measurements, printed as ratios
+	$(BIN)/python -m tests.benchmarks
+
+clean:  ## remove what was built; the store is kept
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

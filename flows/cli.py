@@ -1,0 +1,259 @@
+"""The `sftok` command. What is heavy is imported by the command that needs it, so that help is instant."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
+
+if TYPE_CHECKING:
+    from flows.preflight import Request
+    from flows.runs import RunRecord
+
+app = typer.Typer(
+    name="sftok",
+    help="Discrete image tokenizers and the generators on top of them, as a pipeline.",
+    epilog="Start with: sftok run digits",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+StoreOption = Annotated[
+    str | None, typer.Option(help="Folder or s3://bucket/prefix of the artifacts. [default: $SFTOK_STORE, or ./store]")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+class Refused(typer.TyperException):
+    """The user asked for something that cannot be done."""
+
+    exit_code = 2
+
+
+class Failed(typer.TyperException):
+    """It was tried, and did not work."""
+
+    exit_code = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: 0 done, 1 a stage failed, 2 refused, 130 interrupted; an error is one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app(args=arguments or ["--help"], prog_name="sftok", standalone_mode=False)
+    except typer.TyperException as error:
+        typer.echo(f"sftok: {' '.join(error.format_message().split())}", err=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    if code == 130:
+        typer.echo("sftok: interrupted; the same command goes on from here", err=True)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok run digits
+  sftok run small64 --data ~/pictures --store s3://bucket/prefix
+  sftok run digits --set train_generator.steps=1200 --seed 1
+  sftok recipes digits --toml > mine.toml && sftok run mine.toml
+"""
+)
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a TOML file (sftok recipes NAME --toml).")],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images: DIR/CLASS/*, or DIR/train/CLASS/* and DIR/val/CLASS/*. [default: recipe's]"),
+    ] = None,
+    store: StoreOption = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; repeatable.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
+    as_json: JsonOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+) -> None:
+    """Run the whole pipeline, from images to report; what is done already is found, not repeated."""
+    with stdout_for_results(), logging_on_stderr(verbose), _one_line_refusals():
+        from flows.preflight import check_request
+
+        request = check_request(recipe, data=data, store=store, overrides=set_ or (), workers=workers, seed=seed)
+        record, error = _run(request, verbose=verbose)
+    if as_json:
+        typer.echo(json.dumps(_as_json(record, error), allow_nan=False))
+    else:
+        _show_record(record)
+    if error:
+        raise Failed(f"{error}; once that is mended, the same command goes on from here")
+
+
+def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]":
+    """The record of a run, and what stopped it."""
+    from flows.progress import on_stderr
+    from flows.runs import StageFailedError, new_run_id
+    from flows.server import ServerError, prefect_server
+
+    settings = request.settings
+    name = new_run_id(request.recipe.name)
+    with on_stderr() as display, log_lines_above(display):
+        display.line(f"run {name}: recipe {request.recipe.name}, store {request.store.uri}")
+        try:
+            with prefect_server(settings.home, api_url=settings.prefect_api_url, verbose=verbose) as server:
+                from flows.pipeline import full_pipeline
+
+                server.wait()
+                display.line(f"watch it at {server.url.removesuffix('/api')} while it lasts")
+                record = full_pipeline(
+                    request.recipe,
+                    run=name,
+                    store=request.store.uri,
+                    source=request.source,
+                    workers=request.workers,
+                )
+        except ServerError as error:
+            raise Failed(str(error)) from error
+        except StageFailedError as error:
+            return error.record, f"stage {error.stage} failed: {error.reason}"
+    return record, None
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok recipes
+  sftok recipes digits --toml > mine.toml
+"""
+)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe to print; all are listed without it.")] = None,
+    *,
+    toml: Annotated[bool, typer.Option("--toml", help="Print a full TOML file to start from.")] = False,
+) -> None:
+    """List the recipes, or print one."""
+    from flows.recipe_files import load_recipe, to_toml
+    from flows.recipes import RECIPES
+
+    if name is None and toml:
+        raise Refused("--toml prints one recipe: name it, as in `sftok recipes digits --toml`")
+    if name is None:
+        all_recipes = [make() for make in RECIPES.values()]
+        rows = [(recipe.name, recipe.source or "--data DIR", recipe.description) for recipe in all_recipes]
+        _table(("recipe", "images", "description"), rows)
+        return
+    with _one_line_refusals():
+        recipe = load_recipe(name)
+    typer.echo(to_toml(recipe) if toml else recipe.model_dump_json(indent=2))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok show codes/1f2e
+  sftok show 1f2e3d --store s3://bucket/prefix --json
+"""
+)
+def show(
+    ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")],
+    *,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show an artifact's manifest, and what it was made of."""
+    with _one_line_refusals():
+        from flows.lineage import describe
+
+        shown = describe(ref, store=store)
+    if as_json:
+        typer.echo(json.dumps(shown.as_json(), allow_nan=False))
+    else:
+        _console().print(shown.as_rich())
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok doctor
+  sftok doctor --store s3://bucket/prefix --json
+"""
+)
+def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Try everything a run stands on: what works, what does not, and the remedy. Exit code 1 if something does not."""
+    with stdout_for_results(), logging_on_stderr(verbose=False):
+        from flows.doctor import examine
+
+        checks = list(examine(store))
+    if as_json:
+        typer.echo(json.dumps({"ok": all(c.ok for c in checks), "checks": [c.as_json() for c in checks]}))
+    else:
+        _table(
+            ("check", "", "found", "remedy"),
+            [(c.name, "works" if c.ok else "FAILS", c.detail, c.remedy) for c in checks],
+        )
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _one_line_refusals() -> Iterator[None]:
+    """A ValueError before anything has begun is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
+    stages = {
+        name: {
+            "state": stage.state,
+            "digest": stage.ref.digest if stage.ref else None,
+            "uri": stage.ref.uri if stage.ref else None,
+            "seconds": stage.seconds,
+        }
+        for name, stage in record.stages.items()
+    }
+    result: dict[str, Any] = {"run": record.run, "recipe": record.recipe.name, "stages": stages}
+    # Infinity becomes a string, as in the record: JSON has no such number.
+    result |= {"metrics": json.loads(record.model_dump_json())["metrics"], "report": record.report}
+    return result | {"error": error} if error else result
+
+
+def _show_record(record: "RunRecord") -> None:
+    from flows.runs import stage_rows
+
+    _table(("stage", "state", "seconds", "artifact"), stage_rows(record))
+    if record.metrics:
+        _table(("metric", "value"), [(name, f"{value:.4g}") for name, value in record.metrics.items()])
+    if record.report:
+        typer.echo(f"report: {record.report}")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)  # a file has no width to fit

@@ -1,0 +1,104 @@
+"""The evaluate stage's inputs, gathered from artifacts: images, codes, and the models that turn one into the other."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flows.evaluation import EvaluationFacts, EvaluationInputs, Reconstructed, evaluate
+from flows.stages import Result, Work
+from infra.artifacts import put
+from infra.codes import CodeRows, read_codes
+from sftok.artifacts import load_teacher, load_tokenizer
+from sftok.config import DecodingConfig
+from sftok.data import ImageRows, ImageSet
+from sftok.decode import ImageDecoder
+from sftok.preprocess import PREPROCESSING, to_float
+from sftok.proxy import Teacher
+
+EVALUATION = "evaluation.json"
+PICTURES = "pictures/"
+
+
+class Codes(NamedTuple):
+    """The codes that figures are about."""
+
+    train: CodeRows
+    val: CodeRows
+    samples: CodeRows
+
+
+def measure(work: Work) -> Result:
+    """Evaluate the artifacts of a run; writes evaluation.json and the pictures that it names."""
+    torch.set_num_threads(work.recipe.threads)
+    made = evaluate(_inputs(work), work.recipe.evaluate, seed=work.recipe.seed, progress=work.progress)
+    files = [put(work.out, EVALUATION, made.report.model_dump_json(indent=1).encode())]
+    files += [put(work.out, PICTURES + name, data) for name, data in sorted(made.images.items())]
+    return Result(files, {"pictures": len(made.images)}, made.report.metrics())
+
+
+def _inputs(work: Work) -> EvaluationInputs:
+    recipe = work.recipe
+    image_set, size = ImageSet.open(work.folder("images")), recipe.data.image_size
+    train, val = image_set.load("train", size), image_set.load("val", size)
+    codes = Codes(
+        read_codes(work.folder("codes"), work.files("codes", "train-"))[1],
+        _in_order(read_codes(work.folder("codes"), work.files("codes", "val-"))[1], val),
+        read_codes(work.folder("samples"), work.files("samples", "sample-"))[1],
+    )
+    teacher, model = load_teacher(work.folder("teacher")), load_tokenizer(work.folder("tokenizer"))
+    decoder = ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed)
+    val_proxy = _teacher_codes(teacher, val.images, recipe.encode.micro_batch)
+
+    def reconstruct(num_steps: int) -> Reconstructed:
+        decoding = recipe.decoding.model_copy(update={"num_steps": num_steps})
+        decoded = decoder(torch.from_numpy(codes.val.codes).long(), codes.val.image_id, decoding)
+        return Reconstructed(decoded.images, decoded.proxy_codes, val_proxy)
+
+    def decode_samples() -> Tensor:
+        return decoder(torch.from_numpy(codes.samples.codes).long(), codes.samples.image_id, recipe.decoding).images
+
+    return EvaluationInputs(
+        class_names=image_set.class_names or (),
+        train_images=train.images,
+        train_labels=train.class_ids,
+        val_images=val.images,
+        val_labels=val.class_ids,
+        val_ids=val.image_ids,
+        reconstruct=reconstruct,
+        val_codes=codes.val.codes,
+        train_codes=codes.train.codes,
+        sample_codes=codes.samples.codes,
+        sample_classes=codes.samples.class_id,
+        decode_samples=decode_samples,
+        facts=_facts(work, recipe.decoding),
+    )
+
+
+def _facts(work: Work, decoding: DecodingConfig) -> EvaluationFacts:
+    sample = work.recipe.sample
+    return EvaluationFacts(
+        codebook_size=work.recipe.tokenizer.codebook_size,
+        num_steps=decoding.num_steps,
+        temperature=decoding.temperature,
+        sample_temperature=sample.temperature,
+        cfg_scale=sample.cfg_scale,
+        resize=f"{PREPROCESSING} to {work.recipe.data.image_size}",
+        seeds={"recipe": work.recipe.seed},
+    )
+
+
+def _in_order(rows: CodeRows, images: ImageRows) -> CodeRows:
+    """The centre view of every image, in the order of `images`."""
+    keys = zip(rows.image_id, rows.variant, strict=True)
+    place = {key: row for row, key in enumerate(keys)}
+    missing = [image_id for image_id in images.image_ids if (image_id, "center") not in place]
+    if missing:
+        raise ValueError(f"the codes lack the view center of {len(missing)} held-out images, {missing[0]!r} for one")
+    order = [place[image_id, "center"] for image_id in images.image_ids]
+    return CodeRows(images.image_ids, rows.class_id[order], ["center"] * len(order), rows.codes[order])
+
+
+@torch.no_grad()
+def _teacher_codes(teacher: Teacher, images: Tensor, micro_batch: int) -> Tensor:
+    return torch.cat([teacher.encode(to_float(part)) for part in images.split(micro_batch)])

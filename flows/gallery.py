@@ -1,0 +1,116 @@
+"""Which pictures the report shows: chosen by stated rules, never by looks."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flows.report_data import Gallery, Picture, PictureRow
+from sftok.metrics import Nearest
+
+Names = Sequence[str]
+
+ROWS = 10  # held-out images, classes and neighbours shown
+SAMPLES = 10  # samples shown of each class
+
+
+def png(image: Tensor) -> bytes:
+    """A uint8 image (3, S, S) as PNG."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+class Pictures:
+    """Pictures and their PNG bytes, collected side by side."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, bytes] = {}
+
+    def add(self, file: str, image: Tensor, *, alt: str, caption: str = "") -> Picture:
+        """Keep an image (3, S, S) uint8 under `file`, and return what the report says of it."""
+        self.images[file] = png(image)
+        return Picture(file=file, alt=alt, caption=caption)
+
+
+def name_of(class_id: int, class_names: Sequence[str]) -> str:
+    """The class's name; for an image without a class, the word that says so."""
+    return class_names[class_id] if 0 <= class_id < len(class_names) else "no class"
+
+
+def class_balanced(class_ids: Tensor, count: int) -> list[int]:
+    """Up to `count` indices, in turn over the classes (evenly spaced ones where there are more), first come first."""
+    ids = class_ids.tolist()
+    classes = sorted(set(ids))
+    if len(classes) > count:
+        classes = [classes[i] for i in np.linspace(0, len(classes) - 1, count).round().astype(int)]
+    queues = [[i for i, found in enumerate(ids) if found == wanted] for wanted in classes]
+    rounds = max(len(queue) for queue in queues)
+    chosen = [queue[turn] for turn in range(rounds) for queue in queues if turn < len(queue)][:count]
+    return sorted(chosen, key=lambda i: (ids[i], i))
+
+
+def reconstruction_gallery(
+    pictures: Pictures, originals: Tensor, by_steps: Mapping[int, Tensor], *, class_ids: Tensor, class_names: Names
+) -> Gallery:
+    """Held-out images beside what is left of them after each number of decoding steps."""
+    rows = []
+    for index in class_balanced(class_ids, ROWS):
+        name = name_of(int(class_ids[index]), class_names)
+        stem = f"reconstructions/{index:06d}"
+        row = [pictures.add(f"{stem}-original.png", originals[index], alt=f"Held-out image of class {name}")]
+        row += [
+            pictures.add(f"{stem}-{k}.png", images[index], alt=f"Class {name} reconstructed in {k} decoding steps")
+            for k, images in by_steps.items()
+        ]
+        rows.append(PictureRow(title=name, pictures=tuple(row)))
+    return Gallery(
+        rule="Held-out images that no stage was trained on: the first ones by image id, class by class.",
+        columns=("original", *(f"{k} step" if k == 1 else f"{k} steps" for k in by_steps)),
+        rows=tuple(rows),
+    )
+
+
+def sample_gallery(pictures: Pictures, samples: Tensor, *, class_ids: Tensor, class_names: Names) -> Gallery:
+    """The first samples of each class."""
+    rows = []
+    for first in class_balanced(class_ids, min(ROWS, len(set(class_ids.tolist())))):
+        class_id = int(class_ids[first])
+        name = name_of(class_id, class_names)
+        chosen = (class_ids == class_id).nonzero().flatten()[:SAMPLES].tolist()
+        row = [
+            pictures.add(f"samples/{index:06d}.png", samples[index], alt=f"Generated sample {n + 1} of class {name}")
+            for n, index in enumerate(chosen)
+        ]
+        rows.append(PictureRow(title=name, pictures=tuple(row)))
+    return Gallery(rule=f"The first {SAMPLES} samples of each class, as drawn.", rows=tuple(rows))
+
+
+def neighbour_gallery(
+    pictures: Pictures, samples: Tensor, *, nearest: Nearest, train: Tensor, class_ids: Tensor, class_names: Names
+) -> Gallery:
+    """Of each class the sample closest to any training image, beside that image: where copying would show first."""
+    rows = []
+    for first in class_balanced(class_ids, min(ROWS, len(set(class_ids.tolist())))):
+        members = (class_ids == class_ids[first]).nonzero().flatten()
+        index = int(members[torch.argmin(nearest.distances[members])])
+        neighbour, distance = int(nearest.indices[index]), float(nearest.distances[index])
+        name = name_of(int(class_ids[index]), class_names)
+        pair = (
+            pictures.add(f"samples/{index:06d}.png", samples[index], alt=f"Generated sample of class {name}"),
+            pictures.add(
+                f"training/{neighbour:06d}.png",
+                train[neighbour],
+                alt=f"Its nearest training image, at distance {distance:.2f}",
+                caption=f"{distance:.2f}",
+            ),
+        )
+        rows.append(PictureRow(title=name, pictures=pair))
+    return Gallery(
+        rule="Of each class, the sample that lies closest to any training image: where copying would show first.",
+        columns=("sample", "training"),
+        rows=tuple(rows),
+    )

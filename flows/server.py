@@ -1,0 +1,281 @@
+"""A temporary Prefect server that lives exactly as long as the run that started it.
+
+Two halves of one file: `prefect_server` runs in the run's process, `_serve` in the server's own. The server half is
+started as a plain file, so it imports nothing of ours.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+START_SECONDS = 180.0  # a first start migrates a database: about 12 s on two idle cores
+STOP_SECONDS = 5.0
+LOG_BYTES = 5_000_000
+LOOPBACK = "127.0.0.1"
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",  # the server's own lines belong in its file
+    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",  # its memory outlives a deleted database
+    # A run without deployments has nothing to schedule, to wake or to notify.
+    "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED": "false",
+}
+
+
+class ServerError(RuntimeError):
+    """The Prefect server did not start or does not answer."""
+
+
+class Server:
+    """A Prefect API to talk to; one of our own until `stop`, or somebody else's."""
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> None:
+        self.url = url
+        self.log = log
+        self._process = process
+
+    @property
+    def pid(self) -> int | None:
+        """The process of a temporary server."""
+        return self._process.pid if self._process else None
+
+    def wait(self, timeout: float = START_SECONDS) -> None:
+        """Return when the API answers; ServerError with the log's last line if it does not."""
+        end = time.monotonic() + timeout
+        while (trouble := health(self.url)) is not None:
+            if self._process is None:
+                raise ServerError(f"the Prefect API at {self.url} does not answer: {trouble}")
+            if (code := self._process.poll()) is not None:
+                raise ServerError(f"the temporary Prefect server ended with code {code}: {self._last_line()}")
+            if time.monotonic() > end:
+                raise ServerError(f"the temporary Prefect server did not answer within {timeout:.0f} s; see {self.log}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End a temporary server, by force if it does not listen."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log else []
+        return f"{lines[-1].strip() if lines else 'it said nothing'} (log: {self.log})"
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path, *, api_url: str | None = None, verbose: bool = False) -> Iterator[Server]:
+    """Point Prefect at `api_url`, or at a temporary server under `home` that is gone when the block ends.
+
+    The environment is set on entry, so Prefect must be imported inside the block. The server may still be starting:
+    call `wait` before the first flow, and import what is heavy meanwhile.
+    """
+    server = Server(api_url) if api_url else start_server(home)
+    before = dict(os.environ)
+    try:
+        configure(server.url, home=None if api_url else home, verbose=verbose)
+        yield server
+    finally:
+        _say_last_words()
+        server.stop()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def configure(url: str, *, home: Path | None, verbose: bool = False) -> None:
+    """Set what Prefect reads from the environment on import.
+
+    Its lines go to stderr and only when `verbose`; the API always gets them, ours included.
+    """
+    os.environ.update(
+        DO_NOT_TRACK="1",  # Prefect's client has telemetry of its own, and says so on terminals
+        PREFECT_API_URL=url,
+        PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO" if verbose else "CRITICAL",
+        PREFECT_LOGGING_EXTRA_LOGGERS="flows,sftok,generator,infra",
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW="ignore",
+        PREFECT_CLI_PROMPT="false",
+    )
+    if home is not None:
+        os.environ["PREFECT_HOME"] = str(_prefect_home(home))
+        for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach our loopback
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOOPBACK]))
+    if "prefect" in sys.modules:  # a library user's or a test's process: settings were read before
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
+
+
+def health(url: str, timeout: float = 5.0) -> str | None:
+    """None if a Prefect API answers at `url`, else what is wrong with it."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "not an http(s) URL"
+    connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    try:
+        connection = connect(parts.hostname, parts.port, timeout=timeout)
+        try:
+            connection.request("GET", f"{parts.path.rstrip('/')}/health")
+            status = connection.getresponse().status
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return str(error) or type(error).__name__
+    # 401 and 403 are answers: the client has the key, this question does not.
+    return None if status in (200, 401, 403) else f"status {status}"
+
+
+def _say_last_words() -> None:
+    """Send what Prefect still holds back (it sends logs and events in batches) while somebody listens."""
+    if "prefect.main" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=STOP_SECONDS)
+        EventsWorker.drain_all(timeout=STOP_SECONDS)
+
+
+def _prefect_home(home: Path) -> Path:
+    return home.expanduser().resolve() / "prefect"
+
+
+def start_server(home: Path) -> Server:
+    """Start a server of our own under `home`; it does not answer yet, and is the caller's to stop."""
+    folder = _prefect_home(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "server.log"
+    if log.exists() and log.stat().st_size > LOG_BYTES:
+        log.replace(folder / "server.log.1")
+    # Bound here and inherited, so that nobody can take the port in between.
+    with socket.create_server((LOOPBACK, 0)) as listener, log.open("ab") as lines:
+        port = listener.getsockname()[1]
+        process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(listener.fileno()), str(os.getpid())],
+            cwd=folder,  # a prefect.toml or .env where the user stands is not meant for this server
+            env=_server_environment(folder, port),
+            stdin=subprocess.DEVNULL,
+            stdout=lines,
+            stderr=subprocess.STDOUT,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,  # Ctrl-C is the run's to handle; it stops the server after its last words
+        )
+    return Server(f"http://{LOOPBACK}:{port}/api", process, log)
+
+
+def _server_environment(folder: Path, port: int) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return {
+        **inherited,
+        **QUIET,
+        "DO_NOT_TRACK": "1",
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
+        "PREFECT_SERVER_API_HOST": LOOPBACK,
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+# --- in the server's process -----------------------------------------------------------------------------------------
+
+
+def _serve(listener: int, parent: int) -> None:
+    _die_with(parent)
+    home = Path(os.environ["PREFECT_HOME"])
+    if _migrate(home):
+        # Prefect holds on to the first database it sees; execv keeps pid, socket and death signal.
+        os.execv(sys.executable, [sys.executable, "-P", __file__, str(listener), str(parent)])
+    os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = _url(_database(home))
+    os.environ["PREFECT_SERVER_DATABASE_MIGRATE_ON_START"] = "false"
+    os.environ["PREFECT_SERVER_REGISTER_BLOCKS_ON_START"] = "false"
+
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    uvicorn.run(create_app(final=True), fd=listener, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+
+
+def _die_with(parent: int) -> None:
+    """Have the system kill this process when the run's process is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died before we asked
+            sys.exit(1)
+    else:
+        threading.Thread(target=_watch, args=[parent], daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _database(home: Path) -> Path:
+    """One file a Prefect version: that it exists says that its migrations are complete."""
+    from importlib.metadata import version
+
+    return home / f"prefect-{version('prefect')}.db"
+
+
+def _url(database: Path) -> str:
+    return f"sqlite+aiosqlite:///{database}"
+
+
+def _migrate(home: Path) -> bool:
+    """Create the database under a temporary name, one process at a time; whether this process did."""
+    database = _database(home)
+    with (home / "database.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system if we are killed
+        if database.exists():
+            return False
+        new = database.with_suffix(".new")
+        for leftover in home.glob(f"{new.name}*"):
+            leftover.unlink()
+        os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = _url(new)
+
+        import asyncio
+        import sqlite3
+
+        asyncio.run(_create_database())
+        with contextlib.closing(sqlite3.connect(new)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        new.rename(database)
+        return True
+
+
+async def _create_database() -> None:
+    from prefect.server.database import provide_database_interface
+    from prefect.server.models.block_registration import run_block_auto_registration
+
+    database = provide_database_interface()
+    await database.create_db()
+    async with await database.session() as session:  # two servers that do this at once trip over each other, too
+        await run_block_auto_registration(session=session)
+        await session.commit()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))

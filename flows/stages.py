@@ -1,0 +1,344 @@
+"""What each stage is: the config and inputs that identify its artifact, and the one library call that makes it.
+
+The only place that knows the libraries' argument lists. Heavy imports happen inside the calls, so that the command line
+starts fast.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import JsonValue
+
+from flows.recipes import Recipe
+from infra.artifacts import ArtifactRef, FileEntry, Plan, folder_of, manifest_of
+from infra.config import Config
+from infra.progress import Progress
+from infra.store import Store
+from infra.workers import WorkerOptions
+from sftok.config import AlignmentStageConfig, TokenizerConfig
+
+if TYPE_CHECKING:
+    from infra.training import Run
+    from sftok.model import SFTok
+    from sftok.train import TrainingImages
+
+Refs = Mapping[str, ArtifactRef]
+
+HOW = ("checkpoint_every", "log_every")  # how a training runs, not what it computes: kept out of the digest
+
+
+class Job(NamedTuple):
+    """One run of a recipe: where it reads and writes, and how wide it runs."""
+
+    recipe: Recipe
+    store: Store
+    source: str
+    workers: WorkerOptions
+    run: str = ""
+
+
+class Result(NamedTuple):
+    """What a stage's library call leaves behind in its folder."""
+
+    files: list[FileEntry]
+    counts: dict[str, int]
+    metrics: dict[str, float]
+    content_digest: str | None = None
+
+
+class Work(NamedTuple):
+    """Everything one stage's call may use."""
+
+    job: Job
+    plan: Plan
+    out: Store
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.job.recipe
+
+    def folder(self, name: str) -> Store:
+        """The folder of the input called `name`."""
+        ref = self.plan.inputs[name]
+        return folder_of(self.job.store, ref.kind, ref.digest)
+
+    def files(self, name: str, start: str = "") -> list[str]:
+        """Names of the input's files that begin with `start`, as its manifest lists them."""
+        manifest = manifest_of(self.job.store, self.plan.inputs[name])
+        return [file.path for file in manifest.files if file.path.startswith(start)]
+
+    def ref(self, name: str) -> ArtifactRef:
+        """The input called `name`."""
+        return self.plan.inputs[name]
+
+
+class Stage(NamedTuple):
+    """A named step of the pipeline."""
+
+    name: str
+    kind: str
+    version: int  # raised by hand when the same config gives another artifact
+    what: Callable[[Job], dict[str, JsonValue]]
+    call: Callable[[Work], Result]
+
+
+def plan(stage: Stage, job: Job, inputs: Refs) -> Plan:
+    """Identify the artifact that `stage` makes of `inputs`."""
+    return Plan(kind=stage.kind, version=stage.version, config=stage.what(job), inputs=dict(inputs))
+
+
+def run(stage: Stage, work: Work) -> Result:
+    """Make the artifact's files in `work.out`; nothing is published yet."""
+    return stage.call(work)
+
+
+def _what(config: Config) -> dict[str, JsonValue]:
+    """A stage's config without the settings that say only how it runs."""
+    plain = config.as_json()
+    training = plain.get("training", plain)
+    if isinstance(training, dict):
+        for key in HOW:
+            training.pop(key, None)
+    return plain
+
+
+def _seeded(job: Job) -> dict[str, JsonValue]:
+    return {"seed": job.recipe.seed, "threads": job.recipe.threads}
+
+
+def _training_run(work: Work) -> "Run":
+    from infra.training import Run, default_device
+
+    recipe = work.recipe
+    return Run(work.out, recipe.seed, recipe.threads, default_device(), work.progress)
+
+
+# --- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def _prepare_what(job: Job) -> dict[str, JsonValue]:
+    from sftok.sources import list_source
+
+    return {"data": job.recipe.data.as_json(), "listing": list_source(job.source).digest}
+
+
+def _prepare(work: Work) -> Result:
+    from sftok.prepare import prepare
+    from sftok.sources import list_source
+
+    made = prepare(list_source(work.job.source), work.recipe.data, out=work.out, progress=work.progress)
+    return Result(made.files, made.counts, {}, made.content_digest)
+
+
+# --- training the tokenizer ------------------------------------------------------------------------------------------
+
+
+def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
+    from sftok.preprocess import PREPROCESSING
+
+    return {
+        **_what(config),
+        "image_size": job.recipe.data.image_size,
+        "preprocessing": PREPROCESSING,
+        "augment": job.recipe.augment.as_json(),
+        **_seeded(job),
+    }
+
+
+def _training_images(work: Work) -> "TrainingImages":
+    from sftok.data import ImageSet
+    from sftok.train import TrainingImages
+
+    images, size, augment = ImageSet.open(work.folder("images")), work.recipe.data.image_size, work.recipe.augment
+    return TrainingImages(images.load("train", size, crop=augment.crop), images.load("val", size), augment)
+
+
+def _teacher_what(job: Job) -> dict[str, JsonValue]:
+    return _training_what(job, job.recipe.teacher)
+
+
+def _teacher(work: Work) -> Result:
+    from sftok.train import train_teacher
+
+    return Result(*train_teacher(_training_images(work), work.recipe.teacher, run=_training_run(work)))
+
+
+def _warm_up_what(job: Job) -> dict[str, JsonValue]:
+    tokenizer = job.recipe.tokenizer.as_json()
+    return {"stage": "warm_up", "tokenizer": tokenizer, **_training_what(job, job.recipe.warm_up)}
+
+
+def _align_what(job: Job) -> dict[str, JsonValue]:
+    return {"stage": "align", **_training_what(job, job.recipe.align)}
+
+
+def _fine_tune_what(job: Job) -> dict[str, JsonValue]:
+    return {"stage": "fine_tune", **_training_what(job, job.recipe.fine_tune)}
+
+
+def _warm_up(work: Work) -> Result:
+    return _alignment(work, work.recipe.warm_up, work.recipe.tokenizer)
+
+
+def _align(work: Work) -> Result:
+    from sftok.artifacts import load_tokenizer
+
+    return _alignment(work, work.recipe.align, load_tokenizer(work.folder("tokenizer")))
+
+
+def _alignment(work: Work, config: AlignmentStageConfig, start: "SFTok | TokenizerConfig") -> Result:
+    from sftok.artifacts import load_teacher
+    from sftok.train import train_alignment
+
+    made = train_alignment(
+        _training_images(work),
+        config,
+        teacher=load_teacher(work.folder("teacher")),
+        start=start,
+        image_size=work.recipe.data.image_size,
+        run=_training_run(work),
+    )
+    return Result(*made)
+
+
+def _fine_tune(work: Work) -> Result:
+    from sftok.artifacts import load_teacher, load_tokenizer
+    from sftok.train import train_fine_tune
+
+    made = train_fine_tune(
+        _training_images(work),
+        work.recipe.fine_tune,
+        teacher=load_teacher(work.folder("teacher")),
+        start=load_tokenizer(work.folder("tokenizer")),
+        run=_training_run(work),
+    )
+    return Result(*made)
+
+
+# --- codes and generator ---------------------------------------------------------------------------------------------
+
+
+def _encode_what(job: Job) -> dict[str, JsonValue]:
+    from sftok.preprocess import PREPROCESSING
+
+    return {
+        "encode": job.recipe.encode.as_json(),
+        "image_size": job.recipe.data.image_size,
+        "preprocessing": PREPROCESSING,
+        "augment": job.recipe.augment.as_json(),
+        "threads": job.workers.threads_per_worker,
+    }
+
+
+def _encode(work: Work) -> Result:
+    from infra.codes import CodesInfo
+    from sftok.data import ImageSet
+    from sftok.encode import EncodeJob, encode
+
+    config, tokenizer = work.recipe.encode, work.recipe.tokenizer
+    info = CodesInfo(
+        tokenizer=work.ref("tokenizer").digest,
+        codebook_size=tokenizer.codebook_size,
+        num_tokens=tokenizer.num_latent_tokens,
+        image_size=work.recipe.data.image_size,
+        assignment=config.assignment,
+        precision="fp32",
+        class_names=ImageSet.open(work.folder("images")).class_names,
+    )
+    job = EncodeJob(
+        images=work.folder("images"),
+        tokenizer=work.folder("tokenizer"),
+        out=work.out,
+        info=info,
+        variants={"train": config.variants, "val": config.val_variants},
+        augment=work.recipe.augment,
+        micro_batch=config.micro_batch,
+    )
+    files = encode(job, options=work.job.workers, progress=work.progress)
+    return Result(files, {"shards": len(files), "rows": sum(file.rows or 0 for file in files)}, {})
+
+
+def _train_generator_what(job: Job) -> dict[str, JsonValue]:
+    return {"generator": job.recipe.generator.as_json(), **_what(job.recipe.train_generator), **_seeded(job)}
+
+
+def _train_generator(work: Work) -> Result:
+    from generator.data import CodeData
+    from generator.train import train_generator
+    from infra.codes import read_codes
+
+    folder, recipe = work.folder("codes"), work.recipe
+    info, train = read_codes(folder, work.files("codes", "train-"))
+    _, val = read_codes(folder, work.files("codes", "val-"))
+    made = train_generator(
+        CodeData.of(train),
+        CodeData.of(val),
+        info,
+        recipe.generator,
+        recipe.train_generator,
+        run=_training_run(work),
+    )
+    return Result(*made)
+
+
+def _sample_what(job: Job) -> dict[str, JsonValue]:
+    threads = job.workers.threads_per_worker
+    return {"sample": job.recipe.sample.as_json(), "seed": job.recipe.seed, "threads": threads}
+
+
+def _sample(work: Work) -> Result:
+    from generator.generate import SampleJob, generate
+
+    job = SampleJob(
+        generator=work.folder("generator"),
+        out=work.out,
+        config=work.recipe.sample,
+        seed=work.recipe.seed,
+        identity=work.ref("generator").digest,
+    )
+    files = generate(job, options=work.job.workers, progress=work.progress)
+    return Result(files, {"shards": len(files), "samples": sum(file.rows or 0 for file in files)}, {})
+
+
+# --- evaluation and report -------------------------------------------------------------------------------------------
+
+
+def _evaluate_what(job: Job) -> dict[str, JsonValue]:
+    recipe = job.recipe
+    return {
+        "evaluate": recipe.evaluate.as_json(),
+        "decoding": recipe.decoding.as_json(),
+        "image_size": recipe.data.image_size,
+        "micro_batch": recipe.encode.micro_batch,
+        **_seeded(job),
+    }
+
+
+def _evaluate(work: Work) -> Result:
+    from flows.evidence import measure
+
+    return measure(work)
+
+
+def _report_what(job: Job) -> dict[str, JsonValue]:
+    return {"recipe": job.recipe.as_json()}
+
+
+def _report(work: Work) -> Result:
+    from flows.pages import write_pages
+
+    return write_pages(work)
+
+
+PREPARE = Stage("prepare", "images", 1, _prepare_what, _prepare)
+TEACHER = Stage("teacher", "teacher", 1, _teacher_what, _teacher)
+WARM_UP = Stage("warm_up", "tokenizer", 1, _warm_up_what, _warm_up)
+ALIGN = Stage("align", "tokenizer", 1, _align_what, _align)
+FINE_TUNE = Stage("fine_tune", "tokenizer", 1, _fine_tune_what, _fine_tune)
+ENCODE = Stage("encode", "codes", 1, _encode_what, _encode)
+TRAIN_GENERATOR = Stage("train_generator", "generator", 1, _train_generator_what, _train_generator)
+SAMPLE = Stage("sample", "samples", 1, _sample_what, _sample)
+EVALUATE = Stage("evaluate", "evaluation", 1, _evaluate_what, _evaluate)
+REPORT = Stage("report", "report", 1, _report_what, _report)

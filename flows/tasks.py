@@ -1,0 +1,199 @@
+"""One retryable task a stage: look for the artifact, else make and publish it.
+
+A stage whose manifest exists ends in the state `Cached`. Prefect's own cache and results stay out of it: the manifest
+decides.
+"""
+
+import errno
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec
+
+import httpx
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
+from prefect.tasks import Task, exponential_backoff
+
+from flows import progress, stages
+from flows.runs import Journal, one_line
+from flows.stages import Job, Stage, Work
+from infra import artifacts
+from infra.artifacts import ArtifactRef
+from infra.checkpoint import CHECKPOINTS, Checkpoints
+
+RETRIES = 3
+BACKOFF_SECONDS = 2.0  # then 4, then 8, each with jitter
+
+# What a network or a cluster does to a call that would otherwise succeed. ENOSPC, EACCES and the like need a person.
+_PASSING_ERRNOS = frozenset(
+    {errno.EBUSY, errno.EIO, errno.EPIPE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
+
+P = ParamSpec("P")
+
+log = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """What every task of one run shares."""
+
+    job: Job
+    journal: Journal
+
+
+def is_infrastructure_error(error: BaseException) -> bool:
+    """Whether trying again later may help: connections, time-outs, lost workers; never a mistake of the caller."""
+    import aiohttp
+    import botocore.exceptions
+
+    connection_errors = (
+        ConnectionError,  # lost Ray workers are one, too
+        TimeoutError,
+        aiohttp.ClientConnectionError,
+        aiohttp.ClientPayloadError,
+        botocore.exceptions.ConnectionError,
+        botocore.exceptions.HTTPClientError,
+        httpx.TransportError,
+    )
+    if isinstance(error, connection_errors):
+        return True
+    return isinstance(error, OSError) and error.errno in _PASSING_ERRNOS
+
+
+def retry_if_infrastructure(_task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Prefect's question after a failed attempt; says aloud that there will be another one."""
+    error = state.data  # Prefect hands the exception itself over
+    if not isinstance(error, BaseException) or not is_infrastructure_error(error):
+        return False
+    log.warning("%s: attempt %d failed, trying again: %s", task_run.name, task_run.run_count, one_line(error))
+    return True
+
+
+def stage_task(attempt: Callable[P, State[ArtifactRef]]) -> Callable[P, ArtifactRef]:
+    """A Prefect task that returns a ref, and whose state says whether the artifact was made or found."""
+    name = attempt.__name__
+    retried = task(
+        name=name,
+        task_run_name=name,
+        retries=RETRIES,
+        retry_delay_seconds=exponential_backoff(BACKOFF_SECONDS),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=retry_if_infrastructure,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )(attempt)
+
+    @functools.wraps(attempt)
+    def call(*args: P.args, **kwargs: P.kwargs) -> ArtifactRef:
+        ref = retried(*args, **kwargs, return_state=True).result()  # raises what the task raised
+        assert isinstance(ref, ArtifactRef)  # Prefect's types miss that a returned state becomes the task's own
+        return ref
+
+    return call
+
+
+def _find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[ArtifactRef]:
+    """One attempt at a stage; what it publishes is complete or not there."""
+    run.journal.begin(stage.name)
+    try:
+        state, ref = _attempt(stage, run.job, inputs)
+    except Exception as error:
+        run.journal.end(stage.name, "Failed", reason=one_line(error))
+        raise
+    record = run.journal.end(stage.name, "Completed" if state == "Completed" else "Cached", ref=ref)
+    progress.display().line(f"{stage.name}: {state} in {record.seconds:.1f} s")
+    return Completed(name=state, message=str(ref), data=ref)
+
+
+def _attempt(stage: Stage, job: Job, inputs: dict[str, ArtifactRef]) -> tuple[str, ArtifactRef]:
+    plan = stages.plan(stage, job, inputs)
+    if (found := artifacts.find(job.store, plan)) is not None:
+        return "Cached", artifacts.ref_of(job.store, found)
+    began = time.monotonic()
+    out = artifacts.folder_of(job.store, plan.kind, plan.digest)
+    with progress.of_stage(stage.name) as listen:
+        made = stages.run(stage, Work(job, plan, out, listen))
+    manifest = artifacts.publish(
+        job.store,
+        plan,
+        files=made.files,
+        counts=made.counts,
+        metrics=made.metrics,
+        seconds=round(time.monotonic() - began, 3),
+        content_digest=made.content_digest,
+    )
+    Checkpoints(out.at(CHECKPOINTS)).clear()  # nothing will resume a stage that is done
+    return "Completed", artifacts.ref_of(job.store, manifest)
+
+
+@stage_task
+def prepare(run: Run) -> State[ArtifactRef]:
+    """Images and rejects of the source."""
+    return _find_or_make(stages.PREPARE, run)
+
+
+@stage_task
+def teacher(run: Run, *, images: ArtifactRef) -> State[ArtifactRef]:
+    """The teacher whose codes the decoder predicts."""
+    return _find_or_make(stages.TEACHER, run, images=images)
+
+
+@stage_task
+def warm_up(run: Run, *, images: ArtifactRef, teacher: ArtifactRef) -> State[ArtifactRef]:
+    """The tokenizer after its first stage: everything masked."""
+    return _find_or_make(stages.WARM_UP, run, images=images, teacher=teacher)
+
+
+@stage_task
+def align(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
+    """The tokenizer after distribution alignment."""
+    return _find_or_make(stages.ALIGN, run, images=images, teacher=teacher, tokenizer=tokenizer)
+
+
+@stage_task
+def fine_tune(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
+    """The tokenizer after fine-tuning towards pixels."""
+    return _find_or_make(stages.FINE_TUNE, run, images=images, teacher=teacher, tokenizer=tokenizer)
+
+
+@stage_task
+def encode(run: Run, *, images: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
+    """The codes of all images."""
+    return _find_or_make(stages.ENCODE, run, images=images, tokenizer=tokenizer)
+
+
+@stage_task
+def train_generator(run: Run, *, codes: ArtifactRef) -> State[ArtifactRef]:
+    """The class-conditional generator of codes."""
+    return _find_or_make(stages.TRAIN_GENERATOR, run, codes=codes)
+
+
+@stage_task
+def sample(run: Run, *, generator: ArtifactRef) -> State[ArtifactRef]:
+    """Codes drawn from the generator."""
+    return _find_or_make(stages.SAMPLE, run, generator=generator)
+
+
+@stage_task
+def evaluate(
+    run: Run,
+    *,
+    images: ArtifactRef,
+    teacher: ArtifactRef,
+    tokenizer: ArtifactRef,
+    codes: ArtifactRef,
+    samples: ArtifactRef,
+) -> State[ArtifactRef]:
+    """What reconstructions and samples are worth."""
+    inputs = {"images": images, "teacher": teacher, "tokenizer": tokenizer, "codes": codes, "samples": samples}
+    return _find_or_make(stages.EVALUATE, run, **inputs)
+
+
+@stage_task
+def report(run: Run, *, evaluation: ArtifactRef) -> State[ArtifactRef]:
+    """The page, its Markdown and its JSON."""
+    return _find_or_make(stages.REPORT, run, evaluation=evaluation)

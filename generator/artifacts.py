@@ -1,0 +1,35 @@
+"""Generators in the store: safetensors weights beside a config.json, and back into a module."""
+
+from generator.config import GeneratorConfig
+from generator.model import CodeSpace, Generator
+from infra.artifacts import FileEntry
+from infra.codes import CodesInfo
+from infra.config import Config
+from infra.store import Store
+from infra.weights import load_config, load_weights, save_weights
+
+
+class GeneratorFile(Config):
+    """config.json of a generator."""
+
+    generator: GeneratorConfig
+    codes: CodesInfo
+    """what it was trained on, and therefore what its samples are."""
+
+
+def save_generator(model: Generator, info: CodesInfo, folder: Store) -> list[FileEntry]:
+    """Write a generator's weights and config."""
+    return save_weights(model, GeneratorFile(generator=model.config, codes=info), folder)
+
+
+def load_generator(folder: Store) -> tuple[Generator, CodesInfo]:
+    """A frozen generator in evaluation mode, and what its codes mean.
+
+    Raises:
+        ValueError: the config or the weights are not a generator's.
+    """
+    config = load_config(folder, GeneratorFile)
+    space = CodeSpace(config.codes.codebook_size, config.codes.num_tokens, len(config.codes.class_names or ()))
+    model = Generator(config.generator, space)
+    load_weights(model, folder)
+    return model, config.codes

@@ -1,0 +1,117 @@
+"""A balanced set of samples as shards of code Parquet: the same bytes for any number of workers and restarts.
+
+Shapes: B sequences, N codes a sequence.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from generator.artifacts import load_generator
+from generator.config import SampleConfig
+from generator.model import CodeSpace
+from generator.sample import sample
+from infra.artifacts import FileEntry, shard_entry, write_shard
+from infra.codes import NO_CLASS, CodeRows, to_parquet
+from infra.progress import Progress, silent
+from infra.store import Store
+from infra.training import default_device, seed_of
+from infra.workers import WorkerOptions, map_shards
+
+VARIANT = "sample"
+
+
+class Wanted(NamedTuple):
+    """One sample that is to be drawn."""
+
+    class_id: int
+    number: int
+    """which sample of its class, from 0."""
+
+    @property
+    def sample_id(self) -> str:
+        """The id of its row."""
+        return f"class-{self.class_id:05d}/sample-{self.number:06d}"
+
+
+class SampleShard(NamedTuple):
+    """The samples of one output file."""
+
+    name: str
+    wanted: tuple[Wanted, ...]
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """What every worker of one sampling needs; small and picklable."""
+
+    generator: Store
+    out: Store
+    config: SampleConfig
+    seed: int
+    identity: str
+    """digest of the generator, noted in the samples."""
+
+
+def plan_shards(space: CodeSpace, config: SampleConfig) -> list[SampleShard]:
+    """Every class `per_class` times (without classes: the null class), cut into shards; fixed by the config alone."""
+    classes = range(space.num_classes) if space.num_classes else [space.null_class]
+    wanted = [Wanted(c, i) for i in range(config.per_class) for c in classes]
+    cuts = range(0, len(wanted), config.samples_per_shard)
+    return [
+        SampleShard(f"sample-{n:05d}-of-{len(cuts):05d}.parquet", tuple(wanted[cut : cut + config.samples_per_shard]))
+        for n, cut in enumerate(cuts)
+    ]
+
+
+class ShardSampler:
+    """A worker: holds the generator, draws one shard a call."""
+
+    def __init__(self, job: SampleJob) -> None:
+        self.job = job
+        self.model, info = load_generator(job.generator)
+        self.model.to(default_device())
+        settings = {"generator": job.identity, "seed": job.seed, **job.config.as_json()}
+        self.info = info.model_copy(update={"sampling": settings})
+
+    def __call__(self, shard: SampleShard) -> FileEntry:
+        """Draw a shard; one that is done is not done again."""
+        done = shard_entry(self.job.out, shard.name)
+        if done is not None:
+            return done
+        parts = range(0, len(shard.wanted), self.job.config.micro_batch)
+        codes = [self._draw(shard.wanted[at : at + self.job.config.micro_batch]) for at in parts]
+        classes = [w.class_id if w.class_id < self.model.space.num_classes else NO_CLASS for w in shard.wanted]
+        rows = CodeRows(
+            image_id=[w.sample_id for w in shard.wanted],
+            class_id=np.array(classes, np.int32),
+            variant=[VARIANT] * len(shard.wanted),
+            codes=torch.cat(codes).numpy().astype(self.info.dtype),
+        )
+        return write_shard(self.job.out, shard.name, to_parquet(self.info, rows), len(shard.wanted))
+
+    def _draw(self, wanted: Sequence[Wanted]) -> Tensor:
+        """One micro-batch, filled up with its last sample: products of other shapes would round otherwise."""
+        filled = [*wanted, *[wanted[-1]] * (self.job.config.micro_batch - len(wanted))]
+        uniform_BN = torch.stack([self._uniform(w) for w in filled])
+        class_B = torch.tensor([w.class_id for w in filled])
+        device = self.model.head.weight.device
+        return sample(self.model, class_B.to(device), uniform_BN.to(device), self.job.config)[: len(wanted)].cpu()
+
+    def _uniform(self, wanted: Wanted) -> Tensor:
+        """The numbers that decide a sample, from its class, its number and the seed alone; (N,) float64."""
+        seed = seed_of(self.job.seed, "sample", wanted.class_id, wanted.number)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(self.model.space.num_tokens, generator=generator, dtype=torch.float64)
+
+
+def generate(job: SampleJob, *, options: WorkerOptions, progress: Progress = silent) -> list[FileEntry]:
+    """Draw all shards; entries in the order of the shards."""
+    model, _ = load_generator(job.generator)
+    shards = plan_shards(model.space, job.config)
+    return map_shards(functools.partial(ShardSampler, job), shards, options=options, progress=progress)

@@ -1,0 +1,40 @@
+"""How long and how fast a training stage learns, as data; imports no torch, so that the command line starts fast."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from infra.config import Config
+
+Precision = Literal["fp32", "bf16"]
+
+
+class OptimizerConfig(Config):
+    """AdamW with a linear warm-up and a cosine decay, gradient clipping and an average of the weights."""
+
+    lr: float = Field(1e-4, gt=0, description="learning rate after the warm-up")
+    end_lr: float = Field(1e-5, ge=0, description="learning rate at the last step")
+    warmup_steps: int = Field(10_000, ge=0, description="steps of the linear warm-up from 0")
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(1e-4, ge=0, description="on matrices only: not on biases, norms and embeddings")
+    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="upper bound of the decay min((1 + s) / (10 + s), ema_decay)"
+    )
+
+
+class LoopConfig(Config):
+    """How long a loop runs and how often it saves and logs."""
+
+    steps: PositiveInt = Field(description="optimizer steps")
+    checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
+    log_every: PositiveInt = Field(10, description="steps between logged lines")
+    validate_every: int = Field(0, ge=0, description="steps between validations; 0 validates at the end only")
+
+
+class TrainingConfig(LoopConfig):
+    """Length, batch and optimizer of a training stage."""
+
+    batch_size: PositiveInt = Field(description="images or sequences a step, over all ranks")
+    optimizer: OptimizerConfig
+    precision: Precision = Field("fp32", description="autocast type of the forward pass")

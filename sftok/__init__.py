@@ -1,0 +1,1 @@
+"""Images to codes and back, and how good the images are."""

@@ -1,0 +1,142 @@
+"""What a tokenizer is and how it is trained, as data. Defaults are those of the paper; recipes state the rest."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from infra.config import Config
+from infra.schedule import TrainingConfig
+
+Assignment = Literal["nearest", "sinkhorn"]
+
+
+class DataConfig(Config):
+    """From an image source to image Parquet."""
+
+    image_size: PositiveInt = Field(description="side of the square images that models see, in pixels")
+    val_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of images held out by a hash of their id where the source has no val split"
+    )
+    num_shards: PositiveInt = Field(8, description="hash buckets of the train split; fixed when the dataset is created")
+    num_val_shards: PositiveInt = Field(4, description="hash buckets of the val split")
+    max_pixels: PositiveInt = Field(
+        89_478_485, description="images with more pixels are rejected (decompression bombs)"
+    )
+
+
+class AugmentConfig(Config):
+    """Random changes of training images; all of them seeded, all of them label-preserving for the data at hand."""
+
+    crop: Literal["center", "random"] = Field("random", description="where the square crop of the resized image lies")
+    flip: bool = Field(True, description="mirror half of the images; off where mirroring changes the class")
+    rotate: float = Field(0.0, ge=0, le=180, description="rotation drawn from +-rotate, in degrees")
+    shift: float = Field(0.0, ge=0, lt=1, description="translation drawn from +-shift, as a fraction of the side")
+    zoom: float = Field(0.0, ge=0, lt=1, description="scale drawn from 1 +- zoom")
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether an affine resampling is needed at all."""
+        return bool(self.rotate or self.shift or self.zoom)
+
+
+class TeacherConfig(Config):
+    """MaskGIT-VQGAN, the frozen teacher whose codes the decoder predicts (METHOD: teacher)."""
+
+    base_channels: PositiveInt = Field(128, description="channels of the first level")
+    channel_multipliers: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4), description="one level an entry")
+    num_res_blocks: PositiveInt = Field(2, description="residual blocks a level")
+    latent_channels: PositiveInt = Field(256, description="channels of a code vector")
+    codebook_size: PositiveInt = Field(1024, description="number of proxy codes")
+    norm_groups: PositiveInt = Field(32, description="groups of the group norms; divides base_channels")
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels a side that one proxy code stands for."""
+        return 1 << (len(self.channel_multipliers) - 1)
+
+    @model_validator(mode="after")
+    def _divides_into_groups(self) -> Self:
+        if self.base_channels % self.norm_groups:
+            raise ValueError(
+                f"base_channels = {self.base_channels} does not divide by norm_groups = {self.norm_groups}"
+            )
+        return self
+
+
+class TransformerConfig(Config):
+    """Width and depth of the encoder's or the decoder's transformer."""
+
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    init_std: float = Field(
+        0.02, gt=0, description="spread of initial weights; narrow toy models learn faster with more"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} does not divide by heads = {self.heads}")
+        return self
+
+
+SMALL = TransformerConfig(width=512, layers=8, heads=8)
+BASE = TransformerConfig(width=768, layers=12, heads=12)
+LARGE = TransformerConfig(width=1024, layers=24, heads=16)
+
+
+class TokenizerConfig(Config):
+    """SFTok: encoder, quantizer and multi-step decoder."""
+
+    patch_size: PositiveInt = Field(16, description="side of the encoder's patches, in pixels")
+    num_latent_tokens: PositiveInt = Field(64, description="one-dimensional tokens an image")
+    codebook_size: int = Field(8192, ge=2, description="codes that a latent token can be")
+    code_dim: PositiveInt = Field(32, description="channels of a code vector")
+    encoder: TransformerConfig = BASE
+    decoder: TransformerConfig = BASE
+    legacy_layout: bool = Field(
+        False, description="read the encoder's output as the published code does; true for published weights only"
+    )
+
+
+class DecodingConfig(Config):
+    """Iterative decoding of latent tokens into proxy codes."""
+
+    num_steps: PositiveInt = Field(8, description="decoder passes an image")
+    temperature: float = Field(
+        0.0, ge=0, description="Gumbel noise at the first step, falling to 0; 0 is deterministic"
+    )
+
+
+class TeacherStageConfig(Config):
+    """Training of a teacher on the data, where no weights are given."""
+
+    model: TeacherConfig
+    training: TrainingConfig
+    commitment_weight: float = Field(0.25, ge=0)
+    restart_every: int = Field(
+        0, ge=0, description="steps between replacements of unused codes by latents, in the first half; 0 never"
+    )
+
+
+class AlignmentStageConfig(Config):
+    """Warming up (everything masked) or distribution alignment (SFVR): cross-entropy on the teacher's codes."""
+
+    training: TrainingConfig
+    replacement: Literal["none", "self_forcing", "ground_truth"] = Field(
+        description="what the positions that are not masked hold: none (all are masked: warming up), "
+        "the model's own first-step prediction (SFVR), or the teacher's codes (vanilla)"
+    )
+    replace_prob: float = Field(1.0, ge=0, le=1, description="share of teacher codes that self-forcing replaces")
+    unmasked_weight: float = Field(0.1, ge=0, description="weight of positions that are not masked in the loss")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    quantizer_weight: float = Field(1.0, ge=0)
+    assignment: Assignment = Field("sinkhorn", description="how training assigns codes")
+
+
+class FineTuneStageConfig(Config):
+    """Fine-tuning towards pixels: encoder and quantizer frozen, decoder and pixel decoder trained."""
+
+    training: TrainingConfig
+    reconstruction_weight: float = Field(1.0, gt=0, description="weight of the mean squared error")
+    assignment: Assignment = Field("sinkhorn", description="how training assigns codes")

@@ -1,0 +1,227 @@
+"""How good images and codes are: pure functions of tensors, statistics kept apart from distances.
+
+Legend: B images, C channels, H, W sides, N samples, D feature dimensions, T tokens an image, K codes.
+Images are uint8, or floats in [0, 1], which are first rounded to uint8 by the one rule of `to_uint8`, so that a figure
+belongs to the image that a file would hold.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PSNR_CEILING = 100.0  # dB, given to identical images, whose ratio is infinite and would swallow a mean
+SSIM_WINDOW = 11
+SSIM_SIGMA = 1.5
+_FULL_RANK = 1e-10  # smallest over largest eigenvalue below which a product of covariances counts as singular
+_BATCH = 64  # images converted to float64 at once
+
+
+def to_uint8(images_BCHW: Tensor) -> Tensor:
+    """Images as uint8: floats in [0, 1] are clamped, then rounded half to even; uint8 passes unchanged.
+
+    Deviates: the published evaluation rounds for rFID and truncates for gFID; this project has one rule.
+    """
+    if images_BCHW.dtype == torch.uint8:
+        return images_BCHW
+    if not images_BCHW.is_floating_point():
+        raise ValueError(f"images are {images_BCHW.dtype}: give uint8, or floats in [0, 1]")
+    if not torch.isfinite(images_BCHW).all():
+        raise ValueError("images hold NaN or infinite values: look for a diverged model or a broken source")
+    return (images_BCHW.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMoments:
+    """Count, sum (D) and sum of outer products (D, D) of feature vectors, in float64; merged by `+`, in any order."""
+
+    count: int
+    sum: Tensor
+    outer: Tensor
+
+    @classmethod
+    def of(cls, features_ND: Tensor) -> Self:
+        """The moments of one batch or shard of features."""
+        if features_ND.ndim != 2:
+            raise ValueError(f"features have shape {tuple(features_ND.shape)}: give one row a sample")
+        if not torch.isfinite(features_ND).all():
+            raise ValueError("features hold NaN or infinite values: look at the images they were taken from")
+        rows = features_ND.double()
+        return cls(count=len(rows), sum=rows.sum(0), outer=rows.T @ rows)
+
+    def __add__(self, other: "FeatureMoments") -> "FeatureMoments":
+        if self.sum.shape != other.sum.shape:
+            raise ValueError(f"features of {len(self.sum)} and of {len(other.sum)} dimensions cannot be merged")
+        return FeatureMoments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, (D)."""
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """The unbiased covariance, (D, D)."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, there are {self.count}")
+        return (self.outer - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+
+
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
+    """|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two Gaussians, in float64; never negative."""
+    if a.sum.shape != b.sum.shape:
+        raise ValueError(f"features of {len(a.sum)} and of {len(b.sum)} dimensions cannot be compared")
+    S_a, S_b = a.covariance, b.covariance
+    between = (a.mean - b.mean).square().sum()
+    return max((between + S_a.trace() + S_b.trace() - 2 * _trace_of_root(S_a, S_b)).item(), 0.0)
+
+
+def _trace_of_root(S_a: Tensor, S_b: Tensor) -> Tensor:
+    """tr((S_a S_b)^(1/2)), without the general matrix square root.
+
+    S_a S_b has the eigenvalues of the symmetric L' S_b L where S_a = L L'. Where one of them is singular, their roots
+    would keep half the digits only; the singular values of the product of two square roots keep all.
+    """
+    L, failed = torch.linalg.cholesky_ex(S_a)
+    if not failed:
+        eigenvalues = torch.linalg.eigvalsh(L.T @ S_b @ L)
+        if eigenvalues[0] > _FULL_RANK * eigenvalues[-1]:
+            return torch.sum(eigenvalues.sqrt())
+    return torch.sum(torch.linalg.svdvals(_root(S_a).T @ _root(S_b)))
+
+
+def _root(S: Tensor) -> Tensor:
+    """A (D, rank) with A A' = S, without the directions whose variance is rounding."""
+    variances, directions = torch.linalg.eigh(S)
+    kept = variances > variances[-1] * len(S) * torch.finfo(S.dtype).eps
+    root: Tensor = directions[:, kept] * variances[kept].sqrt()
+    return root
+
+
+def psnr(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio an image, (B) in dB: 10 log10(255^2 / mean squared error over all of RGB).
+
+    Deviates: the published evaluation takes the first channel alone. Identical images give `PSNR_CEILING`.
+    """
+    a, b = _same_shape(images_BCHW, references_BCHW)
+    errors_B = torch.cat([(x.double() - y.double()).square().flatten(1).mean(1) for x, y in _batches(a, b)])
+    return (10 * torch.log10(255**2 / errors_B)).clamp(max=PSNR_CEILING)
+
+
+def ssim(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
+    """Structural similarity an image, (B), at most 1 (Wang et al. 2004).
+
+    Gaussian window 11x11 of sigma 1.5 inside the image only, K1 = 0.01, K2 = 0.03, range 1, biased covariances; the
+    mean over window positions and RGB channels. The definition of scikit-image with `gaussian_weights=True,
+    use_sample_covariance=False`; torchmetrics has the same map within a border of mirrored pixels.
+    """
+    a, b = _same_shape(images_BCHW, references_BCHW)
+    if min(a.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"images of {a.shape[-2]}x{a.shape[-1]} are smaller than the {SSIM_WINDOW}-pixel SSIM window")
+    return torch.cat([_ssim(x.double() / 255, y.double() / 255) for x, y in _batches(a, b)])
+
+
+def _ssim(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
+    offsets = torch.arange(SSIM_WINDOW, dtype=x_BCHW.dtype, device=x_BCHW.device) - SSIM_WINDOW // 2
+    window = (-offsets.square() / (2 * SSIM_SIGMA**2)).exp()
+    window = window / window.sum()
+    channels = x_BCHW.shape[1]
+    rows, columns = (window.view(1, 1, *shape).repeat(channels, 1, 1, 1) for shape in ((-1, 1), (1, -1)))
+
+    def blur(maps: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(maps, rows, groups=channels), columns, groups=channels)
+
+    mean_x, mean_y = blur(x_BCHW), blur(y_BCHW)
+    var_x, var_y = blur(x_BCHW.square()) - mean_x.square(), blur(y_BCHW.square()) - mean_y.square()
+    covariance = blur(x_BCHW * y_BCHW) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    structure = (2 * covariance + c2) / (var_x.clamp(min=0) + var_y.clamp(min=0) + c2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
+def code_agreement(codes_BT: Tensor, references_BT: Tensor) -> Tensor:
+    """Share of positions an image where both hold the same code, (B) in [0, 1]."""
+    a, b = _same_shape(codes_BT, references_BT)
+    return (a == b).double().mean(1)
+
+
+def code_counts(codes_BT: Tensor, codebook_size: int) -> Tensor:
+    """How often each code occurs, (K) int64."""
+    flat = codes_BT.reshape(-1).long()
+    if not len(flat):
+        raise ValueError("there are no codes to count")
+    if flat.min() < 0 or flat.max() >= codebook_size:
+        raise ValueError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit a codebook of {codebook_size}")
+    return torch.bincount(flat, minlength=codebook_size)
+
+
+def codebook_usage(codes_BT: Tensor, codebook_size: int) -> float:
+    """Share of the codebook that occurs at least once, in [0, 1]."""
+    return (code_counts(codes_BT, codebook_size) > 0).double().mean().item()
+
+
+def entropy_bits(codes_BT: Tensor, codebook_size: int) -> float:
+    """Entropy of the codes' frequencies in bits, at most log2(codebook_size)."""
+    counts = code_counts(codes_BT, codebook_size).double()
+    shares = counts[counts > 0] / counts.sum()
+    return max(-(shares * shares.log2()).sum().item(), 0.0)
+
+
+def perplexity(codes_BT: Tensor, codebook_size: int) -> float:
+    """2 to the entropy: how many equally frequent codes would be as varied, in [1, codebook_size]."""
+    return float(2.0 ** entropy_bits(codes_BT, codebook_size))
+
+
+class Nearest(NamedTuple):
+    """The nearest reference of each query: distances (N) float64, and which ones, indices (N) int64."""
+
+    distances: Tensor
+    indices: Tensor
+
+
+def nearest_distance(queries: Tensor, references: Tensor) -> Nearest:
+    """Euclidean distance of each query to its nearest reference, and which one it is (the first of equals).
+
+    uint8 images are compared on the scale [0, 1], exactly: the squares are summed as integers.
+    """
+    if queries.shape[1:] != references.shape[1:] or not len(references):
+        raise ValueError(f"cannot look for {tuple(queries.shape[1:])} among references {tuple(references.shape)}")
+    scale = 255.0 if queries.dtype == torch.uint8 else 1.0
+    rows = references.flatten(1).double()
+    norms = rows.square().sum(1)
+    found = [_nearest(batch.flatten(1).double(), rows, norms) for batch in torch.split(queries, _BATCH)]
+    return Nearest(torch.cat([d for d, _ in found]) / scale, torch.cat([i for _, i in found]))
+
+
+def _nearest(queries: Tensor, references: Tensor, reference_norms: Tensor) -> tuple[Tensor, Tensor]:
+    squares = queries.square().sum(1, keepdim=True) + reference_norms - 2 * queries @ references.T
+    smallest, index = squares.min(1)
+    return smallest.clamp(min=0).sqrt(), index
+
+
+def verbatim_share(codes_BT: Tensor, training_codes: Tensor) -> float:
+    """Share of rows of codes that occur, whole, among the rows of training codes; in [0, 1]."""
+    if codes_BT.shape[1:] != training_codes.shape[1:] or not len(codes_BT):
+        raise ValueError(f"cannot look for codes {tuple(codes_BT.shape)} among {tuple(training_codes.shape)}")
+    rows = torch.cat([codes_BT.long(), training_codes.long()])
+    _, row_ids = torch.unique(rows, dim=0, return_inverse=True)
+    return torch.isin(row_ids[: len(codes_BT)], row_ids[len(codes_BT) :]).double().mean().item()
+
+
+def distinct_share(codes_BT: Tensor) -> float:
+    """Share of rows of codes that remain when repeated ones are dropped, in (0, 1]; 1 means no two are alike."""
+    return len(torch.unique(codes_BT.long(), dim=0)) / len(codes_BT)
+
+
+def _same_shape(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.shape != b.shape or not len(a):
+        raise ValueError(f"cannot compare {tuple(a.shape)} with {tuple(b.shape)}: the shapes must be equal, not empty")
+    return (to_uint8(a), to_uint8(b)) if a.ndim == 4 else (a, b)
+
+
+def _batches(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(a, _BATCH), torch.split(b, _BATCH), strict=True)

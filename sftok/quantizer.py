@@ -1,0 +1,89 @@
+"""The quantizer: continuous latent tokens to the nearest of K normalised codes (OptVQ, METHOD: quantizer).
+
+Shapes: B images, N latent tokens, M = B * N, K codes, D channels of a code.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sftok.config import Assignment, TokenizerConfig
+
+SINKHORN_ITERATIONS = 5
+SINKHORN_SHARPNESS = 10.0
+COMMITMENT_WEIGHT = 0.25
+EPSILON = 1e-8
+
+
+class Quantized(NamedTuple):
+    """What the quantizer returns."""
+
+    z_q: Tensor
+    """(B, N, D), l2-normalised code vectors; gradients pass straight through to z."""
+    codes: Tensor
+    """(B, N) int64 in [0, K)."""
+    loss: Tensor
+    """Scalar: commitment_weight * commitment + codebook loss."""
+
+
+def sinkhorn(distance_MK: Tensor) -> Tensor:
+    """Balanced assignment of the M vectors of a batch to the K codes, as probabilities times M, (M, K).
+
+    Every code is meant to be used equally often in the batch (OptVQ), so a vector's code depends on its batch mates.
+    """
+    # Deviates from a standardisation: the published line only subtracts the minimum, which scaling cancels. Kept so,
+    # because published weights were trained so.
+    distance_MK = distance_MK - distance_MK.min()
+    plan_MK = torch.exp(-SINKHORN_SHARPNESS * distance_MK)
+    plan_MK = plan_MK / (plan_MK.sum() + EPSILON)
+    M, K = plan_MK.shape
+    for _ in range(SINKHORN_ITERATIONS):
+        plan_MK = plan_MK / (plan_MK.sum(0, keepdim=True) + EPSILON) / K
+        plan_MK = plan_MK / (plan_MK.sum(1, keepdim=True) + EPSILON) / M
+    return plan_MK * M
+
+
+class Quantizer(nn.Module):
+    """Codebook on the unit sphere; one linear layer shared by all codes moves the whole codebook every step."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(config.codebook_size, config.code_dim))
+        self.shared_linear = nn.Linear(config.code_dim, config.code_dim)
+
+    def initialise(self) -> None:
+        """Embedding uniform in +-1/K, shared linear layer the identity."""
+        bound = 1 / self.embedding.shape[0]
+        nn.init.uniform_(self.embedding, -bound, bound)
+        nn.init.eye_(self.shared_linear.weight)
+        nn.init.zeros_(self.shared_linear.bias)
+
+    def codebook(self) -> Tensor:
+        """The effective codes, (K, D), float32, unit length."""
+        return F.normalize(self.shared_linear(self.embedding), dim=-1)
+
+    def lookup(self, codes_BN: Tensor) -> Tensor:
+        """Codes (B, N) int64 to z_q (B, N, D)."""
+        return F.embedding(codes_BN, self.codebook())
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, z_BND: Tensor, assignment: Assignment) -> Quantized:
+        """Quantize z (B, N, D); in float32 whatever the autocast, because near-ties decide codes."""
+        codebook_KD, z_BND = self.codebook(), F.normalize(z_BND.float(), dim=-1)
+        with torch.no_grad():
+            codes_BN = self._assign(z_BND.flatten(0, 1), codebook_KD, assignment).view(z_BND.shape[:2])
+        code_BND = F.embedding(codes_BN, codebook_KD)
+        commitment = F.mse_loss(z_BND, code_BND.detach())
+        loss = COMMITMENT_WEIGHT * commitment + F.mse_loss(code_BND, z_BND.detach())
+        return Quantized(z_BND + (code_BND - z_BND).detach(), codes_BN, loss)
+
+    @staticmethod
+    def _assign(z_MD: Tensor, codebook_KD: Tensor, assignment: Assignment) -> Tensor:
+        similarity_MK = z_MD @ codebook_KD.T
+        if assignment == "nearest":
+            return similarity_MK.argmax(1)  # on the unit sphere the nearest is the most similar
+        distance_MK = (2 - 2 * similarity_MK).clamp_min(0).sqrt()
+        return sinkhorn(distance_MK).argmax(1)

@@ -1,0 +1,56 @@
+"""Fixtures of all rooms: stores, an S3 server, and torch's global state put back after each test."""
+
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.store import Store
+from tests.s3_server import S3Server, running_server
+
+FOREIGN = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_SECURITY_TOKEN")
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_before() -> Iterator[None]:
+    """Random state, threads and default dtype are global in torch: no test may hand them on to the next."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    state, threads, dtype = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_rng_state(state)
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store on disk."""
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server with the buckets `artifacts` and `tests`; it changes nothing of this process."""
+    with running_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_env(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The environment that leads to the server."""
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def s3_store(s3_env: S3Server) -> Store:
+    """An empty store on the server."""
+    return Store(f"s3://tests/{uuid.uuid4().hex}")

@@ -1,0 +1,67 @@
+"""One Prefect server for all tests of flows; each test gets the environment that points at it, and gives it back."""
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flows import stages
+from flows.server import Server, prefect_server, start_server
+from tests.flows.fakes import FakeStages
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The servers' home, in which a killed migration has left its unfinished database."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "prefect").mkdir()
+    (home / "prefect" / f"prefect-{importlib.metadata.version('prefect')}.new").write_bytes(b"half a database")
+    return home
+
+
+@pytest.fixture(scope="session")
+def servers(home: Path) -> Iterator[tuple[Server, Server]]:
+    """Two servers started at the same moment on a new home, as by two runs."""
+    both = start_server(home), start_server(home)
+    try:
+        for server in both:
+            server.wait()
+        yield both
+    finally:
+        for server in both:
+            server.stop()
+
+
+@pytest.fixture
+def prefect_api(servers: tuple[Server, Server], home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a Prefect API that this process talks to."""
+    monkeypatch.setenv("PREFECT_HOME", str(home / "client"))
+    with prefect_server(home, api_url=servers[0].url) as server:
+        yield server.url
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
+    """Stages that write a line instead of training, and can be told to fail."""
+    fakes = FakeStages()
+    monkeypatch.setattr(stages, "run", fakes)
+    return fakes
+
+
+@pytest.fixture
+def run_pipeline(prefect_api: str, fakes: FakeStages, tmp_path: Path) -> Callable[..., "RunRecord"]:  # noqa: F821
+    """Run the flow on the fakes, into a store of the test's own."""
+    from flows.pipeline import full_pipeline
+    from flows.recipe_files import load_recipe
+
+    def run(name: str, *overrides: str) -> "RunRecord":  # noqa: F821
+        return full_pipeline(
+            load_recipe("digits", overrides=overrides),
+            run=name,
+            store=str(tmp_path / "store"),
+            source="sklearn:digits",
+            workers=0,
+        )
+
+    return run

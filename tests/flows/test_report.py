@@ -1,0 +1,291 @@
+"""The report page: self-contained, true to its data, safe with any class name, and good in a real browser."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from flows.charts import nice_ticks, show, step_charts
+from flows.evaluation import evaluate
+from flows.recipes import RECIPES, EvaluateConfig
+from flows.report import build_report, confused, duration, markdown_text, tiles
+from flows.report_data import ConfusionMatrix, Measure, Protocol, ReportData, StageRow
+from tests.flows.browser import chromium, find_browser
+from tests.flows.sample_evaluation import digits_inputs
+
+HOSTILE = (
+    "<script>window.pwned=1</script>",
+    '"><img src=x onerror="window.pwned=2">',
+    "</style><h1>style</h1>",
+    "a|b\n\n# heading",
+    "{{ 7 * 7 }}",
+    "' style='color:red",
+    "javascript:window.pwned=3",
+    "日本 <b>",
+    "&lt;&amp;",
+    "a" * 80,
+)
+WIDE, NARROW = 1600, 400
+
+
+def make_data(**changes) -> ReportData:
+    names = changes.pop("class_names", None)
+    report, images = evaluate(digits_inputs(class_names=names), EvaluateConfig(class_reader=True), seed=0)
+    stages = tuple(
+        StageRow(
+            name=name,
+            state=state,
+            seconds=seconds,
+            digest=digit * 32,
+            uri=f"store/artifacts/{name}/{digit * 32}",
+            inputs=inputs,
+        )
+        for name, state, seconds, digit, inputs in (
+            ("prepare", "Cached", 1.2, "a", ()),
+            ("train_generator", "Completed", 83.0, "b", ("a" * 32,)),
+            ("evaluate", "Completed", 4.0, "c", ("a" * 32, "b" * 32)),
+        )
+    )
+    facts = {
+        "run_id": "20260301-101502-digits-9f3c",
+        "recipe": "digits",
+        "description": "Handwritten digits",
+        "created_at": "2026-03-01T10:15:02Z",
+        "source": "sklearn:digits",
+        "counts": {"found": 900, "accepted": 900, "rejected": 0},
+        "stages": stages,
+        "evaluation": report,
+        "images": images,
+        "config": RECIPES["digits"]().as_json(),
+        "versions": {"torch": "2.0"},
+        "hardware": {"processor": "two cores"},
+    }
+    return ReportData(**facts | changes)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_data()
+
+
+@pytest.fixture(scope="module")
+def page(data):
+    return build_report(data)
+
+
+@pytest.fixture(scope="module")
+def hostile_page():
+    return build_report(make_data(class_names=HOSTILE, recipe=HOSTILE[0], source=HOSTILE[1], description=HOSTILE[2]))
+
+
+class Tags(HTMLParser):
+    """All tags with their attributes; complains where they do not nest."""
+
+    VOID = ("meta", "wbr", "img", "br", "line", "path", "circle", "link", "input")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for seen, attrs in self.seen if seen == tag]
+
+
+def test_page_needs_nothing_else(page):
+    tags = Tags(page.html)
+    assert not tags.all("script")
+    assert not tags.all("link")
+    assert not tags.all("iframe")
+    links = [attrs[key] for _, attrs in tags.seen for key in ("src", "href", "srcset") if key in attrs]
+    assert links
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert "url(" not in page.html
+    assert "@import" not in page.html
+    assert len(page.html) < 15e6
+
+
+def test_page_is_accessible_by_structure(page):
+    tags = Tags(page.html)
+    assert all(attrs.get("alt") for attrs in tags.all("img"))
+    assert all(attrs.get("loading") == "lazy" for attrs in tags.all("img"))
+    assert len(tags.all("caption")) == len(tags.all("table"))
+    assert all("aria-label" in attrs for attrs in tags.all("svg"))
+    ids = [attrs["id"] for _, attrs in tags.seen if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    targets = {attrs["href"][1:] for attrs in tags.all("a")}
+    assert targets <= set(ids)
+    assert tags.all("html")[0]["lang"] == "en"
+
+
+def test_every_figure_stands_in_every_form(data, page):
+    for measure in data.evaluation.measures():
+        assert show(measure) in page.html, measure.name
+        assert show(measure) in page.markdown, measure.name
+    read = json.loads(page.json)
+    assert ReportData.model_validate(read | {"images": data.images}) == data
+    assert "images" not in read
+
+
+def test_what_it_is_and_is_not(page):
+    for form in (page.html, page.markdown):
+        assert "FD (random features)" in form
+        assert "is not FID" in form
+        assert "ImageNet-1k at 256x256" in form
+        assert "not comparable" in form
+        assert "SFTok-L" in form
+        assert "1.21" in form
+
+
+def test_stages_and_lineage(page):
+    assert "1 min 23 s" in page.html
+    assert "prepare, train_generator" in page.html
+    assert 'class="cached"' in page.html
+    assert "b" * 32 in page.html
+
+
+def test_markup_in_names_is_text(hostile_page):
+    tags = Tags(hostile_page.html)
+    assert not tags.all("script")
+    assert [attrs for _, attrs in tags.seen if any(key.startswith("on") for key in attrs)] == []
+    assert all(attrs["src"].startswith("data:") for attrs in tags.all("img"))
+    assert len(tags.all("h1")) == 1
+    assert "{{ 7 * 7 }}" in hostile_page.html
+
+
+def test_markup_in_names_does_not_break_markdown_tables(hostile_page):
+    assert "<script" not in hostile_page.markdown
+    row = next(line for line in hostile_page.markdown.splitlines() if line.startswith("| a\\|b"))
+    assert row.startswith("| a\\|b \\# heading |")
+    assert markdown_text("a_b*c`<i>\n|") == "a\\_b\\*c\\`&lt;i\\> \\|"
+
+
+def test_refuses_a_missing_picture_and_an_endless_number(data):
+    images = dict(data.images)
+    gone = next(iter(images))
+    del images[gone]
+    with pytest.raises(ValueError, match=f"images lacks 1 pictures of the evaluation, the first is {gone}"):
+        ReportData(**{name: getattr(data, name) for name in ReportData.model_fields} | {"images": images})
+    with pytest.raises(ValueError, match="finite"):
+        Measure(name="psnr", label="PSNR", value=float("inf"), protocol=Protocol(num_images=1))
+
+
+def test_headlines_say_where_n_differs(data):
+    """Distances at different N do not compare: the floor has the samples' N, or says its own."""
+    beside = {tile.measure.name: [label for label, _ in tile.beside] for tile in tiles(data.evaluation)}
+    assert beside["generation.fd_random_same_n"] == ["real held-out"]
+    assert beside["generation.class_agreement"] == ["real held-out (N = 100)", "shuffled labels"]
+    few = evaluate(digits_inputs(samples=60), EvaluateConfig(steps=(1,)), seed=0).report
+    assert [tile.beside[0][0] for tile in tiles(few) if "fd_random" in tile.measure.name] == ["real held-out (N = 100)"]
+
+
+def test_large_class_counts_list_pairs_instead_of_a_matrix():
+    names = tuple(f"class {i}" for i in range(40))
+    counts = tuple(tuple(9 if i == j else int(j == (i + 1) % 40) for j in range(40)) for i in range(40))
+    found = confused(ConfusionMatrix(counts=counts), names)
+    assert len(found.pairs) == 10
+    assert found.pairs[0] == ("class 0", "class 1", 0.1)
+    assert found.recall == [0.9] * 40
+
+
+def test_charts_are_true_to_the_values(data):
+    by_steps = data.evaluation.reconstruction.by_steps
+    charts = step_charts(by_steps)
+    assert [chart.title for chart in charts][:2] == ["PSNR, dB", "SSIM"]
+    for chart, column in zip(charts, zip(*(step.measures for step in by_steps), strict=True), strict=True):
+        heights = [-point.y for point in chart.points]
+        assert [point.x_label for point in chart.points] == ["1", "2", "4", "8"]
+        order = sorted(range(4), key=lambda i: column[i].value)
+        assert [heights[i] for i in order] == sorted(heights)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0, 1, [0, 0.5, 1]), (14.6, 31.8, [10, 20, 30, 40]), (5, 5, [4.95, 5, 5.05]), (-3, 3, [-4, -2, 0, 2, 4])],
+)
+def test_ticks_are_round_and_cover_the_values(low, high, ticks):
+    assert nice_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.44, "0.4 s"), (12.2, "12 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not find_browser():
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    with chromium(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, page, hostile_page):
+    folder = tmp_path_factory.mktemp("pages")
+    for name, report in (("plain", page), ("hostile", hostile_page)):
+        (folder / f"{name}.html").write_text(report.html, encoding="utf-8")
+    return folder
+
+
+class TestInChromium:
+    @pytest.mark.parametrize("name", ["plain", "hostile"])
+    @pytest.mark.parametrize("width", [NARROW, WIDE])
+    def test_fits_the_window(self, browser, files, name, width):
+        browser.open(files / f"{name}.html", width=width)
+        assert browser.evaluate("window.innerWidth") == width
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        cut = "[...document.querySelectorAll('.card')].filter(c => c.scrollWidth > c.clientWidth + 1).length"
+        assert browser.evaluate(cut) == 0
+
+    def test_shows_every_picture_without_a_request(self, browser, files):
+        browser.logged("performance")
+        browser.open(files / "plain.html", width=WIDE, height=12000)
+        shown = "Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))"
+        assert set(browser.evaluate(shown)) == {32}
+        events = [json.loads(entry["message"])["message"] for entry in browser.logged("performance")]
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert asked
+        assert all(url.startswith(("file:", "data:")) for url in asked)
+        assert [entry for entry in browser.logged("browser") if entry["level"] == "SEVERE"] == []
+
+    def test_markup_in_names_does_nothing(self, browser, files):
+        browser.open(files / "hostile.html", width=WIDE)
+        assert browser.evaluate("window.pwned") is None
+        assert browser.evaluate("document.querySelector('h1').textContent") == HOSTILE[0]
+        assert browser.evaluate("document.querySelectorAll('.strip figcaption')[0].textContent") == HOSTILE[0]
+
+    def test_follows_the_colour_scheme(self, browser, files):
+        lightness = {}
+        for dark in (False, True):
+            browser.open(files / "plain.html", width=WIDE, dark=dark)
+            for what, element in (("paper", "document.body"), ("ink", "document.querySelector('h2')")):
+                style = "backgroundColor" if what == "paper" else "color"
+                colour = browser.evaluate(f"getComputedStyle({element}).{style}")
+                lightness[what, dark] = sum(int(part) for part in colour[4:-1].split(","))
+        assert lightness["paper", False] > 600 > 200 > lightness["ink", False]
+        assert lightness["paper", True] < 200 < 600 < lightness["ink", True]
+
+    def test_text_can_be_read(self, browser, files):
+        """No text below 9 px as laid out, at either width; SVG text is scaled with its drawing."""
+        sizes = """[...document.querySelectorAll('svg text')].map(
+            t => parseFloat(getComputedStyle(t).fontSize) * t.ownerSVGElement.getScreenCTM().a)"""
+        for width in (NARROW, WIDE):
+            browser.open(files / "plain.html", width=width)
+            assert min(browser.evaluate(sizes)) > 9

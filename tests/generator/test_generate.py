@@ -1,0 +1,62 @@
+"""Sample shards: balanced, and the same for any number of workers and restarts."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from generator.artifacts import save_generator
+from generator.config import GeneratorConfig, SampleConfig
+from generator.data import space_of
+from generator.generate import SampleJob, generate
+from generator.model import Generator
+from infra.codes import CodesInfo, read_codes
+from infra.store import Store
+from infra.workers import WorkerOptions
+
+INFO = CodesInfo(
+    tokenizer="t",
+    codebook_size=16,
+    num_tokens=4,
+    image_size=8,
+    assignment="nearest",
+    precision="fp32",
+    class_names=("a", "b"),
+)
+CONFIG = SampleConfig(per_class=7, micro_batch=4, samples_per_shard=5, cfg_scale=1.5)
+
+
+@pytest.fixture
+def job(store: Store) -> SampleJob:
+    torch.manual_seed(0)
+    model = Generator(GeneratorConfig(width=16, layers=1, heads=2, ffn_width=16), space_of(INFO))
+    model.initialise()
+    save_generator(model, INFO, store.at("generator"))
+    return SampleJob(generator=store.at("generator"), out=store.at("samples"), config=CONFIG, seed=3, identity="g")
+
+
+def test_classes_are_exactly_balanced_and_settings_recorded(job: SampleJob) -> None:
+    files = generate(job, options=WorkerOptions())
+    info, rows = read_codes(job.out, [file.path for file in files])
+    assert Counter(rows.class_id.tolist()) == {0: 7, 1: 7}
+    assert len(set(rows.image_id)) == 14
+    assert info.sampling == {"generator": "g", "seed": 3, **CONFIG.as_json()}
+
+
+def test_a_restart_does_only_what_is_missing(job: SampleJob) -> None:
+    before = {file.path: job.out.read(file.path) for file in generate(job, options=WorkerOptions())}
+    lost = sorted(before)[1]
+    job.out.delete(lost)
+    job.out.delete(f"{lost}.json")
+    kept = sorted(before)[0]
+    job.out.write(kept, b"not looked at again")
+    generate(job, options=WorkerOptions())
+    assert job.out.read(lost) == before[lost]
+    assert job.out.read(kept) == b"not looked at again"
+
+
+def test_another_seed_draws_other_samples(job: SampleJob, store: Store) -> None:
+    first = generate(job, options=WorkerOptions())
+    other = SampleJob(generator=job.generator, out=store.at("other"), config=CONFIG, seed=4, identity="g")
+    second = generate(other, options=WorkerOptions())
+    assert [file.sha256 for file in first] != [file.sha256 for file in second]
