@@ -8,6 +8,8 @@ from generator.config import GeneratorConfig, GeneratorTrainingConfig, SampleCon
 from infra.config import Config
 from infra.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import (
+    NO_ADVERSARY,
+    TOKENIZERS,
     AlignmentStageConfig,
     Assignment,
     AugmentConfig,
@@ -108,7 +110,6 @@ def digits() -> Recipe:
     scikit-learn's 1,797 scans; under 8 minutes on two cores. Expected: a classifier trained on the real training images
     reads at least 95 % of reconstructed held-out digits and at least 90 % of 1,000 generated ones as intended.
     """
-    small = TransformerConfig(width=64, layers=2, heads=4, init_std=0.08)
     return Recipe(
         name="digits",
         description="scikit-learn's 1,797 handwritten digits, 32x32 RGB, 16 tokens of 256 codes",
@@ -126,13 +127,15 @@ def digits() -> Recipe:
             ),
             training=_training(250, 3e-3),
             restart_every=20,
+            perceptual_weight=0,
+            adversarial=NO_ADVERSARY,
         ),
-        tokenizer=TokenizerConfig(
-            patch_size=8, num_latent_tokens=16, codebook_size=256, code_dim=16, encoder=small, decoder=small
-        ),
+        tokenizer=TOKENIZERS["toy"],
         warm_up=AlignmentStageConfig(training=_training(500, 3e-3), replacement="none"),
         align=AlignmentStageConfig(training=_training(800, 3e-3), replacement="self_forcing"),
-        fine_tune=FineTuneStageConfig(training=_training(400, 2e-3), assignment="nearest"),
+        fine_tune=FineTuneStageConfig(
+            training=_training(400, 2e-3), assignment="nearest", perceptual_weight=0, adversarial=NO_ADVERSARY
+        ),
         encode=EncodeConfig(variants=_views(9)),
         generator=GeneratorConfig(width=128, layers=4, heads=4, ffn_width=344),
         train_generator=_generator_training(500, 2e-3, 128, validate_every=50),
@@ -190,13 +193,15 @@ def small64() -> Recipe:
             ),
             training=_training(4000, 1e-3),
             restart_every=50,
+            perceptual_weight=0,
+            adversarial=NO_ADVERSARY,
         ),
         tokenizer=TokenizerConfig(
             patch_size=8, num_latent_tokens=32, codebook_size=1024, code_dim=16, encoder=width, decoder=width
         ),
         warm_up=AlignmentStageConfig(training=_training(4000, 1e-3), replacement="none"),
         align=AlignmentStageConfig(training=_training(8000, 1e-3), replacement="self_forcing"),
-        fine_tune=FineTuneStageConfig(training=_training(4000, 3e-4)),
+        fine_tune=FineTuneStageConfig(training=_training(4000, 3e-4), perceptual_weight=0, adversarial=NO_ADVERSARY),
         encode=EncodeConfig(variants=("center", "flip")),
         generator=GeneratorConfig(width=256, layers=6, heads=4, ffn_width=688),
         train_generator=_generator_training(6000, 1e-3, 64, validate_every=200),

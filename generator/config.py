@@ -1,6 +1,6 @@
 """What a generator is, how it is trained and how it is sampled, as data."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -34,9 +34,6 @@ class GeneratorTrainingConfig(TrainingConfig):
         0.1, ge=0, lt=1, description="share of labels replaced by the null class, for guidance"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    keep: Literal["best", "last"] = Field(
-        "last", description="publish the averaged weights of the lowest held-out NLL, or those of the last step"
-    )
 
 
 class SampleConfig(Config):

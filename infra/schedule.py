@@ -1,12 +1,12 @@
 """How long and how fast a training stage learns, as data; imports no torch, so that the command line starts fast."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from infra.config import Config
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class OptimizerConfig(Config):
@@ -28,13 +28,38 @@ class LoopConfig(Config):
 
     steps: PositiveInt = Field(description="optimizer steps")
     checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
+    keep_checkpoints: PositiveInt = Field(1, description="newest checkpoints that are kept")
     log_every: PositiveInt = Field(10, description="steps between logged lines")
     validate_every: int = Field(0, ge=0, description="steps between validations; 0 validates at the end only")
+    keep: Literal["best", "last"] = Field(
+        "last", description="publish the averaged weights of the best validation, or those of the last step"
+    )
 
 
 class TrainingConfig(LoopConfig):
     """Length, batch and optimizer of a training stage."""
 
     batch_size: PositiveInt = Field(description="images or sequences a step, over all ranks")
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="images or sequences a forward pass; 0: the whole batch. Ranks share the micro-batches of "
+        "a step and accumulate theirs, so that results do not depend on the number of ranks but for rounding",
+    )
     optimizer: OptimizerConfig
-    precision: Precision = Field("fp32", description="autocast type of the forward pass")
+    precision: Precision = Field("fp32", description="autocast type of the forward pass; fp16 is scaled, on CUDA only")
+    compile: bool = Field(False, description="compile the networks with torch.compile")
+    activation_checkpointing: bool = Field(
+        False, description="compute transformer blocks again in the backward pass instead of keeping what they hold"
+    )
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size = {self.batch_size} does not divide by micro_batch = {self.micro_batch}")
+        return self
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes a step, over all ranks."""
+        return self.batch_size // (self.micro_batch or self.batch_size)

@@ -5,9 +5,11 @@ from typing import Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from infra.config import Config
-from infra.schedule import TrainingConfig
+from infra.schedule import OptimizerConfig, TrainingConfig
+from infra.pretrained import PretrainedConfig
 
 Assignment = Literal["nearest", "sinkhorn"]
+MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]
 
 
 class DataConfig(Config):
@@ -80,6 +82,7 @@ class TransformerConfig(Config):
         return self
 
 
+TOY = TransformerConfig(width=64, layers=2, heads=4, init_std=0.08)
 SMALL = TransformerConfig(width=512, layers=8, heads=8)
 BASE = TransformerConfig(width=768, layers=12, heads=12)
 LARGE = TransformerConfig(width=1024, layers=24, heads=16)
@@ -99,6 +102,17 @@ class TokenizerConfig(Config):
     )
 
 
+# SFTok-B and SFTok-L are published; of S only the transformer's size is.
+TOKENIZERS = {
+    "toy": TokenizerConfig(
+        patch_size=8, num_latent_tokens=16, codebook_size=256, code_dim=16, encoder=TOY, decoder=TOY
+    ),
+    "S": TokenizerConfig(encoder=SMALL, decoder=SMALL),
+    "B": TokenizerConfig(encoder=BASE, decoder=BASE),
+    "L": TokenizerConfig(encoder=BASE, decoder=LARGE),
+}
+
+
 class DecodingConfig(Config):
     """Iterative decoding of latent tokens into proxy codes."""
 
@@ -108,26 +122,62 @@ class DecodingConfig(Config):
     )
 
 
-class TeacherStageConfig(Config):
-    """Training of a teacher on the data, where no weights are given."""
+class AdversarialConfig(Config):
+    """A discriminator beside the reconstruction losses: hinge loss, LeCAM, a start of its own (METHOD 1.3)."""
 
+    weight: float = Field(
+        ge=0, description="of the generator's adversarial loss (published: 0.5); 0 trains without a discriminator"
+    )
+    kind: Literal["patch", "dino"] = Field(
+        "dino", description="patch: a PatchGAN trained from scratch; dino: heads on a frozen DINO ViT-S/16"
+    )
+    dino: PretrainedConfig = Field(PretrainedConfig(), description="weights of the frozen DINO ViT-S/16")
+    start_step: int = Field(20_000, ge=0, description="first step with a discriminator")
+    lecam_weight: float = Field(0.001, ge=0)
+    lecam_decay: float = Field(0.999, ge=0, lt=1, description="of LeCAM's averages of the discriminator's outputs")
+    augment: bool = Field(True, description="DiffAug: the discriminator sees shifted, recoloured, cut images only")
+    channels: PositiveInt = Field(64, description="of the patch discriminator's first layer")
+    layers: PositiveInt = Field(3, description="of the patch discriminator that halve the side")
+    optimizer: OptimizerConfig = OptimizerConfig(betas=(0.9, 0.999), warmup_steps=5_000)
+
+
+NO_ADVERSARY = AdversarialConfig(weight=0)
+
+
+class TeacherStageConfig(Config):
+    """The teacher: imported, or trained on the data where no weights are given."""
+
+    pretrained: PretrainedConfig = Field(
+        PretrainedConfig(), description="a MaskGIT-VQGAN to import instead of training one"
+    )
     model: TeacherConfig
     training: TrainingConfig
     commitment_weight: float = Field(0.25, ge=0)
     restart_every: int = Field(
         0, ge=0, description="steps between replacements of unused codes by latents, in the first half; 0 never"
     )
+    perceptual_weight: float = Field(ge=0, description="of LPIPS (VGG16); 0 goes without, as where it has no weights")
+    lpips: PretrainedConfig = Field(PretrainedConfig(), description="weights of LPIPS's VGG16")
+    adversarial: AdversarialConfig
 
 
 class AlignmentStageConfig(Config):
     """Warming up (everything masked) or distribution alignment (SFVR): cross-entropy on the teacher's codes."""
 
     training: TrainingConfig
+    from_scratch: bool = Field(
+        False, description="begin at random weights: the ablation without warming up, whose stage is then left out"
+    )
     replacement: Literal["none", "self_forcing", "ground_truth"] = Field(
         description="what the positions that are not masked hold: none (all are masked: warming up), "
-        "the model's own first-step prediction (SFVR), or the teacher's codes (vanilla)"
+        "the model's own prediction (SFVR), or the teacher's codes (vanilla)"
+    )
+    guide_steps: PositiveInt = Field(
+        1, description="decoding steps of the prediction that self-forcing fills in; the paper's is the first step's"
     )
     replace_prob: float = Field(1.0, ge=0, le=1, description="share of teacher codes that self-forcing replaces")
+    mask_schedule: MaskSchedule = Field("arccos", description="how the share of masked positions is drawn")
+    mask_power: float = Field(1.0, gt=0, description="exponent of the mask schedule")
     unmasked_weight: float = Field(0.1, ge=0, description="weight of positions that are not masked in the loss")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     quantizer_weight: float = Field(1.0, ge=0)
@@ -138,5 +188,11 @@ class FineTuneStageConfig(Config):
     """Fine-tuning towards pixels: encoder and quantizer frozen, decoder and pixel decoder trained."""
 
     training: TrainingConfig
+    guide_steps: PositiveInt = Field(1, description="decoding steps of the prediction that is filled in")
+    mask_schedule: MaskSchedule = Field("arccos", description="how the share of masked positions is drawn")
+    mask_power: float = Field(1.0, gt=0, description="exponent of the mask schedule")
     reconstruction_weight: float = Field(1.0, gt=0, description="weight of the mean squared error")
+    perceptual_weight: float = Field(ge=0, description="of LPIPS (VGG16); 0 goes without, as where it has no weights")
+    lpips: PretrainedConfig = Field(PretrainedConfig(), description="weights of LPIPS's VGG16")
+    adversarial: AdversarialConfig
     assignment: Assignment = Field("sinkhorn", description="how training assigns codes")

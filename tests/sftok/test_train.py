@@ -9,7 +9,7 @@ from torch import Tensor
 from infra.store import Store
 from infra.training import Run, TrainResult
 from sftok.artifacts import load_tokenizer
-from sftok.config import AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
+from sftok.config import NO_ADVERSARY, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
 from sftok.proxy import Teacher
 from sftok.train import (
     CodebookRestart,
@@ -22,6 +22,8 @@ from sftok.train import (
 )
 from tests.sftok.tiny import SIZE, TEACHER, TOKENIZER, images, tokenizer, training
 
+PLAIN = {"perceptual_weight": 0, "adversarial": NO_ADVERSARY}
+
 
 def teacher() -> Teacher:
     torch.manual_seed(3)
@@ -29,7 +31,7 @@ def teacher() -> Teacher:
 
 
 def run_teacher(run: Run, steps: int, **changes: object) -> TrainResult:
-    config = TeacherStageConfig(model=TEACHER, training=training(steps, **changes), restart_every=2)
+    config = TeacherStageConfig(model=TEACHER, training=training(steps, **changes), restart_every=2, **PLAIN)
     return train_teacher(images(), config, run=run)
 
 
@@ -39,7 +41,7 @@ def run_align(run: Run, steps: int, **changes: object) -> TrainResult:
 
 
 def run_fine_tune(run: Run, steps: int, **changes: object) -> TrainResult:
-    config = FineTuneStageConfig(training=training(steps, **changes))
+    config = FineTuneStageConfig(training=training(steps, **changes), **PLAIN)
     return train_fine_tune(images(), config, teacher=teacher(), start=tokenizer(), run=run)
 
 
@@ -106,7 +108,7 @@ def test_codes_are_spread_out_rather_than_crowded_on_the_background() -> None:
 
 
 def test_a_restart_moves_only_codes_that_nothing_used() -> None:
-    model, config = teacher(), TeacherStageConfig(model=TEACHER, training=training(20), restart_every=4)
+    model, config = teacher(), TeacherStageConfig(model=TEACHER, training=training(20), restart_every=4, **PLAIN)
     restart, batch = CodebookRestart(model, config, seed=0), images().held_out(Run(Store("."), 0))
     used = torch.arange(32) % 2 == 0
     restart.count(used.nonzero().T)
