@@ -5,8 +5,8 @@ from typing import Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from infra.config import Config
-from infra.schedule import OptimizerConfig, TrainingConfig
 from infra.pretrained import PretrainedConfig
+from infra.schedule import OptimizerConfig, TrainingConfig
 
 Assignment = Literal["nearest", "sinkhorn"]
 MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]

@@ -52,7 +52,7 @@ def test_another_file_is_refused_by_name_and_hash(folder: Path, store: Store) ->
 
 @pytest.mark.parametrize("uri", ["", "missing", "s3://no"])
 def test_missing_weights_say_where_they_belong(uri: str, store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="LPIPS: no file of sha256|not a bucket name"):
+    with pytest.raises(ValueError, match=r"LPIPS: no file of sha256|not a bucket name"):
         read(store, str(tmp_path / uri) if uri == "missing" else uri)
 
 
