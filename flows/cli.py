@@ -1,13 +1,14 @@
 """The `sftok` command. What is heavy is imported by the command that needs it, so that help is instant."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows import cli_data, cli_encode, cli_weights
+from flows.cli_common import Failed, JsonOption, Refused, StoreOption, one_line_refusals
 from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
 
 if TYPE_CHECKING:
@@ -22,23 +23,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-StoreOption = Annotated[
-    str | None, typer.Option(help="Folder or s3://bucket/prefix of the artifacts. [default: $SFTOK_STORE, or ./store]")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-
-
-class Refused(typer.TyperException):
-    """The user asked for something that cannot be done."""
-
-    exit_code = 2
-
-
-class Failed(typer.TyperException):
-    """It was tried, and did not work."""
-
-    exit_code = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,25 +54,40 @@ def run(
     *,
     data: Annotated[
         str | None,
-        typer.Option(help="Images: DIR/CLASS/*, or DIR/train/CLASS/* and DIR/val/CLASS/*. [default: recipe's]"),
+        typer.Option(
+            help="Images, local or on S3: a folder of class folders, tar shards, Parquet, or an index of paths; "
+            "folder:, webdataset:, parquet: or index: before it says which. [default: recipe's]"
+        ),
     ] = None,
     store: StoreOption = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; repeatable.")
     ] = None,
+    max_reject_rate: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of images that may be rejected, from 1,000 on. [default: the recipe's]"),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
+    ] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
     as_json: JsonOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
 ) -> None:
     """Run the whole pipeline, from images to report; what is done already is found, not repeated."""
-    with stdout_for_results(), logging_on_stderr(verbose), _one_line_refusals():
+    with stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from flows.preflight import check_request
 
-        request = check_request(recipe, data=data, store=store, overrides=set_ or (), workers=workers, seed=seed)
+        overrides = list(set_ or ())
+        if max_reject_rate is not None:
+            overrides.append(f"data.max_reject_rate={max_reject_rate}")
+        request = check_request(
+            recipe, data=data, store=store, overrides=overrides, workers=workers, ranks=ranks, seed=seed
+        )
         record, error = _run(request, verbose=verbose)
     if as_json:
         typer.echo(json.dumps(_as_json(record, error), allow_nan=False))
@@ -120,6 +119,7 @@ def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]"
                     store=request.store.uri,
                     source=request.source,
                     workers=request.workers,
+                    ranks=request.ranks,
                 )
         except ServerError as error:
             raise Failed(str(error)) from error
@@ -151,7 +151,7 @@ def recipes(
         rows = [(recipe.name, recipe.source or "--data DIR", recipe.description) for recipe in all_recipes]
         _table(("recipe", "images", "description"), rows)
         return
-    with _one_line_refusals():
+    with one_line_refusals():
         recipe = load_recipe(name)
     typer.echo(to_toml(recipe) if toml else recipe.model_dump_json(indent=2))
 
@@ -170,7 +170,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an artifact's manifest, and what it was made of."""
-    with _one_line_refusals():
+    with one_line_refusals():
         from flows.lineage import describe
 
         shown = describe(ref, store=store)
@@ -204,13 +204,9 @@ def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _one_line_refusals() -> Iterator[None]:
-    """A ValueError before anything has begun is the user's to mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from error
+cli_weights.register(app)
+cli_data.register(app)
+cli_encode.register(app)
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

@@ -133,7 +133,8 @@ def _prefect(settings: Settings) -> str:
 
 def _ray(settings: Settings) -> str:
     check_ray(settings.ray_address)
-    from infra.workers import WorkerOptions, map_shards, session
+    from infra.cluster import session
+    from infra.workers import WorkerOptions, map_shards
 
     with session(settings.ray_address, 1):
         answers = map_shards(_doubler, [1, 2, 3], options=WorkerOptions(workers=1))

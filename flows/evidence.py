@@ -41,10 +41,11 @@ def _inputs(work: Work) -> EvaluationInputs:
     recipe = work.recipe
     image_set, size = ImageSet.open(work.folder("images")), recipe.data.image_size
     train, val = image_set.load("train", size), image_set.load("val", size)
+    store = work.job.store
     codes = Codes(
-        read_codes(work.folder("codes"), work.files("codes", "train-"))[1],
-        _in_order(read_codes(work.folder("codes"), work.files("codes", "val-"))[1], val),
-        read_codes(work.folder("samples"), work.files("samples", "sample-"))[1],
+        read_codes(store, work.keys("codes", "train-"))[1],
+        _in_order(read_codes(store, work.keys("codes", "val-"))[1], val),
+        read_codes(store, work.keys("samples", "sample-"))[1],
     )
     teacher, model = load_teacher(work.folder("teacher")), load_tokenizer(work.folder("tokenizer"))
     decoder = ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed)

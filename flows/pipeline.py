@@ -14,9 +14,10 @@ from flows.runs import RunRecord, stage_rows, start_journal
 from flows.stages import Job
 from flows.tasks import Run
 from infra.artifacts import ArtifactRef, manifest_of
+from infra.cluster import session
 from infra.settings import Settings
 from infra.store import Store
-from infra.workers import WorkerOptions, session
+from infra.workers import WorkerOptions
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +30,17 @@ def full_pipeline(
     store: Annotated[str, Field(description="folder or s3://bucket/prefix that artifacts are kept in")],
     source: Annotated[str, Field(description="images: a folder, or the name of a built-in source")],
     workers: Annotated[int, Field(ge=0, description="Ray workers; 0 does everything in one process")] = 2,
+    ranks: Annotated[int, Field(ge=1, description="training processes, which share a step's micro-batches")] = 1,
 ) -> RunRecord:
     """Run every stage that is not done yet; the stages' artifacts and the record of the run are in `store`."""
     place = Store(store)
     options = WorkerOptions(workers=workers)
     journal = start_journal(recipe, store=place, source=source, run=run, workers=workers)
-    this = Run(Job(recipe, place, source, options, run), journal)
-    with journal.kept(), session(Settings().ray_address, max(workers, 1)):
+    this = Run(Job(recipe, place, source, options, run, ranks), journal)
+    with journal.kept(), session(Settings().ray_address, max(workers, ranks)):
         images = tasks.prepare(this)
         teacher = tasks.teacher(this, images=images)
-        warm = tasks.warm_up(this, images=images, teacher=teacher)
+        warm = None if recipe.align.from_scratch else tasks.warm_up(this, images=images, teacher=teacher)
         aligned = tasks.align(this, images=images, teacher=teacher, tokenizer=warm)
         tokenizer = tasks.fine_tune(this, images=images, teacher=teacher, tokenizer=aligned)
         codes = tasks.encode(this, images=images, tokenizer=tokenizer)

@@ -11,6 +11,7 @@ from flows.recipes import Recipe
 from flows.server import health
 from infra.settings import Settings
 from infra.store import Store
+from sftok.config import AdversarialConfig
 
 CONNECT_SECONDS = 5.0
 
@@ -22,6 +23,7 @@ class Request(NamedTuple):
     store: Store
     source: str
     workers: int
+    ranks: int
     settings: Settings
 
 
@@ -32,6 +34,7 @@ def check_request(
     store: str | None,
     overrides: Sequence[str],
     workers: int | None,
+    ranks: int,
     seed: int | None,
 ) -> Request:
     """Turn what the user asked for into a request, the store last: checking it writes to it."""
@@ -39,17 +42,71 @@ def check_request(
 
     settings = Settings()
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
+    check_weights(chosen)
+    check_ranks(chosen, ranks)
     source = data or chosen.source
     if not source:
         raise ValueError(f"recipe {chosen.name} has no images of its own: give a folder of them with --data")
-    list_source(source)
+    list_source(source, chosen.data)
     check_home(settings.home)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
         raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
     check_ray(settings.ray_address)
     place = Store(store or settings.store)
     place.check()
-    return Request(chosen, place, source, min(2, os.cpu_count() or 1) if workers is None else workers, settings)
+    width = min(2, os.cpu_count() or 1) if workers is None else workers
+    return Request(chosen, place, source, width, ranks, settings)
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Refuse losses that are asked for without the weights they need: nothing is left out silently."""
+    is_imported = recipe.teacher.origin == "imported"
+    if is_imported and not recipe.teacher.pretrained.is_given:
+        raise ValueError(
+            "teacher.origin = imported needs the weights of a MaskGIT-VQGAN: set teacher.pretrained.sha256 and "
+            "teacher.pretrained.uri, or teacher.origin=trained to train one on the data"
+        )
+    stages = (
+        {"fine_tune": recipe.fine_tune} if is_imported else {"teacher": recipe.teacher, "fine_tune": recipe.fine_tune}
+    )
+    for name, stage in stages.items():
+        adversarial = stage.adversarial
+        if stage.perceptual_weight and not stage.lpips.is_given:
+            raise ValueError(
+                f"{name}.perceptual_weight = {stage.perceptual_weight:g} needs the weights of LPIPS: set "
+                f"{name}.lpips.sha256 and {name}.lpips.uri, or {name}.perceptual_weight=0 to go without"
+            )
+        if adversarial.weight and adversarial.kind == "dino" and not adversarial.dino.is_given:
+            raise ValueError(
+                f"{name}.adversarial.weight = {adversarial.weight:g} needs the weights of DINO: set {name}.adversarial"
+                f".dino.sha256 and .uri, or {name}.adversarial.kind=patch, or {name}.adversarial.weight=0"
+            )
+        if adversarial.weight:
+            _check_image_size(name, adversarial, recipe.data.image_size)
+
+
+def _check_image_size(stage: str, adversarial: AdversarialConfig, image_size: int) -> None:
+    from sftok.adversarial import check_image_size
+
+    try:
+        check_image_size(adversarial, image_size)
+    except ValueError as error:
+        raise ValueError(f"{stage}.adversarial: {error}") from error
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Refuse a number of ranks that cannot share the micro-batches of every stage."""
+    stages = (recipe.warm_up.training, recipe.align.training, recipe.fine_tune.training, recipe.train_generator)
+    names = ("warm_up.training", "align.training", "fine_tune.training", "train_generator")
+    training = dict(zip(names, stages, strict=True))
+    if recipe.teacher.origin == "trained":
+        training["teacher.training"] = recipe.teacher.training
+    for name, config in training.items():
+        if config.micro_batches % ranks:
+            raise ValueError(
+                f"{name}: {config.micro_batches} micro-batches a step do not divide by --ranks {ranks}; set "
+                f"{name}.micro_batch so that batch_size = {config.batch_size} holds a multiple of {ranks} of them"
+            )
 
 
 def check_home(home: Path) -> None:

@@ -4,15 +4,18 @@ The only place that knows the libraries' argument lists. Heavy imports happen in
 starts fast.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
 from flows.recipes import Recipe
-from infra.artifacts import ArtifactRef, FileEntry, Plan, folder_of, manifest_of
+from infra.artifacts import ArtifactRef, FileEntry, Plan, folder_of, key_of, manifest_of
 from infra.config import Config
+from infra.pretrained import read_pretrained
 from infra.progress import Progress
+from infra.ranks import ALONE, Ranks, run_ranks
 from infra.store import Store
 from infra.workers import WorkerOptions
 from sftok.config import AlignmentStageConfig, TokenizerConfig
@@ -20,11 +23,22 @@ from sftok.config import AlignmentStageConfig, TokenizerConfig
 if TYPE_CHECKING:
     from infra.training import Run
     from sftok.model import SFTok
-    from sftok.train import TrainingImages
+    from sftok.train import TrainingImages, Weights
 
 Refs = Mapping[str, ArtifactRef]
 
-HOW = ("checkpoint_every", "log_every")  # how a training runs, not what it computes: kept out of the digest
+# How a training runs and where weights come from, not what is computed: kept out of the digest.
+HOW = frozenset(
+    {
+        "max_reject_rate",
+        "class_names_file",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "activation_checkpointing",
+        "uri",
+    }
+)
 
 
 class Job(NamedTuple):
@@ -35,6 +49,7 @@ class Job(NamedTuple):
     source: str
     workers: WorkerOptions
     run: str = ""
+    ranks: int = 1
 
 
 class Result(NamedTuple):
@@ -53,6 +68,7 @@ class Work(NamedTuple):
     plan: Plan
     out: Store
     progress: Progress
+    ranks: Ranks = ALONE
 
     @property
     def recipe(self) -> Recipe:
@@ -64,10 +80,10 @@ class Work(NamedTuple):
         ref = self.plan.inputs[name]
         return folder_of(self.job.store, ref.kind, ref.digest)
 
-    def files(self, name: str, start: str = "") -> list[str]:
-        """Names of the input's files that begin with `start`, as its manifest lists them."""
+    def keys(self, name: str, start: str = "") -> list[str]:
+        """Keys of the input's files whose names begin with `start`: where in the store each of them lies."""
         manifest = manifest_of(self.job.store, self.plan.inputs[name])
-        return [file.path for file in manifest.files if file.path.startswith(start)]
+        return [key_of(manifest, file) for file in manifest.files if file.path.startswith(start)]
 
     def ref(self, name: str) -> ArtifactRef:
         """The input called `name`."""
@@ -82,6 +98,7 @@ class Stage(NamedTuple):
     version: int  # raised by hand when the same config gives another artifact
     what: Callable[[Job], dict[str, JsonValue]]
     call: Callable[[Work], Result]
+    is_trained: bool = False  # by as many ranks as the job has
 
 
 def plan(stage: Stage, job: Job, inputs: Refs) -> Plan:
@@ -91,17 +108,27 @@ def plan(stage: Stage, job: Job, inputs: Refs) -> Plan:
 
 def run(stage: Stage, work: Work) -> Result:
     """Make the artifact's files in `work.out`; nothing is published yet."""
-    return stage.call(work)
+    if not stage.is_trained or work.job.ranks == 1:
+        return stage.call(work)
+    this = functools.partial(_in_rank, stage.name, work.job, work.plan, work.out)
+    return run_ranks(this, work.job.ranks, progress=work.progress)
+
+
+def _in_rank(name: str, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
+    return STAGES[name].call(Work(job, plan, out, progress, ranks))
 
 
 def _what(config: Config) -> dict[str, JsonValue]:
     """A stage's config without the settings that say only how it runs."""
-    plain = config.as_json()
-    training = plain.get("training", plain)
-    if isinstance(training, dict):
-        for key in HOW:
-            training.pop(key, None)
-    return plain
+    what = _without_how(config.as_json())
+    assert isinstance(what, dict)
+    return what
+
+
+def _without_how(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict):
+        return {key: _without_how(inner) for key, inner in value.items() if key not in HOW}
+    return value
 
 
 def _seeded(job: Job) -> dict[str, JsonValue]:
@@ -112,7 +139,7 @@ def _training_run(work: Work) -> "Run":
     from infra.training import Run, default_device
 
     recipe = work.recipe
-    return Run(work.out, recipe.seed, recipe.threads, default_device(), work.progress)
+    return Run(work.out, recipe.seed, recipe.threads, default_device(), work.progress, work.ranks)
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -121,14 +148,20 @@ def _training_run(work: Work) -> "Run":
 def _prepare_what(job: Job) -> dict[str, JsonValue]:
     from sftok.sources import list_source
 
-    return {"data": job.recipe.data.as_json(), "listing": list_source(job.source).digest}
+    return {"data": _what(job.recipe.data), "listing": list_source(job.source, job.recipe.data).digest}
 
 
 def _prepare(work: Work) -> Result:
     from sftok.prepare import prepare
     from sftok.sources import list_source
 
-    made = prepare(list_source(work.job.source), work.recipe.data, out=work.out, progress=work.progress)
+    made = prepare(
+        list_source(work.job.source, work.recipe.data),
+        work.recipe.data,
+        out=work.out,
+        options=work.job.workers,
+        progress=work.progress,
+    )
     return Result(made.files, made.counts, {}, made.content_digest)
 
 
@@ -148,21 +181,39 @@ def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
 
 
 def _training_images(work: Work) -> "TrainingImages":
-    from sftok.data import ImageSet
     from sftok.train import TrainingImages
 
-    images, size, augment = ImageSet.open(work.folder("images")), work.recipe.data.image_size, work.recipe.augment
-    return TrainingImages(images.load("train", size, crop=augment.crop), images.load("val", size), augment)
+    rows = {
+        f.path: f.rows or 0
+        for f in manifest_of(work.job.store, work.ref("images")).files
+        if f.path != "rejects.parquet"
+    }
+    return TrainingImages.open(work.folder("images"), rows, work.recipe.data.image_size, work.recipe.augment)
+
+
+def _weights(work: Work) -> "Weights":
+    return lambda config, what: read_pretrained(config, work.job.store, what)
 
 
 def _teacher_what(job: Job) -> dict[str, JsonValue]:
-    return _training_what(job, job.recipe.teacher)
+    config = job.recipe.teacher
+    if config.origin == "imported":
+        model: dict[str, JsonValue] = {"teacher": config.model.as_json()}
+        return {"imported": config.pretrained.sha256, "layout": "teacher", "model": model}  # as `sftok import-weights`
+    return _training_what(job, config)
 
 
 def _teacher(work: Work) -> Result:
-    from sftok.train import train_teacher
+    from sftok.train_teacher import train_teacher
 
-    return Result(*train_teacher(_training_images(work), work.recipe.teacher, run=_training_run(work)))
+    config = work.recipe.teacher
+    if config.origin == "imported":
+        from sftok.imported import import_teacher
+
+        data = read_pretrained(config.pretrained, work.job.store, "teacher.pretrained")
+        return Result(*import_teacher(data, config.model, work.out))
+    made = train_teacher(_training_images(work), config, run=_training_run(work), weights=_weights(work))
+    return Result(*made)
 
 
 def _warm_up_what(job: Job) -> dict[str, JsonValue]:
@@ -171,7 +222,8 @@ def _warm_up_what(job: Job) -> dict[str, JsonValue]:
 
 
 def _align_what(job: Job) -> dict[str, JsonValue]:
-    return {"stage": "align", **_training_what(job, job.recipe.align)}
+    start = {"tokenizer": job.recipe.tokenizer.as_json()} if job.recipe.align.from_scratch else {}
+    return {"stage": "align", **start, **_training_what(job, job.recipe.align)}
 
 
 def _fine_tune_what(job: Job) -> dict[str, JsonValue]:
@@ -185,12 +237,14 @@ def _warm_up(work: Work) -> Result:
 def _align(work: Work) -> Result:
     from sftok.artifacts import load_tokenizer
 
+    if work.recipe.align.from_scratch:
+        return _alignment(work, work.recipe.align, work.recipe.tokenizer)
     return _alignment(work, work.recipe.align, load_tokenizer(work.folder("tokenizer")))
 
 
 def _alignment(work: Work, config: AlignmentStageConfig, start: "SFTok | TokenizerConfig") -> Result:
     from sftok.artifacts import load_teacher
-    from sftok.train import train_alignment
+    from sftok.train_alignment import train_alignment
 
     made = train_alignment(
         _training_images(work),
@@ -205,7 +259,7 @@ def _alignment(work: Work, config: AlignmentStageConfig, start: "SFTok | Tokeniz
 
 def _fine_tune(work: Work) -> Result:
     from sftok.artifacts import load_teacher, load_tokenizer
-    from sftok.train import train_fine_tune
+    from sftok.train_fine_tune import train_fine_tune
 
     made = train_fine_tune(
         _training_images(work),
@@ -213,6 +267,7 @@ def _fine_tune(work: Work) -> Result:
         teacher=load_teacher(work.folder("teacher")),
         start=load_tokenizer(work.folder("tokenizer")),
         run=_training_run(work),
+        weights=_weights(work),
     )
     return Result(*made)
 
@@ -234,19 +289,22 @@ def _encode_what(job: Job) -> dict[str, JsonValue]:
 
 def _encode(work: Work) -> Result:
     from infra.codes import CodesInfo
+    from infra.reuse import Reuse
     from sftok.data import ImageSet
     from sftok.encode import EncodeJob, encode
 
     config, tokenizer = work.recipe.encode, work.recipe.tokenizer
+    images = manifest_of(work.job.store, work.ref("images"))
     info = CodesInfo(
         tokenizer=work.ref("tokenizer").digest,
         codebook_size=tokenizer.codebook_size,
         num_tokens=tokenizer.num_latent_tokens,
         image_size=work.recipe.data.image_size,
         assignment=config.assignment,
-        precision="fp32",
-        class_names=ImageSet.open(work.folder("images")).class_names,
+        precision=config.precision,
+        class_names=ImageSet.of(work.folder("images"), [file.path for file in images.files]).class_names,
     )
+    without_images = work.plan.model_copy(update={"inputs": {"tokenizer": work.ref("tokenizer")}})
     job = EncodeJob(
         images=work.folder("images"),
         tokenizer=work.folder("tokenizer"),
@@ -255,9 +313,10 @@ def _encode(work: Work) -> Result:
         variants={"train": config.variants, "val": config.val_variants},
         augment=work.recipe.augment,
         micro_batch=config.micro_batch,
+        reuse=Reuse(work.job.store, work.plan.prefix, without_images.digest),
     )
-    files = encode(job, options=work.job.workers, progress=work.progress)
-    return Result(files, {"shards": len(files), "rows": sum(file.rows or 0 for file in files)}, {})
+    made = encode(job, images, options=work.job.workers, progress=work.progress)
+    return Result(made.files, made.counts, {})
 
 
 def _train_generator_what(job: Job) -> dict[str, JsonValue]:
@@ -269,9 +328,9 @@ def _train_generator(work: Work) -> Result:
     from generator.train import train_generator
     from infra.codes import read_codes
 
-    folder, recipe = work.folder("codes"), work.recipe
-    info, train = read_codes(folder, work.files("codes", "train-"))
-    _, val = read_codes(folder, work.files("codes", "val-"))
+    store, recipe = work.job.store, work.recipe
+    info, train = read_codes(store, work.keys("codes", "train-"))
+    _, val = read_codes(store, work.keys("codes", "val-"))
     made = train_generator(
         CodeData.of(train),
         CodeData.of(val),
@@ -333,12 +392,16 @@ def _report(work: Work) -> Result:
 
 
 PREPARE = Stage("prepare", "images", 1, _prepare_what, _prepare)
-TEACHER = Stage("teacher", "teacher", 1, _teacher_what, _teacher)
-WARM_UP = Stage("warm_up", "tokenizer", 1, _warm_up_what, _warm_up)
-ALIGN = Stage("align", "tokenizer", 1, _align_what, _align)
-FINE_TUNE = Stage("fine_tune", "tokenizer", 1, _fine_tune_what, _fine_tune)
-ENCODE = Stage("encode", "codes", 1, _encode_what, _encode)
-TRAIN_GENERATOR = Stage("train_generator", "generator", 1, _train_generator_what, _train_generator)
-SAMPLE = Stage("sample", "samples", 1, _sample_what, _sample)
+TEACHER = Stage("teacher", "teacher", 1, _teacher_what, _teacher, is_trained=True)
+WARM_UP = Stage("warm_up", "tokenizer", 1, _warm_up_what, _warm_up, is_trained=True)
+ALIGN = Stage("align", "tokenizer", 1, _align_what, _align, is_trained=True)
+FINE_TUNE = Stage("fine_tune", "tokenizer", 1, _fine_tune_what, _fine_tune, is_trained=True)
+ENCODE = Stage("encode", "codes", 2, _encode_what, _encode)
+TRAIN_GENERATOR = Stage("train_generator", "generator", 1, _train_generator_what, _train_generator, is_trained=True)
+SAMPLE = Stage("sample", "samples", 2, _sample_what, _sample)
 EVALUATE = Stage("evaluate", "evaluation", 1, _evaluate_what, _evaluate)
 REPORT = Stage("report", "report", 1, _report_what, _report)
+STAGES = {
+    stage.name: stage
+    for stage in (PREPARE, TEACHER, WARM_UP, ALIGN, FINE_TUNE, ENCODE, TRAIN_GENERATOR, SAMPLE, EVALUATE, REPORT)
+}

@@ -138,8 +138,9 @@ def prepare(run: Run) -> State[ArtifactRef]:
 
 @stage_task
 def teacher(run: Run, *, images: ArtifactRef) -> State[ArtifactRef]:
-    """The teacher whose codes the decoder predicts."""
-    return _find_or_make(stages.TEACHER, run, images=images)
+    """The teacher whose codes the decoder predicts; an imported one is the same whatever the images."""
+    needed = {} if run.job.recipe.teacher.origin == "imported" else {"images": images}
+    return _find_or_make(stages.TEACHER, run, **needed)
 
 
 @stage_task
@@ -149,9 +150,10 @@ def warm_up(run: Run, *, images: ArtifactRef, teacher: ArtifactRef) -> State[Art
 
 
 @stage_task
-def align(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
-    """The tokenizer after distribution alignment."""
-    return _find_or_make(stages.ALIGN, run, images=images, teacher=teacher, tokenizer=tokenizer)
+def align(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef | None) -> State[ArtifactRef]:
+    """The tokenizer after distribution alignment; without a tokenizer to start from, from random weights."""
+    start = {"tokenizer": tokenizer} if tokenizer is not None else {}
+    return _find_or_make(stages.ALIGN, run, images=images, teacher=teacher, **start)
 
 
 @stage_task

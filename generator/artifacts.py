@@ -1,7 +1,9 @@
 """Generators in the store: safetensors weights beside a config.json, and back into a module."""
 
-from generator.config import GeneratorConfig
-from generator.model import CodeSpace, Generator
+from generator.config import AnyGeneratorConfig, GeneratorConfig, MaskedConfig
+from generator.masked import MaskedGenerator
+from generator.model import Generator
+from generator.space import CodeSpace
 from infra.artifacts import FileEntry
 from infra.codes import CodesInfo
 from infra.config import Config
@@ -12,17 +14,22 @@ from infra.weights import load_config, load_weights, save_weights
 class GeneratorFile(Config):
     """config.json of a generator."""
 
-    generator: GeneratorConfig
+    generator: AnyGeneratorConfig
     codes: CodesInfo
     """what it was trained on, and therefore what its samples are."""
 
 
-def save_generator(model: Generator, info: CodesInfo, folder: Store) -> list[FileEntry]:
+def build_generator(config: GeneratorConfig | MaskedConfig, space: CodeSpace) -> Generator | MaskedGenerator:
+    """The network that a config describes, its weights not filled yet."""
+    return MaskedGenerator(config, space) if isinstance(config, MaskedConfig) else Generator(config, space)
+
+
+def save_generator(model: Generator | MaskedGenerator, info: CodesInfo, folder: Store) -> list[FileEntry]:
     """Write a generator's weights and config."""
     return save_weights(model, GeneratorFile(generator=model.config, codes=info), folder)
 
 
-def load_generator(folder: Store) -> tuple[Generator, CodesInfo]:
+def load_generator(folder: Store) -> tuple[Generator | MaskedGenerator, CodesInfo]:
     """A frozen generator in evaluation mode, and what its codes mean.
 
     Raises:
@@ -30,6 +37,6 @@ def load_generator(folder: Store) -> tuple[Generator, CodesInfo]:
     """
     config = load_config(folder, GeneratorFile)
     space = CodeSpace(config.codes.codebook_size, config.codes.num_tokens, len(config.codes.class_names or ()))
-    model = Generator(config.generator, space)
+    model = build_generator(config.generator, space)
     load_weights(model, folder)
     return model, config.codes

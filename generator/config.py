@@ -1,22 +1,59 @@
 """What a generator is, how it is trained and how it is sampled, as data."""
 
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from infra.config import Config
 from infra.schedule import TrainingConfig
+
+GeneratorKind = Literal["autoregressive", "masked"]
+SamplePrecision = Literal["fp32", "bf16"]
+GuidanceSchedule = Literal["constant", "linear", "power_cosine"]
+
+
+class NaturalOrder(Config):
+    """Codes one after the other as the dataset has them."""
+
+    kind: Literal["natural"] = "natural"
+
+
+class FixedOrder(Config):
+    """Codes in one random order, the same in training and sampling."""
+
+    kind: Literal["fixed"] = "fixed"
+    seed: int = Field(0, description="draws the order")
+
+
+class AnnealedOrder(Config):
+    """Every sequence in an order of its own, more and more often the natural one (RAR, METHOD 1.5)."""
+
+    kind: Literal["annealed"] = "annealed"
+    start_step: int = Field(ge=0, description="training step up to which every order is random")
+    end_step: PositiveInt = Field(description="training step from which every order is natural; linear in between")
+
+    @model_validator(mode="after")
+    def _ends_after_start(self) -> Self:
+        if self.end_step < self.start_step:
+            raise ValueError(f"end_step = {self.end_step} is before start_step = {self.start_step}: let it be later")
+        return self
+
+
+Order = Annotated[NaturalOrder | FixedOrder | AnnealedOrder, Field(discriminator="kind")]
 
 
 class GeneratorConfig(Config):
     """Decoder-only class-conditional transformer; vocabulary, length and classes come from the code dataset."""
 
+    kind: Literal["autoregressive"] = "autoregressive"
     width: PositiveInt = Field(768, description="model width")
     layers: PositiveInt = Field(12, description="transformer blocks")
     heads: PositiveInt = Field(12, description="attention heads")
     ffn_width: PositiveInt = Field(2048, description="hidden width of the SwiGLU feed-forward layer")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of embeddings, residuals and feed-forward in training")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of embeddings and residuals in training")
     qk_norm: bool = Field(False, description="normalise queries and keys a head")
+    tied: bool = Field(False, description="logits from the embeddings of the codes, not from weights of their own")
+    order: Order = Field(NaturalOrder(), description="in which order codes follow each other")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -25,6 +62,50 @@ class GeneratorConfig(Config):
                 f"width = {self.width} does not divide by 2 * heads = {2 * self.heads}: rotary positions need pairs"
             )
         return self
+
+
+class MaskedConfig(Config):
+    """MaskGIT on the codes, the paper's generator: a bidirectional transformer of BERT's shape (METHOD 1.5)."""
+
+    kind: Literal["masked"] = "masked"
+    width: PositiveInt = Field(768, description="model width")
+    layers: PositiveInt = Field(24, description="transformer blocks")
+    heads: PositiveInt = Field(16, description="attention heads")
+    ffn_width: PositiveInt = Field(3072, description="hidden width of the feed-forward layer")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of embeddings, attention and residuals in training")
+    unmasked_weight: float = Field(0.1, ge=0, description="weight in the training loss of codes that are given")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} does not divide by heads = {self.heads}: choose a divisor")
+        return self
+
+
+def _kind_of(config: object) -> object:
+    """The kind of a config, or of its JSON, which may leave it out."""
+    if isinstance(config, dict):
+        return config.get("kind", "autoregressive")
+    return getattr(config, "kind", None)
+
+
+AnyGeneratorConfig = Annotated[
+    Annotated[GeneratorConfig, Tag("autoregressive")] | Annotated[MaskedConfig, Tag("masked")],
+    Discriminator(_kind_of),
+]
+
+# Of 64 codes in 8,192 with 1,001 classes: B 98.3, L 326.1, XL 753.7, masked 183.5 million parameters.
+GENERATORS: dict[str, GeneratorConfig] = {
+    "toy": GeneratorConfig(width=128, layers=4, heads=4, ffn_width=344),
+    "small": GeneratorConfig(width=256, layers=6, heads=4, ffn_width=688),
+    "B": GeneratorConfig(width=768, layers=12, heads=12, ffn_width=2048),
+    "L": GeneratorConfig(width=1024, layers=24, heads=16, ffn_width=2816),
+    "XL": GeneratorConfig(width=1280, layers=36, heads=20, ffn_width=3584),
+}
+MASKED_GENERATORS: dict[str, MaskedConfig] = {
+    "toy": MaskedConfig(width=128, layers=4, heads=4, ffn_width=512),
+    "published": MaskedConfig(),
+}
 
 
 class GeneratorTrainingConfig(TrainingConfig):
@@ -37,16 +118,58 @@ class GeneratorTrainingConfig(TrainingConfig):
 
 
 class SampleConfig(Config):
-    """How codes are drawn."""
+    """How codes are drawn. Guidance is uncond + scale * (cond - uncond): scale 1 is conditional only."""
 
     per_class: PositiveInt = Field(50, description="samples of every class")
-    cfg_scale: float = Field(1.0, ge=0, description="guidance; 1 is conditional only: uncond + scale * (cond - uncond)")
-    temperature: float = Field(1.0, ge=0, description="0 takes the most likely code")
-    top_k: int = Field(0, ge=0, description="keep the k most likely codes; 0 keeps all")
+    cfg_scale: float = Field(1.0, ge=0, description="guidance; 1 is conditional only, 0 unconditional only")
+    cfg_schedule: GuidanceSchedule = Field(
+        "constant", description="how the scale grows from 1 at the first code or step towards cfg_scale"
+    )
+    cfg_power: float = Field(1.0, gt=0, description="of the power-cosine schedule: the greater, the later it grows")
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        description="autoregressive: of the softmax, 0 takes the most likely code; "
+        "masked: of the noise at the first step, falling to 0",
+    )
+    top_k: int = Field(0, ge=0, description="keep the k most likely codes; 0 keeps all; autoregressive only")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="keep the most likely codes that hold this probability; 1 keeps all"
+        1.0, gt=0, le=1, description="keep the most likely codes that hold this probability; autoregressive only"
+    )
+    num_steps: PositiveInt = Field(8, description="passes of a masked generator; no other has steps")
+    annealing: tuple[float, float] | None = Field(
+        None, description="(a, b): divide the logits of step s of S by a + b * (1 - s / S); masked only"
     )
     micro_batch: PositiveInt = Field(
         64, description="samples drawn at once; fixed, since products of other shapes round otherwise"
     )
     samples_per_shard: PositiveInt = Field(256, description="rows a sample shard")
+    precision: SamplePrecision = Field("fp32", description="of weights and matrix products")
+    compile: bool = Field(
+        False,
+        description="compile the step with torch.compile, a minute before the first sample: for CUDA, where it is "
+        "captured as a graph too; on CPUs what is done without is faster",
+    )
+
+    @model_validator(mode="after")
+    def _annealing_is_positive(self) -> Self:
+        if self.annealing is not None and (self.annealing[0] <= 0 or self.annealing[1] < 0):
+            raise ValueError(f"annealing = {self.annealing} divides by 0 or less: give a > 0 and b >= 0")
+        return self
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether rows without a class are computed beside those with one."""
+        return self.cfg_scale != 1
+
+    def fit(self, kind: GeneratorKind) -> None:
+        """Refuse settings that a generator of this kind would ignore.
+
+        Raises:
+            ValueError: a setting of the other kind is not at its default.
+        """
+        others = ("num_steps", "annealing") if kind == "autoregressive" else ("top_k", "top_p")
+        for name in others:
+            default = SampleConfig.model_fields[name].default
+            if (value := getattr(self, name)) != default:
+                raise ValueError(f"{name} = {value} means nothing to a generator that is {kind}: leave it {default}")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from generator.artifacts import load_generator
 from generator.config import SampleConfig
-from generator.model import CodeSpace
-from generator.sample import sample
+from generator.fast_sample import prepare_sampler
+from generator.space import CodeSpace
 from infra.artifacts import FileEntry, shard_entry, write_shard
 from infra.codes import NO_CLASS, CodeRows, to_parquet
 from infra.progress import Progress, silent
@@ -74,8 +74,9 @@ class ShardSampler:
 
     def __init__(self, job: SampleJob) -> None:
         self.job = job
-        self.model, info = load_generator(job.generator)
-        self.model.to(default_device())
+        model, info = load_generator(job.generator)
+        self.space = model.space
+        self.sampler = prepare_sampler(model.to(default_device()), job.config)
         settings = {"generator": job.identity, "seed": job.seed, **job.config.as_json()}
         self.info = info.model_copy(update={"sampling": settings})
 
@@ -86,7 +87,7 @@ class ShardSampler:
             return done
         parts = range(0, len(shard.wanted), self.job.config.micro_batch)
         codes = [self._draw(shard.wanted[at : at + self.job.config.micro_batch]) for at in parts]
-        classes = [w.class_id if w.class_id < self.model.space.num_classes else NO_CLASS for w in shard.wanted]
+        classes = [w.class_id if w.class_id < self.space.num_classes else NO_CLASS for w in shard.wanted]
         rows = CodeRows(
             image_id=[w.sample_id for w in shard.wanted],
             class_id=np.array(classes, np.int32),
@@ -98,16 +99,15 @@ class ShardSampler:
     def _draw(self, wanted: Sequence[Wanted]) -> Tensor:
         """One micro-batch, filled up with its last sample: products of other shapes would round otherwise."""
         filled = [*wanted, *[wanted[-1]] * (self.job.config.micro_batch - len(wanted))]
-        uniform_BN = torch.stack([self._uniform(w) for w in filled])
+        uniform = torch.stack([self._uniform(w) for w in filled])
         class_B = torch.tensor([w.class_id for w in filled])
-        device = self.model.head.weight.device
-        return sample(self.model, class_B.to(device), uniform_BN.to(device), self.job.config)[: len(wanted)].cpu()
+        return self.sampler(class_B, uniform)[: len(wanted)].cpu()
 
     def _uniform(self, wanted: Wanted) -> Tensor:
-        """The numbers that decide a sample, from its class, its number and the seed alone; (N,) float64."""
+        """The numbers that decide a sample, from its class, its number and the seed alone; float64."""
         seed = seed_of(self.job.seed, "sample", wanted.class_id, wanted.number)
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(self.model.space.num_tokens, generator=generator, dtype=torch.float64)
+        return torch.rand(self.sampler.numbers, generator=generator, dtype=torch.float64)
 
 
 def generate(job: SampleJob, *, options: WorkerOptions, progress: Progress = silent) -> list[FileEntry]:

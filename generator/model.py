@@ -1,7 +1,9 @@
 """The autoregressive generator: a decoder-only transformer from a class to the codes of an image.
 
 RMSNorm, SwiGLU, rotary positions in one dimension (latent tokens lie on no grid), a class token with a null class for
-guidance. The sequence is [class, code 1, ..., code N-1]; its outputs are the logits of codes 1 to N.
+guidance. The sequence is [class, code 1, ..., code N-1]; its outputs are the logits of codes 1 to N. Where orders are
+annealed, a code keeps the rotary angle of its own position, and every input is told by a learned vector which position
+it is to predict. Logits and codes are in the dataset's layout whatever the order.
 
 Shapes: B sequences, S positions, N codes a sequence, V codebook size, W width, H heads, D channels a head.
 """
@@ -11,24 +13,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from generator.config import GeneratorConfig
+from generator.config import FixedOrder, GeneratorConfig
+from generator.orders import fixed_order, inverse
+from generator.space import CodeSpace as CodeSpace
 
 ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6
-
-
-class CodeSpace(NamedTuple):
-    """What the codes of a dataset are like."""
-
-    codebook_size: int
-    num_tokens: int
-    num_classes: int
-
-    @property
-    def null_class(self) -> int:
-        """The class id that stands for no class."""
-        return self.num_classes
 
 
 class Cache(NamedTuple):
@@ -40,10 +32,22 @@ class Cache(NamedTuple):
     """(layers, B, H, N, D)."""
 
 
+class Place(NamedTuple):
+    """Where a cached step stands."""
+
+    position: Tensor
+    """scalar int64."""
+    cos: Tensor
+    sin: Tensor
+    """(1, D) each."""
+    unseen: Tensor
+    """(N,), true where nothing has been written yet."""
+
+
 def rotate(x_BHSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Turn the two halves of D by the positions' angles."""
+    """Turn the two halves of D by the positions' angles, in float32; the result has the type of the input."""
     first, second = x_BHSD.chunk(2, dim=-1)
-    return x_BHSD * cos_SD + torch.cat([-second, first], dim=-1) * sin_SD
+    return (x_BHSD * cos_SD + torch.cat([-second, first], dim=-1) * sin_SD).to(x_BHSD.dtype)
 
 
 class Attention(nn.Module):
@@ -61,7 +65,8 @@ class Attention(nn.Module):
     def project(self, x_BSW: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, H, S, D) each, positions applied."""
         q, k, v = self.qkv(x_BSW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(self.q_norm(q), cos_SD, sin_SD), rotate(self.k_norm(k), cos_SD, sin_SD), v
+        q, k = rotate(self.q_norm(q), cos_SD, sin_SD), rotate(self.k_norm(k), cos_SD, sin_SD)
+        return q.to(v.dtype), k.to(v.dtype), v
 
     def forward(self, x_BSW: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
         """All positions at once, (B, S, W) to (B, S, W)."""
@@ -69,13 +74,16 @@ class Attention(nn.Module):
         y_BHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHSD.transpose(1, 2).flatten(2))
 
-    def step(self, x_B1W: Tensor, cos_1D: Tensor, sin_1D: Tensor, past: tuple[Tensor, Tensor], position: int) -> Tensor:
-        """One position; `past` are this layer's keys and values (B, H, N, D), written at `position`."""
-        q, k, v = self.project(x_B1W, cos_1D, sin_1D)
-        keys, values = past
-        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
-        y_BH1D = F.scaled_dot_product_attention(q, keys[:, :, : position + 1], values[:, :, : position + 1])
-        return self.out(y_BH1D.transpose(1, 2).flatten(2))
+    def step(self, x_B1W: Tensor, place: Place, keys_BHND: Tensor, values_BHND: Tensor) -> Tensor:
+        """One position; its keys and values are written into the cache."""
+        q, k, v = self.project(x_B1W, place.cos, place.sin)
+        where = place.position[None]
+        keys_BHND.index_copy_(2, where, k)
+        values_BHND.index_copy_(2, where, v)
+        # Written out: for one query, two products and a softmax fuse better than the fused kernel runs.
+        scores_BH1N = (q * q.shape[-1] ** -0.5) @ keys_BHND.transpose(-1, -2)
+        share_BH1N = scores_BH1N.float().masked_fill(place.unseen, -torch.inf).softmax(-1).to(v.dtype)
+        return self.out((share_BH1N @ values_BHND).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -106,9 +114,9 @@ class Block(nn.Module):
         x_BSW = x_BSW + self.dropout(self.attention(self.norm_1(x_BSW), cos_SD, sin_SD))
         return x_BSW + self.dropout(self.feed_forward(self.norm_2(x_BSW)))
 
-    def step(self, x_B1W: Tensor, cos_1D: Tensor, sin_1D: Tensor, past: tuple[Tensor, Tensor], position: int) -> Tensor:
+    def step(self, x_B1W: Tensor, place: Place, keys_BHND: Tensor, values_BHND: Tensor) -> Tensor:
         """One position with the layer's cache."""
-        x_B1W = x_B1W + self.attention.step(self.norm_1(x_B1W), cos_1D, sin_1D, past, position)
+        x_B1W = x_B1W + self.attention.step(self.norm_1(x_B1W), place, keys_BHND, values_BHND)
         return x_B1W + self.feed_forward(self.norm_2(x_B1W))
 
 
@@ -117,24 +125,32 @@ class Generator(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    order: Tensor
 
     def __init__(self, config: GeneratorConfig, space: CodeSpace) -> None:
         super().__init__()
-        self.config, self.space = config, space
+        self.config, self.space, self.recomputes = config, space, False
         self.class_embed = nn.Embedding(space.num_classes + 1, config.width)
         self.code_embed = nn.Embedding(space.codebook_size, config.width)
+        is_annealed = config.order.kind == "annealed"
+        self.target_positions = nn.Embedding(space.num_tokens, config.width) if is_annealed else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = nn.RMSNorm(config.width, NORM_EPSILON)
-        self.head = nn.Linear(config.width, space.codebook_size, bias=False)
-        self._place_rotary()
+        self.head = None if config.tied else nn.Linear(config.width, space.codebook_size, bias=False)
+        self.place_tables()
 
-    def _place_rotary(self) -> None:
-        dim = self.config.width // self.config.heads
-        frequency = ROTARY_BASE ** (-torch.arange(0, dim, 2) / dim)
-        angle_ND = (torch.arange(self.space.num_tokens)[:, None] * frequency).repeat(1, 2)
-        self.register_buffer("cos", angle_ND.cos(), persistent=False)
-        self.register_buffer("sin", angle_ND.sin(), persistent=False)
+    def place_tables(self) -> None:
+        """Make what is computed and not learned: float32, whatever type the weights have been turned into."""
+        device, dim = self.code_embed.weight.device, self.config.width // self.config.heads
+        frequency = ROTARY_BASE ** (-torch.arange(0, dim, 2, device=device) / dim)
+        # A code at position p has angle p + 1, the class 0: one more than a natural sequence needs.
+        angle_SD = (torch.arange(self.space.num_tokens + 1, device=device)[:, None] * frequency).repeat(1, 2)
+        self.register_buffer("cos", angle_SD.cos(), persistent=False)
+        self.register_buffer("sin", angle_SD.sin(), persistent=False)
+        order, count = self.config.order, self.space.num_tokens
+        order_N = fixed_order(order, count) if isinstance(order, FixedOrder) else torch.arange(count)
+        self.register_buffer("order", order_N.to(device), persistent=False)
 
     def initialise(self) -> None:
         """Fill the weights.
@@ -152,24 +168,88 @@ class Generator(nn.Module):
             is_last = name.endswith(("out.weight", "down.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * self.config.layers) ** 0.5 if is_last else 0.02)
 
-    def forward(self, class_B: Tensor, codes_BN: Tensor) -> Tensor:
-        """Class ids (B,) and codes (B, N) to the logits of every code given those before it, (B, N, V)."""
-        x_BNW = torch.cat([self.class_embed(class_B)[:, None], self.code_embed(codes_BN[:, :-1])], dim=1)
+    def recompute(self, on: bool) -> None:
+        """Whether the backward pass computes blocks again instead of keeping what they hold; same gradients."""
+        self.recomputes = on
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.code_embed.weight.device
+
+    def forward(self, class_B: Tensor, codes_BN: Tensor, order_BN: Tensor | None = None) -> Tensor:
+        """Logits of every code given those before it in the order, (B, N, V) in the dataset's layout.
+
+        Args:
+            class_B: class ids in [0, num_classes].
+            codes_BN: codes in the dataset's layout.
+            order_BN: from `draw_orders`, for annealed orders only; without it the natural order.
+
+        Raises:
+            ValueError: codes of another length, or an order where the config has none.
+        """
+        if codes_BN.shape[1] != self.space.num_tokens:
+            raise ValueError(f"{codes_BN.shape[1]} codes a sequence, but the generator has {self.space.num_tokens}")
+        if order_BN is not None and self.target_positions is None:
+            raise ValueError(f"order_BN is given, but order.kind = {self.config.order.kind!r}: make it 'annealed'")
+        order = self.order if order_BN is None else order_BN
+        is_natural = order_BN is None and self.config.order.kind != "fixed"
+        seen_BN = codes_BN if is_natural else codes_BN.gather(1, order.expand_as(codes_BN))
+        x_BNW = torch.cat([self.class_embed(class_B)[:, None], self.code_embed(seen_BN[:, :-1])], dim=1)
+        if self.target_positions is not None:
+            x_BNW = x_BNW + self.target_positions(order)
+        cos, sin = self._angles(order_BN)
         x_BNW = self.dropout(x_BNW)
         for block in self.blocks:
-            x_BNW = block(x_BNW, self.cos, self.sin)
-        return self.head(self.norm_out(x_BNW))
+            if self.recomputes and torch.is_grad_enabled():
+                x_BNW = checkpoint(block, x_BNW, cos, sin, use_reentrant=False)
+            else:
+                x_BNW = block(x_BNW, cos, sin)
+        if not is_natural:  # hidden states are put back, which are narrower than logits
+            x_BNW = x_BNW.gather(1, inverse(order).expand(len(x_BNW), -1)[..., None].expand_as(x_BNW))
+        return self.logits(x_BNW)
+
+    def _angles(self, order_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the inputs' own positions, (S, D) or (B, 1, S, D)."""
+        if order_BN is None:
+            return self.cos[:-1], self.sin[:-1]
+        own_BS = F.pad(order_BN[:, :-1] + 1, (1, 0))
+        return self.cos[own_BS][:, None], self.sin[own_BS][:, None]
+
+    def logits(self, x_BNW: Tensor) -> Tensor:
+        """The blocks' output to logits, (..., W) to (..., V)."""
+        head = self.code_embed.weight if self.head is None else self.head.weight
+        return F.linear(self.norm_out(x_BNW), head)
 
     def empty_cache(self, batch: int) -> Cache:
         """Room for the keys and values of `batch` sequences."""
         shape = (self.config.layers, batch, self.config.heads, self.space.num_tokens, self.cos.shape[-1])
-        like = self.head.weight
+        like = self.code_embed.weight
         return Cache(like.new_zeros(shape), like.new_zeros(shape))
 
-    def step(self, x_BW: Tensor, position: int, cache: Cache) -> Tensor:
-        """Logits (B, V) of the code after `position`; x (B, W) embeds the class, or from position 1 the last code."""
-        cos_1D, sin_1D, x_B1W = self.cos[position : position + 1], self.sin[position : position + 1], x_BW[:, None]
+    def step(self, x_BW: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V) of the code that is drawn at `position` of the order; shapes do not depend on the position.
+
+        Args:
+            x_BW: embedding of the class at position 0, then of the last code.
+            position: scalar int64, from 0.
+            cache: of `empty_cache`; written at `position`.
+
+        Raises:
+            ValueError: the cache is of other sizes.
+        """
+        wanted = (len(x_BW), self.space.num_tokens)
+        if (cache.keys.shape[1], cache.keys.shape[3]) != wanted:
+            raise ValueError(
+                f"the cache holds {cache.keys.shape[1]} sequences of {cache.keys.shape[3]} codes, not {wanted[0]} of "
+                f"{wanted[1]}: make it with empty_cache({wanted[0]})"
+            )
+        unseen_N = torch.arange(wanted[1], device=x_BW.device) > position
+        place = Place(position, self.cos[position][None], self.sin[position][None], unseen_N)
+        if self.target_positions is not None:
+            x_BW = x_BW + self.target_positions(position)
+        x_B1W = x_BW[:, None]
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            x_B1W = block.step(x_B1W, cos_1D, sin_1D, (cache.keys[i], cache.values[i]), position)
-        return self.head(self.norm_out(x_B1W))[:, 0]
+            x_B1W = block.step(x_B1W, place, cache.keys[i], cache.values[i])
+        return self.logits(x_B1W)[:, 0]

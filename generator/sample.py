@@ -1,66 +1,123 @@
-"""Sampling: class ids and uniform numbers in, codes out. Pure: all randomness is in the numbers.
+"""Autoregressive sampling: class ids and uniform numbers in, codes out. Pure: all randomness is in the numbers.
 
-Shapes: B sequences, N codes a sequence, V codebook size.
+A step is one graph of static shapes: the class and every code go through the same one, each at its position of a
+cache of full length; guidance is a second half of the rows; logits are those of one position.
+
+Shapes: B sequences, R rows (twice B with guidance), N codes a sequence, V codebook size, W width.
 """
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from generator.config import SampleConfig
+from generator.config import GeneratorConfig, SampleConfig
+from generator.filters import draw, guidance_scales, guide
 from generator.model import Generator
+from generator.space import CodeSpace
+
+Cache = Any
+"""What the network keeps of the positions it has seen; each sort of network has its own."""
+Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Cache], tuple[Tensor, Tensor]]
 
 
-def guide(cond_BV: Tensor, uncond_BV: Tensor, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance; 1 is conditional only, 0 unconditional only."""
-    return uncond_BV + cfg_scale * (cond_BV - uncond_BV)
+class Steps(Protocol):
+    """What a sampler asks of a network: the generator itself, or a twin of it that computes faster."""
+
+    config: GeneratorConfig
+    space: CodeSpace
+    class_embed: nn.Embedding
+    code_embed: nn.Embedding
+    order: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def empty_cache(self, batch: int) -> Cache:
+        """Room for the keys and values of `batch` sequences."""
+
+    def step(self, x_BW: Tensor, position: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V) of the code that is drawn at `position`."""
 
 
-def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits, -inf outside the `top_k` most likely codes (0: all) and the smallest set that holds `top_p`."""
-    if 0 < top_k < logits_BV.shape[-1]:
-        threshold_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
-    if top_p < 1:
-        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-        probability_BV = sorted_BV.softmax(-1)
-        # A code is kept while what lies before it holds less than top_p: the first is always kept.
-        dropped_BV = probability_BV.cumsum(-1) - probability_BV >= top_p
-        logits_BV = sorted_BV.masked_fill(dropped_BV, -torch.inf).gather(-1, order_BV.argsort(-1))
-    return logits_BV
+class Sampler:
+    """Draws micro-batches from one network with one config."""
+
+    def __init__(self, network: Steps, config: SampleConfig) -> None:
+        """Take a network in evaluation mode.
+
+        Raises:
+            ValueError: the config has settings of masked generators.
+        """
+        config.fit("autoregressive")
+        self.network, self.config, self.advance = network, config, advance_of(network, config)
+        self.numbers: tuple[int, ...] = (network.space.num_tokens,)
+        """Shape of the uniform numbers that a sample needs."""
+
+    def __call__(self, class_B: Tensor, uniform_BN: Tensor) -> Tensor:
+        """Draw codes (B, N) int64 in the dataset's layout; `null_class` draws without a class.
+
+        Args:
+            class_B: class ids in [0, num_classes].
+            uniform_BN: one number in [0, 1) a code, float32 or float64.
+
+        Raises:
+            ValueError: class ids out of range, or numbers of another shape.
+        """
+        check_inputs(self.network.space, class_B, uniform_BN, self.numbers)
+        return self._draw(class_B.to(self.network.device), uniform_BN.to(self.network.device)).clone()
+
+    @torch.inference_mode()
+    def _draw(self, class_B: Tensor, uniform_BN: Tensor) -> Tensor:
+        space = self.network.space
+        scales = uniform_BN.new_tensor(guidance_scales(self.config, space.num_tokens), dtype=torch.float32)
+        rows_R = torch.cat([class_B, torch.full_like(class_B, space.null_class)]) if self.config.is_guided else class_B
+        cache, x_RW = self.network.empty_cache(len(rows_R)), self.network.class_embed(rows_R)
+        codes = []
+        for place, position in enumerate(torch.arange(space.num_tokens, device=class_B.device)):
+            code_B, x_RW = self.advance(x_RW, position, uniform_BN[:, place], scales[place], cache)
+            codes.append(code_B)
+        drawn_BN = torch.stack(codes, dim=1)
+        return torch.empty_like(drawn_BN).index_copy_(1, self.network.order, drawn_BN)
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, config: SampleConfig) -> Tensor:
-    """One code a row, (B,) int64, by the inverse of the cumulative distribution at `uniform_B` in [0, 1)."""
-    if config.temperature == 0:
-        return logits_BV.argmax(-1)
-    probability_BV = filter_logits(logits_BV.float() / config.temperature, config.top_k, config.top_p).softmax(-1)
-    cumulative_BV = probability_BV.double().cumsum(-1)
-    target_B1 = uniform_B.double()[:, None] * cumulative_BV[:, -1:]
-    # Rounding may leave the target at the very end; the last code that has any probability is then meant.
-    last_B = (probability_BV > 0).int().cumsum(-1).argmax(-1)
-    return torch.minimum(torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0], last_B)
+def advance_of(network: Steps, config: SampleConfig) -> Advance:
+    """The step of a sampler as a function of tensors alone: what is compiled or captured.
 
-
-@torch.no_grad()
-def sample(model: Generator, class_B: Tensor, uniform_BN: Tensor, config: SampleConfig) -> Tensor:
-    """Draw codes (B, N) int64 for class ids (B,); `null_class` draws without a class.
-
-    Args:
-        model: in evaluation mode.
-        class_B: class ids in [0, num_classes].
-        uniform_BN: one number in [0, 1) a code, float32 or float64.
-        config: guidance, temperature and filters.
+    It maps an embedding (R, W), a scalar position, uniform numbers (B,), a scalar guidance scale and a cache, which it
+    writes, to codes (B,) and their embedding (R, W).
     """
-    batch, is_guided = len(class_B), config.cfg_scale != 1
-    rows_B = torch.cat([class_B, torch.full_like(class_B, model.space.null_class)]) if is_guided else class_B
-    cache = model.empty_cache(len(rows_B))
-    x_BW = model.class_embed(rows_B)
-    codes = []
-    for position in range(model.space.num_tokens):
-        logits_BV = model.step(x_BW, position, cache).float()
-        if is_guided:
-            logits_BV = guide(logits_BV[:batch], logits_BV[batch:], config.cfg_scale)
-        code_B = draw(logits_BV, uniform_BN[:, position], config)
-        codes.append(code_B)
-        x_BW = model.code_embed(torch.cat([code_B, code_B]) if is_guided else code_B)
-    return torch.stack(codes, dim=1)
+
+    def advance(
+        x_RW: Tensor, position: Tensor, uniform_B: Tensor, scale: Tensor, cache: Cache
+    ) -> tuple[Tensor, Tensor]:
+        logits_RV = network.step(x_RW, position, cache).float()
+        if not config.is_guided:
+            code_B = draw(logits_RV, uniform_B, config)
+            return code_B, network.code_embed(code_B)
+        cond_BV, uncond_BV = logits_RV.chunk(2)
+        code_B = draw(guide(cond_BV, uncond_BV, scale), uniform_B, config)
+        return code_B, network.code_embed(code_B.repeat(2))
+
+    return advance
+
+
+def check_inputs(space: CodeSpace, class_B: Tensor, uniform: Tensor, numbers: tuple[int, ...]) -> None:
+    """Refuse what no sample can be drawn from.
+
+    Raises:
+        ValueError: class ids out of range, or numbers of another shape.
+    """
+    space.check_classes(class_B)
+    if uniform.shape != (len(class_B), *numbers):
+        raise ValueError(f"uniform numbers of shape {tuple(uniform.shape)}, not {(len(class_B), *numbers)}: draw those")
+
+
+def sample(model: Generator, class_B: Tensor, uniform_BN: Tensor, config: SampleConfig) -> Tensor:
+    """Draw codes (B, N) int64 from the network as it is, on its device and in its type; see `Sampler`.
+
+    `precision` and `compile` of the config are for `prepare_sampler`, which does the same faster.
+    """
+    return Sampler(model, config)(class_B, uniform_BN)

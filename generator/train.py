@@ -1,55 +1,38 @@
-"""Training of the autoregressive generator on code Parquet.
+"""Training of a generator, autoregressive or masked, on code Parquet.
 
 Shapes: B sequences, N codes a sequence, V codebook size.
 """
 
-import math
-from collections.abc import Mapping
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from generator.artifacts import save_generator
-from generator.config import GeneratorConfig, GeneratorTrainingConfig
+from generator.artifacts import build_generator, save_generator
+from generator.config import GeneratorConfig, GeneratorTrainingConfig, MaskedConfig
 from generator.data import CodeData, TrainCodes, space_of, with_null
+from generator.masked import MaskedGenerator
 from generator.model import Generator
+from generator.objectives import draw_view, held_out_losses, training_loss
 from infra.codes import CodesInfo
-from infra.training import Learner, Run, TrainResult, autocast, decay_matrices, train_loop
+from infra.learner import Best, Learner, Plan
+from infra.training import (
+    Run,
+    TrainResult,
+    Validation,
+    autocast,
+    generator_of,
+    mean_over_ranks,
+    over_micro_batches,
+    train_loop,
+)
 
 VALIDATION_BATCH = 256
-
-
-class BestWeights:
-    """The averaged weights of the lowest held-out negative log-likelihood so far."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.nll = torch.tensor(math.inf)
-        self.weights = {name: p.detach().clone() for name, p in learner.parameters.items()}
-
-    def offer(self, nll: float, learner: Learner) -> None:
-        """Keep the learner's current weights if they are better."""
-        if nll < float(self.nll):
-            self.nll.fill_(nll)
-            for name, parameter in learner.parameters.items():
-                self.weights[name].copy_(parameter.detach())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint needs."""
-        return {"nll": self.nll, **{f"best.{n}": t for n, t in self.weights.items()}}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
-        self.nll.copy_(tensors["nll"])
-        for name, weight in self.weights.items():
-            weight.copy_(tensors[f"best.{name}"])
 
 
 def train_generator(
     train: CodeData,
     val: CodeData,
     info: CodesInfo,
-    model: GeneratorConfig,
+    model: GeneratorConfig | MaskedConfig,
     config: GeneratorTrainingConfig,
     *,
     run: Run,
@@ -66,47 +49,63 @@ def train_generator(
     """
     torch.manual_seed(run.seed)
     space = space_of(info)
-    network = Generator(model, space)
+    network = build_generator(model, space)
     network.initialise()
     network.to(run.device)
-    learner = Learner(network.named_parameters(), config.optimizer, steps=config.steps, is_decayed=decay_matrices)
-    best = BestWeights(learner)
+    network.recompute(config.activation_checkpointing)
+    if config.compile:
+        network.compile()
+    learner = Learner(network.named_parameters(), Plan.of(config, run.ranks))
+    best = Best(learner, "val_nll", higher=False) if config.keep == "best" else None
     stream = TrainCodes(train, space, seed=run.seed, batch_size=config.batch_size, class_dropout=config.class_dropout)
 
     def step(step: int) -> dict[str, float]:
-        batch = stream.batch(step)
-        codes_BN = batch.codes.to(run.device)
-        network.train()
-        with autocast(config.precision, run.device):
-            logits_BNV = network(batch.classes.to(run.device), codes_BN)
-            loss = F.cross_entropy(
-                logits_BNV.float().flatten(0, 1), codes_BN.flatten(), label_smoothing=config.label_smoothing
-            )
-        return {"loss": loss.item(), **learner.update(loss, step)}
+        whole, size = stream.batch(step), config.batch_size // config.micro_batches
+        views = draw_view(
+            model, config.batch_size, space.num_tokens, step=step, generator=generator_of(run.seed, "view", step)
+        )
 
-    def validate(_: int) -> dict[str, float]:
+        def part(part: int) -> dict[str, Tensor]:
+            rows = slice(part * size, (part + 1) * size)
+            view_BN = views[rows].to(run.device) if views is not None else None
+            network.train()
+            with autocast(config.precision, run.device):
+                loss = training_loss(
+                    network,
+                    whole.classes[rows].to(run.device),
+                    whole.codes[rows].to(run.device),
+                    view_BN,
+                    label_smoothing=config.label_smoothing,
+                )
+            learner.backward(loss)
+            return {"loss": loss}
+
+        return over_micro_batches(part, step, config.micro_batches, run=run) | learner.update(step)
+
+    def validate(_: int) -> Validation:
         with learner.averaged():
-            nll = negative_log_likelihood(network, val).item()
-            best.offer(nll, learner)
-        return {"val_nll": nll, "best_val_nll": float(best.nll)}
+            nll = negative_log_likelihood(network, val, run)
+        return Validation({"val_nll": nll}, {})
 
-    end = train_loop({"model": learner, "best": best}, step, config, run=run, validate=validate)
-    weights = best.weights if config.keep == "best" else learner.ema
-    network.load_state_dict(weights)
-    metrics = {
-        "train_loss": end.figures["loss"],
-        "val_nll": float(best.nll) if config.keep == "best" else end.figures["val_nll"],
-    }
-    return TrainResult([*save_generator(network, info, run.out), end.log], {"steps": config.steps}, metrics)
+    end = train_loop({"model": learner}, step, config, run=run, validate=validate, best=best)
+    network.load_state_dict(learner.ema)
+    metrics = {"train_loss": end.figures["loss"], "val_nll": best.best if best is not None else end.figures["val_nll"]}
+    files = save_generator(network, info, run.out) if run.ranks.is_first else []
+    return TrainResult([*files, *end.files], {"steps": config.steps}, metrics)
 
 
 @torch.no_grad()
-def negative_log_likelihood(network: Generator, data: CodeData) -> Tensor:
-    """Mean negative log-likelihood of a code given its class and the codes before it, in nats; scalar."""
+def negative_log_likelihood(network: Generator | MaskedGenerator, data: CodeData, run: Run) -> float:
+    """Mean negative log-likelihood in nats, shared by all ranks.
+
+    Of a code given its class and the codes before it; for a masked generator, of a hidden code given the others, under
+    masks that are the same at every validation.
+    """
     network.eval()
-    device, total = network.head.weight.device, torch.zeros((), dtype=torch.float64)
-    for rows in torch.arange(len(data.codes)).split(VALIDATION_BATCH):
-        codes_BN = data.codes[rows].long().to(device)
-        logits_BNV = network(with_null(data.classes[rows], network.space).to(device), codes_BN)
-        total += F.cross_entropy(logits_BNV.flatten(0, 1), codes_BN.flatten(), reduction="sum").double().cpu()
-    return total / data.codes.numel()
+    losses = []
+    for first in range(run.ranks.rank * VALIDATION_BATCH, len(data.codes), run.ranks.size * VALIDATION_BATCH):
+        rows = slice(first, first + VALIDATION_BATCH)
+        class_B = with_null(data.classes[rows], network.space).to(run.device)
+        codes_BN = data.codes[rows].long().to(run.device)
+        losses.append(held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first)))
+    return mean_over_ranks(losses, run)

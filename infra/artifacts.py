@@ -7,7 +7,10 @@ done. A shard is done if its sidecar exists. Nothing else says so.
 import hashlib
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple, TypeVar
 
@@ -24,6 +27,8 @@ C = TypeVar("C", bound=Config)
 MANIFEST = "manifest.json"
 ROOT = "artifacts"
 DIGEST_CHARS = 32
+SHARD = re.compile(r"[a-z]+-\d{5,}-of-\d{5,}\.parquet")
+REQUESTS = 16  # at once, for the sizes of an artifact's files
 Kind = Field(pattern=r"^[a-z][a-z0-9_]*$", description="what the artifact is: images, tokenizer, codes ...")
 Digest = Field(pattern=rf"^[0-9a-f]{{{DIGEST_CHARS}}}$")
 
@@ -52,6 +57,11 @@ class FileEntry(Config):
     size: NonNegativeInt = Field(description="bytes")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     rows: NonNegativeInt | None = Field(None, description="rows of a table; None for other files")
+    source: str | None = Field(
+        None,
+        exclude_if=lambda source: source is None,  # manifests without references stay as they always were
+        description="key below the store's root of a file in another artifact's folder; None: in the own one",
+    )
 
 
 class Plan(Config):
@@ -131,6 +141,11 @@ def find(store: Store, plan: Plan) -> Manifest | None:
     return _read_manifest(folder_of(store, plan.kind, plan.digest))
 
 
+def key_of(made: "Plan | Manifest", entry: FileEntry) -> str:
+    """Where a file of an artifact is, as a key of the store: in its own folder, or in that of the one it came from."""
+    return entry.source or f"{ROOT}/{made.kind}/{made.digest}/{entry.path}"
+
+
 def manifest_of(store: Store, ref: ArtifactRef) -> Manifest:
     """The manifest of a finished artifact.
 
@@ -156,10 +171,10 @@ def publish(
     """Mark what `plan` makes as finished; if another run has done so, its manifest is the one that counts.
 
     Raises:
-        ValueError: a file is listed twice or is not in the artifact's folder.
+        ValueError: a file is listed twice, is missing, or has another size than its entry says.
     """
     folder = folder_of(store, plan.kind, plan.digest)
-    _check_files(folder, files)
+    _check_files(store, plan, files)
     manifest = Manifest(
         kind=plan.kind,
         version=plan.version,
@@ -182,7 +197,7 @@ def publish(
     theirs = _read_manifest(folder)
     if theirs is None:
         raise ValueError(f"{folder.uri}/{MANIFEST} was removed while it was published; run again")
-    if theirs.files != manifest.files:
+    if [(entry.path, entry.sha256) for entry in theirs.files] != [(e.path, e.sha256) for e in manifest.files]:
         log.warning("%s was published by another run with other bytes; theirs is kept", folder.uri)
     return theirs
 
@@ -234,17 +249,24 @@ def verify(store: Store, manifest: Manifest) -> None:
     Raises:
         ValueError: a file is missing or differs.
     """
-    folder = folder_of(store, manifest.kind, manifest.digest)
+    again = f"delete {folder_of(store, manifest.kind, manifest.digest).uri} and run again"
     for entry in manifest.files:
+        key = key_of(manifest, entry)
         try:
-            data = folder.read(entry.path)
+            data = store.read(key)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder.uri}/{entry.path} is missing; delete the folder and run again") from error
+            raise ValueError(f"{store.uri}/{key} is missing; {again}") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise ValueError(
-                f"{folder.uri}/{entry.path} is not what {MANIFEST} says ({len(data)} bytes, {entry.size} expected); "
-                "delete the folder and run again"
-            )
+            said = f"{len(data)} bytes, {entry.size} expected"
+            raise ValueError(f"{store.uri}/{key} is not what {MANIFEST} says ({said}); {again}")
+
+
+def size_of(store: Store, key: str) -> int | None:
+    """Bytes in a file, None where there is none."""
+    try:
+        return store.size(key)
+    except FileNotFoundError:
+        return None
 
 
 def resolve(store: Store, text: str) -> Manifest:
@@ -285,12 +307,24 @@ def lineage(store: Store, manifest: Manifest) -> Lineage:
     return trace(ref_of(store, manifest), manifest)
 
 
-def _check_files(folder: Store, files: Sequence[FileEntry]) -> None:
-    paths = [entry.path for entry in files]
-    if twice := {path for path in paths if paths.count(path) > 1}:
-        raise ValueError(f"{folder.uri}: listed twice: {', '.join(sorted(twice))}")
-    if missing := set(paths) - set(folder.list()):
-        raise ValueError(f"{folder.uri}: not written: {', '.join(sorted(missing))}")
+def _check_files(store: Store, plan: Plan, files: Sequence[FileEntry]) -> None:
+    """Refuse what is listed twice, and files that are not there as listed.
+
+    An own shard is not looked at again: its entry is its sidecar, which `write_shard` made after it. What is left are a
+    few files and the references to other artifacts, at a request each; a listing would name every shard and sidecar.
+    """
+    where = folder_of(store, plan.kind, plan.digest).uri
+    if twice := [path for path, count in Counter(entry.path for entry in files).items() if count > 1]:
+        raise ValueError(f"{where}: listed twice: {_some(sorted(twice))}")
+    others = [entry for entry in files if entry.source is not None or not SHARD.fullmatch(entry.path)]
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        sizes = pool.map(lambda entry: size_of(store, key_of(plan, entry)), others)
+        found = list(zip(others, sizes, strict=True))
+    if missing := sorted(entry.source or entry.path for entry, size in found if size is None):
+        raise ValueError(f"{where}: not written: {_some(missing)}; run again")
+    # An own file of another size is another run's, written just now: whose manifest is first decides.
+    if other := sorted(entry.source for entry, size in found if entry.source and size != entry.size):
+        raise ValueError(f"{where}: changed since it was found: {_some(other)}; run again")
 
 
 def _read_manifest(folder: Store) -> Manifest | None:

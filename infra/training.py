@@ -1,31 +1,37 @@
-"""What both training loops share: optimizer, schedule, average of the weights, seeding, checkpoints, logging.
+"""What both training loops share: seeding, micro-batches, the loop itself with its checkpoints, log and pictures.
 
 All randomness of a step is drawn from generators seeded by (seed, purpose, step), so the state of a run is the
 weights, the optimizer's moments, the averages and the number of the step: a resumed run equals an undisturbed one.
 """
 
 import hashlib
+import io
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from infra.artifacts import FileEntry, put
 from infra.checkpoint import CHECKPOINTS, Checkpoints
+from infra.events import FOLDER as EVENTS
+from infra.events import Events
+from infra.learner import Best
 from infra.progress import Progress, silent
-from infra.schedule import LoopConfig, OptimizerConfig, Precision
+from infra.ranks import ALONE, Ranks
+from infra.schedule import LoopConfig, Precision
 from infra.store import Store
 
 log = logging.getLogger(__name__)
 
-FUSED_DEVICES = ("cpu", "cuda")
+LOG, PICTURES = "log.jsonl", "pictures"
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Saved(Protocol):
@@ -47,14 +53,23 @@ class Run:
     threads: int = 1
     device: str = "cpu"
     progress: Progress = field(default=silent)
+    ranks: Ranks = ALONE
 
 
 class TrainResult(NamedTuple):
-    """What a training stage leaves in its folder."""
+    """What a training stage leaves in its folder; of several ranks, the first one's is the stage's."""
 
     files: list[FileEntry]
     counts: dict[str, int]
     metrics: dict[str, float]
+
+
+class Validation(NamedTuple):
+    """What a validation found."""
+
+    figures: dict[str, float]
+    pictures: dict[str, Tensor]
+    """uint8 (3, H, W) by name."""
 
 
 class LoopEnd(NamedTuple):
@@ -62,8 +77,8 @@ class LoopEnd(NamedTuple):
 
     figures: dict[str, float]
     """of the last step."""
-    log: FileEntry
-    """one JSON line a logged step."""
+    files: list[FileEntry]
+    """the log, one JSON line a logged step, and the last pictures."""
 
     @property
     def validation(self) -> dict[str, float]:
@@ -86,111 +101,33 @@ def generator_of(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of `step` (from 0) of `steps`: linear from 0 during the warm-up, then half a cosine down to `end_lr`."""
-    if step < config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.end_lr + (config.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 def autocast(precision: Precision, device: str) -> AbstractContextManager[object]:
     """The autocast context of a precision: fp32 has none."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, _TYPES[precision])
 
 
-class Learner:
-    """The trained parameters of one network with their optimizer, schedule and average (EMA)."""
+def over_micro_batches(
+    work: Callable[[int], Mapping[str, Tensor]], step: int, parts: int, *, run: Run
+) -> dict[str, float]:
+    """Call `work` for every micro-batch of a step that is this rank's; the means over those of all ranks.
 
-    def __init__(
-        self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        config: OptimizerConfig,
-        *,
-        steps: int,
-        is_decayed: Callable[[str, nn.Parameter], bool],
-        start: int = 0,
-    ) -> None:
-        self.config, self.steps, self.start = config, steps, start
-        self.parameters = dict(parameters)
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
-        decayed = [p for n, p in self.parameters.items() if is_decayed(n, p)]
-        plain = [p for n, p in self.parameters.items() if not is_decayed(n, p)]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        device = next(iter(self.parameters.values())).device.type
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device in FUSED_DEVICES)
-
-    def update(self, loss: Tensor, step: int) -> dict[str, float]:
-        """One optimizer step on `loss`; returns the learning rate and the norm of the gradient before clipping.
-
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite; nothing was changed.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.grad_clip))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {step} (loss {float(loss):.4g})")
-        local = step - self.start
-        rate = learning_rate(self.config, local + 1, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self._average(local)
-        return {"lr": rate, "grad_norm": norm}
-
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        decay = 0.0 if step == 0 else min((1 + step) / (10 + step), self.config.ema_decay)
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within the block, the network holds the average of its weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.parameters.items():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.ema[name])
-            self.ema[name].copy_(kept)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint needs, by name."""
-        moments = {
-            f"{key}.{name}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        weights = {f"weight.{n}": p.detach() for n, p in self.parameters.items()}
-        return weights | {f"ema.{n}": t for n, t in self.ema.items()} | moments
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-            self.ema[name].copy_(tensors[f"ema.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                # Moments take the parameter's memory layout: the fused step walks both side by side.
-                self.optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"].clone(),
-                    "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
-                }
-
-
-def decay_matrices(name: str, parameter: nn.Parameter) -> bool:
-    """Which parameters weight decay applies to: matrices that are neither embeddings, positions nor tokens."""
-    free = ("embed", "norm", "bias", "token", "positions", "codebook")
-    return parameter.ndim >= 2 and not any(word in name for word in free)
+    Args:
+        work: from the number of the micro-batch, in [0, parts), to scalar figures; adds to the gradients.
+        step: seeds torch's own randomness (dropout) together with the number of the micro-batch.
+        parts: micro-batches of the step.
+        run: seed and ranks.
+    """
+    sums: dict[str, Tensor] = {}
+    for part in run.ranks.share(parts):
+        torch.manual_seed(seed_of(run.seed, "step", step, part))
+        for name, value in work(part).items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
+    names = sorted(sums)
+    totals = run.ranks.total(torch.stack([sums[name] for name in names]).to(run.device)).tolist()
+    means = {name: total / parts for name, total in zip(names, totals, strict=True)}
+    return {name: means[name] for name in sums}
 
 
 def train_loop(
@@ -199,7 +136,8 @@ def train_loop(
     config: LoopConfig,
     *,
     run: Run,
-    validate: Callable[[int], dict[str, float]] | None = None,
+    validate: Callable[[int], Validation],
+    best: Best | None = None,
 ) -> LoopEnd:
     """Call `train_step(step)` from the last checkpoint's step to the end; save, log and report on the way.
 
@@ -209,32 +147,46 @@ def train_loop(
         config: length and intervals.
         run: where to write.
         validate: called every `validate_every` steps and after the last one; its figures are logged.
+        best: offered what each validation found.
 
     Returns:
-        The last step's figures and the log.
+        The last step's figures, the log and the last pictures.
+
+    Raises:
+        FloatingPointError: a loss or a gradient is not finite; names the step.
     """
     torch.set_num_threads(run.threads)
-    checkpoints = Checkpoints(run.out.at(CHECKPOINTS))
+    saved = {**saved, "best": best} if best is not None else saved
+    checkpoints = Checkpoints(run.out.at(CHECKPOINTS), keep=config.keep_checkpoints)
     first, lines = _resume(saved, checkpoints)
-    started = time.perf_counter()
+    book = _Book(run, lines, first)
     for step in range(first, config.steps):
-        torch.manual_seed(seed_of(run.seed, "step", step))
-        seen = dict(train_step(step))
-        done = step + 1
+        seen, done = _figures(train_step, step), step + 1
         is_last = done == config.steps
-        is_validated = validate is not None and (is_last or _falls_on(done, config.validate_every))
-        if validate is not None and is_validated:
-            seen |= validate(done)
-        if is_last or is_validated or _falls_on(done, config.log_every):
-            lines.append({"step": float(done), **seen})
-            log.info("%s", json.dumps({"event": "step", **{k: round(v, 6) for k, v in lines[-1].items()}}))
-            speed = {"steps_per_s": (done - first) / (time.perf_counter() - started)}
-            run.progress(done, config.steps, seen | speed)
+        is_validated = is_last or _falls_on(done, config.validate_every)
+        if is_validated:
+            found = validate(done)
+            seen |= found.figures
+            book.show(done, found.pictures)
+            if best is not None:
+                best.offer(found.figures)
+                seen[f"best_{best.metric}"] = best.best
+        if is_validated or _falls_on(done, config.log_every):
+            book.note(done, config.steps, seen)
         if _falls_on(done, config.checkpoint_every) and not is_last:
-            tensors = {f"{name}/{k}": t for name, part in saved.items() for k, t in part.tensors().items()}
-            checkpoints.save(done, tensors, {"lines": [dict(line) for line in lines]})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    return LoopEnd(lines[-1], put(run.out, "log.jsonl", text.encode()))
+            book.save(done, checkpoints, saved)
+    if best is not None:
+        best.restore()
+    return LoopEnd(book.lines[-1], book.close(config.steps))
+
+
+def _figures(train_step: Callable[[int], Mapping[str, float]], step: int) -> dict[str, float]:
+    try:
+        return dict(train_step(step))
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"step {step}: {error}; lower the learning rate, or look for a broken image or code in its batch"
+        ) from error
 
 
 def _falls_on(step: int, interval: int) -> bool:
@@ -253,3 +205,71 @@ def _resume(saved: Mapping[str, Saved], checkpoints: Checkpoints) -> tuple[int, 
     lines = found.state["lines"]
     assert isinstance(lines, list)
     return found.step, [dict(line) for line in lines]  # type: ignore[arg-type]
+
+
+class _Book:
+    """What a loop writes down; of several ranks the first one writes, and the others wait where they must."""
+
+    def __init__(self, run: Run, lines: list[dict[str, float]], first: int) -> None:
+        self.run, self.lines, self.first = run, lines, first
+        self._events = Events(run.out.at(EVENTS))
+        self._pictures: dict[str, bytes] = {}
+        self._began = time.perf_counter()
+
+    def note(self, done: int, total: int, seen: Mapping[str, float]) -> None:
+        """Log the figures of a step."""
+        self.lines.append({"step": float(done), **seen})
+        if not self.run.ranks.is_first:
+            return
+        log.info("%s", json.dumps({"event": "step", **{k: round(v, 6) for k, v in self.lines[-1].items()}}))
+        speed = {"steps_per_s": (done - self.first) / (time.perf_counter() - self._began)}
+        self._events.figures(done, {**seen, **speed})
+        self.run.progress(done, total, {**seen, **speed})
+
+    def show(self, done: int, pictures: Mapping[str, Tensor]) -> None:
+        """Keep the pictures of a validation beside the artifact, and the last ones for it."""
+        if not self.run.ranks.is_first:
+            return
+        for name, image in pictures.items():
+            self._pictures[name] = _png(image)
+            self._events.picture(done, name, image)
+            self.run.out.at(PICTURES).write(f"{name}-{done:09d}.png", self._pictures[name])
+
+    def save(self, done: int, checkpoints: Checkpoints, saved: Mapping[str, Saved]) -> None:
+        """Write a checkpoint, and the log so far for those who watch."""
+        if self.run.ranks.is_first:
+            tensors = {f"{name}/{k}": t for name, part in saved.items() for k, t in part.tensors().items()}
+            checkpoints.save(done, tensors, {"lines": [dict(line) for line in self.lines]})
+            self.run.out.write(LOG, self._text())
+            self._events.flush(done)
+        self.run.ranks.wait()
+
+    def close(self, done: int) -> list[FileEntry]:
+        """Write the log and the last pictures as files of the artifact."""
+        if not self.run.ranks.is_first:
+            return []
+        self._events.flush(done)
+        pictures = [put(self.run.out, f"{name}.png", data) for name, data in sorted(self._pictures.items())]
+        return [put(self.run.out, LOG, self._text()), *pictures]
+
+    def _text(self) -> bytes:
+        return "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+
+
+def picture_grid(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of images, float in [0, 1] (n, 3, H, W) each, as one picture uint8 (3, rows * H, n * W)."""
+    strips = [(row.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu() for row in rows]
+    return torch.cat([torch.cat(list(strip), dim=-1) for strip in strips], dim=-2)
+
+
+def mean_over_ranks(values: Iterable[Tensor], run: Run) -> float:
+    """The mean of all values of all ranks; a rank may have none."""
+    flat = torch.cat([torch.zeros(0), *(v.detach().double().flatten().cpu() for v in values)]).double().to(run.device)
+    total, count = run.ranks.total(torch.stack([flat.sum(), flat.new_tensor(len(flat))])).tolist()
+    return float(total / count)
+
+
+def _png(image: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return file.getvalue()

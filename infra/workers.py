@@ -1,41 +1,26 @@
-"""Map a function over shards: in this process, or by Ray actors on one machine or many. The only importer of Ray."""
+"""Map a function over shards: in this process, or by Ray actors on one machine or many."""
 
-import logging
-import math
 import os
-import socket
 import sys
-import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from infra.cluster import Session, one_line, session
 from infra.config import Config
 from infra.errors import TransientError
 from infra.progress import Progress, silent
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 Work = Callable[[T], R]
 
-RESTARTS = 3  # of a worker that died, and attempts more of the shard it had
-OBJECT_STORE_BYTES = 128 * 2**20  # shards are named, not sent: only names and small results pass through
+RESTARTS = 3  # attempts more at a shard, or at a start, whose worker died
 WAIT_SECONDS = 1.0  # between looks at the pool; an interrupt is noticed at once
-
-KNOCK_SECONDS = 5.0
-RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks for one), or unset it"
-
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would upload the working directory
-}
 
 
 class WorkerOptions(Config):
@@ -56,7 +41,8 @@ def map_shards(
 ) -> list[R]:
     """Call a worker on every shard and return the results in the shards' order.
 
-    A worker that dies is restarted and its shard is done again, so the work on a shard must be repeatable.
+    A worker that dies is replaced and its shard is done again, so the work on a shard must be repeatable. Where a
+    machine was lost and the others have no room for more, those that are left do all of the work.
 
     Args:
         make_worker: makes the function that does the work, once in each worker: loads models and the like. It is sent
@@ -73,112 +59,8 @@ def map_shards(
         return []
     if options.workers == 0:
         return _in_process(make_worker, shards, options, progress)
-    if _current is not None:
-        return _Pool(_current, make_worker, shards, options).run(progress)
-    with session() as own:
-        return _Pool(own, make_worker, shards, options).run(progress)
-
-
-class Session:
-    """A connection to Ray that is made at the first use and ended by `close`."""
-
-    def __init__(self, address: str | None, num_cpus: int | None) -> None:
-        self.address, self.num_cpus = address, num_cpus
-        self._is_ours = False
-        # Linux ends Ray's processes with the thread that started them, so that thread has to last as long as they.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-
-    def connect(self, options: WorkerOptions) -> Any:
-        """The `ray` module, connected.
-
-        Raises:
-            ValueError: the cluster cannot be reached, or is too small for one worker.
-            TransientError: a local cluster did not start.
-        """
-        ray = self._thread.submit(self._connect, options).result()
-        self._check_room(ray, options)
-        return ray
-
-    def close(self) -> None:
-        """Stop a cluster that was started here, leave one that was joined; waits for a start that was interrupted."""
-        self._thread.submit(self._disconnect).result()
-        self._thread.shutdown()
-
-    def _connect(self, options: WorkerOptions) -> Any:
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if self.address:
-            _knock(self.address)
-        import ray
-
-        if ray.is_initialized():
-            return ray
-        self._is_ours = True
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        ray._private.worker.print_worker_logs = _say  # Ray would print deaths of workers on our stdout
-        if self.address:
-            try:
-                ray.init(address=self.address, **quiet)
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"the Ray cluster at {self.address} cannot be joined ({_line(error)}); {RAY_REMEDY}"
-                ) from error
-            return ray
-        cpus = self.num_cpus or max(os.cpu_count() or 1, math.ceil(options.workers * options.cpus_per_worker))
-        local: dict[str, Any] = {
-            "num_cpus": cpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-        try:
-            with _python_path():
-                ray.init(address="local", **local, **quiet)
-        except (OSError, RuntimeError) as error:
-            raise TransientError(f"Ray did not start here ({_line(error)}); 0 workers work without it") from error
-        return ray
-
-    def _disconnect(self) -> None:
-        if self._is_ours:
-            import ray
-
-            ray.shutdown()
-        self._is_ours = False
-
-    def _check_room(self, ray: Any, options: WorkerOptions) -> None:
-        """Refuse what would wait for ever; a joined cluster may grow, so there it is only said."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus, gpus = options.cpus_per_worker, options.gpus_per_worker
-        if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
-            return
-        trouble = f"no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for one worker"
-        if not self.address:
-            raise ValueError(f"{trouble}; lower cpus_per_worker or gpus_per_worker")
-        log.warning("%s; waiting for one to join", trouble)
-
-
-_current: Session | None = None
-_lock = threading.Lock()
-
-
-@contextmanager
-def session(address: str | None = None, num_cpus: int | None = None) -> Iterator[Session]:
-    """Share one Ray connection between all `map_shards` inside; within another session it is that one.
-
-    Args:
-        address: a cluster to join, as host:port or "auto"; None starts one on this machine at the first use.
-        num_cpus: cores of a cluster started here; None for the machine's, or more if more workers are asked for.
-    """
-    global _current
-    with _lock:
-        outer, own = _current, Session(address, num_cpus)
-        _current = outer or own
-    try:
-        yield outer or own
-    finally:
-        if outer is None:
-            with _lock:
-                _current = None
-        own.close()
+    with session() as connection:
+        return _Pool(connection, make_worker, shards, options).run(progress)
 
 
 class _Actor(Generic[T, R]):
@@ -210,56 +92,79 @@ class _Pool(Generic[T, R]):
         self, connection: Session, make_worker: Callable[[], Work[T, R]], shards: Sequence[T], options: WorkerOptions
     ) -> None:
         self.shards, self.options = shards, options
-        self.ray = connection.connect(options)
-        remote = self.ray.remote(
-            num_cpus=options.cpus_per_worker,
-            num_gpus=options.gpus_per_worker,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-        )(_Actor)
         count = min(options.workers, len(shards))
-        self.actors = [remote.remote(make_worker, options.threads_per_worker) for _ in range(count)]
+        self.ray = connection.connect(
+            cpus=options.cpus_per_worker, gpus=options.gpus_per_worker, processes=options.workers
+        )
+        # Ray's own restarts would keep the shard for the new worker, for which there may be no room any more.
+        self.actor = self.ray.remote(
+            num_cpus=options.cpus_per_worker, num_gpus=options.gpus_per_worker, max_restarts=0, max_task_retries=0
+        )(_Actor)
+        self.make_worker, self.count = make_worker, count
+        self.busy: dict[Any, tuple[Any, int | None]] = {}  # call: actor and shard, None while it starts
+        self.idle: list[Any] = []
+        self.deaths: Counter[int | None] = Counter()
 
     def run(self, progress: Progress) -> list[R]:
         """All results, in the shards' order."""
         try:
             return self._run(progress)
         finally:
-            for actor in self.actors:
+            for actor in [*self.idle, *(actor for actor, _ in self.busy.values())]:
                 self.ray.kill(actor)
 
     def _run(self, progress: Progress) -> list[R]:
         results: dict[int, R] = {}
-        following = iter(range(len(self.shards)))
-        # An actor gets no shard before it has started: one that the cluster has no room for would keep it for ever.
-        busy: dict[Any, tuple[Any, int | None]] = {actor.start.remote(): (actor, None) for actor in self.actors}
+        waiting = deque(range(len(self.shards)))
+        for _ in range(self.count):
+            self._start()
         started = time.monotonic()
         while len(results) < len(self.shards):
-            ready, _ = self.ray.wait(list(busy), num_returns=1, timeout=WAIT_SECONDS)
+            ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=WAIT_SECONDS)
             for call in ready:
-                actor, index = busy.pop(call)
-                result = self._get(call)
-                if index is not None:
+                actor, index = self.busy[call]
+                try:
+                    result = self._get(call)
+                except self.ray.exceptions.RayError as error:
+                    del self.busy[call]
+                    self._bury(actor, index, error)
+                    waiting.extendleft([] if index is None else [index])
+                    continue
+                del self.busy[call]
+                self.idle.append(actor)
+                if index is None:
+                    self.deaths[None] = 0
+                else:
                     results[index] = result
                     _report(progress, len(results), len(self.shards), started)
-                index = next(following, None)
-                if index is not None:
-                    busy[actor.work.remote(self.shards[index])] = (actor, index)
+            while waiting and self.idle:
+                actor, index = self.idle.pop(), waiting.popleft()
+                self.busy[actor.work.remote(self.shards[index])] = (actor, index)
         return [results[index] for index in range(len(self.shards))]
 
-    def _get(self, call: Any) -> Any:
-        """A call's result; its error as itself; a lost worker as a TransientError."""
-        errors = self.ray.exceptions
-        try:
-            return self.ray.get(call)
-        except errors.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(_line(error))
-            raise cause from error
-        except errors.RayError as error:
+    def _start(self) -> None:
+        """Ask for a worker. It gets no shard before it has started: without room it would keep it for ever."""
+        actor = self.actor.remote(self.make_worker, self.options.threads_per_worker)
+        self.busy[actor.start.remote()] = (actor, None)
+
+    def _bury(self, actor: Any, index: int | None, error: Exception) -> None:
+        """Replace a worker that was lost with a shard or while it started, unless that happens too often."""
+        self.ray.kill(actor)  # if it is cut off and not dead, it must not go on
+        self.deaths[index] += 1
+        if self.deaths[index] > RESTARTS:
             raise TransientError(
-                f"lost a worker {RESTARTS + 1} times ({_line(error)}); "
+                f"lost a worker {RESTARTS + 1} times ({one_line(error)}); "
                 "if memory ran out, use fewer workers or smaller batches"
             ) from error
+        self._start()
+
+    def _get(self, call: Any) -> Any:
+        """A call's result; its error as itself."""
+        try:
+            return self.ray.get(call)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(one_line(error))
+            raise cause from error
 
 
 def _in_process(
@@ -270,6 +175,7 @@ def _in_process(
     started = time.monotonic()
     with _threads(options.threads_per_worker):
         work = make_worker()
+        _set_threads(options.threads_per_worker)  # it may have been making the worker that loaded torch
         for shard in shards:
             results.append(work(shard))
             _report(progress, len(results), len(shards), started)
@@ -288,55 +194,12 @@ def _set_threads(threads: int) -> None:
 
 @contextmanager
 def _threads(threads: int) -> Iterator[None]:
-    """Torch with so many threads, and with as many as before afterwards."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    """Torch with so many threads, and with as many as before afterwards; work that does not use it need not load it."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else None
+    _set_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _python_path() -> Iterator[None]:
-    """Let processes started inside import what this one can import."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        os.path.abspath(entry) for entry in sys.path if not entry.endswith(".zip")
-    )
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
-def _knock(address: str) -> None:
-    """Refuse an address at which nobody listens; Ray would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return  # "auto" and the like
-    try:
-        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
-    except OSError as error:
-        raise ValueError(
-            f"the Ray cluster at {address} cannot be reached ({error.strerror or error}); {RAY_REMEDY}"
-        ) from error
-
-
-def _say(data: dict[str, Any], *_: Any, **__: Any) -> None:
-    """Log what Ray would print: a death in one line, the rest for those who debug."""
-    for line in data.get("lines", ()):
-        if line.startswith("A worker died"):
-            log.warning("a worker process died and is started again; its shard is done again")
-        log.debug("ray: %s", line)
-
-
-def _line(error: BaseException) -> str:
-    """The last line that says something: Ray's messages begin with a traceback and advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        if before is not None:
+            _set_threads(before)

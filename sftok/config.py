@@ -24,6 +24,28 @@ class DataConfig(Config):
     max_pixels: PositiveInt = Field(
         89_478_485, description="images with more pixels are rejected (decompression bombs)"
     )
+    labels: Literal["required", "optional", "none"] = Field(
+        "required",
+        description="required: an image without a class is rejected, a source without classes refused; optional: such "
+        "images are taken without one; none: classes are not looked at, every image is taken",
+    )
+    class_names_file: str = Field(
+        "",
+        description="text file (path or s3://) of class names, one a line in the order of their ids; empty: "
+        "names come from the source",
+    )
+    image_column: str = Field(
+        "",
+        description="column of a Parquet source that holds the images, or of an index that holds the paths; "
+        "empty: recognised",
+    )
+    label_column: str = Field("", description="column that holds the labels of such a source; empty: recognised")
+    max_reject_rate: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of entries that may be rejected before prepare fails, for sources of 1,000 entries and more",
+    )
 
 
 class AugmentConfig(Config):
@@ -144,21 +166,46 @@ class AdversarialConfig(Config):
 NO_ADVERSARY = AdversarialConfig(weight=0)
 
 
-class TeacherStageConfig(Config):
+VIRTUAL_BATCH = 8  # images that the DINO discriminator's local batch norm looks at together, at most
+
+
+class PixelStageConfig(Config):
+    """A stage that is trained towards pixels: what makes an image like another."""
+
+    training: TrainingConfig
+    reconstruction_weight: float = Field(1.0, gt=0, description="weight of the mean squared error")
+    perceptual_weight: float = Field(ge=0, description="of LPIPS (VGG16); 0 goes without, as where it has no weights")
+    lpips: PretrainedConfig = Field(PretrainedConfig(), description="weights of LPIPS's VGG16")
+    adversarial: AdversarialConfig
+
+    @model_validator(mode="after")
+    def _adversary_fits(self) -> Self:
+        start, steps = self.adversarial.start_step, self.training.steps
+        if self.adversarial.weight and start >= steps:
+            raise ValueError(
+                f"adversarial.start_step = {start} is not below training.steps = {steps}: the discriminator would "
+                "never begin; lower it, or set adversarial.weight = 0"
+            )
+        batch = self.training.micro_batch or self.training.batch_size
+        groups = -(-batch // VIRTUAL_BATCH)
+        if self.adversarial.weight and self.adversarial.kind == "dino" and batch % groups:
+            raise ValueError(
+                f"training.micro_batch = {batch}: the DINO discriminator's local batch norm cannot divide it into "
+                f"{groups} equal groups of at most {VIRTUAL_BATCH}; choose a multiple of {VIRTUAL_BATCH}, or at most it"
+            )
+        return self
+
+
+class TeacherStageConfig(PixelStageConfig):
     """The teacher: imported, or trained on the data where no weights are given."""
 
-    pretrained: PretrainedConfig = Field(
-        PretrainedConfig(), description="a MaskGIT-VQGAN to import instead of training one"
-    )
+    origin: Literal["trained", "imported"] = Field("trained", description="imported: the one that `pretrained` names")
+    pretrained: PretrainedConfig = Field(PretrainedConfig(), description="published weights of a MaskGIT-VQGAN")
     model: TeacherConfig
-    training: TrainingConfig
     commitment_weight: float = Field(0.25, ge=0)
     restart_every: int = Field(
         0, ge=0, description="steps between replacements of unused codes by latents, in the first half; 0 never"
     )
-    perceptual_weight: float = Field(ge=0, description="of LPIPS (VGG16); 0 goes without, as where it has no weights")
-    lpips: PretrainedConfig = Field(PretrainedConfig(), description="weights of LPIPS's VGG16")
-    adversarial: AdversarialConfig
 
 
 class AlignmentStageConfig(Config):
@@ -184,15 +231,10 @@ class AlignmentStageConfig(Config):
     assignment: Assignment = Field("sinkhorn", description="how training assigns codes")
 
 
-class FineTuneStageConfig(Config):
+class FineTuneStageConfig(PixelStageConfig):
     """Fine-tuning towards pixels: encoder and quantizer frozen, decoder and pixel decoder trained."""
 
-    training: TrainingConfig
     guide_steps: PositiveInt = Field(1, description="decoding steps of the prediction that is filled in")
     mask_schedule: MaskSchedule = Field("arccos", description="how the share of masked positions is drawn")
     mask_power: float = Field(1.0, gt=0, description="exponent of the mask schedule")
-    reconstruction_weight: float = Field(1.0, gt=0, description="weight of the mean squared error")
-    perceptual_weight: float = Field(ge=0, description="of LPIPS (VGG16); 0 goes without, as where it has no weights")
-    lpips: PretrainedConfig = Field(PretrainedConfig(), description="weights of LPIPS's VGG16")
-    adversarial: AdversarialConfig
     assignment: Assignment = Field("sinkhorn", description="how training assigns codes")

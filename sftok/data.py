@@ -2,23 +2,43 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from infra.store import Store
 from sftok.config import AugmentConfig
 from sftok.prepare import METADATA_KEY
-from sftok.preprocess import affine, augment, crop, resize_shorter, to_float, to_rgb, uniforms, variant_name
+from sftok.preprocess import (
+    UnreadableImageError,
+    affine,
+    augment,
+    crop,
+    resize_shorter,
+    to_float,
+    to_rgb,
+    uniforms,
+    variant_name,
+)
 from sftok.sources import SPLITS
 
-_SHARD = re.compile(r"(train|val)-(\d{5})-of-(\d{5})\.parquet")
+T = TypeVar("T")
+
+_SHARD = re.compile(r"(train|val)-(\d{5,})-of-(\d{5,})\.parquet")
 NO_CLASS = -1
+DECODERS = 4  # threads: PIL lets others run while it decodes
+AHEAD = 2  # chunks that are decoded while another one is encoded: what bounds the memory
+_ROWS_READ = 64  # at once
 
 
 class ImageBatch(NamedTuple):
@@ -38,6 +58,28 @@ class ImageRows(NamedTuple):
     uncropped: list[torch.Tensor] | None = None  # uint8 (3, H, W) each, shorter side S; what random crops are cut from
 
 
+class StoredImage(NamedTuple):
+    """A row of image Parquet; its bytes are the file's, not decoded."""
+
+    image_id: str
+    data: bytes
+    class_id: int  # -1: none
+
+
+class FailedImage(NamedTuple):
+    """An image whose bytes do not decode, and why."""
+
+    image_id: str
+    reason: str
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows of a shard: the images, and those that are none."""
+
+    rows: ImageRows
+    failed: list[FailedImage]
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """The image Parquet in a folder, as prepare wrote it."""
@@ -53,7 +95,16 @@ class ImageSet:
         Raises:
             ValueError: where shards are missing, by the number that their names tell.
         """
-        matches = [match for match in map(_SHARD.fullmatch, folder.list()) if match]
+        return cls.of(folder, folder.list())
+
+    @classmethod
+    def of(cls, folder: Store, files: Iterable[str]) -> "ImageSet":
+        """The shards among the files of a folder, as its manifest or a listing names them.
+
+        Raises:
+            ValueError: where shards are missing, by the number that their names tell.
+        """
+        matches = [match for match in map(_SHARD.fullmatch, files) if match]
         for split in SPLITS:
             found = [match for match in matches if match[1] == split]
             totals = {int(match[3]) for match in found}
@@ -62,7 +113,7 @@ class ImageSet:
                     f"{folder.uri}: {len(found)} {split} shards are no complete set: prepare the data again"
                 )
         names = tuple(sorted(match[0] for match in matches))
-        with folder.open(names[0]) as file, pq.ParquetFile(file) as parquet:
+        with _open_shard(folder, names[0]) as parquet:
             class_names = json.loads(parquet.schema_arrow.metadata[METADATA_KEY])["class_names"]
         return cls(folder, None if class_names is None else tuple(class_names), names)
 
@@ -77,13 +128,11 @@ class ImageSet:
         image_ids: list[str] = []
         class_ids: list[int] = []
         resized: list[torch.Tensor] = []
-        with self.folder.open(name) as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=64, columns=["image_id", "image", "label"]):
-                for row in batch.to_pylist():
-                    image_ids.append(row["image_id"])
-                    class_ids.append(NO_CLASS if row["label"] is None else row["label"])
-                    image = resize_shorter(to_rgb(row["image"]["bytes"]), image_size)
-                    resized.append(image if crop == "random" else _center(image, image_size))
+        for row in stored_images(self.folder, name):
+            image_ids.append(row.image_id)
+            class_ids.append(row.class_id)
+            image = resize_shorter(to_rgb(row.data), image_size)
+            resized.append(image if crop == "random" else _center(image, image_size))
         return _rows(image_ids, class_ids, resized, image_size, crop == "random")
 
     def load(self, split: str, image_size: int, *, crop: Literal["center", "random"] = "center") -> ImageRows:
@@ -99,6 +148,73 @@ class ImageSet:
             torch.cat([rows.class_ids for rows in shards])[index],
             [uncropped[row] for row in order] if crop == "random" else None,
         )
+
+
+def stored_images(folder: Store, name: str) -> Iterator[StoredImage]:
+    """The rows of a shard, sorted by image id; a few are in memory at a time.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with _open_shard(folder, name) as parquet:
+        for batch in parquet.iter_batches(_ROWS_READ, columns=["image_id", "image", "label"], use_threads=False):
+            for row in batch.to_pylist():
+                data = (row["image"] or {}).get("bytes") or b""
+                yield StoredImage(row["image_id"], data, NO_CLASS if row["label"] is None else row["label"])
+
+
+def decoded_chunks(folder: Store, name: str, image_size: int, count: int) -> Iterator[Chunk]:
+    """A shard's images, `count` rows at a time, resized and centre-cropped; what does not decode is told.
+
+    Reading and decoding happen in threads, at most `AHEAD` chunks before the one that is in use.
+    """
+    with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
+        yield from ahead(_chunks(stored_images(folder, name), image_size, count, pool), AHEAD)
+
+
+def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The items, with the next `count` of them made in a thread meanwhile."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        waiting: deque[Future[T | object]] = deque(pool.submit(next, items, end) for _ in range(count))
+        try:
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(pool.submit(next, items, end))
+                yield item  # type: ignore[misc]  # it is not `end`
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def _open_shard(folder: Store, name: str) -> Iterator[pq.ParquetFile]:
+    """The file, whose damages are ValueErrors also while it is read."""
+    try:
+        with folder.open(name) as file, pq.ParquetFile(file) as parquet:
+            yield parquet
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, ConnectionError) or getattr(error, "errno", None) is not None:
+            raise  # of the store, not of the file
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder.uri}/{name} is no image Parquet ({said}); delete the folder and prepare") from error
+
+
+def _chunks(rows: Iterator[StoredImage], image_size: int, count: int, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
+    no_images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    while some := list(itertools.islice(rows, count)):
+        pixels = list(pool.map(functools.partial(_decode, image_size=image_size), some))
+        failed = [image for image in pixels if isinstance(image, FailedImage)]
+        good = [(row, image) for row, image in zip(some, pixels, strict=True) if isinstance(image, torch.Tensor)]
+        images = torch.stack([image for _, image in good]) if good else no_images
+        class_ids = torch.tensor([row.class_id for row, _ in good], dtype=torch.int64)
+        yield Chunk(ImageRows([row.image_id for row, _ in good], images, class_ids), failed)
+
+
+def _decode(row: StoredImage, *, image_size: int) -> torch.Tensor | FailedImage:
+    try:
+        return crop(resize_shorter(to_rgb(row.data), image_size), image_size)
+    except UnreadableImageError as error:
+        return FailedImage(row.image_id, str(error))
 
 
 class TrainImages:

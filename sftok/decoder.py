@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sftok.config import TokenizerConfig
+from sftok.config import MaskSchedule, TokenizerConfig
 from sftok.transformer import Transformer, free_parameter
 
 
@@ -30,26 +30,48 @@ class Decoder(nn.Module):
 
     def forward(self, ids_BP: Tensor, z_q_BND: Tensor) -> Tensor:
         """Proxy codes (B, P) int64, `mask_id` where hidden, and z_q (B, N, D), to logits (B, P, V)."""
+        sequence_BSW = self.sequence(ids_BP, self.latents(z_q_BND))
+        return self.head(self.transformer(sequence_BSW, self.kept))
+
+    @property
+    def kept(self) -> slice:
+        """Where the proxy positions stand in the sequence."""
+        return slice(1, 1 + self.num_positions)
+
+    def latents(self, z_q_BND: Tensor) -> Tensor:
+        """The latent tokens' part of the input, (B, N, W): the same in every step of decoding an image."""
+        return self.latent_embed(z_q_BND) + self.latent_positions
+
+    def sequence(self, ids_BP: Tensor, latent_BNW: Tensor) -> Tensor:
+        """The transformer's input (B, 1 + P + N, W): class, proxy codes, latent tokens."""
         proxy_BPW = self.proxy_embed(ids_BP)
         class_B1W = self.class_token.expand(len(ids_BP), 1, -1).to(proxy_BPW.dtype)
         proxy_BSW = torch.cat([class_B1W, proxy_BPW], dim=1) + self.proxy_positions
-        latent_BNW = self.latent_embed(z_q_BND) + self.latent_positions
-        sequence_BSW = torch.cat([proxy_BSW, latent_BNW.to(proxy_BSW.dtype)], dim=1)
-        return self.head(self.transformer(sequence_BSW, slice(1, 1 + self.num_positions)))
+        return torch.cat([proxy_BSW, latent_BNW.to(proxy_BSW.dtype)], dim=1)
 
     def all_masked(self, z_q_BND: Tensor) -> Tensor:
         """The first step's input: every position hidden, (B, P)."""
         return torch.full((len(z_q_BND), self.num_positions), self.mask_id, device=z_q_BND.device)
 
 
-def arccos_ratio(t: Tensor) -> Tensor:
-    """Share of positions that are masked at time t in [0, 1]: 1 at 0, 0 at 1."""
-    return torch.arccos(t) / (math.pi / 2)
+MASK_RATIOS: dict[MaskSchedule, Callable[[Tensor, float], Tensor]] = {
+    "arccos": lambda t, power: (torch.arccos(t) / (math.pi / 2)) ** power,
+    "cosine": lambda t, _: (1 + torch.cos(math.pi * t)) / 2,
+    "linear": lambda t, _: 1 - t,
+    "quadratic": lambda t, power: (1 - t) ** power,
+    "cubic": lambda t, _: (1 - t) ** 3,
+    "exponential": lambda t, power: torch.exp(-power * t),
+}
+"""Share of positions that are masked at time t in [0, 1], 1 at 0, by schedule; those without a power ignore it.
+
+The published quadratic schedule has the power as its exponent, so that it is quadratic at power = 2 only."""
 
 
-def random_mask(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Training mask (B, P), true = hidden: a share drawn by the arccos schedule, the positions uniformly."""
-    ratio_B = arccos_ratio(torch.rand(shape[0], generator=generator))
+def random_mask(
+    shape: torch.Size, generator: torch.Generator, schedule: MaskSchedule = "arccos", power: float = 1.0
+) -> Tensor:
+    """Training mask (B, P), true = hidden: a share drawn by the schedule, the positions uniformly."""
+    ratio_B = MASK_RATIOS[schedule](torch.rand(shape[0], generator=generator), power)
     count_B = (ratio_B * shape[1]).round()
     rank_BP = torch.rand(shape, generator=generator).argsort(1).argsort(1)
     return rank_BP < count_B[:, None]

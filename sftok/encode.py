@@ -1,25 +1,44 @@
 """Images to codes: one image shard in, one code shard out, the same bytes wherever and with whom it runs.
 
+Exactly once, because a shard is a function of its images alone, its sidecar is created once and after it, and nothing
+is published before the rows add up: images x views = rows + failed.
+
 Shapes: B images, N latent tokens.
 """
 
 import functools
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from infra.artifacts import FileEntry, shard_entry, write_shard
+from infra.artifacts import SHARD, FileEntry, Manifest, put, shard_entry, write_shard
 from infra.codes import CodeRows, CodesInfo, to_parquet
+from infra.errors import TransientError
 from infra.progress import Progress, silent
+from infra.reuse import Reuse
 from infra.store import Store
 from infra.training import default_device
 from infra.workers import WorkerOptions, map_shards
 from sftok.artifacts import load_tokenizer
 from sftok.config import Assignment, AugmentConfig
-from sftok.data import ImageSet, variant_images
+from sftok.data import FailedImage, ImageRows, decoded_chunks, variant_images
+from sftok.inference import PreparedEncoder, prepare_encoder
 from sftok.model import SFTok
+
+FAILED = "failed.parquet"
+FAILED_SCHEMA = pa.schema([("image_id", pa.string()), ("variant", pa.string()), ("reason", pa.string())])
+_FAILED_KEY = "sftok.failed"
+LOOKUPS = 16  # shards looked up at once: on S3 each takes two requests
 
 
 @dataclass(frozen=True)
@@ -35,49 +54,217 @@ class EncodeJob:
     augment: AugmentConfig
     """strength of the affine views."""
     micro_batch: int
+    reuse: Reuse | None = None
+    """the shards of other versions of the dataset; None: each is encoded."""
+
+    def variants_of(self, name: str) -> tuple[str, ...]:
+        """The views of the images of a shard."""
+        return self.variants[name.partition("-")[0]]
+
+
+class CodeShard(NamedTuple):
+    """A finished code shard, and the images that have no rows in it."""
+
+    file: FileEntry
+    failed: list[FailedImage]
+
+
+class Encoded(NamedTuple):
+    """What encode wrote: images x views = rows + failed."""
+
+    files: list[FileEntry]
+    counts: dict[str, int]  # shards, reused (of them, from other versions), rows, failed (views)
 
 
 class ShardEncoder:
-    """A worker: holds the model, encodes one shard a call."""
+    """A worker: holds the model, encodes one shard a call.
+
+    A chunk of images is encoded while the next ones are read and decoded in threads. Shards do not overlap within a
+    worker: where their reading and writing leave a GPU idle, two workers share it (`gpus_per_worker` = 0.5).
+    """
 
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
-        self.model = load_tokenizer(job.tokenizer).to(default_device())
-        self.set = ImageSet.open(job.images)
+        with _full_memory_passes():
+            model = load_tokenizer(job.tokenizer).to(default_device())
+            self.encoder = prepare_encoder(model, job.info.precision)
 
-    def __call__(self, name: str) -> FileEntry:
-        """Encode an image shard into the code shard of the same name; one that is done is not done again."""
-        done = shard_entry(self.job.out, name)
-        if done is not None:
+    def __call__(self, images: FileEntry) -> CodeShard:
+        """Encode an image shard into the code shard of the same name; one that is done is not done again.
+
+        Raises:
+            ValueError: the image shard is damaged, or has other rows than its entry says.
+            TransientError: memory ran out.
+        """
+        if (done := finished_shard(self.job, images)) is not None:
             return done
-        rows = self.set.read_shard(name, self.job.info.image_size)
-        codes, variants = [], self.job.variants[name.split("-")[0]]
-        for variant in variants:
-            images = variant_images(rows, variant, self.job.augment)
-            codes.append(encode_images(self.model, images, self.job.info.assignment, self.job.micro_batch).numpy())
-        table = CodeRows(
-            image_id=rows.image_ids * len(variants),
-            class_id=np.tile(rows.class_ids.numpy().astype(np.int32), len(variants)),
-            variant=[variant for variant in variants for _ in rows.image_ids],
-            codes=np.concatenate(codes).astype(self.job.info.dtype),
+        with _full_memory_passes():
+            rows, failed = self._encode(images)
+            notes = {_FAILED_KEY: json.dumps(failed, separators=(",", ":"), ensure_ascii=False)} if failed else None
+            data = to_parquet(self.job.info, rows, notes)
+        file = write_shard(self.job.out, images.path, data, len(rows.image_id))
+        if self.job.reuse is not None and not failed:  # an image that failed once may be mended by the next time
+            self.job.reuse.offer(images, file)
+        return CodeShard(file, failed)
+
+    def _encode(self, images: FileEntry) -> tuple[CodeRows, list[FailedImage]]:
+        """All views of all images of a shard, never more than a few micro-batches of them in memory."""
+        job, variants, info = self.job, self.job.variants_of(images.path), self.job.info
+        parts: list[CodeRows] = []
+        failed: list[FailedImage] = []
+        found = 0
+        for chunk in decoded_chunks(job.images, images.path, info.image_size, job.micro_batch):
+            found += len(chunk.rows.image_ids) + len(chunk.failed)
+            failed += chunk.failed
+            parts += [self._view(chunk.rows, variant) for variant in variants if chunk.rows.image_ids]
+        rows = CodeRows(
+            image_id=[image_id for part in parts for image_id in part.image_id],
+            class_id=np.concatenate([part.class_id for part in parts] or [np.empty(0, np.int32)]),
+            variant=[variant for part in parts for variant in part.variant],
+            codes=np.concatenate([part.codes for part in parts] or [np.empty((0, info.num_tokens), info.dtype)]),
         )
-        return write_shard(self.job.out, name, to_parquet(self.job.info, table), len(table.image_id))
+        if found != images.rows:
+            raise ValueError(
+                f"{job.images.uri}/{images.path} has {found} images, its manifest says {images.rows}:"
+                " delete the folder and prepare the data again"
+            )
+        return rows, failed
+
+    def _view(self, rows: ImageRows, variant: str) -> CodeRows:
+        images = variant_images(rows, variant, self.job.augment)
+        codes = encode_batches(self.encoder, images, self.job.info.assignment, self.job.micro_batch)
+        return CodeRows(
+            image_id=rows.image_ids,
+            class_id=rows.class_ids.numpy().astype(np.int32),
+            variant=[variant] * len(rows.image_ids),
+            codes=codes.numpy().astype(self.job.info.dtype),
+        )
 
 
-def encode(job: EncodeJob, *, options: WorkerOptions, progress: Progress = silent) -> list[FileEntry]:
-    """Encode every shard of the image set; entries in the order of the shards."""
-    names = ImageSet.open(job.images).names
-    return map_shards(functools.partial(ShardEncoder, job), names, options=options, progress=progress)
+def encode(job: EncodeJob, images: Manifest, *, options: WorkerOptions, progress: Progress = silent) -> Encoded:
+    """Encode every shard of an images artifact that is neither done nor found among other versions of the dataset.
+
+    The files are in the order of the shards, and after them `failed.parquet` where an image failed.
+
+    Raises:
+        ValueError: a view is unknown, an image shard is damaged, or the rows do not add up.
+        TransientError: workers were lost for good, or ran out of memory.
+    """
+    shards = [entry for entry in images.files if SHARD.fullmatch(entry.path)]
+    _check_variants(job)
+    with ThreadPoolExecutor(LOOKUPS) as pool:
+        done = dict(zip(shards, pool.map(functools.partial(_find, job), shards), strict=True))
+    missing = [entry for entry in shards if done[entry] is None]
+    made = map_shards(
+        functools.partial(ShardEncoder, job),
+        missing,
+        options=options,
+        progress=_after(progress, len(shards) - len(missing)),
+    )
+    all_shards = [shard for shard in {**done, **dict(zip(missing, made, strict=True))}.values() if shard is not None]
+    files = [shard.file for shard in all_shards]
+    failed = [
+        (image.image_id, variant, image.reason)
+        for shard in all_shards
+        for image in shard.failed
+        for variant in job.variants_of(shard.file.path)
+    ]
+    counts = {
+        "shards": len(files),
+        "reused": sum(file.source is not None for file in files),
+        "rows": sum(file.rows or 0 for file in files),
+        "failed": len(failed),
+    }
+    _check_counts(job, images, counts)
+    if failed:
+        files.append(put(job.out, FAILED, _failed_parquet(failed), len(failed)))
+    return Encoded(files, counts)
 
 
-@torch.no_grad()
+def finished_shard(job: EncodeJob, images: FileEntry) -> CodeShard | None:
+    """The code shard of an image shard if this artifact has it already."""
+    file = shard_entry(job.out, images.path)
+    if file is None:
+        return None
+    is_whole = file.rows == (images.rows or 0) * len(job.variants_of(images.path))
+    return CodeShard(file, [] if is_whole else _read_failed(job.out, images.path))
+
+
 def encode_images(model: SFTok, images: Tensor, assignment: Assignment, micro_batch: int) -> Tensor:
+    """Codes (n, N) int64 of float images (n, 3, H, W) in float32; who encodes more than once prepares the model."""
+    return encode_batches(prepare_encoder(model), images, assignment, micro_batch)
+
+
+def encode_batches(encoder: PreparedEncoder, images: Tensor, assignment: Assignment, micro_batch: int) -> Tensor:
     """Codes (n, N) int64 of float images (n, 3, H, W), in micro-batches of one fixed size, the last one padded.
 
     Near-ties are decided by rounding, and products of other shapes round otherwise: the fixed size keeps codes equal.
     """
-    codes, device = [], next(model.parameters()).device
+    codes = []
     for part in images.split(micro_batch):
-        padded = torch.cat([part, part.new_zeros(micro_batch - len(part), *part.shape[1:])])
-        codes.append(model.encode(padded.to(device), assignment).codes[: len(part)].cpu())
-    return torch.cat(codes) if codes else torch.empty(0, model.config.num_latent_tokens, dtype=torch.int64)
+        if len(part) < micro_batch:
+            part = torch.cat([part, part.new_zeros(micro_batch - len(part), *part.shape[1:])])
+        codes.append(encoder(part, assignment).cpu())
+    return torch.cat(codes)[: len(images)] if len(images) else torch.empty(0, encoder.num_tokens, dtype=torch.int64)
+
+
+def _find(job: EncodeJob, images: FileEntry) -> CodeShard | None:
+    """A shard that need not be encoded: this artifact's own, or another version's."""
+    if (own := finished_shard(job, images)) is not None:
+        return own
+    theirs = job.reuse.find(images) if job.reuse is not None else None
+    return None if theirs is None else CodeShard(theirs, [])
+
+
+def _check_variants(job: EncodeJob) -> None:
+    """Refuse views that cannot be made before workers start."""
+    any_image = ImageRows([""], torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    for variant in {variant for variants in job.variants.values() for variant in variants}:
+        variant_images(any_image, variant, job.augment)
+
+
+def _check_counts(job: EncodeJob, images: Manifest, counts: Mapping[str, int]) -> None:
+    """Prove that no view is missing and none is there twice."""
+    splits = {split: images.counts[split] for split in job.variants}
+    expected = sum(count * len(job.variants[split]) for split, count in splits.items())
+    if expected != counts["rows"] + counts["failed"]:
+        product = " + ".join(f"{count} {split} x {len(job.variants[split])}" for split, count in splits.items())
+        raise ValueError(
+            f"images/{images.digest} x views = {product} = {expected}, but {job.out.uri} has {counts['rows']} rows"
+            f" + {counts['failed']} failed = {counts['rows'] + counts['failed']}: delete both folders and run again"
+        )
+
+
+def _after(progress: Progress, before: int) -> Progress:
+    """Tell of shards with those that were found done."""
+
+    def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
+        progress(before + done, before + total, figures)
+
+    return listen
+
+
+def _read_failed(folder: Store, name: str) -> list[FailedImage]:
+    with folder.open(name) as file, pq.ParquetFile(file) as parquet:
+        told = (parquet.schema_arrow.metadata or {}).get(_FAILED_KEY.encode(), b"[]")
+    return [FailedImage(*image) for image in json.loads(told)]
+
+
+def _failed_parquet(failed: Sequence[tuple[str, str, str]]) -> bytes:
+    columns = zip(*sorted(failed), strict=True)
+    sink = io.BytesIO()
+    pq.write_table(pa.table([pa.array(column, pa.string()) for column in columns], FAILED_SCHEMA), sink)
+    return sink.getvalue()
+
+
+@contextmanager
+def _full_memory_passes() -> Iterator[None]:
+    """A full memory says nothing about the images: it is the worker's trouble, and trying again may help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of torch, CUDA's is a class of its own and the CPU's a message
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TransientError(f"memory ran out ({said}); use fewer workers or a smaller encode.micro_batch") from error

@@ -27,13 +27,24 @@ class Encoder(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Float RGB in [0, 1], (B, 3, H, W), to z (B, N, D)."""
-        batch = images_B3HW.shape[0]
         patches_BPW = self.patch_embed(images_B3HW).flatten(2).transpose(1, 2)
+        return self.read_out(self.transformer(self.sequence(patches_BPW), self.kept))
+
+    @property
+    def kept(self) -> slice:
+        """Where the latent tokens stand in the sequence."""
+        return slice(-self.num_latent_tokens, None)
+
+    def sequence(self, patches_BPW: Tensor) -> Tensor:
+        """Embedded patches, row-major, to the transformer's input (B, 1 + P + N, W): class, patches, latent tokens."""
+        batch = patches_BPW.shape[0]
         image_BSW = torch.cat([self.class_token.expand(batch, 1, -1), patches_BPW], dim=1) + self.patch_positions
         latent_BNW = (self.latent_tokens + self.latent_positions).expand(batch, -1, -1)
-        sequence_BSW = torch.cat([image_BSW, latent_BNW.to(image_BSW.dtype)], dim=1)
-        y_BNW = self.transformer(sequence_BSW, slice(-self.num_latent_tokens, None))
+        return torch.cat([image_BSW, latent_BNW.to(image_BSW.dtype)], dim=1)
+
+    def read_out(self, y_BNW: Tensor) -> Tensor:
+        """The transformer's output at the latent tokens to z (B, N, D)."""
         if self.legacy_layout:
             # The published code reads the (N, W) memory as (W, N) without transposing; its weights were trained so.
-            y_BNW = y_BNW.reshape(batch, -1, self.num_latent_tokens).transpose(1, 2)
+            y_BNW = y_BNW.reshape(len(y_BNW), -1, self.num_latent_tokens).transpose(1, 2)
         return self.project(y_BNW)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sftok.config import Assignment, DecodingConfig, TeacherConfig, TokenizerConfig
 from sftok.decoder import Decoder, decode_steps
 from sftok.encoder import Encoder
-from sftok.proxy import Teacher, TeacherDecoder
+from sftok.proxy import Teacher, TeacherDecoder, to_grid
 from sftok.quantizer import Quantized, Quantizer
 from sftok.transformer import initialise
 
@@ -57,9 +57,7 @@ class SFTok(nn.Module):
         """Expected pixel code of every position through the pixel decoder: float RGB (B, 3, H, W), not clamped."""
         assert self.pixel_codebook is not None
         assert self.pixel_decoder is not None
-        vectors_BPC = logits_BPV.softmax(-1) @ self.pixel_codebook.weight
-        side = int(vectors_BPC.shape[1] ** 0.5)
-        return self.pixel_decoder(vectors_BPC.transpose(1, 2).unflatten(2, (side, side)))
+        return self.pixel_decoder(to_grid(logits_BPV.softmax(-1) @ self.pixel_codebook.weight))
 
     @torch.no_grad()
     def predict_proxy(

@@ -93,6 +93,12 @@ class TeacherDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+def to_grid(vectors_BPC: Tensor) -> Tensor:
+    """Vectors of the positions of a square, row-major, to (B, C, h, w)."""
+    side = int(vectors_BPC.shape[1] ** 0.5)
+    return vectors_BPC.transpose(1, 2).unflatten(2, (side, side))
+
+
 class TeacherPass(NamedTuple):
     """A training pass through the teacher."""
 
@@ -124,13 +130,12 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Float RGB in [0, 1] to proxy codes (B, P) int64."""
-        return self.nearest(self.encoder(images_B3HW))
+        # Channels last is the layout that convolutions compute in; given so, they need not turn to it and back.
+        return self.nearest(self.encoder(images_B3HW.contiguous(memory_format=torch.channels_last)))
 
     def grid(self, codes_BP: Tensor) -> Tensor:
         """Proxy codes to their vectors on the square grid, (B, C, h, w)."""
-        vectors_BPC = self.codebook(codes_BP)
-        side = int(codes_BP.shape[1] ** 0.5)
-        return vectors_BPC.transpose(1, 2).unflatten(2, (side, side))
+        return to_grid(self.codebook(codes_BP))
 
     @torch.no_grad()
     def decode(self, codes_BP: Tensor) -> Tensor:

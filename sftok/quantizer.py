@@ -28,6 +28,7 @@ class Quantized(NamedTuple):
     """Scalar: commitment_weight * commitment + codebook loss."""
 
 
+@torch.no_grad()
 def sinkhorn(distance_MK: Tensor) -> Tensor:
     """Balanced assignment of the M vectors of a batch to the K codes, as probabilities times M, (M, K).
 
@@ -35,14 +36,25 @@ def sinkhorn(distance_MK: Tensor) -> Tensor:
     """
     # Deviates from a standardisation: the published line only subtracts the minimum, which scaling cancels. Kept so,
     # because published weights were trained so.
-    distance_MK = distance_MK - distance_MK.min()
-    plan_MK = torch.exp(-SINKHORN_SHARPNESS * distance_MK)
-    plan_MK = plan_MK / (plan_MK.sum() + EPSILON)
-    M, K = plan_MK.shape
+    kernel_MK = (distance_MK - distance_MK.min()).mul_(-SINKHORN_SHARPNESS).exp_()
+    M, K = kernel_MK.shape
+    # The plan is always the kernel with scaled rows and columns. Carrying the scales instead of the plan makes an
+    # iteration two products of a matrix and a vector, where the published one writes the matrix six times.
+    row_M = (kernel_MK.sum() + EPSILON).reciprocal().expand(M)
+    column_K = kernel_MK.new_ones(K)
     for _ in range(SINKHORN_ITERATIONS):
-        plan_MK = plan_MK / (plan_MK.sum(0, keepdim=True) + EPSILON) / K
-        plan_MK = plan_MK / (plan_MK.sum(1, keepdim=True) + EPSILON) / M
-    return plan_MK * M
+        column_K = column_K / (column_K * (row_M @ kernel_MK) + EPSILON) / K
+        row_M = row_M / (row_M * (kernel_MK @ column_K) + EPSILON) / M
+    return kernel_MK.mul_(column_K).mul_(row_M[:, None] * M)
+
+
+def assign(z_MD: Tensor, codebook_KD: Tensor, assignment: Assignment) -> Tensor:
+    """Codes (M,) int64 of unit vectors (M, D), float32 both."""
+    similarity_MK = z_MD @ codebook_KD.T
+    if assignment == "nearest":
+        return similarity_MK.argmax(1)  # on the unit sphere the nearest is the most similar
+    distance_MK = similarity_MK.mul_(-2).add_(2).clamp_min_(0).sqrt_()
+    return sinkhorn(distance_MK).argmax(1)
 
 
 class Quantizer(nn.Module):
@@ -74,16 +86,8 @@ class Quantizer(nn.Module):
         """Quantize z (B, N, D); in float32 whatever the autocast, because near-ties decide codes."""
         codebook_KD, z_BND = self.codebook(), F.normalize(z_BND.float(), dim=-1)
         with torch.no_grad():
-            codes_BN = self._assign(z_BND.flatten(0, 1), codebook_KD, assignment).view(z_BND.shape[:2])
+            codes_BN = assign(z_BND.flatten(0, 1), codebook_KD, assignment).view(z_BND.shape[:2])
         code_BND = F.embedding(codes_BN, codebook_KD)
         commitment = F.mse_loss(z_BND, code_BND.detach())
         loss = COMMITMENT_WEIGHT * commitment + F.mse_loss(code_BND, z_BND.detach())
         return Quantized(z_BND + (code_BND - z_BND).detach(), codes_BN, loss)
-
-    @staticmethod
-    def _assign(z_MD: Tensor, codebook_KD: Tensor, assignment: Assignment) -> Tensor:
-        similarity_MK = z_MD @ codebook_KD.T
-        if assignment == "nearest":
-            return similarity_MK.argmax(1)  # on the unit sphere the nearest is the most similar
-        distance_MK = (2 - 2 * similarity_MK).clamp_min(0).sqrt()
-        return sinkhorn(distance_MK).argmax(1)

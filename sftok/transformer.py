@@ -6,8 +6,20 @@ Shapes: B images, S sequence positions, W width, H heads, D channels a head.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sftok.config import TransformerConfig
+
+
+def attend(q_BHQD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+    """Full bidirectional attention, (B, H, Q, D) queries over S positions to (B, Q, H * D)."""
+    if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16:
+        # On CPUs the fused kernel computes bf16 at the speed of fp32, where two products run at that of bf16.
+        scores_BHQS = (q_BHQD * q_BHQD.shape[-1] ** -0.5) @ k_BHSD.transpose(-1, -2)
+        y_BHQD = scores_BHQS.softmax(-1) @ v_BHSD
+    else:
+        y_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BHSD, v_BHSD)
+    return y_BHQD.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -19,11 +31,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BSW: Tensor) -> Tensor:
-        """(B, S, W) to (B, S, W)."""
-        q_BHSD, k_BHSD, v_BHSD = self.qkv(x_BSW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y_BHSD = F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD)
-        return self.out(y_BHSD.transpose(1, 2).flatten(2))
+    def forward(self, x_BSW: Tensor, keep: slice | None = None) -> Tensor:
+        """(B, S, W) to what the positions `keep` (None: all) gather from all, (B, keep, W)."""
+        if keep is None:
+            return self.out(attend(*split_heads(self.qkv(x_BSW), 3, self.heads)))
+        width, weight, bias = x_BSW.shape[-1], self.qkv.weight, self.qkv.bias
+        (q_BHQD,) = split_heads(F.linear(x_BSW[:, keep], weight[:width], bias[:width]), 1, self.heads)
+        k_BHSD, v_BHSD = split_heads(F.linear(x_BSW, weight[width:], bias[width:]), 2, self.heads)
+        return self.out(attend(q_BHQD, k_BHSD, v_BHSD))
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, S, parts * H * D), such as queries, keys and values side by side, to `parts` times (B, H, S, D)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Mlp(nn.Module):
@@ -49,10 +69,11 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(width)
         self.mlp = Mlp(width)
 
-    def forward(self, x_BSW: Tensor) -> Tensor:
-        """(B, S, W) to (B, S, W)."""
-        x_BSW = x_BSW + self.attention(self.norm_1(x_BSW))
-        return x_BSW + self.mlp(self.norm_2(x_BSW))
+    def forward(self, x_BSW: Tensor, keep: slice | None = None) -> Tensor:
+        """(B, S, W) to the positions `keep` (None: all), (B, keep, W); no others are computed past the keys."""
+        kept = x_BSW if keep is None else x_BSW[:, keep]
+        kept = kept + self.attention(self.norm_1(x_BSW), keep)
+        return kept + self.mlp(self.norm_2(kept))
 
 
 class Transformer(nn.Module):
@@ -63,13 +84,24 @@ class Transformer(nn.Module):
         self.norm_in = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
+        self.recomputes = False
+
+    def recompute(self, on: bool) -> None:
+        """Whether the backward pass computes blocks again instead of keeping what they hold; same gradients."""
+        self.recomputes = on
 
     def forward(self, x_BSW: Tensor, keep: slice) -> Tensor:
-        """(B, S, W) to the positions `keep`, (B, keep, W); the last norm sees no others."""
+        """(B, S, W) to the positions `keep`, (B, keep, W); the last block and norm compute no others."""
         x_BSW = self.norm_in(x_BSW)
-        for block in self.blocks:
-            x_BSW = block(x_BSW)
-        return self.norm_out(x_BSW[:, keep])
+        for block in self.blocks[:-1]:
+            x_BSW = self._run(block, x_BSW, None)
+        return self.norm_out(self._run(self.blocks[-1], x_BSW, keep))
+
+    def _run(self, block: nn.Module, x_BSW: Tensor, keep: slice | None) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            # Blocks draw no random numbers, so there is no state of a generator to put back.
+            return checkpoint(block, x_BSW, keep, use_reentrant=False, preserve_rng_state=False)
+        return block(x_BSW, keep)
 
 
 def free_parameter(rows: int, width: int) -> nn.Parameter:

@@ -79,7 +79,10 @@ def test_help_is_instant_and_loads_nothing_heavy():
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("command", ["run", "recipes", "show", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "recipes", "show", "doctor", "import-weights", "export-weights", "reconstruct", "verify", "diff"],
+)
 def test_help_shows_examples(sftok, command):
     code, out, _ = sftok(command, "--help")
     assert code == 0

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from infra.artifacts import resolve, verify
 from infra.codes import read_codes
@@ -181,6 +183,42 @@ def test_killed_in_training_and_in_encoding_it_ends_with_the_same_bytes(referenc
     assert_same(store, result, reference)
     assert result["stages"]["align"]["state"] == "Cached"
     assert {name: codes.path.joinpath(name).stat().st_mtime_ns for name in done} == done  # not encoded again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["teacher", "warm_up", "fine_tune", "train_generator", "sample"])
+def test_killed_in_any_other_stage_it_ends_with_the_same_bytes(
+    stage: str, reference: Reference, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    kind = {"teacher": "teacher", "train_generator": "generator", "sample": "samples"}.get(stage, "tokenizer")
+    folder = store.at("artifacts", kind, reference.result["stages"][stage]["digest"])
+    mark = ".parquet.json" if stage == "sample" else "checkpoint.json"
+    kill_when(
+        reference.runner.start(store.uri, "--workers", "1"),
+        lambda: any(name.endswith(mark) for name in folder.list()),
+    )
+    assert_same(store, reference.runner.run(store.uri, "--workers", "1"), reference)
+
+
+def test_own_images_run_and_what_is_no_image_is_listed(tmp_path: Path) -> None:
+    """Three classes with awkward names, no splits, and a file that only looks like an image."""
+    data, random = tmp_path / "my images", np.random.default_rng(0)
+    for label, name in enumerate(("<b>cats</b>", "hôtel & co", "日本")):
+        (data / name).mkdir(parents=True)
+        for number in range(24):
+            pixels = random.integers(0, 80, (40, 56, 3), np.uint8) + np.uint8(80 * label)
+            Image.fromarray(pixels).save(data / name / f"{number}.png")
+    (data / "日本" / "broken.jpg").write_bytes(b"no image at all")
+    runner = Runner(tmp_path)
+    result = runner.run(str(tmp_path / "store"), "--data", str(data), "--workers", "1", "--set", "evaluate.steps=[1]")
+    assert {stage["state"] for stage in result["stages"].values()} == {"Completed"}
+    counts = resolve(Store(tmp_path / "store"), result["stages"]["prepare"]["digest"]).counts
+    assert counts["found"] == 73
+    assert (counts["accepted"], counts["rejected"], counts["classes"]) == (72, 1, 3)
+    page = Path(result["report"]).read_text()
+    assert "hôtel &amp; co" in page
+    assert "<b>cats</b>" not in page
 
 
 @pytest.mark.s3

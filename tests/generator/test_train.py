@@ -69,6 +69,18 @@ def test_two_and_two_steps_equal_four(store: Store) -> None:
     assert parts.read("log.jsonl") == whole.read("log.jsonl")
 
 
+def test_micro_batches_add_up_to_the_batch(store: Store) -> None:
+    whole, parts = store.at("whole"), store.at("parts")
+    train(whole, config(6))
+    train(parts, config(6, micro_batch=4))
+
+    def losses(folder: Store) -> list[float]:
+        return [json.loads(line)["loss"] for line in folder.read("log.jsonl").decode().splitlines()]
+
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    assert losses(parts) != losses(whole)  # rounding: the parts are there
+
+
 def test_the_best_weights_are_those_that_are_published(store: Store) -> None:
     few = data(8)
     train_generator(few, data(seed=1), INFO, MODEL, config(80, validate_every=5, keep="best"), run=Run(store, seed=0))
@@ -76,7 +88,7 @@ def test_the_best_weights_are_those_that_are_published(store: Store) -> None:
     nlls = [line["val_nll"] for line in lines if "val_nll" in line]
     assert min(nlls) < nlls[-1]  # eight rows are learnt by heart
     network, _ = load_generator(store)
-    assert negative_log_likelihood(network, data(seed=1)).item() == pytest.approx(min(nlls), rel=1e-5)
+    assert negative_log_likelihood(network, data(seed=1), Run(store, 0)) == pytest.approx(min(nlls), rel=1e-5)
 
 
 def test_every_row_comes_once_an_epoch_and_labels_are_dropped_as_often_as_asked() -> None:

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from infra.artifacts import (
     FileEntry,
     Manifest,
     Plan,
+    _check_files,
     find,
     folder_of,
+    key_of,
     lineage,
     publish,
     put,
@@ -107,6 +110,22 @@ class TestPublish:
             publish(store, PLAN, files=[entry], counts={}, metrics={}, seconds=1)
         assert find(store, PLAN) is None
 
+    def test_a_file_that_is_listed_twice_is_not_published(self, store: Store) -> None:
+        entry = put(folder_of(store, "images", PLAN.digest), "data.bin", b"data")
+        with pytest.raises(ValueError, match=r"listed twice: data\.bin$"):
+            publish(store, PLAN, files=[entry, entry], counts={}, metrics={}, seconds=1)
+
+    def test_a_hundred_thousand_shards_take_no_request_each(self, store: Store) -> None:
+        """And no quadratic time: their sidecars vouched for them when they were written."""
+        files = [
+            FileEntry(path=f"train-{n:05d}-of-99999.parquet", size=1, sha256="0" * 64, rows=1) for n in range(99_999)
+        ]
+        started = time.monotonic()
+        _check_files(store, PLAN, files)  # none of them is there, and nobody asks
+        assert time.monotonic() - started < 5
+        with pytest.raises(ValueError, match=r"listed twice: train-00007-of-99999\.parquet$"):
+            _check_files(store, PLAN, [*files, files[7]])
+
     def test_infinite_metrics_survive(self, store: Store) -> None:
         publish(store, PLAN, files=[], counts={}, metrics={"psnr": float("inf")}, seconds=1)
         manifest = find(store, PLAN)
@@ -161,6 +180,58 @@ class TestVerify:
         folder.delete("data.bin")
         with pytest.raises(ValueError, match=r"data\.bin is missing"):
             verify(store, manifest)
+
+
+SHARD = "train-00000-of-00001.parquet"
+
+
+class TestReferences:
+    """Files that lie in another artifact's folder."""
+
+    @pytest.fixture
+    def entry(self, store: Store) -> FileEntry:
+        """A shard of another artifact."""
+        other = PLAN.model_copy(update={"version": 7})
+        made = write_shard(folder_of(store, other.kind, other.digest), SHARD, b"rows", 4)
+        return made.model_copy(update={"source": f"{other.prefix}/{SHARD}"})
+
+    def test_are_read_where_they_are(self, store: Store, entry: FileEntry) -> None:
+        own = put(folder_of(store, PLAN.kind, PLAN.digest), "own.bin", b"own")
+        manifest = publish(store, PLAN, files=[entry, own], counts={}, metrics={}, seconds=1)
+        assert find(store, PLAN) == manifest
+        assert [store.read(key_of(manifest, file)) for file in manifest.files] == [b"own", b"rows"]
+        assert key_of(PLAN, own) == f"{PLAN.prefix}/own.bin"
+        verify(store, manifest)
+        store.write(str(entry.source), b"raws")
+        with pytest.raises(ValueError, match=rf"{entry.source} is not what"):
+            verify(store, manifest)
+
+    def test_are_checked_before_publishing(self, store: Store, entry: FileEntry) -> None:
+        store.write(str(entry.source), b"more rows")
+        with pytest.raises(ValueError, match=rf"changed since it was found: {entry.source}"):
+            publish(store, PLAN, files=[entry], counts={}, metrics={}, seconds=1)
+        store.delete(str(entry.source))
+        with pytest.raises(ValueError, match=rf"not written: {entry.source}"):
+            publish(store, PLAN, files=[entry], counts={}, metrics={}, seconds=1)
+        assert find(store, PLAN) is None
+
+    def test_are_the_same_file_for_two_runs(
+        self, store: Store, entry: FileEntry, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """One that found a shard, and one that encoded it."""
+        own = write_shard(folder_of(store, PLAN.kind, PLAN.digest), SHARD, b"rows", 4)
+        first, second = (publish(store, PLAN, files=[e], counts={}, metrics={}, seconds=1) for e in (entry, own))
+        assert first == second
+        assert caplog.text == ""
+
+    def test_leave_manifests_without_them_as_they_were(self, store: Store, entry: FileEntry) -> None:
+        made(store)
+        text = folder_of(store, "images", PLAN.digest).read(MANIFEST)
+        assert b"source" not in text
+        old = FileEntry.model_validate_json('{"path": "a", "size": 1, "sha256": "%s", "rows": null}' % ("0" * 64))
+        assert old == FileEntry(path="a", size=1, sha256="0" * 64)
+        assert old.as_json() == {"path": "a", "size": 1, "sha256": "0" * 64, "rows": None}
+        assert FileEntry.model_validate_json(entry.model_dump_json()) == entry
 
 
 class TestResolve:

@@ -1,7 +1,10 @@
+import contextlib
 import hashlib
 import io
 import json
 import random
+import re
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -11,8 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.codes import CodeRows, CodesInfo, from_parquet, read_codes, to_parquet
+import infra.codes
+from flows import stages
+from infra.artifacts import folder_of
+from infra.codes import CodeRows, CodesInfo, from_parquet, load_codes, load_info, read_codes, to_parquet
 from infra.store import Store
+from tests.flows.small_dataset import Made, draw_images
 
 INFO = CodesInfo(
     tokenizer="0123abcd",
@@ -96,6 +103,15 @@ def test_sampling_settings_travel_with_samples():
         update={"sampling": {"cfg_scale": 1.5, "seed": 3, "top_k": None, "nested": {"b": [1, 2], "a": "é"}}}
     )
     assert from_parquet(to_parquet(info, rows_of(3)))[0] == info
+
+
+def test_a_file_may_carry_notes_of_its_own(store):
+    """What one file says besides does not make it one of another dataset."""
+    store.write("a.parquet", to_parquet(INFO, rows_of(4)))
+    store.write("b.parquet", to_parquet(INFO, rows_of(4), {"sftok.failed": '["é"]'}))
+    assert pq.read_schema(store.path / "b.parquet").metadata[b"sftok.failed"].decode() == '["é"]'
+    assert read_codes(store, ["a.parquet", "b.parquet"])[0] == load_codes(store, ["b.parquet"])[0] == INFO
+    assert to_parquet(INFO, rows_of(4), {}) == store.read("a.parquet")
 
 
 def test_schema_is_the_contract():
@@ -230,3 +246,147 @@ def test_truncated_files_are_refused(tmp_path):
     store.write("x.parquet", data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"x.parquet is not Parquet"):
         read_codes(store, ["x.parquet"])
+
+
+def test_no_changed_byte_escapes_as_an_error_of_arrow():
+    """Guards against damage that Arrow reports as an OSError, which flows would take for a store that is away."""
+    data = to_parquet(INFO, rows_of(600))
+    refused = 0
+    for at in range(0, len(data), 41):
+        broken = bytearray(data)
+        broken[at] ^= 0x55
+        with contextlib.suppress(ValueError):  # some changes give other codes that are as good
+            from_parquet(bytes(broken), "x.parquet")
+            refused -= 1
+        refused += 1
+    assert refused > 20
+
+
+# --- loading into arrays ---------------------------------------------------------------------------------------------
+
+
+def shards(store: Store, rows: CodeRows, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The rows in three files of several row groups."""
+    monkeypatch.setattr("infra.codes._ROWS_A_GROUP", 64)
+    names, cuts = ["c.parquet", "a.parquet", "b.parquet"], [0, 150, 151, len(rows.image_id)]
+    for name, first, last in zip(names, cuts, cuts[1:], strict=False):
+        store.write(name, to_parquet(INFO, pick(rows, list(range(first, last)))))
+    return names
+
+
+def test_loaded_arrays_are_what_is_read(store, monkeypatch):
+    rows = rows_of(400)
+    names = shards(store, rows, monkeypatch)
+    info, read = read_codes(store, names)
+    loaded_info, loaded = load_codes(store, names, with_ids=True)
+    assert loaded_info == info == load_info(store, "a.parquet")
+    assert np.array_equal(loaded.codes, read.codes)
+    assert loaded.codes.dtype == np.uint16
+    assert loaded.codes.flags.c_contiguous
+    assert loaded.codes.flags.writeable, "torch refuses to share read-only arrays"
+    assert np.array_equal(loaded.class_id, read.class_id)
+    assert loaded.image_id.to_pylist() == read.image_id
+    assert loaded.variant.to_pylist() == read.variant
+    assert len({tuple(chunk.dictionary.to_pylist()) for chunk in loaded.variant.chunks}) == 1
+    bare = load_codes(store, names)[1]
+    assert (bare.image_id, bare.variant) == (None, None)
+    assert np.array_equal(bare.codes, read.codes)
+
+
+def test_empty_files_are_loaded(store):
+    store.write("a.parquet", to_parquet(INFO, rows_of(0)))
+    store.write("b.parquet", to_parquet(INFO, rows_of(3)))
+    assert load_codes(store, ["a.parquet"])[1].codes.shape == (0, 5)
+    assert load_codes(store, ["a.parquet"], with_ids=True)[1].image_id.to_pylist() == []
+    assert load_codes(store, ["a.parquet", "b.parquet"])[1].codes.shape == (3, 5)
+
+
+def test_loading_holds_a_row_group_beside_the_array(store):
+    info = INFO.model_copy(update={"codebook_size": 8192, "num_tokens": 64})
+    names = [f"{number}.parquet" for number in range(4)]
+    for number, name in enumerate(names):
+        store.write(name, to_parquet(info, rows_of(40_000, info, seed=number)))
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        codes = load_codes(store, names)[1].codes
+    finally:
+        pa.set_memory_pool(before)
+    group = infra.codes._ROWS_A_GROUP * 64 * 2
+    assert codes.nbytes == 4 * 40_000 * 64 * 2
+    assert 0 < pool.max_memory() < 8 * group < codes.nbytes
+    assert pool.bytes_allocated() == 0, "nothing of Arrow's should be left"
+
+
+def test_damage_is_named_when_loading(store, monkeypatch):
+    names = shards(store, rows_of(400), monkeypatch)
+    data = store.read("b.parquet")
+    for broken in (data[:-100], data[: len(data) // 3], b""):
+        store.write("b.parquet", broken)
+        with pytest.raises(ValueError, match=r"b\.parquet is not Parquet"):
+            load_codes(store, names)
+    store.write("b.parquet", to_parquet(INFO.model_copy(update={"precision": "bf16"}), rows_of(3)))
+    with pytest.raises(ValueError, match=r"precision is 'fp32' in c\.parquet and 'bf16' in b\.parquet"):
+        load_codes(store, names)
+    smaller = pq.read_table(io.BytesIO(data)).replace_schema_metadata(
+        {b"sftok": INFO.model_copy(update={"codebook_size": 10}).model_dump_json().encode()}
+    )
+    store.write("d.parquet", written(smaller))
+    with pytest.raises(ValueError, match=r"d\.parquet: codes from \d+ to \d+ are not within codebook_size = 10"):
+        load_codes(store, ["d.parquet"])
+    with pytest.raises(FileNotFoundError, match=r"none\.parquet"):
+        load_codes(store, ["c.parquet", "none.parquet"])
+    with pytest.raises(ValueError, match="no code files"):
+        load_codes(store, [])
+
+
+# --- the examples of the contract ------------------------------------------------------------------------------------
+
+CONTRACT = (Path(infra.codes.__file__).parent / "CODES.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", CONTRACT, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory) -> Store:
+    """A code dataset that the encode stage made of images."""
+    place = tmp_path_factory.mktemp("encoded")
+    draw_images(place / "source")
+    made = Made(Store(place / "store"), place / "source")
+    ref = made.run(stages.ENCODE, images=made.run(stages.PREPARE), tokenizer=made.tokenizer(0))
+    return folder_of(made.store, ref.kind, ref.digest)
+
+
+def test_every_reader_has_an_example():
+    imported = " ".join(EXAMPLES)
+    assert all(f"import {name}" in imported for name in ("duckdb", "polars", "pandas", "torch", "pyarrow.dataset"))
+    assert "from datasets import" in imported
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[re.findall(r"\w+", text)[-1] for text in EXAMPLES])
+def test_examples_give_what_was_encoded(example, encoded, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    info, train = read_codes(encoded, [name for name in encoded.list("train-") if name.endswith(".parquet")])
+    _, val = read_codes(encoded, [name for name in encoded.list("val-") if name.endswith(".parquet")])
+    scope = {"folder": encoded.uri}
+    exec(compile(example, "CODES.md", "exec"), scope)
+    is_center = np.array(train.variant) == "center"
+    if "codes" in scope:
+        expected = train.codes[is_center] if "center" in example else train.codes
+        assert scope["codes"].tolist() == expected.tolist()
+        assert str(scope["codes"].dtype).endswith("uint16")
+    else:
+        assert scope["images"] == len({*train.image_id, *val.image_id})
+        assert scope["used"] == len(np.unique(np.concatenate([train.codes, val.codes])))
+        assert next(iter(scope["first"].values())).tolist() == train.codes[is_center, 0].tolist()
+    if isinstance(scope.get("info"), dict):
+        assert scope["info"] == info.as_json()
+    if "batch" in scope:
+        assert scope["batch"].shape == (32, info.num_tokens)
+
+
+def test_the_contract_names_every_column_and_field():
+    schema = pq.read_schema(io.BytesIO(to_parquet(INFO, rows_of(1))))
+    for name in (*schema.names, *CodesInfo.model_fields):
+        assert f"| `{name}` |" in CONTRACT

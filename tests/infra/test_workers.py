@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infra.cluster import session
 from infra.errors import TransientError
 from infra.store import Store
-from infra.workers import WorkerOptions, map_shards, session
+from infra.workers import WorkerOptions, map_shards
 from tests.s3_server import S3Server
 
 HERE = WorkerOptions(workers=0)
@@ -94,7 +95,7 @@ def make_storing(store: Store) -> Callable[[str], str]:
 class TestInProcess:
     def test_needs_no_ray(self) -> None:
         script = (
-            "import sys; from infra.workers import *\n"
+            "import sys; from infra.workers import *; from infra.cluster import session\n"
             "print(map_shards(lambda: abs, [-1, 2], options=WorkerOptions(workers=0)), 'ray' in sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -270,6 +271,7 @@ DRIVER = """
 import sys, time
 from functools import partial
 from pathlib import Path
+from infra.cluster import session
 from infra.workers import *
 from tests.infra.test_workers import make_dying
 
@@ -296,7 +298,7 @@ def _marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

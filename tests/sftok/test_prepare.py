@@ -3,7 +3,10 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import random
+import subprocess
+import sys
 
 import duckdb
 import pandas as pd
@@ -13,7 +16,8 @@ from PIL import Image
 
 from infra.store import Store
 from sftok.config import DataConfig
-from sftok.prepare import METADATA_KEY, REJECTS, Prepared, plan_shards, prepare
+from sftok.prepare import METADATA_KEY, REJECTS, Prepared, prepare
+from sftok.prepare_plan import plan_shards
 from sftok.sources import Entry, FolderReader, Source, list_source
 
 CONFIG = DataConfig(image_size=8, val_fraction=0.25, num_shards=3, num_val_shards=2)
@@ -196,7 +200,7 @@ def test_one_more_image_touches_one_shard(tmp_path):
 
 
 def entries_of(count: int, split: str | None = None) -> Source:
-    entries = tuple(Entry(f"a/{number}.png", 1, 1, "a", split) for number in range(count))
+    entries = tuple(Entry(f"a/{number}.png", 1, "1", "a", split) for number in range(count))
     return Source("made up", entries, ("a",), FolderReader("/nowhere"))
 
 
@@ -330,7 +334,7 @@ def test_progress_ends_at_the_total(data, store):
 
 def test_unlabelled_entries_have_null_labels(data, store):
     root = fill(data, [f"{number}.png" for number in range(8)])
-    entries = tuple(Entry(f"{number}.png", 1, 1) for number in range(8))
+    entries = tuple(Entry(f"{number}.png", 1, "1") for number in range(8))
     prepared = prepare(Source("made up", entries, None, FolderReader(str(root))), CONFIG, out=store)
     assert {row["label"] for row in rows_of(store, prepared)} == {None}
     assert prepared.counts["classes"] == 0
@@ -370,3 +374,14 @@ def test_image_parquet_opens_in_duckdb_and_pandas(prepared_path):
     frame = pd.concat(pd.read_parquet(path) for path in sorted(prepared_path.glob("train-*.parquet")))
     assert len(frame) == sum(n for _, n, _ in count)
     assert Image.open(io.BytesIO(frame.iloc[0]["image"]["bytes"])).size == (12, 8)
+
+
+def test_preparing_loads_no_torch():
+    # Its import takes each worker seconds, and the command line waits for it.
+    script = "import sys, sftok.prepare, sftok.sources; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_jobs_are_sent_with_their_own_entries_only():
+    jobs = plan_shards(entries_of(20_000), CONFIG.model_copy(update={"num_shards": 100, "num_val_shards": 50}))
+    assert max(len(pickle.dumps(job)) for job in jobs) < 40_000

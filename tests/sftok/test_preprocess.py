@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from sftok import preprocess
+from sftok import image_file
 from sftok.config import AugmentConfig
 from sftok.preprocess import (
     UnreadableImageError,
@@ -205,7 +205,7 @@ def test_full_memory_is_not_the_fault_of_the_image(monkeypatch):
     def fail(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(preprocess, "_as_rgb", fail)
+    monkeypatch.setattr(image_file, "_as_rgb", fail)
     with pytest.raises(MemoryError):
         to_rgb(saved(noise()))
 

@@ -1,28 +1,28 @@
 """Training: every stage learns, resumes bit for bit, and trains what it should and nothing else."""
 
+import json
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from infra.pretrained import PretrainedConfig
+from infra.schedule import OptimizerConfig
 from infra.store import Store
 from infra.training import Run, TrainResult
-from sftok.artifacts import load_tokenizer
-from sftok.config import NO_ADVERSARY, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
+from sftok.artifacts import load_teacher, load_tokenizer
+from sftok.config import NO_ADVERSARY, AdversarialConfig, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
 from sftok.proxy import Teacher
-from sftok.train import (
-    CodebookRestart,
-    decoder_inputs,
-    first_step_prediction,
-    spread_out,
-    train_alignment,
-    train_fine_tune,
-    train_teacher,
-)
+from sftok.train_alignment import decoder_inputs, self_prediction, train_alignment
+from sftok.train_fine_tune import train_fine_tune
+from sftok.train_teacher import CodebookRestart, spread_out, train_teacher
 from tests.sftok.tiny import SIZE, TEACHER, TOKENIZER, images, tokenizer, training
 
 PLAIN = {"perceptual_weight": 0, "adversarial": NO_ADVERSARY}
+
+
+RUN = Run(Store("."), seed=0)
 
 
 def teacher() -> Teacher:
@@ -30,36 +30,113 @@ def teacher() -> Teacher:
     return Teacher(TEACHER).requires_grad_(False).eval()
 
 
+def no_weights(config: PretrainedConfig, what: str) -> bytes:
+    raise AssertionError(f"{what} were asked for")
+
+
 def run_teacher(run: Run, steps: int, **changes: object) -> TrainResult:
     config = TeacherStageConfig(model=TEACHER, training=training(steps, **changes), restart_every=2, **PLAIN)
-    return train_teacher(images(), config, run=run)
+    return train_teacher(images(), config, run=run, weights=no_weights)
 
 
 def run_align(run: Run, steps: int, **changes: object) -> TrainResult:
-    config = AlignmentStageConfig(training=training(steps, **changes), replacement="self_forcing")
+    config = AlignmentStageConfig(training=training(steps, **changes), replacement="self_forcing", from_scratch=True)
     return train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=run)
 
 
 def run_fine_tune(run: Run, steps: int, **changes: object) -> TrainResult:
     config = FineTuneStageConfig(training=training(steps, **changes), **PLAIN)
-    return train_fine_tune(images(), config, teacher=teacher(), start=tokenizer(), run=run)
+    return train_fine_tune(images(), config, teacher=teacher(), start=tokenizer(), run=run, weights=no_weights)
 
 
-STAGES = {"teacher": run_teacher, "align": run_align, "fine_tune": run_fine_tune}
+def run_warm_up(run: Run, steps: int, **changes: object) -> TrainResult:
+    config = AlignmentStageConfig(training=training(steps, **changes), replacement="none")
+    return train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=run)
+
+
+# With a discriminator from the second step on, so that a run resumes in the middle of its game.
+GAME = {
+    "perceptual_weight": 0,
+    "adversarial": AdversarialConfig(
+        weight=0.1,
+        kind="patch",
+        start_step=1,
+        channels=8,
+        layers=2,
+        optimizer=OptimizerConfig(lr=1e-3, end_lr=1e-4, warmup_steps=1),
+    ),
+}
+
+
+def run_teacher_game(run: Run, steps: int, **changes: object) -> TrainResult:
+    config = TeacherStageConfig(model=TEACHER, training=training(steps, **changes), restart_every=2, **GAME)
+    return train_teacher(images(), config, run=run, weights=no_weights)
+
+
+def run_fine_tune_game(run: Run, steps: int, **changes: object) -> TrainResult:
+    config = FineTuneStageConfig(training=training(steps, **changes), **GAME)
+    return train_fine_tune(images(), config, teacher=teacher(), start=tokenizer(), run=run, weights=no_weights)
+
+
+STAGES = {
+    "teacher": run_teacher,
+    "teacher_game": run_teacher_game,
+    "warm_up": run_warm_up,
+    "align": run_align,
+    "fine_tune": run_fine_tune,
+    "fine_tune_game": run_fine_tune_game,
+}
 Stage = Callable[..., TrainResult]
 
 
-def losses(folder: Store) -> list[float]:
-    import json
+def figures(folder: Store, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in folder.read("log.jsonl").decode().splitlines()]
 
-    return [json.loads(line)["loss"] for line in folder.read("log.jsonl").decode().splitlines()]
+
+def losses(folder: Store) -> list[float]:
+    return figures(folder, "loss")
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_a_stage_learns_its_one_batch(stage: Stage, store: Store) -> None:
     stage(Run(store, seed=0), 60)
-    values = losses(store)
+    values = losses(store) if "game" not in stage.__name__ else figures(store, "mse")
     assert values[-1] < 0.7 * values[0]
+
+
+def test_warming_up_overfits_one_batch_to_the_last_code(store: Store) -> None:
+    config = AlignmentStageConfig(training=training(400, log_every=50), replacement="none", quantizer_weight=0.1)
+    train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, seed=0))
+    assert figures(store, "cross_entropy")[-1] < 0.1
+
+
+def test_alignment_overfits_one_batch_to_the_last_code(store: Store) -> None:
+    config = AlignmentStageConfig(
+        training=training(400, log_every=50), replacement="self_forcing", from_scratch=True, quantizer_weight=0.1
+    )
+    train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, seed=0))
+    assert figures(store, "cross_entropy")[-1] < 0.1
+
+
+def test_pixels_overfit_one_batch(store: Store) -> None:
+    """The teacher, then fine-tuning of a tokenizer that knows the teacher's codes: above 30 dB, both."""
+    pixels = training(500, log_every=100)
+    config = TeacherStageConfig(model=TEACHER, training=pixels, restart_every=10, **PLAIN)
+    taught = train_teacher(images(), config, run=Run(store.at("t"), seed=0), weights=no_weights)
+    assert taught.metrics["val_psnr"] > 30
+    model = load_teacher(store.at("t"))
+    warm = AlignmentStageConfig(training=training(300, log_every=100), replacement="none", quantizer_weight=0.1)
+    run = Run(store.at("w"), seed=0)
+    train_alignment(images(), warm, teacher=model, start=TOKENIZER, image_size=SIZE, run=run)
+    tuned = train_fine_tune(
+        images(),
+        FineTuneStageConfig(training=pixels, assignment="nearest", **PLAIN),
+        teacher=model,
+        start=load_tokenizer(store.at("w")),
+        run=Run(store.at("f"), seed=0),
+        weights=no_weights,
+    )
+    assert tuned.metrics["val_psnr"] > 30
 
 
 class Killed(Exception):
@@ -109,13 +186,12 @@ def test_codes_are_spread_out_rather_than_crowded_on_the_background() -> None:
 
 def test_a_restart_moves_only_codes_that_nothing_used() -> None:
     model, config = teacher(), TeacherStageConfig(model=TEACHER, training=training(20), restart_every=4, **PLAIN)
-    restart, batch = CodebookRestart(model, config, seed=0), images().held_out(Run(Store("."), 0))
+    restart, batch = CodebookRestart(model, config, RUN), images().held_out(RUN)
     used = torch.arange(32) % 2 == 0
     restart.count(used.nonzero().T)
     before = model.codebook.weight.clone()
-    restart.before(3, batch)  # not due
-    assert torch.equal(model.codebook.weight, before)
-    restart.before(4, batch)
+    assert [step for step in range(20) if restart.is_due(step)] == [0, 4, 8]
+    restart.replace(4, batch)
     moved = (model.codebook.weight != before).any(1)
     assert torch.equal(moved, ~used)
 
@@ -125,7 +201,7 @@ def inputs(replacement: str, replace_prob: float = 1.0) -> tuple[Tensor, Tensor,
     z_q = torch.nn.functional.normalize(torch.randn(64, 8, 8, generator=torch.Generator().manual_seed(6)), dim=-1)
     config = AlignmentStageConfig(training=training(1), replacement=replacement, replace_prob=replace_prob)
     ids = decoder_inputs(model.decoder, z_q, proxy, config, torch.Generator().manual_seed(0))
-    return ids, proxy, first_step_prediction(model.decoder, z_q)
+    return ids, proxy, self_prediction(model.decoder, z_q)
 
 
 def test_warming_up_hides_everything() -> None:
@@ -152,3 +228,52 @@ def test_half_replacement_mixes_both() -> None:
     differ = (ids != 32) & (proxy != guide)
     share = (ids == guide)[differ].float().mean().item()
     assert share == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_prediction_of_more_steps_can_be_the_guide() -> None:
+    model, z_q = tokenizer(), torch.nn.functional.normalize(torch.randn(16, 8, 8), dim=-1)
+    first, fourth = self_prediction(model.decoder, z_q), self_prediction(model.decoder, z_q, 4)
+    assert torch.equal(first, model.decoder(model.decoder.all_masked(z_q), z_q).argmax(-1))
+    assert not torch.equal(first, fourth)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "quadratic", "cubic", "exponential"])
+def test_the_mask_schedule_is_the_configs(schedule: str) -> None:
+    """Cubic hides a quarter on average, arccos a half and more: the mask follows what is asked for."""
+    model, proxy = tokenizer(), torch.zeros(512, 16, dtype=torch.int64)
+    z_q = torch.zeros(512, 8, 8)
+    shares = {}
+    for name in (schedule, "arccos"):
+        config = AlignmentStageConfig(training=training(1), replacement="ground_truth", mask_schedule=name)
+        ids = decoder_inputs(model.decoder, z_q, proxy, config, torch.Generator().manual_seed(0))
+        shares[name] = (ids == 32).float().mean().item()
+    assert shares["arccos"] == pytest.approx(2 / torch.pi, abs=0.03)
+    expected = {"cosine": 1 / 2, "linear": 1 / 2, "quadratic": 1 / 2, "cubic": 1 / 4, "exponential": 1 - 1 / torch.e}
+    assert shares[schedule] == pytest.approx(expected[schedule], abs=0.03)
+
+
+def test_alignment_without_a_start_has_to_be_asked_for(store: Store) -> None:
+    config = AlignmentStageConfig(training=training(1), replacement="self_forcing")
+    with pytest.raises(ValueError, match="run warm_up first, or set from_scratch"):
+        train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, 0))
+
+
+@pytest.mark.parametrize("stage", ["align", "fine_tune"])
+def test_computing_activations_again_changes_nothing(stage: str, store: Store) -> None:
+    for name, again in (("kept", False), ("again", True)):
+        STAGES[stage](Run(store.at(name), seed=0), 3, activation_checkpointing=again)
+    assert store.at("kept").read("model.safetensors") == store.at("again").read("model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_compiled_stage_learns_the_same(store: Store) -> None:
+    for name, compiled in (("eager", False), ("compiled", True)):
+        run_align(Run(store.at(name), seed=0), 2, compile=compiled)
+    assert losses(store.at("compiled")) == pytest.approx(losses(store.at("eager")), rel=1e-3)
+    load_tokenizer(store.at("compiled"))  # its weights have their own names
+
+
+def test_bf16_learns_too(store: Store) -> None:
+    run_align(Run(store, seed=0), 40, precision="bf16")
+    values = losses(store)
+    assert values[-1] < 0.8 * values[0]

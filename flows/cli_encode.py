@@ -1,0 +1,181 @@
+"""`sftok encode`: images to codes with a tokenizer of the store. What is heavy is imported when it runs."""
+
+import json
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals
+from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
+
+if TYPE_CHECKING:
+    from flows.encode_request import EncodeRequest
+    from flows.recipes import EncodeConfig
+    from flows.runs import RunRecord
+
+DEFAULT = ["center"]
+
+
+class AssignmentOption(StrEnum):
+    """How codes are assigned."""
+
+    nearest = "nearest"
+    sinkhorn = "sinkhorn"
+
+
+class PrecisionOption(StrEnum):
+    """Arithmetic of the encoder."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(epilog=EXAMPLES)(encode)
+
+
+EXAMPLES = """\b
+Examples:
+  sftok encode --tokenizer tokenizer/1f2e --data ~/pictures
+  sftok encode --tokenizer 1f2e --data 's3://bucket/{0..1023}.tar' --variants center,flip --set data.num_shards=1024
+  sftok encode --tokenizer 1f2e --data images/3d4c --precision bf16 --workers 16 --gpus-per-worker 0.5 --json
+"""
+
+
+def encode(
+    *,
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer: kind/digest, its beginning, or a full URI.")],
+    data: Annotated[str, typer.Option(help="Images, as `sftok run --data` takes them, or images/DIGEST of the store.")],
+    store: StoreOption = None,
+    variants: Annotated[
+        list[str], typer.Option(help="Views of a training image: center, flip, affine-1 ...; repeat or use commas.")
+    ] = DEFAULT,
+    val_variants: Annotated[list[str], typer.Option(help="Views of a held-out image.")] = DEFAULT,
+    assignment: Annotated[
+        AssignmentOption, typer.Option(help="sinkhorn balances within a micro-batch, as published.")
+    ] = AssignmentOption.nearest,
+    precision: Annotated[
+        PrecisionOption, typer.Option(help="bf16 is about twice as fast and changes some codes.")
+    ] = PrecisionOption.fp32,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="GPUs a worker; at 0.5 one reads and writes while the other encodes.")
+    ] = 0.0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting of data or augment; repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+) -> None:
+    """Encode images with a tokenizer; what is done already, also in earlier versions of the data, is found."""
+    with stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+        from pydantic import ValidationError
+
+        from flows.encode_request import check_encode_request
+        from flows.recipes import EncodeConfig
+
+        try:
+            config = EncodeConfig(
+                variants=_listed(variants),
+                val_variants=_listed(val_variants),
+                assignment=assignment.value,
+                precision=precision.value,
+                micro_batch=micro_batch,
+            )
+        except ValidationError as refused:
+            raise ValueError(refused.errors()[0]["msg"].removeprefix("Value error, ")) from refused
+        request = check_encode_request(
+            config,
+            tokenizer=tokenizer,
+            data=data,
+            store=store,
+            overrides=set_ or (),
+            workers=workers,
+            gpus_per_worker=gpus_per_worker,
+        )
+        record, error = _run(request, config, set_ or [], verbose=verbose)
+    shown = _as_json(record, request, error)
+    if as_json:
+        typer.echo(json.dumps(shown))
+    else:
+        _show(shown)
+    if error:
+        raise Failed(f"{error}; once that is mended, the same command goes on from here")
+
+
+def _listed(options: list[str]) -> tuple[str, ...]:
+    return tuple(name.strip() for option in options for name in option.replace("|", ",").split(",") if name.strip())
+
+
+def _run(
+    request: "EncodeRequest", config: "EncodeConfig", overrides: list[str], *, verbose: bool
+) -> "tuple[RunRecord, str | None]":
+    """The record of a run, and what stopped it."""
+    from flows.progress import on_stderr
+    from flows.runs import StageFailedError, new_run_id
+    from flows.server import ServerError, prefect_server
+
+    wanted, settings, options = request.dataset, request.settings, request.options
+    name = new_run_id(wanted.recipe.name)
+    with on_stderr() as display, log_lines_above(display):
+        display.line(f"run {name}: {wanted.tokenizer} on {wanted.source}, store {wanted.store.uri}")
+        try:
+            with prefect_server(settings.home, api_url=settings.prefect_api_url, verbose=verbose) as server:
+                from flows.retokenize import retokenize
+
+                server.wait()
+                display.line(f"watch it at {server.url.removesuffix('/api')} while it lasts")
+                record = retokenize(
+                    config,
+                    run=name,
+                    store=wanted.store.uri,
+                    tokenizer=str(wanted.tokenizer),
+                    data=wanted.source,
+                    overrides=overrides,
+                    workers=options.workers,
+                    gpus_per_worker=options.gpus_per_worker,
+                )
+        except ServerError as error:
+            raise Failed(str(error)) from error
+        except StageFailedError as error:
+            return error.record, f"stage {error.stage} failed: {error.reason}"
+    return record, None
+
+
+def _as_json(record: "RunRecord", request: "EncodeRequest", error: str | None) -> dict[str, Any]:
+    from infra.artifacts import manifest_of
+
+    stages = {
+        name: {
+            "state": stage.state,
+            "digest": stage.ref.digest if stage.ref else None,
+            "uri": stage.ref.uri if stage.ref else None,
+            "seconds": stage.seconds,
+        }
+        for name, stage in record.stages.items()
+    }
+    made = record.stages.get("encode")
+    codes = made.ref if made else None
+    result: dict[str, Any] = {"run": record.run, "tokenizer": str(request.dataset.tokenizer), "stages": stages}
+    result |= {"codes": str(codes) if codes else None, "uri": codes.uri if codes else None}
+    result["counts"] = dict(manifest_of(request.dataset.store, codes).counts) if codes else None
+    return result | {"error": error} if error else result
+
+
+def _show(shown: dict[str, Any]) -> None:
+    for name, stage in shown["stages"].items():
+        typer.echo(f"{name:<8} {stage['state']:<10} {stage['seconds']:8.1f} s")
+    if shown["codes"]:
+        counts = shown["counts"]
+        typer.echo(f"codes    {shown['codes']}")
+        typer.echo(f"uri      {shown['uri']}")
+        typer.echo(f"rows     {counts['rows']:,} in {counts['shards']:,} shards, {counts['reused']:,} of them reused")
+        if counts["failed"]:
+            typer.echo(f"failed   {counts['failed']:,} views, listed in failed.parquet")

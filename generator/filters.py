@@ -1,0 +1,115 @@
+"""From logits to a code: guidance, filters, and the draw by one uniform number.
+
+Shapes: B sequences, V codebook size, C chunks of S codes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generator.config import SampleConfig
+
+LIKELIEST = 1024
+"""Codes that are put in order before a whole row is sorted."""
+CHUNK = 128
+
+
+def guide(cond: Tensor, uncond: Tensor, cfg_scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance; 1 is conditional only, 0 unconditional only."""
+    return uncond + cfg_scale * (cond - uncond)
+
+
+def guidance_scales(config: SampleConfig, steps: int) -> list[float]:
+    """The scale of every step (masked) or code (autoregressive).
+
+    Progress is step / steps as published (METHOD 1.5): growing schedules begin at 1 and end one step short of
+    `cfg_scale`.
+    """
+    grown = {
+        "constant": lambda _: 1.0,
+        "linear": lambda progress: progress,
+        "power_cosine": lambda progress: (1 - math.cos(math.pi * progress**config.cfg_power)) / 2,
+    }[config.cfg_schedule]
+    return [1 + (config.cfg_scale - 1) * grown(step / steps) for step in range(steps)]
+
+
+def nucleus_floor(probability_BV: Tensor, top_p: float) -> Tensor:
+    """The least probability within the smallest set of most likely codes that holds `top_p`, (B, 1).
+
+    The likeliest codes alone are put in order; only rows in which they hold less are sorted as a whole, with the same
+    sums, so that a row's result does not depend on how the others were found.
+    """
+    size = probability_BV.shape[-1]
+    if torch.compiler.is_compiling() or size <= LIKELIEST:  # one graph cannot ask which rows suffice
+        return _floor(probability_BV.sort(dim=-1, descending=True).values, top_p)[0]
+    floor_B1, is_found_B = _floor(probability_BV.topk(LIKELIEST, dim=-1).values, top_p)
+    if not is_found_B.all():
+        rest_RV = probability_BV[~is_found_B].sort(dim=-1, descending=True).values
+        floor_B1[~is_found_B] = _floor(rest_RV, top_p)[0]
+    return floor_B1
+
+
+def _floor(falling_BK: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Of falling probabilities, the one at which `top_p` is reached (B, 1), and whether it is (B,)."""
+    before_BK = falling_BK.double().cumsum(-1) < top_p
+    count_B1 = before_BK.sum(-1, keepdim=True)
+    last = falling_BK.shape[-1] - 1
+    return falling_BK.gather(-1, count_B1.clamp(max=last)), count_B1[:, 0] <= last
+
+
+def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits, -inf outside the `top_k` most likely codes (0: all) and the smallest set that holds `top_p` of those.
+
+    Codes as likely as the last one that is kept are kept too.
+
+    Raises:
+        ValueError: `top_k` is negative, or `top_p` not in (0, 1].
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k = {top_k} is negative: give 0 to keep all codes")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p} is not in (0, 1]: give 1 to keep all codes")
+    if 0 < top_k < logits_BV.shape[-1]:
+        threshold_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < threshold_B1, -torch.inf)
+    if top_p < 1:
+        probability_BV = logits_BV.float().softmax(-1)
+        logits_BV = logits_BV.masked_fill(probability_BV < nucleus_floor(probability_BV, top_p), -torch.inf)
+    return logits_BV
+
+
+def invert(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """One code a row, (B,) int64: where the cumulative probability passes `uniform_B` in [0, 1).
+
+    In two levels, chunks and then the codes of one: sums over chunks are fast, running sums over all codes are not.
+    """
+    chunks_BCS = F.pad(probability_BV, (0, -probability_BV.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
+    upper_BC = chunks_BCS.sum(-1, dtype=torch.float64).cumsum(-1)
+    target_B1 = uniform_B.double()[:, None] * upper_BC[:, -1:]
+    chunk_B1 = _first_above(upper_BC, target_B1)
+    before_B1 = F.pad(upper_BC, (1, 0)).gather(1, chunk_B1)
+    within_BS = chunks_BCS.gather(1, chunk_B1[..., None].expand(-1, -1, CHUNK))[:, 0]
+    inner_BS = before_B1 + within_BS.double().cumsum(-1)
+    return (chunk_B1 * CHUNK + _first_above(inner_BS, target_B1))[:, 0]
+
+
+def _first_above(rising_BS: Tensor, target_B1: Tensor) -> Tensor:
+    """Where rising sums first exceed the target, (B, 1); rounding may leave none: then where the last rise is."""
+    last_B1 = (rising_BS < rising_BS[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum((rising_BS <= target_B1).sum(-1, keepdim=True), last_B1)
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, config: SampleConfig) -> Tensor:
+    """One code a row, (B,) int64, by the temperature and the filters of the config.
+
+    Raises:
+        ValueError: the temperature is negative.
+    """
+    if config.temperature < 0:
+        raise ValueError(f"temperature = {config.temperature} is negative: give 0 to take the most likely code")
+    if config.temperature == 0:
+        return logits_BV.argmax(-1)
+    filtered_BV = filter_logits(logits_BV.float() / config.temperature, config.top_k, config.top_p)
+    return invert(filtered_BV.softmax(-1), uniform_B)

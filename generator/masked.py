@@ -1,0 +1,117 @@
+"""The masked generator: a bidirectional transformer that predicts hidden codes from the class and the others.
+
+The paper's generator (METHOD 1.5): BERT's shape, that is norms after the residuals, exact GELU and learned positions.
+The sequence is [class, code 1, ..., code N]; its outputs are the logits of codes 1 to N. One table embeds everything:
+V codes, the mask, the classes, the null class.
+
+Shapes: B sequences, S = 1 + N positions, N codes a sequence, V codebook size, W width, H heads, D channels a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from generator.config import MaskedConfig
+from generator.space import CodeSpace
+
+NORM_EPSILON = 1e-12
+INIT_STD = 0.02
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention, its shares dropped out in training."""
+
+    def __init__(self, config: MaskedConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x_BSW: Tensor) -> Tensor:
+        """(B, S, W) to (B, S, W)."""
+        q, k, v = self.qkv(x_BSW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y_BHSD = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y_BHSD.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """norm(x + attention(x)), then norm(x + feed_forward(x))."""
+
+    def __init__(self, config: MaskedConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.norm_1 = nn.LayerNorm(config.width, NORM_EPSILON)
+        self.expand = nn.Linear(config.width, config.ffn_width)
+        self.contract = nn.Linear(config.ffn_width, config.width)
+        self.norm_2 = nn.LayerNorm(config.width, NORM_EPSILON)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BSW: Tensor) -> Tensor:
+        """(B, S, W) to (B, S, W)."""
+        x_BSW = self.norm_1(x_BSW + self.dropout(self.attention(x_BSW)))
+        return self.norm_2(x_BSW + self.dropout(self.contract(F.gelu(self.expand(x_BSW)))))
+
+
+class MaskedGenerator(nn.Module):
+    """Class-conditional model of codes given some of them."""
+
+    def __init__(self, config: MaskedConfig, space: CodeSpace) -> None:
+        super().__init__()
+        self.config, self.space, self.recomputes = config, space, False
+        self.embed = nn.Embedding(space.codebook_size + 1 + space.num_classes + 1, config.width)
+        self.positions = nn.Embedding(1 + space.num_tokens, config.width)
+        # Two types of token, as BERT has them; all tokens are of type 0. Kept for the published layout.
+        self.type_embed = nn.Embedding(2, config.width)
+        self.norm_in = nn.LayerNorm(config.width, NORM_EPSILON)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = nn.Linear(config.width, space.codebook_size)
+
+    @property
+    def mask_id(self) -> int:
+        """What stands for a hidden code."""
+        return self.space.codebook_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    def initialise(self) -> None:
+        """Fill the weights.
+
+        | what | how |
+        |---|---|
+        | linear, embedding | normal, std 0.02; bias 0 |
+        | norm | weight 1, bias 0 |
+        """
+        for child in self.modules():
+            if isinstance(child, nn.Linear | nn.Embedding):
+                nn.init.normal_(child.weight, std=INIT_STD)
+            if isinstance(child, nn.Linear):
+                nn.init.zeros_(child.bias)
+            if isinstance(child, nn.LayerNorm):
+                child.reset_parameters()
+
+    def recompute(self, on: bool) -> None:
+        """Whether the backward pass computes blocks again instead of keeping what they hold; same gradients."""
+        self.recomputes = on
+
+    def forward(self, class_B: Tensor, ids_BN: Tensor) -> Tensor:
+        """Class ids (B,) and codes (B, N), `mask_id` where hidden, to logits (B, N, V).
+
+        Raises:
+            ValueError: codes of another length.
+        """
+        if ids_BN.shape[1] != self.space.num_tokens:
+            raise ValueError(f"{ids_BN.shape[1]} codes a sequence, but the generator has {self.space.num_tokens}")
+        ids_BS = torch.cat([(self.mask_id + 1 + class_B)[:, None], ids_BN], dim=1)
+        x_BSW = self.embed(ids_BS) + self.positions.weight + self.type_embed.weight[0]
+        x_BSW = self.dropout(self.norm_in(x_BSW))
+        for block in self.blocks:
+            if self.recomputes and torch.is_grad_enabled():
+                x_BSW = checkpoint(block, x_BSW, use_reentrant=False)
+            else:
+                x_BSW = block(x_BSW)
+        return self.head(x_BSW[:, 1:])

@@ -1,0 +1,171 @@
+"""A connection to Ray: a cluster of this machine's own, or one that is joined. The only module that imports Ray."""
+
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from infra.errors import TransientError
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 128 * 2**20  # shards are named, not sent: only names and small results pass through
+
+KNOCK_SECONDS = 5.0
+RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks for one), or unset it"
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would upload the working directory
+}
+
+
+class Session:
+    """A connection to Ray that is made at the first use and ended by `close`."""
+
+    def __init__(self, address: str | None, num_cpus: int | None) -> None:
+        self.address, self.num_cpus = address, num_cpus
+        self._is_ours = False
+        # Linux ends Ray's processes with the thread that started them, so that thread has to last as long as they.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+
+    def connect(self, *, cpus: float, gpus: float, processes: int) -> Any:
+        """The `ray` module, connected, for `processes` of so many cores and GPUs each.
+
+        Raises:
+            ValueError: the cluster cannot be reached, or is too small for one worker.
+            TransientError: a local cluster did not start.
+        """
+        ray = self._thread.submit(self._connect, math.ceil(processes * cpus)).result()
+        self._check_room(ray, cpus, gpus)
+        return ray
+
+    def close(self) -> None:
+        """Stop a cluster that was started here, leave one that was joined; waits for a start that was interrupted."""
+        self._thread.submit(self._disconnect).result()
+        self._thread.shutdown()
+
+    def _connect(self, cores: int) -> Any:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if self.address:
+            _knock(self.address)
+        import ray
+
+        if ray.is_initialized():
+            return ray
+        self._is_ours = True
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        ray._private.worker.print_worker_logs = _say  # Ray would print deaths of workers on our stdout
+        if self.address:
+            try:
+                ray.init(address=self.address, **quiet)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"the Ray cluster at {self.address} cannot be joined ({one_line(error)}); {RAY_REMEDY}"
+                ) from error
+            return ray
+        cpus = self.num_cpus or max(os.cpu_count() or 1, cores)
+        local: dict[str, Any] = {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+        try:
+            with _python_path():
+                ray.init(address="local", **local, **quiet)
+        except (OSError, RuntimeError) as error:
+            raise TransientError(f"Ray did not start here ({one_line(error)}); 0 workers work without it") from error
+        return ray
+
+    def _disconnect(self) -> None:
+        if self._is_ours:
+            import ray
+
+            ray.shutdown()
+        self._is_ours = False
+
+    def _check_room(self, ray: Any, cpus: float, gpus: float) -> None:
+        """Refuse what would wait for ever; a joined cluster may grow, so there it is only said."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            return
+        trouble = f"no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for one process"
+        if not self.address:
+            raise ValueError(f"{trouble}; lower cpus_per_worker or gpus_per_worker")
+        log.warning("%s; waiting for one to join", trouble)
+
+
+_current: Session | None = None
+_lock = threading.Lock()
+
+
+@contextmanager
+def session(address: str | None = None, num_cpus: int | None = None) -> Iterator[Session]:
+    """Share one Ray connection between all `map_shards` inside; within another session it is that one.
+
+    Args:
+        address: a cluster to join, as host:port or "auto"; None starts one on this machine at the first use.
+        num_cpus: cores of a cluster started here; None for the machine's, or more if more workers are asked for.
+    """
+    global _current
+    with _lock:
+        outer, own = _current, Session(address, num_cpus)
+        _current = outer or own
+    try:
+        yield outer or own
+    finally:
+        if outer is None:
+            with _lock:
+                _current = None
+        own.close()
+
+
+@contextmanager
+def _python_path() -> Iterator[None]:
+    """Let processes started inside import what this one can import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        os.path.abspath(entry) for entry in sys.path if not entry.endswith(".zip")
+    )
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _knock(address: str) -> None:
+    """Refuse an address at which nobody listens; Ray would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like
+    try:
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"the Ray cluster at {address} cannot be reached ({error.strerror or error}); {RAY_REMEDY}"
+        ) from error
+
+
+def _say(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    """Log what Ray would print: a death in one line, the rest for those who debug."""
+    for line in data.get("lines", ()):
+        if line.startswith("A worker died"):
+            log.warning("a worker process died and is started again; its shard is done again")
+        log.debug("ray: %s", line)
+
+
+def one_line(error: BaseException) -> str:
+    """The last line that says something: Ray's messages begin with a traceback and advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,104 @@
+"""From the bytes of an image file to upright 8-bit RGB: the one decoder, part of `PREPROCESSING` (see `preprocess`).
+
+Apart from it since preparing data needs no torch, whose import would take longer than a small shard.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# By content, never by file name; formats whose decoders start other programs (EPS, WMF) are left out on purpose.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+Image.init()  # open() knows only the five commonest formats before
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImageError(ValueError):
+    """Bytes that are no image we can decode; the message is the reason, in a few words."""
+
+
+def to_rgb(data: bytes, *, max_pixels: int | None = None, checksums: bool = False) -> Image.Image:
+    """Decode the first frame of an image into 8-bit RGB, upright, transparency over white.
+
+    16-bit grey keeps its high byte, as Pillow does for 16-bit colour. Colour profiles are not applied.
+
+    Args:
+        data: the bytes of the file.
+        max_pixels: the largest width x height, checked before any pixel is decoded; Pillow's own limit of
+            178,956,970 holds besides.
+        checksums: check the checksums that decoding skips (PNG).
+
+    Raises:
+        UnreadableImageError: with the reason.
+    """
+    if not data:
+        raise UnreadableImageError("empty file")
+    try:
+        if checksums:
+            _check_png(data)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise UnreadableImageError(f"{image.width} x {image.height} is more than max_pixels = {max_pixels}")
+        image.load()
+        return _upright(_as_rgb(image), image)
+    except (UnreadableImageError, MemoryError):
+        raise  # a full memory says nothing about the image
+    except Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"too large for Pillow: {_short(error)}") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("not an image in a known format") from error
+    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, zlib.error, IndexError and more
+        raise UnreadableImageError(f"cannot be decoded: {_short(error)}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to 8-bit RGB, transparency over white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _grey_16(image)
+    if image.mode in ("I", "F"):
+        raise UnreadableImageError(f"pixels of mode {image.mode} have no defined white")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_16(image: Image.Image) -> Image.Image:
+    """16-bit grey to RGB by its high byte; convert() would clip everything above 255 to white."""
+    bits, inverted = 16, False
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits, inverted = tags.get(_BITS_TAG, (16,))[0], tags.get(_PHOTOMETRIC_TAG) == 0
+    high = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - high if inverted else high).convert("RGB")
+
+
+def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn as the camera says; metadata that cannot be read say nothing, and the pixels are good without them."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # the parsers of EXIF and XMP raise as many kinds of errors as the decoders
+        return rgb
+    return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+
+
+def _check_png(data: bytes) -> None:
+    """Compare the checksum of every chunk: decoding skips those of the pixels."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            image.verify()
+
+
+def _short(error: Exception) -> str:
+    """One line of an error, with its type where it has no text."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

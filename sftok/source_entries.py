@@ -1,0 +1,199 @@
+"""What a listing of images is: entries, kept in columns so that a million of them fit into 150 MB, and their source."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.store import Store
+
+SPLITS = ("train", "val")
+DIGITS = "sklearn:digits"
+POSSIBLE = f"a folder of images, WebDataset tars, Parquet, an index of paths (.csv, .parquet), or {DIGITS}"
+_TEXT = pa.large_string()  # offsets of 64 bits: a hundred million paths are more than 2 GB
+_SCHEMA = pa.schema(
+    [
+        ("image_id", _TEXT),
+        ("size", pa.int64()),
+        ("version", _TEXT),
+        ("class_name", _TEXT),
+        ("split", _TEXT),
+        ("problem", _TEXT),
+        ("file", _TEXT),
+        ("offset", pa.int64()),
+        ("name", _TEXT),
+    ]
+)
+_CHUNK = 1 << 12  # entries that exist as Python objects at a time
+
+
+class Entry(NamedTuple):
+    """One thing that a source holds, image or not."""
+
+    image_id: str  # path within the source, with /
+    size: int  # bytes
+    version: str = ""  # of the file, as far as a listing tells: modification time or etag
+    class_name: str | None = None
+    split: str | None = None  # None: by hash of the image id
+    problem: str | None = None  # why it is rejected without being read
+    file: str = ""  # where the bytes are, if not in the file that the image id names
+    offset: int | None = None  # of the image in that file; None: all of the file
+    name: str | None = None  # the image id that it would rather have, if no other entry has the same
+
+
+class RejectedEntryError(ValueError):
+    """An entry that cannot be read, now or ever; the message is the reason."""
+
+
+class Entries(Sequence[Entry]):
+    """A sequence of entries, in columns."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> "Entries":
+        """Put entries into columns, in their order."""
+        if isinstance(entries, Entries):
+            return entries
+        following = iter(entries)
+        batches = []
+        while chunk := list(itertools.islice(following, _CHUNK)):
+            columns = zip(zip(*chunk, strict=True), _SCHEMA, strict=True)
+            batches.append(pa.record_batch([pa.array(c, field.type) for c, field in columns], schema=_SCHEMA))
+        return cls(pa.Table.from_batches(batches, schema=_SCHEMA).combine_chunks())
+
+    @classmethod
+    def join(cls, parts: Iterable["Entries"]) -> "Entries":
+        """One sequence of several."""
+        return cls(pa.concat_tables([part.table for part in (cls.of(()), *parts)]).combine_chunks())
+
+    def sorted(self) -> "Entries":
+        """By image id, by code points; of equal ones those without a problem first, else as they were."""
+        ids = self.table["image_id"]
+        if pc.all(pc.less(ids.slice(0, max(len(ids) - 1, 0)), ids.slice(1))).as_py():
+            return self  # and no copy of it
+        keys = pa.table({"id": self.table["image_id"], "is_bad": pc.is_valid(self.table["problem"])})
+        keys = keys.append_column("size", self.table["size"])
+        return self.take(pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names]))
+
+    def take(self, indices: pa.Array) -> "Entries":
+        """Some of the entries, copied."""
+        return Entries(self.table.take(indices).combine_chunks())
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """All values of a field."""
+        return self.table[name]
+
+    def with_column(self, name: str, values: pa.Array | pa.ChunkedArray) -> "Entries":
+        """The same with another column."""
+        at = _SCHEMA.get_field_index(name)
+        return Entries(self.table.set_column(at, _SCHEMA.field(at), values.cast(_SCHEMA.field(at).type)))
+
+    def repeated(self) -> pa.ChunkedArray:
+        """For sorted entries, whether each is without a problem and has the image id of the one before it."""
+        ids = self.table["image_id"]
+        same = pc.equal(ids.slice(1), ids.slice(0, max(len(ids) - 1, 0)))
+        first = pa.array([False] * min(len(ids), 1), pa.bool_())
+        return pc.and_(pa.chunked_array([first, *same.chunks], pa.bool_()), pc.is_null(self.table["problem"]))
+
+    def without_repetitions(self) -> "Entries":
+        """Sorted; of entries with one image id only the first has no problem."""
+        ordered = self.sorted()
+        repeated = ordered.repeated()
+        if not pc.any(repeated).as_py():
+            return ordered
+        return ordered.with_column(
+            "problem", pc.if_else(repeated, "another entry has the same name", ordered.column("problem"))
+        )
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Entries": ...
+    def __getitem__(self, index: int | slice) -> "Entry | Entries":
+        if isinstance(index, slice):
+            return self.take(pa.array(range(*index.indices(len(self))), pa.int64()))
+        at = range(len(self))[index]
+        return Entry(**self.table.slice(at, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Entry]:
+        for batch in self.table.to_batches(max_chunksize=_CHUNK):
+            yield from map(Entry._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entries) and self.table.equals(other.table)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def values(column: pa.ChunkedArray) -> Iterator[Any]:
+    """A column's values, few of them as Python objects at a time."""
+    for batch in pa.table({"": column}).to_batches(max_chunksize=_CHUNK):
+        yield from batch.column(0).to_pylist()
+
+
+class Container(NamedTuple):
+    """A file that holds many images: a tar or Parquet file."""
+
+    path: str  # within the source
+    size: int  # bytes
+    version: str
+    split: str | None
+
+
+class Task(NamedTuple):
+    """One container to look into, and where bytes that are compressed in it can be laid open."""
+
+    container: Container
+    number: int
+    folder: Store
+
+
+@dataclass(frozen=True)
+class Unpacker:
+    """Finds the entries of a container; picklable."""
+
+    uri: str  # of the folder that the containers are in
+    is_labelled: bool
+    class_names: tuple[str, ...] | None  # None: as they are found
+
+    lays_open = False  # whether images are copied into the task's folder; else entries point into the container
+
+    def __call__(self, task: Task) -> Iterator[Entry]:
+        """The entries of one container."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed source; class names in the order of their ids (None: no labels).
+
+    Where its files are containers, the entries are known only after looking into them (see `open_containers`).
+    """
+
+    uri: str
+    entries: Sequence[Entry]
+    class_names: tuple[str, ...] | None
+    read: Callable[[Entry], bytes]  # raises RejectedEntryError; any other OSError is the storage's and may pass
+    is_declared: bool = False  # the class names are stated somewhere, whether or not each has images
+    containers: tuple[Container, ...] = ()
+    unpack: Unpacker | None = None
+
+    @property
+    def digest(self) -> str:
+        """Hash of what the listing tells, and of stated class names: equal means that nothing has to be read."""
+        sha256 = hashlib.sha256(json.dumps(self.class_names).encode() if self.is_declared else b"")
+        for entry in self.entries:
+            sha256.update(json.dumps(entry[:5]).encode() + b"\n")
+        for container in self.containers:
+            sha256.update(json.dumps(container).encode() + b"\n")
+        return sha256.hexdigest()[:32]

@@ -1,0 +1,279 @@
+"""What the pipeline adds to encoding: images/s of prepare and encode beside a bare loop, and memory as datasets grow.
+
+The model is a small SFTok at 64 px, images are PNGs of 64 px in a folder. The bare loop has its images as floats in
+memory, in the same micro-batches, with one thread a process, in as many processes as there are workers.
+`--full` goes to a million rows.
+"""
+
+import functools
+import io
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from infra.artifacts import Manifest, Plan, publish, put, write_shard
+from infra.cluster import session
+from infra.codes import CodesInfo
+from infra.store import Store
+from infra.verify import shard_name
+from infra.workers import WorkerOptions, map_shards
+from sftok.artifacts import save_tokenizer
+from sftok.config import AugmentConfig, DataConfig, TeacherConfig, TokenizerConfig, TransformerConfig
+from sftok.encode import EncodeJob, ShardEncoder, encode
+from sftok.inference import prepare_encoder
+from sftok.model import SFTok
+from sftok.prepare import prepare
+from sftok.prepare_shard import METADATA_KEY
+from sftok.sources import list_source
+from tests.benchmarks import subjects
+from tests.benchmarks.table import percent, show
+
+T = TypeVar("T")
+
+IMAGES, MICRO_BATCH, SIZE = 3_072, 32, subjects.SMALL_SIZE
+SHARDS, VAL_SHARDS = 12, 4
+ROWS = (10_000, 100_000)
+ROWS_A_SHARD = 5_000
+STUB_SIZE = 16
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        speed(Path(place))
+    for workers in (0, 1):
+        grow(workers, (*ROWS, 1_000_000) if "--full" in sys.argv else ROWS)
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def speed(place: Path) -> None:
+    """Bare loop, encode, and prepare and encode; what starts only once (Ray, processes, the model) told apart."""
+    data = draw(place / "data")
+    model = subjects.small_tokenizer()
+    save_tokenizer(model, Store(place / "tokenizer"))
+    rows = []
+    for workers in (1, 2):
+        with session(num_cpus=workers):
+            store, options = Store(place / f"store-{workers}"), WorkerOptions(workers=workers)
+            map_shards(nothing, ["x"], options=options)  # Ray is started once a run, whatever the dataset
+            before = bare(place, workers)
+            prepared, preparing = timed(functools.partial(prepared_images, store, data, options))
+            job = job_of(store, prepared, place / "tokenizer", SIZE, MICRO_BATCH, model.config)
+            start = started(job, options)
+            made, encoding = timed(functools.partial(encode, job, prepared, options=options))
+            after = bare(place, workers)
+        assert made.counts["rows"] == IMAGES
+        reference = (before + after) / 2  # of a shared machine: around what is compared
+        pure = IMAGES / (encoding - start)
+        both = IMAGES / (encoding - start + preparing)
+        figures = [f"{reference:.0f}", f"{pure:.0f}", percent(pure / reference), f"{both:.0f}"]
+        spread = percent(abs(before - after) / reference)
+        rows.append([f"{workers}", *figures, percent(both / reference), f"{start:.1f}", spread])
+    columns = [
+        "workers",
+        "bare img/s",
+        "encode img/s",
+        "of bare",
+        "prepare + encode",
+        "of bare",
+        "start s",
+        "bare drift",
+    ]
+    show(
+        f"pipeline: {IMAGES:,} images of {SIZE} px, SFTok of 10.6 M parameters, micro-batch {MICRO_BATCH}",
+        columns,
+        rows,
+    )
+
+
+def draw(folder: Path) -> Path:
+    pictures = (subjects.pictures(256, SIZE) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for number in range(IMAGES):
+        path = folder / f"class {number % 4}" / f"{number:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(pictures[number % 256], number // 256, 1)).save(path, quality=90)
+    return folder
+
+
+def nothing() -> Callable[[str], str]:
+    return str
+
+
+def prepared_images(store: Store, data: Path, options: WorkerOptions) -> Manifest:
+    config = DataConfig(image_size=SIZE, num_shards=SHARDS, num_val_shards=VAL_SHARDS)
+    plan = Plan(kind="images", version=1, config={})
+    made = prepare(list_source(str(data)), config, out=store.at(plan.prefix), options=options)
+    return publish(store, plan, files=made.files, counts=made.counts, metrics={}, seconds=0)
+
+
+def started(job: EncodeJob, options: WorkerOptions) -> float:
+    """Seconds until workers have the model, without any shard of work."""
+    return timed(lambda: map_shards(functools.partial(idle, job), list("ab")[: options.workers], options=options))[1]
+
+
+def idle(job: EncodeJob) -> Callable[[str], str]:
+    """A worker that has the model and does nothing."""
+    ShardEncoder(job)
+    return str
+
+
+def bare(place: Path, processes: int) -> float:
+    """Images/s of the model alone, in so many processes at once."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes), context.Queue()
+    running = [
+        context.Process(target=loop, args=(str(place / "tokenizer"), barrier, results)) for _ in range(processes)
+    ]
+    for process in running:
+        process.start()
+    seconds = [results.get() for _ in running]
+    for process in running:
+        process.join()
+    return processes * IMAGES / 2 / max(seconds)
+
+
+def loop(tokenizer: str, barrier: threading.Barrier, results: "multiprocessing.Queue[float]") -> None:
+    from sftok.artifacts import load_tokenizer
+
+    torch.set_num_threads(1)
+    encoder = prepare_encoder(load_tokenizer(Store(tokenizer)))
+    parts = subjects.pictures(256, SIZE).split(MICRO_BATCH)
+    encoder(parts[0])
+    barrier.wait()
+    began = time.perf_counter()
+    for number in range(IMAGES // 2 // MICRO_BATCH):
+        encoder(parts[number % len(parts)])
+    results.put(time.perf_counter() - began)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def grow(workers: int, counts: tuple[int, ...]) -> None:
+    """Peak memory of driver and workers while datasets of more and more rows are encoded by a model of no size."""
+    rows, first = [], 0.0
+    with tempfile.TemporaryDirectory() as place, session(num_cpus=max(workers, 1)):
+        torch.manual_seed(0)
+        part = TransformerConfig(width=8, layers=1, heads=1)
+        config = TokenizerConfig(
+            patch_size=8, num_latent_tokens=4, codebook_size=16, code_dim=4, encoder=part, decoder=part
+        )
+        teacher = TeacherConfig(base_channels=8, channel_multipliers=(1, 2), norm_groups=8)
+        save_tokenizer(SFTok(config, teacher, STUB_SIZE, pixels=False), Store(place).at("tokenizer"))
+        for count in (ROWS_A_SHARD, *counts):  # the first one loads the libraries
+            store = Store(place).at(f"store-{count}")
+            images = synthetic(store, count)
+            job = job_of(store, images, Path(place) / "tokenizer", STUB_SIZE, 256, config)
+            with peak() as found:
+                made, seconds = timed(functools.partial(encode, job, images, options=WorkerOptions(workers=workers)))
+            assert made.counts["rows"] == count
+            if count == ROWS_A_SHARD:
+                continue
+            first = first or found[0]
+            rows.append([f"{count:,}", f"{count / seconds:.0f}", f"{found[0]:.0f}", percent(found[0] / first - 1)])
+            store.at("images").delete_tree()
+    columns = ["rows", "img/s", "peak MB", "more than the first"]
+    show(f"memory: a model of no size, {ROWS_A_SHARD:,} rows a shard, {workers} workers and the driver", columns, rows)
+
+
+def synthetic(store: Store, count: int) -> Manifest:
+    """Image shards of one picture over and over."""
+    sink = io.BytesIO()
+    Image.fromarray(np.zeros((STUB_SIZE, STUB_SIZE, 3), np.uint8)).save(sink, "PNG")
+    plan, data = Plan(kind="images", version=1, config={}), sink.getvalue()
+    out, total, files = store.at(plan.prefix), count // ROWS_A_SHARD - 1, []
+    names = [shard_name("val", 0, 1), *(shard_name("train", index, total) for index in range(total))]
+    if not total:
+        names.append(shard_name("train", 0, 1))
+    each = count // len(names)
+    for at, name in enumerate(names):
+        ids = [f"{at:05d}/{row:05d}" for row in range(each)]
+        images = pa.array([{"bytes": data, "path": image_id} for image_id in ids])
+        table = pa.table({"image_id": ids, "image": images, "label": pa.nulls(each, pa.int64())})
+        buffer = io.BytesIO()
+        told = {METADATA_KEY: b'{"class_names": null, "split": "train"}'}
+        pq.write_table(table.replace_schema_metadata(told), buffer, compression="zstd", row_group_size=256)
+        files.append(write_shard(out, name, buffer.getvalue(), each))
+    files.append(put(out, "rejects.parquet", b""))
+    counts = {"train": each * (len(names) - 1), "val": each}
+    return publish(store, plan, files=files, counts=counts, metrics={}, seconds=0)
+
+
+@contextmanager
+def peak() -> Iterator[list[float]]:
+    """The largest sum of the private memory of this process and its workers during the block, in MB."""
+    found, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            found[0] = max(found[0], memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield found
+    over.set()
+    watcher.join()
+
+
+def memory() -> float:
+    own = psutil.Process()
+    workers = [p for p in own.children(recursive=True) if _is_worker(p)]
+    return sum(_resident(process) for process in [own, *workers]) / 1e6
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "ray::_Actor" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _resident(process: psutil.Process) -> float:
+    try:
+        info = process.memory_info()
+    except psutil.Error:
+        return 0.0
+    return float(info.rss - info.shared)
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def job_of(
+    store: Store, images: Manifest, tokenizer: Path, size: int, micro_batch: int, config: TokenizerConfig
+) -> EncodeJob:
+    info = CodesInfo(
+        tokenizer="0" * 32,
+        codebook_size=config.codebook_size,
+        num_tokens=config.num_latent_tokens,
+        image_size=size,
+        assignment="nearest",
+        precision="fp32",
+        class_names=None if size == STUB_SIZE else tuple(f"class {n}" for n in range(4)),
+    )
+    folder, views = store.at(images.plan.prefix), {"train": ("center",), "val": ("center",)}
+    return EncodeJob(folder, Store(tokenizer), store.at("codes"), info, views, AugmentConfig(), micro_batch)
+
+
+def timed(call: Callable[[], T]) -> tuple[T, float]:
+    began = time.perf_counter()
+    made = call()
+    return made, time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

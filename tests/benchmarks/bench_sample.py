@@ -1,0 +1,126 @@
+"""Autoregressive sampling with generator B, 64 codes with guidance: tokens/s beside transformers' Llama of that shape.
+
+The roofline of a step is the time to read its weights once or to compute its products, whichever is longer, at the
+bandwidth and the GEMM speed of this machine, measured in turns with the rest. Weights are random:
+speed does not depend on them.
+"""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from generator.config import GENERATORS, SampleConfig, SamplePrecision
+from generator.fast_sample import DTYPES, prepare_sampler
+from generator.model import CodeSpace, Generator
+from generator.sample import Sampler
+from tests.benchmarks import machine
+from tests.benchmarks.table import percent, seconds, show, times
+
+SPACE = CodeSpace(codebook_size=8192, num_tokens=64, num_classes=1000)
+CONFIG, SCALE = GENERATORS["B"], 2.0
+ROUNDS = {1: 5, 16: 3, 64: 2}
+# Its steps take equal time, since its cache is static: fewer of them tell as much.
+REFERENCE_STEPS = {1: 32, 16: 12, 64: 4}
+COMPILED = os.environ.get("SFTOK_BENCH_COMPILED") == "1"
+
+
+def main() -> None:
+    torch.set_num_threads(machine.THREADS)
+    big, products = torch.ones(2**26), machine.products()
+    torch.manual_seed(0)
+    model = Generator(CONFIG, SPACE)
+    model.initialise()
+    model.eval()
+    rows: list[list[object]] = []
+    for precision in ("bf16", "fp32"):
+        dtype = DTYPES[precision]
+        ways = {"ours": prepared(model, precision)}
+        if COMPILED:
+            ways["ours, compiled"] = prepared(model, precision, compile=True)
+        llama = reference(dtype)
+        for batch, rounds in ROUNDS.items():
+            inputs = (torch.arange(batch), torch.rand(batch, SPACE.num_tokens, dtype=torch.float64))
+            runs = {name: functools.partial(sampler, *inputs) for name, sampler in ways.items()}
+            runs["reference"] = functools.partial(reference_tokens, llama, inputs[0], REFERENCE_STEPS[batch])
+            limits = {name: way for name, way in products.items() if name.startswith(precision)} | {"read": big.sum}
+            taken = seconds(runs | limits, rounds=rounds)
+            bandwidth, peak = big.nbytes / taken["read"], machine.peak(precision, taken).best
+            tokens = {name: batch * SPACE.num_tokens for name in ways} | {"reference": batch * REFERENCE_STEPS[batch]}
+            speed = {name: tokens[name] / taken[name] for name in runs}
+            limit = roofline(dtype, 2 * batch, bandwidth, peak)
+            for name in ways:
+                rows.append(
+                    [
+                        f"{precision}, batch {batch}: {name}",
+                        f"{speed[name]:.0f}",
+                        f"{speed['reference']:.0f}",
+                        times(speed[name] / speed["reference"]),
+                        percent(speed[name] * limit / batch),
+                        f"{bandwidth / 1e9:.0f}",
+                        f"{peak:.0f}",
+                    ]
+                )
+    columns = [
+        "B, 64 codes, guided",
+        "tokens/s",
+        "Llama, static cache",
+        "ratio",
+        "of the roofline",
+        "read GB/s",
+        "GFLOP/s",
+    ]
+    show("autoregressive sampling", columns, rows)
+
+
+def prepared(model: Generator, precision: SamplePrecision, **changes: object) -> Sampler:
+    values = {"cfg_scale": SCALE, "precision": precision, **changes}
+    sampler = prepare_sampler(model, SampleConfig.model_validate(values))
+    assert isinstance(sampler, Sampler)
+    return sampler
+
+
+def matrix_weights() -> int:
+    """Weights that every step multiplies with."""
+    width = CONFIG.width
+    return CONFIG.layers * (4 * width**2 + 3 * width * CONFIG.ffn_width) + width * SPACE.codebook_size
+
+
+def roofline(dtype: torch.dtype, rows: int, bandwidth: float, gflops: float) -> float:
+    """The least seconds that a step can take."""
+    weights = matrix_weights()
+    return max(weights * dtype.itemsize / bandwidth, 2 * weights * rows / (gflops * 1e9))
+
+
+def reference(dtype: torch.dtype) -> LlamaForCausalLM:
+    """Llama of the same shape, in evaluation mode."""
+    config = LlamaConfig(
+        vocab_size=SPACE.codebook_size,
+        hidden_size=CONFIG.width,
+        num_hidden_layers=CONFIG.layers,
+        num_attention_heads=CONFIG.heads,
+        intermediate_size=CONFIG.ffn_width,
+        max_position_embeddings=SPACE.num_tokens,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@torch.inference_mode()
+def reference_tokens(llama: LlamaForCausalLM, class_B: Tensor, steps: int) -> Tensor:
+    """The first `steps` codes (B, steps), drawn with guidance as samplers on top of transformers do."""
+    cache = StaticCache(config=llama.config, max_cache_len=SPACE.num_tokens)
+    tokens_R = torch.cat([class_B, torch.full_like(class_B, SPACE.null_class)])
+    codes = []
+    for position in range(steps):
+        out = llama(input_ids=tokens_R[:, None], cache=cache, cache_position=torch.tensor([position]))
+        cond_BV, uncond_BV = out.logits[:, -1].float().chunk(2)
+        probability_BV = (uncond_BV + SCALE * (cond_BV - uncond_BV)).softmax(-1)
+        codes.append(torch.multinomial(probability_BV, 1)[:, 0])
+        tokens_R = codes[-1].repeat(2)
+    return torch.stack(codes, dim=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""What SCALE.md stands on: the driver's time a shard, size and parsing of manifests, and a small S3 server's rates."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.artifacts import FileEntry, Manifest, Plan, publish, put, shard_entry, write_shard
+from infra.cluster import session
+from infra.s3 import Bucket
+from infra.store import Store
+from infra.verify import Ledger, shard_name
+from infra.workers import WorkerOptions, map_shards
+from sftok.source_entries import Entries, Entry
+from tests.benchmarks.table import show
+from tests.s3_server import running_server
+
+SHARDS = (5_000, 20_000)
+WAITING = (2, 8, 800, 8_000)  # calls that the driver waits for at once
+ROUNDS = 20
+GROUP = 256  # images in a row group of image Parquet
+ENTRIES = (1_000, 10_000, 100_000)
+
+
+def main() -> None:
+    manifests()
+    publishing()
+    driver()
+    waiting()
+    memory()
+    verification()
+    server()
+
+
+def entries(count: int) -> tuple[FileEntry, ...]:
+    return tuple(
+        FileEntry(
+            path=shard_name("train", n % 100_000, max(count, 1) % 100_000),
+            size=1_000_000 + n,
+            sha256=hashlib.sha256(str(n).encode()).hexdigest(),
+            rows=10_000,
+        )
+        for n in range(count)
+    )
+
+
+def taken(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def manifests() -> None:
+    """The manifest of a dataset of so many shards: what publishing writes, and what every later stage reads."""
+    with tempfile.TemporaryDirectory() as place:
+        base = publish(
+            Store(place), Plan(kind="codes", version=1, config={}), files=[], counts={}, metrics={}, seconds=0
+        )
+    rows: list[list[object]] = []
+    for count in ENTRIES:
+        manifest = base.model_copy(update={"files": entries(count)})
+        text = manifest.model_dump_json(indent=1).encode()
+        dense = manifest.model_dump_json().encode()
+        process, before = psutil.Process(), psutil.Process().memory_info().rss
+        write = taken(lambda manifest=manifest: manifest.model_dump_json(indent=1))
+        started = time.perf_counter()
+        parsed = Manifest.model_validate_json(text)
+        read = time.perf_counter() - started
+        memory = process.memory_info().rss - before
+        assert len(parsed.files) == count
+        sizes = [f"{len(text) / 1e6:.1f}", f"{len(text) / count:.0f}", f"{len(dense) / count:.0f}"]
+        rows.append([f"{count:,}", *sizes, f"{write:.3f}", f"{read:.3f}", f"{memory / 1e6:.0f}"])
+    columns = ["files", "MB", "bytes a file", "without indent", "write s", "parse s", "memory MB"]
+    show("manifest.json", columns, rows)
+
+
+def publishing() -> None:
+    """What publish does besides writing: it looks for files that are listed twice or missing."""
+    rows = []
+    for count in ENTRIES:
+        with tempfile.TemporaryDirectory() as place:
+            store, files = Store(place), entries(count)
+            plan = Plan(kind="codes", version=1, config={})
+            for entry in files:
+                key = store.path / plan.prefix / entry.path
+                key.parent.mkdir(parents=True, exist_ok=True)
+                key.touch()
+            seconds = taken(
+                lambda store=store, plan=plan, files=files: publish(
+                    store, plan, files=files, counts={}, metrics={}, seconds=0
+                )
+            )
+        rows.append([f"{count:,}", f"{seconds:.3f}"])
+    show("publish, local folder", ["files", "s"], rows)
+
+
+def driver() -> None:
+    """map_shards with work that does nothing: what is left is the driver's."""
+    rows = []
+    for count in SHARDS:
+        process, before = psutil.Process(), psutil.Process().cpu_times()
+        with tempfile.TemporaryDirectory() as place:
+            work = functools.partial(Trivial, place)
+            names = [shard_name("train", n, count) for n in range(count)]
+            memory = process.memory_info().rss
+            seconds = taken(lambda work=work, names=names: map_shards(work, names, options=WorkerOptions(workers=2)))
+            few = names[:2]
+            short = taken(lambda work=work, few=few: map_shards(work, few, options=WorkerOptions(workers=2)))
+        after = process.cpu_times()
+        cpu = after.user + after.system - before.user - before.system
+        net = (seconds - short) / count * 1e3
+        grown = (process.memory_info().rss - memory) / 1e6
+        rows.append(
+            [f"{count:,}", f"{seconds:.1f}", f"{short:.1f}", f"{net:.2f}", f"{cpu / count * 1e3:.2f}", f"{grown:.0f}"]
+        )
+    columns = ["shards", "s", "start and stop, s", "ms a shard", "driver's CPU ms a shard", "memory MB"]
+    show("map_shards, 2 Ray workers on this machine, work that does nothing", columns, rows)
+
+
+def waiting() -> None:
+    """What one look at the pool costs with so many workers at work."""
+    rows = []
+    with session() as connection:
+        ray = connection.connect(cpus=1, gpus=0, processes=1)
+        done = ray.put(1)
+        for count in WAITING:
+            actor = ray.remote(num_cpus=0)(Sleeper).remote()
+            calls = [actor.sleep.remote() for _ in range(count - 1)]
+            look = taken(lambda calls=calls: [ray.wait([*calls, done], num_returns=1) for _ in range(ROUNDS)])
+            rows.append([f"{count:,}", f"{look / ROUNDS * 1e3:.2f}"])
+            ray.kill(actor)
+    show("ray.wait for the first of so many calls", ["calls", "ms"], rows)
+
+
+class Sleeper:
+    """A worker that is at work all the time."""
+
+    def sleep(self) -> None:
+        time.sleep(3600)
+
+
+class Trivial:
+    """A worker that returns an entry, as encode does."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __call__(self, name: str) -> FileEntry:
+        return FileEntry(path=name, size=1_000_000, sha256="0" * 64, rows=10_000)
+
+
+def memory() -> None:
+    """What the driver of prepare holds of every image: its entry of the listing."""
+    count = 200_000
+    ids = (f"n{n // 1300:08d}/n{n // 1300:08d}_{n}.JPEG" for n in range(count))
+    listed = Entries.of(Entry(image_id=i, size=1, version="1700000000.0", class_name=i[:9]) for i in ids)
+    show("prepare", ["", "bytes an image"], [["listing", f"{listed.table.nbytes / count:.0f}"]])
+
+
+def verification() -> None:
+    """What sftok verify spends on a byte and on a row."""
+    count, block = 200_000, os.urandom(1 << 20)
+    hashing = 64 / taken(lambda: [hashlib.sha256(block) for _ in range(64)]) * len(block) / 1e6
+    ledger, fact = Ledger(), "x" * 120
+    keys = [(f"n{n:08d}/n{n:08d}_{n}.JPEG", fact) for n in range(count)]
+    adding = taken(lambda: ledger.add("train-00000-of-00512.parquet", keys))
+    asking = taken(lambda: (list(ledger.twice()), sum(1 for _ in ledger.facts())))
+    pages, size = (ledger._db.execute(f"pragma {name}").fetchone()[0] for name in ("page_count", "page_size"))
+    cells = [
+        f"{hashing:.0f}",
+        f"{count / adding / 1e6:.2f}",
+        f"{count / asking / 1e6:.2f}",
+        f"{pages * size / count:.0f}",
+    ]
+    columns = ["", "SHA-256, MB/s", "ledger: rows in, M/s", "rows out in order, M/s", "bytes of disk a row"]
+    show("verify", columns, [["", *cells]])
+
+
+def requests(folder: Store) -> dict[str, int]:
+    """Requests to S3 for one image shard of ten row groups: read, and answered by a code shard."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image_id", pa.string()), ("image", image), ("label", pa.int64()), ("sha256", pa.string())])
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
+        for group in range(10):
+            images = [{"bytes": os.urandom(20_000), "path": f"{n}"} for n in range(GROUP)]
+            rows = [{"image_id": f"{group}-{n}", "image": image} for n, image in enumerate(images)]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    name, out = shard_name("train", 0, 1), folder.at("codes")
+    folder.write(name, sink.getvalue())
+    made = {}
+    with counted() as calls:
+        shard_entry(out, name)
+        made["look whether it is done"] = len(calls)
+    for what, is_ahead in (("ahead, as Arrow does by default", True), ("a row group at a time", False)):
+        with counted() as calls, folder.open(name) as opened, pq.ParquetFile(opened, pre_buffer=is_ahead) as parquet:
+            for _ in parquet.iter_batches(batch_size=64, columns=["image_id", "image", "label"]):
+                pass
+            made[f"read ten row groups of 5 MB {what}"] = len(calls)
+    with counted() as calls:
+        write_shard(out, name, b"codes", 1)
+        made["write a code shard and its sidecar"] = len(calls)
+    return made
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """Every call that goes to the server."""
+    calls: list[str] = []
+    run = Bucket._run
+
+    def noted(self: Bucket, key: str, call: Callable[..., object]) -> object:
+        calls.append(key)
+        return run(self, key, call)
+
+    Bucket._run = noted  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Bucket._run = run  # type: ignore[method-assign]
+
+
+def server() -> None:
+    """A SeaweedFS of one process on this machine: orders of size alone."""
+    data, rows = os.urandom(4096), []
+    with tempfile.TemporaryDirectory() as place, running_server(Path(place)) as running:
+        os.environ.update(running.environment)
+        folder = Store("s3://tests/scale")
+        count = 300
+        names = [f"x-{n:05d}" for n in range(count)]
+        folder.exists("connect")
+        rows.append(["put of 4 kB, one after another", count / taken(lambda: [folder.write(n, data) for n in names])])
+        with ThreadPoolExecutor(16) as pool:
+            rows.append(
+                ["put, 16 at once", count / taken(lambda: list(pool.map(lambda n: put(folder, n, data), names)))]
+            )
+        shards = [shard_name("train", n, count) for n in range(count)]
+        rows.append(["shard and sidecar", count / taken(lambda: [write_shard(folder, n, data, 1) for n in shards])])
+        rows.append(["get of 4 kB", count / taken(lambda: [folder.read(n) for n in names])])
+        asked = requests(Store("s3://tests/requests"))
+        listed = len(folder.list())
+        rows.append([f"keys listed ({listed})", listed / taken(folder.list)])
+    show("S3 test server", ["", "a second"], [[name, f"{rate:.0f}"] for name, rate in rows])
+    show("requests for one shard", ["", "requests"], [[name, str(count)] for name, count in asked.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The learner and the loop: rates, averages, added gradients, scales, what stops, what is kept and written."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from infra.learner import Best, Learner, Plan, learning_rate
+from infra.schedule import LoopConfig, OptimizerConfig, TrainingConfig
+from infra.store import Store
+from infra.training import Run, Validation, autocast, over_micro_batches, picture_grid, train_loop
+
+OPTIMIZER = OptimizerConfig(lr=0.1, end_lr=0.01, warmup_steps=4, ema_decay=0.5)
+
+
+def linear() -> nn.Linear:
+    layer = nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(6.0).view(2, 3) / 6)
+        layer.bias.zero_()
+    return layer
+
+
+def learner(layer: nn.Module, **changes: object) -> Learner:
+    return Learner(layer.named_parameters(), Plan(OPTIMIZER, 20, **changes))  # type: ignore[arg-type]
+
+
+def test_the_rate_rises_linearly_then_falls_by_half_a_cosine() -> None:
+    rates = [learning_rate(OPTIMIZER, step, 20) for step in range(21)]
+    assert rates[:5] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+    assert rates[12] == pytest.approx(0.01 + 0.09 / 2)  # half way between warm-up and end
+    assert rates[20] == pytest.approx(0.01)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_the_average_follows_the_published_rule() -> None:
+    """The first update copies; then min((1 + s) / (10 + s), bound), with s the updates before."""
+    layer = linear()
+    made = learner(layer)
+    average = None
+    for step in range(3):
+        made.backward(layer(torch.ones(1, 3)).square().mean())
+        made.update(step)
+        decay = 0 if step == 0 else min((1 + step) / (10 + step), 0.5)
+        now = layer.weight.detach()
+        average = now.clone() if average is None else decay * average + (1 - decay) * now
+        assert torch.allclose(made.ema["weight"], average, atol=1e-6)
+
+
+def test_gradients_of_micro_batches_are_those_of_the_batch() -> None:
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for parts in (1, 4):
+        layer = linear()
+        made = learner(layer, micro_batches=parts)
+        for rows in inputs.split(8 // parts):
+            made.backward(layer(rows).square().mean())
+        figures = made.update(0)
+        results.append((figures["grad_norm"], layer.weight.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+
+
+def loop(
+    folder: Store, step: Callable[[int], dict[str, float]], made: Learner, config: LoopConfig, best: Best | None = None
+) -> None:
+    picture = picture_grid([torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)])
+
+    def validate(done: int) -> Validation:
+        return Validation({"val_loss": abs(done - 4)}, {"grid": picture})
+
+    train_loop({"model": made}, step, config, run=Run(folder, seed=0), validate=validate, best=best)
+
+
+def stepper(layer: nn.Module, made: Learner, poison: int | None = None) -> Callable[[int], dict[str, float]]:
+    def step(step: int) -> dict[str, float]:
+        loss = layer(torch.ones(1, 3)).square().mean()
+        if step == poison:
+            loss = loss * math.nan
+        made.backward(loss)
+        return {"loss": loss.item(), **made.update(step)}
+
+    return step
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(store: Store) -> None:
+    layer = linear()
+    made = learner(layer)
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan; lower the learning rate"):
+        loop(store, stepper(layer, made, poison=2), made, LoopConfig(steps=5))
+    assert torch.isfinite(layer.weight).all()
+    assert not store.exists("log.jsonl")
+
+
+def test_a_gradient_that_is_not_finite_stops_too() -> None:
+    layer = linear()
+    made = learner(layer)
+    before = layer.weight.detach().clone()
+    made.backward((layer(torch.ones(1, 3)) * 0).sqrt().sum())  # finite, with an infinite slope
+    with pytest.raises(FloatingPointError, match="the norm of the gradient is"):
+        made.update(0)
+    assert torch.equal(layer.weight, before)
+
+
+def test_half_precision_leaves_an_overflow_out_and_lowers_the_scale() -> None:
+    layer = linear()
+    made = learner(layer, is_scaled=True)
+    made.backward(layer(torch.ones(1, 3)).square().mean())
+    made.update(0)
+    before, scale = layer.weight.detach().clone(), made.scaler.get_scale()
+    made.backward((layer(torch.ones(1, 3)) * 0).sqrt().sum())
+    made.update(1)
+    assert torch.equal(layer.weight, before)
+    assert made.scaler.get_scale() == scale / 2
+    other = learner(linear(), is_scaled=True)
+    other.load(made.tensors())
+    other.backward(torch.zeros((), requires_grad=True) * 1)
+    assert other.scaler.get_scale() == scale / 2
+
+
+def test_fp16_trains_on_the_cpu_too() -> None:
+    layer = linear()
+    config = TrainingConfig(steps=12, batch_size=4, optimizer=OPTIMIZER, precision="fp16")
+    made = Learner(layer.named_parameters(), Plan.of(config, Run(Store("."), 0).ranks))
+    losses = []
+    for step in range(12):  # the first ones overflow until the scale has come down
+        with autocast("fp16", "cpu"):
+            loss = layer(torch.ones(4, 3)).float().square().mean()
+        made.backward(loss)
+        made.update(step)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_the_best_average_is_what_is_left(store: Store) -> None:
+    layer = linear()
+    made = learner(layer)
+    best = Best(made, "val_loss", higher=False)
+    seen: dict[int, Tensor] = {}
+
+    def step(at: int) -> dict[str, float]:
+        figures = stepper(layer, made)(at)
+        seen[at + 1] = made.ema["weight"].clone()
+        return figures
+
+    loop(store, step, made, LoopConfig(steps=6, validate_every=1), best)
+    assert best.best == 0  # |done - 4| is least at 4
+    assert torch.equal(made.ema["weight"], seen[4])
+
+
+def test_as_many_checkpoints_stay_as_are_kept_and_pictures_and_events_are_written(store: Store) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    layer = linear()
+    made = learner(layer)
+    config = LoopConfig(steps=10, checkpoint_every=2, keep_checkpoints=3, log_every=1, validate_every=5)
+    loop(store, stepper(layer, made), made, config)
+    marked = [name for name in store.list("checkpoints") if name.endswith("checkpoint.json")]
+    assert [int(name.split("-")[1].split("/")[0]) for name in marked] == [4, 6, 8]
+    assert Image.open(io.BytesIO(store.read("grid.png"))).size == (32, 16)
+    assert store.list("pictures") == ["pictures/grid-000000005.png", "pictures/grid-000000010.png"]
+
+    assert isinstance(store.path, Path)
+    events = EventAccumulator(str(store.path / "events")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))
+    assert {"val_loss", "lr", "grad_norm"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Images("grid")] == [5, 10]
+
+
+def test_figures_are_means_over_the_micro_batches() -> None:
+    seeds = []
+
+    def part(part: int) -> dict[str, Tensor]:
+        seeds.append(torch.rand(()).item())
+        return {"loss": torch.tensor(float(part))}
+
+    run = Run(Store("."), seed=0)
+    assert over_micro_batches(part, 3, 4, run=run) == {"loss": 1.5}
+    assert len(set(seeds)) == 4
+    again = list(seeds)
+    over_micro_batches(part, 3, 4, run=run)
+    assert seeds[4:] == again  # torch's own randomness is a function of seed, step and part
