@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from generator.model import CodeSpace
+from generator.space import CodeSpace
 from infra.codes import CodeRows, CodesInfo
 from infra.training import seed_of
 

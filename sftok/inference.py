@@ -131,7 +131,12 @@ class PreparedEncoder:
 
     @torch.inference_mode()
     def __call__(self, images_B3HW: Tensor, assignment: Assignment = "nearest") -> Tensor:
-        """Float RGB in [0, 1], (B, 3, H, W), to codes (B, N) int64, on the model's device."""
+        """Float RGB in [0, 1], (B, 3, H, W), to codes (B, N) int64, on the model's device.
+
+        Raises:
+            ValueError: the images have another size than the tokenizer's.
+        """
+        self.model.check_images(images_B3HW)
         images_B3HW = images_B3HW.to(self.device)
         z_BND = F.normalize(self.latents(images_B3HW).float(), dim=-1)
         return assign(z_BND.flatten(0, 1), self.codebook_KD, assignment).view(z_BND.shape[:2])

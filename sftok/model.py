@@ -50,8 +50,24 @@ class SFTok(nn.Module):
         """Float RGB in [0, 1], (B, 3, H, W), to codes (B, N) and their vectors.
 
         With `nearest`, an image's codes do not depend on its batch mates; with `sinkhorn` they do.
+
+        Raises:
+            ValueError: the images have another size than the tokenizer's.
         """
+        self.check_images(images_B3HW)
         return self.quantizer(self.encoder(images_B3HW), assignment)
+
+    def check_images(self, images_B3HW: Tensor) -> None:
+        """Refuse images of another size.
+
+        Raises:
+            ValueError: naming both sizes.
+        """
+        side, shape = self.image_size, tuple(images_B3HW.shape)
+        if len(shape) != 4 or shape[1:] != (3, side, side):
+            raise ValueError(
+                f"images have shape {shape}, this tokenizer takes (n, 3, {side}, {side}): resize and crop them first"
+            )
 
     def soft_decode(self, logits_BPV: Tensor) -> Tensor:
         """Expected pixel code of every position through the pixel decoder: float RGB (B, 3, H, W), not clamped."""

@@ -7,6 +7,7 @@ from infra.store import Store
 from sftok.artifacts import load_tokenizer, save_tokenizer
 from sftok.config import BASE, LARGE, DecodingConfig, TeacherConfig, TokenizerConfig
 from sftok.encode import encode_images
+from sftok.inference import prepare_encoder
 from sftok.model import SFTok
 from sftok.proxy import Teacher
 from tests.sftok.tiny import SIZE, TEACHER, tokenizer
@@ -81,3 +82,11 @@ def test_damaged_weights_are_named(store: Store) -> None:
     store.write("model.safetensors", store.read("model.safetensors")[:-10])
     with pytest.raises(ValueError, match=r"model\.safetensors does not hold the weights"):
         load_tokenizer(store)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 16, 16), (1, 1, 16, 16), (1, 3, 16, 8)])
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    model = tokenizer()
+    for encode in (model.encode, prepare_encoder(model)):
+        with pytest.raises(ValueError, match=r"this tokenizer takes \(n, 3, 16, 16\)"):
+            encode(torch.rand(shape))
