@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_data, cli_encode, cli_weights
+from flows import cli_data, cli_encode, cli_sample, cli_weights
 from flows.cli_common import Failed, JsonOption, Refused, StoreOption, one_line_refusals
 from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
 
@@ -71,6 +71,10 @@ def run(
         int | None,
         typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
     ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs of a Ray worker; 0.5 lets two share one. [default: 1 where there are GPUs]"),
+    ] = None,
     ranks: Annotated[
         int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
     ] = 1,
@@ -86,7 +90,14 @@ def run(
         if max_reject_rate is not None:
             overrides.append(f"data.max_reject_rate={max_reject_rate}")
         request = check_request(
-            recipe, data=data, store=store, overrides=overrides, workers=workers, ranks=ranks, seed=seed
+            recipe,
+            data=data,
+            store=store,
+            overrides=overrides,
+            workers=workers,
+            ranks=ranks,
+            seed=seed,
+            gpus=gpus_per_worker,
         )
         record, error = _run(request, verbose=verbose)
     if as_json:
@@ -120,6 +131,7 @@ def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]"
                     source=request.source,
                     workers=request.workers,
                     ranks=request.ranks,
+                    gpus_per_worker=request.gpus_per_worker,
                 )
         except ServerError as error:
             raise Failed(str(error)) from error
@@ -207,6 +219,7 @@ def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
 cli_weights.register(app)
 cli_data.register(app)
 cli_encode.register(app)
+cli_sample.register(app)
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

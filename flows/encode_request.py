@@ -90,8 +90,17 @@ def find_dataset(
     recipe = _recipe(found, encode, overrides)
     images = None
     if _IMAGES.fullmatch(data.rstrip("/")) or f"/{ROOT}/images/" in data:
-        images = find_artifact(data, found.store.uri, "images").ref
+        prepared = find_artifact(data, found.store.uri, "images")
+        images, recipe = prepared.ref, _with_data_of(recipe, prepared)
     return Dataset(recipe, found.store, found.ref, data, images)
+
+
+def _with_data_of(recipe: Recipe, images: Found) -> Recipe:
+    """The recipe with the number of shards that the images have."""
+    data = images.manifest.config["data"]
+    assert isinstance(data, dict)
+    shards = {name: data[name] for name in ("num_shards", "num_val_shards")}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=shards)})
 
 
 def _recipe(found: Found, encode: EncodeConfig, overrides: Sequence[str]) -> Recipe:

@@ -9,6 +9,7 @@ from flows.evaluation import EvaluationFacts, EvaluationInputs, Reconstructed, e
 from flows.stages import Result, Work
 from infra.artifacts import put
 from infra.codes import CodeRows, read_codes
+from infra.training import default_device
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import DecodingConfig
 from sftok.data import ImageRows, ImageSet
@@ -47,7 +48,11 @@ def _inputs(work: Work) -> EvaluationInputs:
         _in_order(read_codes(store, work.keys("codes", "val-"))[1], val),
         read_codes(store, work.keys("samples", "sample-"))[1],
     )
-    teacher, model = load_teacher(work.folder("teacher")), load_tokenizer(work.folder("tokenizer"))
+    device = default_device()
+    teacher, model = (
+        load_teacher(work.folder("teacher")).to(device),
+        load_tokenizer(work.folder("tokenizer")).to(device),
+    )
     decoder = ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed)
     val_proxy = _teacher_codes(teacher, val.images, recipe.encode.micro_batch)
 
@@ -102,4 +107,5 @@ def _in_order(rows: CodeRows, images: ImageRows) -> CodeRows:
 
 @torch.no_grad()
 def _teacher_codes(teacher: Teacher, images: Tensor, micro_batch: int) -> Tensor:
-    return torch.cat([teacher.encode(to_float(part)) for part in images.split(micro_batch)])
+    device = teacher.codebook.weight.device
+    return torch.cat([teacher.encode(to_float(part).to(device)).cpu() for part in images.split(micro_batch)])

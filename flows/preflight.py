@@ -24,6 +24,7 @@ class Request(NamedTuple):
     source: str
     workers: int
     ranks: int
+    gpus_per_worker: float
     settings: Settings
 
 
@@ -36,6 +37,7 @@ def check_request(
     workers: int | None,
     ranks: int,
     seed: int | None,
+    gpus: float | None = None,
 ) -> Request:
     """Turn what the user asked for into a request, the store last: checking it writes to it."""
     from sftok.sources import list_source
@@ -55,7 +57,14 @@ def check_request(
     place = Store(store or settings.store)
     place.check()
     width = min(2, os.cpu_count() or 1) if workers is None else workers
-    return Request(chosen, place, source, width, ranks, settings)
+    return Request(chosen, place, source, width, ranks, _default_gpus() if gpus is None else gpus, settings)
+
+
+def _default_gpus() -> float:
+    """A GPU a worker where this machine has any: workers without one would compute on its processor."""
+    from infra.training import default_device
+
+    return 1.0 if default_device() == "cuda" else 0.0
 
 
 def check_weights(recipe: Recipe) -> None:
@@ -96,9 +105,13 @@ def _check_image_size(stage: str, adversarial: AdversarialConfig, image_size: in
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Refuse a number of ranks that cannot share the micro-batches of every stage."""
-    stages = (recipe.warm_up.training, recipe.align.training, recipe.fine_tune.training, recipe.train_generator)
-    names = ("warm_up.training", "align.training", "fine_tune.training", "train_generator")
-    training = dict(zip(names, stages, strict=True))
+    training = {
+        "align.training": recipe.align.training,
+        "fine_tune.training": recipe.fine_tune.training,
+        "train_generator": recipe.train_generator,
+    }
+    if not recipe.align.from_scratch:
+        training["warm_up.training"] = recipe.warm_up.training
     if recipe.teacher.origin == "trained":
         training["teacher.training"] = recipe.teacher.training
     for name, config in training.items():

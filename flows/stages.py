@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import JsonValue
 
 from flows.recipes import Recipe
-from infra.artifacts import ArtifactRef, FileEntry, Plan, folder_of, key_of, manifest_of
+from infra.artifacts import ArtifactRef, FileEntry, Manifest, Plan, folder_of, key_of, manifest_of
 from infra.config import Config
+from infra.errors import TransientError
 from infra.pretrained import read_pretrained
 from infra.progress import Progress
 from infra.ranks import ALONE, Ranks, run_ranks
@@ -99,6 +100,7 @@ class Stage(NamedTuple):
     what: Callable[[Job], dict[str, JsonValue]]
     call: Callable[[Work], Result]
     is_trained: bool = False  # by as many ranks as the job has
+    accept: Callable[[Job, Manifest], None] | None = None  # refuses what was made under other conditions
 
 
 def plan(stage: Stage, job: Job, inputs: Refs) -> Plan:
@@ -131,6 +133,11 @@ def _without_how(value: JsonValue) -> JsonValue:
     return value
 
 
+def _shards(job: Job) -> JsonValue:
+    """How the images are divided: the same images make other files, and are streamed in another order."""
+    return [job.recipe.data.num_shards, job.recipe.data.num_val_shards]
+
+
 def _seeded(job: Job) -> dict[str, JsonValue]:
     return {"seed": job.recipe.seed, "threads": job.recipe.threads}
 
@@ -151,12 +158,21 @@ def _prepare_what(job: Job) -> dict[str, JsonValue]:
     return {"data": _what(job.recipe.data), "listing": list_source(job.source, job.recipe.data).digest}
 
 
+def _accept_images(job: Job, manifest: Manifest) -> None:
+    from sftok.prepare import check_reject_rate
+
+    check_reject_rate(manifest.counts, job.recipe.data, f"images/{manifest.digest}")
+
+
 def _prepare(work: Work) -> Result:
     from sftok.prepare import prepare
     from sftok.sources import list_source
 
+    source = list_source(work.job.source, work.recipe.data)
+    if source.digest != work.plan.config["listing"]:
+        raise TransientError(f"source {work.job.source} changed while it was listed; it is listed again")
     made = prepare(
-        list_source(work.job.source, work.recipe.data),
+        source,
         work.recipe.data,
         out=work.out,
         options=work.job.workers,
@@ -174,6 +190,7 @@ def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
     return {
         **_what(config),
         "image_size": job.recipe.data.image_size,
+        "shards": _shards(job),
         "preprocessing": PREPROCESSING,
         "augment": job.recipe.augment.as_json(),
         **_seeded(job),
@@ -281,6 +298,7 @@ def _encode_what(job: Job) -> dict[str, JsonValue]:
     return {
         "encode": job.recipe.encode.as_json(),
         "image_size": job.recipe.data.image_size,
+        "shards": _shards(job),
         "preprocessing": PREPROCESSING,
         "augment": job.recipe.augment.as_json(),
         "threads": job.workers.threads_per_worker,
@@ -391,7 +409,7 @@ def _report(work: Work) -> Result:
     return write_pages(work)
 
 
-PREPARE = Stage("prepare", "images", 1, _prepare_what, _prepare)
+PREPARE = Stage("prepare", "images", 1, _prepare_what, _prepare, accept=_accept_images)
 TEACHER = Stage("teacher", "teacher", 1, _teacher_what, _teacher, is_trained=True)
 WARM_UP = Stage("warm_up", "tokenizer", 1, _warm_up_what, _warm_up, is_trained=True)
 ALIGN = Stage("align", "tokenizer", 1, _align_what, _align, is_trained=True)

@@ -112,6 +112,8 @@ def _find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[Artifa
 def _attempt(stage: Stage, job: Job, inputs: dict[str, ArtifactRef]) -> tuple[str, ArtifactRef]:
     plan = stages.plan(stage, job, inputs)
     if (found := artifacts.find(job.store, plan)) is not None:
+        if stage.accept is not None:
+            stage.accept(job, found)
         return "Cached", artifacts.ref_of(job.store, found)
     began = time.monotonic()
     out = artifacts.folder_of(job.store, plan.kind, plan.digest)

@@ -56,11 +56,22 @@ class SampleJob:
     seed: int
     identity: str
     """digest of the generator, noted in the samples."""
+    classes: tuple[int, ...] | None = None
+    """which classes to draw, each once; None: all of them, or without classes the null class."""
 
 
-def plan_shards(space: CodeSpace, config: SampleConfig) -> list[SampleShard]:
-    """Every class `per_class` times (without classes: the null class), cut into shards; fixed by the config alone."""
-    classes = range(space.num_classes) if space.num_classes else [space.null_class]
+def plan_shards(space: CodeSpace, config: SampleConfig, classes: Sequence[int] | None = None) -> list[SampleShard]:
+    """Every class `per_class` times (without classes: the null class), cut into shards; fixed by the arguments alone.
+
+    Raises:
+        ValueError: there is no such class, or one comes twice.
+    """
+    if classes is None:
+        classes = range(space.num_classes) if space.num_classes else [space.null_class]
+    elif wrong := [c for c in classes if not 0 <= c < space.num_classes]:
+        raise ValueError(f"class id {wrong[0]} is not among {space.num_classes} classes: leave it out")
+    elif len(set(classes)) < len(classes):
+        raise ValueError(f"classes = {tuple(classes)} has some twice: name each once, and raise per_class instead")
     wanted = [Wanted(c, i) for i in range(config.per_class) for c in classes]
     cuts = range(0, len(wanted), config.samples_per_shard)
     return [
@@ -78,6 +89,8 @@ class ShardSampler:
         self.space = model.space
         self.sampler = prepare_sampler(model.to(default_device()), job.config)
         settings = {"generator": job.identity, "seed": job.seed, **job.config.as_json()}
+        if job.classes is not None:
+            settings["classes"] = list(job.classes)
         self.info = info.model_copy(update={"sampling": settings})
 
     def __call__(self, shard: SampleShard) -> FileEntry:
@@ -113,5 +126,5 @@ class ShardSampler:
 def generate(job: SampleJob, *, options: WorkerOptions, progress: Progress = silent) -> list[FileEntry]:
     """Draw all shards; entries in the order of the shards."""
     model, _ = load_generator(job.generator)
-    shards = plan_shards(model.space, job.config)
+    shards = plan_shards(model.space, job.config, job.classes)
     return map_shards(functools.partial(ShardSampler, job), shards, options=options, progress=progress)

@@ -32,7 +32,8 @@ class LoopConfig(Config):
     log_every: PositiveInt = Field(10, description="steps between logged lines")
     validate_every: int = Field(0, ge=0, description="steps between validations; 0 validates at the end only")
     keep: Literal["best", "last"] = Field(
-        "last", description="publish the averaged weights of the best validation, or those of the last step"
+        "last",
+        description="publish the averaged weights of the best validation (checkpoints carry them) or of the last step",
     )
 
 
@@ -47,7 +48,7 @@ class TrainingConfig(LoopConfig):
         "a step and accumulate theirs, so that results do not depend on the number of ranks but for rounding",
     )
     optimizer: OptimizerConfig
-    precision: Precision = Field("fp32", description="autocast type of the forward pass; fp16 is scaled, on CUDA only")
+    precision: Precision = Field("fp32", description="autocast type of the forward pass; with fp16 losses are scaled")
     compile: bool = Field(False, description="compile the networks with torch.compile")
     activation_checkpointing: bool = Field(
         False, description="compute transformer blocks again in the backward pass instead of keeping what they hold"

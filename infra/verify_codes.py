@@ -208,8 +208,9 @@ class SamplesCheck(CodeFiles):
         for sample_id, files in self.ledger.twice():
             yield Finding(", ".join(files), f"sample {sample_id!r} comes twice")
         names = (self.info.class_names if self.info else None) or ()
-        wanted = range(len(names)) if names else [-1]
-        counts = {class_id: self.classes[class_id] for class_id in wanted}
+        drawn = self.manifest.config.get("classes")  # stated where they are not all
+        wanted = drawn if isinstance(drawn, list) else list(range(len(names))) if names else [-1]
+        counts = {int(str(class_id)): self.classes[int(str(class_id))] for class_id in wanted}
         off = {class_id: count for class_id, count in counts.items() if count != self.per_class}
         if off or self.classes.keys() - counts.keys():
             shown = some(f"{names[c] if c >= 0 else 'no class'}: {n}" for c, n in off.items())

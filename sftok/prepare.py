@@ -127,6 +127,20 @@ def _join(results: Sequence[ShardResult]) -> pa.Table:
     return pa.concat_tables(tables).sort_by("image_id")
 
 
+def check_reject_rate(counts: Mapping[str, int], config: DataConfig, where: str) -> None:
+    """Hold prepared images against today's `max_reject_rate`: they may have been prepared under a higher one.
+
+    Raises:
+        ValueError: more was rejected.
+    """
+    found, rejected = counts.get("found", 0), counts.get("rejected", 0)
+    if found >= RATE_FROM and rejected > config.max_reject_rate * found:
+        raise ValueError(
+            f"{where}: {rejected:,} of {found:,} entries were rejected, a share of {rejected / found:.3g} above "
+            f"data.max_reject_rate = {config.max_reject_rate:g}: see its {REJECTS}; mend the source, or raise the rate"
+        )
+
+
 def _check_rate(source: Source, found: int, rejects: pa.Table, config: DataConfig, out: Store) -> None:
     """Refuse a large source of which too much is rejected: rather a mistake than noise."""
     if found < RATE_FROM or len(rejects) <= config.max_reject_rate * found:

@@ -37,10 +37,11 @@ class StoredShards(NamedTuple):
 
 
 class StreamedImages:
-    """Training batches as a pure function of step and part, like `TrainImages`, in the memory of a few shards.
+    """Training batches as a pure function of step and part, like `TrainImages`.
 
     Every image of a part comes once in the part's epoch: its shards in an order drawn from (seed, part, epoch), the
-    images of each window of them permuted. An image's changes are drawn from (seed, part, position).
+    images of each window of them permuted. An image's changes are drawn from (seed, part, position). In memory are two
+    windows of `WINDOW` shards, undecoded, for every part that is asked for.
     """
 
     def __init__(self, shards: StoredShards, config: AugmentConfig, *, seed: int, batch_size: int, parts: int) -> None:
@@ -77,16 +78,19 @@ class _Part:
         self.total = sum(shards.rows[name] for name in names)
         self._read: dict[tuple[int, int], Future[list[StoredImage]]] = {}
         self._made: tuple[int, Future[ImageBatch]] | None = None
+        self._last: tuple[int, ImageBatch] | None = None
         # Threads begin with the first task: a part of another rank has none.
         self._reader, self._maker = ThreadPoolExecutor(1, "stream-read"), ThreadPoolExecutor(1, "stream-make")
         self._decoders = ThreadPoolExecutor(DECODERS, "stream-decode")
 
     def batch(self, step: int, count: int) -> ImageBatch:
+        if self._last is not None and self._last[0] == step:
+            return self._last[1]
         if self._made is None or self._made[0] != step:
             self._made = step, self._maker.submit(self._make, step, count)
-        batch = self._made[1].result()
+        self._last = step, self._made[1].result()
         self._made = step + 1, self._maker.submit(self._make, step + 1, count)
-        return batch
+        return self._last[1]
 
     def _make(self, step: int, count: int) -> ImageBatch:
         positions = range(step * count, (step + 1) * count)

@@ -99,7 +99,7 @@ class CodebookRestart:
 
     @torch.no_grad()
     def replace(self, step: int, images_B3HW: Tensor) -> None:
-        """Replace unused codes by latents of these images, the same ones on every rank."""
+        """Replace unused codes by latents of these images: every rank looks at the same ones and picks the same."""
         used = self.run.ranks.total(self.used)
         latents_MC = self.model.encoder(images_B3HW).permute(0, 2, 3, 1).flatten(0, 2)
         unused = (used == 0).nonzero()[:, 0]

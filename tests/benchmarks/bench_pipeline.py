@@ -1,6 +1,6 @@
 """What the pipeline adds to encoding: images/s of prepare and encode beside a bare loop, and memory as datasets grow.
 
-The model is a small SFTok at 64 px, images are PNGs of 64 px in a folder. The bare loop has its images as floats in
+The model is a small SFTok at 64 px, images are JPEGs of 64 px in a folder. The bare loop has its images as floats in
 memory, in the same micro-batches, with one thread a process, in as many processes as there are workers.
 `--full` goes to a million rows.
 """

@@ -17,7 +17,7 @@ from tests.benchmarks import machine, subjects
 from tests.benchmarks.published import Published, average
 from tests.benchmarks.table import seconds, show, times
 
-BATCH, ROUNDS = 32, 5
+BATCH, ROUNDS = 32, 3
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
 
 

@@ -68,10 +68,11 @@ def test_two_ranks_learn_what_one_learns(stage: str, store: Store) -> None:
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 5e-3
 
 
-def test_a_killed_rank_is_recovered_from_the_checkpoint(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["align", *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s != "align")])
+def test_a_killed_rank_is_recovered_from_the_checkpoint(stage: str, store: Store, tmp_path: Path) -> None:
     whole, parts = store.at("whole"), store.at("parts")
-    run_ranks(partial(train, "align", 30, whole, None), 2)
-    run_ranks(partial(train, "align", 30, parts, tmp_path / "died"), 2)
+    run_ranks(partial(train, stage, 30, whole, None), 2)
+    run_ranks(partial(train, stage, 30, parts, tmp_path / "died"), 2)
     assert (tmp_path / "died").exists()
     assert losses(parts) == losses(whole)
     assert parts.read("model.safetensors") == whole.read("model.safetensors")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from infra.store import Store
 from sftok.config import DataConfig
-from sftok.prepare import METADATA_KEY, REJECTS, Prepared, prepare
+from sftok.prepare import METADATA_KEY, REJECTS, Prepared, check_reject_rate, prepare
 from sftok.prepare_plan import plan_shards
 from sftok.sources import Entry, FolderReader, Source, list_source
 
@@ -385,3 +385,15 @@ def test_preparing_loads_no_torch():
 def test_jobs_are_sent_with_their_own_entries_only():
     jobs = plan_shards(entries_of(20_000), CONFIG.model_copy(update={"num_shards": 100, "num_val_shards": 50}))
     assert max(len(pickle.dumps(job)) for job in jobs) < 40_000
+
+
+def test_images_that_were_prepared_under_a_higher_rate_are_held_against_todays():
+    """Guards against a rotten source that is found done once it was let through."""
+    counts = {"found": 2000, "rejected": 100}
+    config = DataConfig(image_size=8)
+    with pytest.raises(ValueError, match=r"images/1: 100 of 2,000 entries were rejected, a share of 0\.05"):
+        check_reject_rate(counts, config, "images/1")
+    check_reject_rate(counts, config.model_copy(update={"max_reject_rate": 0.05}), "images/1")
+    check_reject_rate(
+        {"found": 999, "rejected": 900}, config, "images/1"
+    )  # small sources are for their owners to judge

@@ -1,6 +1,7 @@
 """Streamed training images: every one once an epoch, the same for a step and part whatever was asked before."""
 
 import io
+import json
 from collections import Counter
 
 import numpy as np
@@ -8,12 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from infra.progress import Progress, silent
 from infra.store import Store
-from sftok.config import AugmentConfig, DataConfig
-from sftok.data import ImageBatch, ImageSet
+from infra.training import Run
+from sftok.config import NO_ADVERSARY, AugmentConfig, DataConfig, TeacherStageConfig
+from sftok.data import ImageBatch, ImageRows, ImageSet
 from sftok.prepare import prepare
 from sftok.sources import list_source
 from sftok.stream import StoredShards, StreamedImages
+from sftok.train import TrainingImages
+from sftok.train_teacher import train_teacher
+from tests.sftok.tiny import TEACHER, training
 
 SIZE, COUNT = 8, 90
 
@@ -89,3 +95,46 @@ def test_what_is_large_depends_on_the_data(shards: StoredShards) -> None:
 def test_more_parts_than_shards_are_refused(shards: StoredShards) -> None:
     with pytest.raises(ValueError, match="shards cannot feed 11 micro-batches a step"):
         StreamedImages(shards, AugmentConfig(), seed=0, batch_size=11, parts=11)
+
+
+def train(shards: StoredShards, folder: Store, steps: int, progress: Progress = silent, **changes: object) -> None:
+    config = TeacherStageConfig(
+        model=TEACHER,
+        training=training(steps, batch_size=8, micro_batch=4, **changes),
+        restart_every=2,
+        perceptual_weight=0,
+        adversarial=NO_ADVERSARY,
+    )
+    held_out = ImageRows(["a"] * 4, torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    images = TrainingImages(shards, held_out, AugmentConfig(crop="random", flip=True))
+    run = Run(folder, seed=0, progress=progress)
+    train_teacher(images, config, run=run, weights=lambda config, what: b"")
+
+
+def test_a_stage_learns_from_a_stream_and_resumes_bit_for_bit(shards: StoredShards, store: Store) -> None:
+    whole, parts = store.at("whole"), store.at("parts")
+    train(shards, whole, 24)
+
+    def stop(done: int, total: int, figures: object) -> None:
+        if done == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(shards, parts, 24, stop, checkpoint_every=10)
+    train(shards, parts, 24, checkpoint_every=10)
+    assert parts.read("log.jsonl") == whole.read("log.jsonl")
+    assert parts.read("model.safetensors") == whole.read("model.safetensors")
+    errors = [json.loads(line)["mse"] for line in whole.read("log.jsonl").decode().splitlines()]
+    assert errors[-1] < 0.7 * errors[0]
+
+
+def test_what_is_large_is_streamed_and_what_is_not_is_kept(
+    shards: StoredShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shards.images.folder
+    rows = {name: shards.rows.get(name, 4) for name in shards.images.names}
+    assert isinstance(TrainingImages.open(folder, rows, SIZE, AugmentConfig()).train, ImageRows)
+    monkeypatch.setattr("sftok.stream.LARGE", 1000)
+    opened = TrainingImages.open(folder, rows, SIZE, AugmentConfig())
+    assert isinstance(opened.train, StoredShards)
+    assert opened.val.images.shape == (4, 3, SIZE, SIZE)
