@@ -105,13 +105,12 @@ def _check_image_size(stage: str, adversarial: AdversarialConfig, image_size: in
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
     """Refuse a number of ranks that cannot share the micro-batches of every stage."""
-    training = {
+    training = {} if recipe.align.from_scratch else {"warm_up.training": recipe.warm_up.training}
+    training |= {
         "align.training": recipe.align.training,
         "fine_tune.training": recipe.fine_tune.training,
         "train_generator": recipe.train_generator,
     }
-    if not recipe.align.from_scratch:
-        training["warm_up.training"] = recipe.warm_up.training
     if recipe.teacher.origin == "trained":
         training["teacher.training"] = recipe.teacher.training
     for name, config in training.items():
