@@ -22,8 +22,8 @@ from generator.cuda_graph import Captured
 from generator.masked import MaskedGenerator
 from generator.masked_sample import MaskedSampler
 from generator.model import NORM_EPSILON, Block, Generator
-from generator.packed import PackedLinear
 from generator.sample import Sampler
+from infra.packed import PackedLinear
 
 DTYPES: dict[SamplePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 M = TypeVar("M", bound=nn.Module)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.packed import PackedLinear
 from sftok.config import Assignment, DecodingConfig
 from sftok.decoder import decode_steps
 from sftok.model import SFTok
@@ -27,37 +28,6 @@ from sftok.transformer import Block, Transformer, attend, split_heads
 InferencePrecision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[InferencePrecision, ...] = get_args(InferencePrecision)
 DTYPES: dict[InferencePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class PackedLinear:
-    """A linear layer on a CPU whose weights are laid out for oneDNN; input and output in the weights' type."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight = weight.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.is_packed = torch.backends.mkldnn.is_available() and (
-            dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        if self.is_packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        if not self.is_packed:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """The exact GELU of the output."""
-        if not self.is_packed:
-            return F.gelu(self(x))
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The output added to `residual`, in the type of `residual`."""
-        if not self.is_packed or residual.dtype != x.dtype:
-            return residual + self(x)
-        return torch.ops.mkldnn._linear_pointwise(x, residual, self.weight, self.bias, "add")
 
 
 def pack(linear: nn.Linear, dtype: torch.dtype) -> PackedLinear:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from sftok.inference import DTYPES, PRECISIONS, InferencePrecision, PackedLinear
+from infra.packed import PackedLinear
+from sftok.inference import DTYPES, PRECISIONS, InferencePrecision
 
 THREADS = 2
 SIDE = 2048

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.codes import CodesInfo
+from infra.packed import PackedLinear
 from infra.store import Store
 from sftok.artifacts import save_tokenizer
 from sftok.config import AugmentConfig, DecodingConfig, TransformerConfig
 from sftok.decode import ImageDecoder
 from sftok.encode import EncodeJob, ShardEncoder, encode_batches, encode_images
-from sftok.inference import PRECISIONS, InferencePrecision, PackedLinear, prepare_decoder, prepare_encoder
+from sftok.inference import PRECISIONS, InferencePrecision, prepare_decoder, prepare_encoder
 from sftok.model import SFTok
 from sftok.proxy import Teacher
 from sftok.transformer import Transformer, attend, initialise

@@ -21,4 +21,19 @@ class PackedLinear:
         """(..., inputs) to (..., outputs)."""
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The exact GELU of the output."""
+        if not self.is_packed:
+            return F.gelu(self(x))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+        return y
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The output added to `residual`, in the type of `residual`."""
+        if not self.is_packed or residual.dtype != x.dtype:
+            return residual + self(x)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, residual, self.weight, self.bias, "add")
+        return y
