@@ -303,3 +303,26 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
+
+
+class WhichGpus:
+    """Says which GPUs Ray gave its process."""
+
+    def __call__(self, seconds: float) -> tuple[int, str]:
+        time.sleep(seconds)
+        return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.parametrize(("workers", "gpus", "a_gpu"), [(2, 1.0, 1), (4, 0.5, 2)])
+def test_workers_are_placed_on_gpus(workers: int, gpus: float, a_gpu: int) -> None:
+    """On declared GPUs, which need not exist: so many workers a GPU, and each sees its own alone."""
+    import ray
+
+    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        options = WorkerOptions(workers=workers, gpus_per_worker=gpus)
+        places = dict(map_shards(WhichGpus, [0.3] * 24, options=options))  # long enough for every worker
+    finally:
+        ray.shutdown()
+    assert len(places) == workers
+    assert sorted(places.values()) == sorted(["0", "1"] * a_gpu)
