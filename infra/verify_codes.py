@@ -4,6 +4,7 @@ A check is fed the files of an artifact one at a time and keeps what has to be k
 on disk. Its memory is that of a shard.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ Key = tuple[str, str]  # image id, variant
 Labels = Mapping[str, int]  # of the images of one shard, -1: none
 
 
-class CodeFiles:
+class CodeFiles(ABC):
     """What codes and samples have in common: readable files of one dataset, with the rows that the manifest says."""
 
     def __init__(self, manifest: Manifest) -> None:
@@ -53,9 +54,9 @@ class CodeFiles:
                 yield Finding(entry.path, f"{field} is {theirs[field]!r}, {ours[field]!r} in the files before it")
         yield rows
 
+    @abstractmethod
     def check_info(self, entry: FileEntry, info: CodesInfo) -> Iterator[Finding]:
         """Compare the metadata with the manifest."""
-        raise NotImplementedError
 
     def check_count(self, name: str) -> Iterator[Finding]:
         """Compare the rows of all files with a count of the manifest."""
