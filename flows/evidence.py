@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flows.evaluation import EvaluationFacts, EvaluationInputs, Reconstructed, evaluate
-from flows.stages import Result, Work
+from flows.stage import Result, Work
 from infra.artifacts import put
 from infra.codes import CodeRows, read_codes
 from infra.training import default_device

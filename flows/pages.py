@@ -6,7 +6,7 @@ from flows.evidence import EVALUATION, PICTURES
 from flows.report import build_report
 from flows.report_data import EvaluationReport, ReportData, StageRow
 from flows.runs import REPORT_FILES
-from flows.stages import Result, Work
+from flows.stage import Result, Work
 from infra.artifacts import Lineage, Manifest, lineage, manifest_of, put
 
 ORDER = ("prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample", "evaluate")

@@ -11,7 +11,7 @@ from pydantic import Field
 from flows import tasks
 from flows.recipes import Recipe
 from flows.runs import RunRecord, stage_rows, start_journal
-from flows.stages import Job
+from flows.stage import Job
 from flows.tasks import Run
 from infra.artifacts import ArtifactRef, manifest_of
 from infra.cluster import session

@@ -10,7 +10,7 @@ from flows import tasks
 from flows.encode_request import find_dataset
 from flows.recipes import EncodeConfig
 from flows.runs import RunRecord, start_journal
-from flows.stages import Job
+from flows.stage import Job
 from flows.tasks import Run
 from infra.cluster import session
 from infra.settings import Settings

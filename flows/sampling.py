@@ -18,7 +18,7 @@ from flows.gallery import name_of
 from flows.imports import Found, find_artifact, new_files
 from flows.preflight import check_ray
 from flows.sample_files import Outputs, Part, check_names, picture_file, writing
-from flows.stages import SAMPLE
+from flows.stages_generator import SAMPLE
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
 from generator.generate import SampleJob, Wanted, generate, plan_shards

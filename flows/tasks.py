@@ -20,7 +20,7 @@ from prefect.tasks import Task, exponential_backoff
 
 from flows import progress, stages
 from flows.runs import Journal, one_line
-from flows.stages import Job, Stage, Work
+from flows.stage import Job, Stage, Work, plan_of
 from infra import artifacts
 from infra.artifacts import ArtifactRef
 from infra.checkpoint import CHECKPOINTS, Checkpoints
@@ -110,7 +110,7 @@ def _find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[Artifa
 
 
 def _attempt(stage: Stage, job: Job, inputs: dict[str, ArtifactRef]) -> tuple[str, ArtifactRef]:
-    plan = stages.plan(stage, job, inputs)
+    plan = plan_of(stage, job, inputs)
     if (found := artifacts.find(job.store, plan)) is not None:
         if stage.accept is not None:
             stage.accept(job, found)

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from flows.stages import Result, Stage, Work
+from flows.stage import Result, Stage, Work
 from infra.artifacts import put
 
 METRICS = {"accuracy": 0.93, "psnr_of_a_copy": math.inf}

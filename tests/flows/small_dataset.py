@@ -7,7 +7,7 @@ from PIL import Image
 
 from flows import stages
 from flows.recipe_files import load_recipe
-from flows.stages import Job, Result, Stage, Work
+from flows.stage import Job, Result, Stage, Work, plan_of
 from generator.artifacts import save_generator
 from generator.data import space_of
 from generator.model import Generator
@@ -46,7 +46,7 @@ class Made:
 
     def run(self, stage: Stage, **inputs: ArtifactRef) -> ArtifactRef:
         """Make and publish what a stage makes."""
-        plan = stages.plan(stage, self.job, inputs)
+        plan = plan_of(stage, self.job, inputs)
         out = folder_of(self.store, plan.kind, plan.digest)
         return self.publish(plan, stages.run(stage, Work(self.job, plan, out, silent)))
 

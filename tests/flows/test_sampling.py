@@ -16,7 +16,7 @@ from flows import cli_sample
 from flows.class_choice import chosen_classes
 from flows.sample_files import GAP, Part, labelled_sheet, npz_writer
 from flows.sampling import SHEET_SAMPLES, Job, check, decoded
-from flows.stages import SAMPLE
+from flows.stages_generator import SAMPLE
 from generator.artifacts import save_generator
 from generator.config import GeneratorConfig, MaskedConfig, SampleConfig
 from generator.data import space_of

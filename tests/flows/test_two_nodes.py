@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flows import stages
+from flows.stage import plan_of
 from infra.artifacts import ArtifactRef, Manifest, manifest_of, resolve, verify
 from infra.cluster import ENVIRONMENT, session
 from infra.store import Store
@@ -70,7 +71,7 @@ def test_a_node_is_lost_in_the_middle_and_the_bytes_are_the_same(machines: Machi
     expected = hashes(manifest_of(alone.store, alone.run(stages.ENCODE, **inputs)))
 
     many, inputs = made(Store(tmp_path / "many"), tmp_path / "data", 2)
-    codes = many.store.at(stages.plan(stages.ENCODE, many.job, inputs).prefix)
+    codes = many.store.at(plan_of(stages.ENCODE, many.job, inputs).prefix)
     lost: list[int] = []
 
     def lose_a_node() -> None:

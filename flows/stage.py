@@ -1,0 +1,129 @@
+"""What a stage is: the config and inputs that identify its artifact, and the one library call that makes it."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import JsonValue
+
+from flows.recipes import Recipe
+from infra.artifacts import ArtifactRef, FileEntry, Manifest, Plan, folder_of, key_of, manifest_of
+from infra.config import Config
+from infra.progress import Progress
+from infra.ranks import ALONE, Ranks
+from infra.store import Store
+from infra.workers import WorkerOptions
+
+if TYPE_CHECKING:
+    from infra.training import Run
+
+Refs = Mapping[str, ArtifactRef]
+
+# How a training runs and where weights come from, not what is computed: kept out of the digest.
+HOW = frozenset(
+    {
+        "max_reject_rate",
+        "class_names_file",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "activation_checkpointing",
+        "uri",
+    }
+)
+
+
+class Job(NamedTuple):
+    """One run of a recipe: where it reads and writes, and how wide it runs."""
+
+    recipe: Recipe
+    store: Store
+    source: str
+    workers: WorkerOptions
+    run: str = ""
+    ranks: int = 1
+
+
+class Result(NamedTuple):
+    """What a stage's library call leaves behind in its folder."""
+
+    files: list[FileEntry]
+    counts: dict[str, int]
+    metrics: dict[str, float]
+    content_digest: str | None = None
+
+
+class Work(NamedTuple):
+    """Everything one stage's call may use."""
+
+    job: Job
+    plan: Plan
+    out: Store
+    progress: Progress
+    ranks: Ranks = ALONE
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.job.recipe
+
+    def folder(self, name: str) -> Store:
+        """The folder of the input called `name`."""
+        ref = self.plan.inputs[name]
+        return folder_of(self.job.store, ref.kind, ref.digest)
+
+    def keys(self, name: str, start: str = "") -> list[str]:
+        """Keys of the input's files whose names begin with `start`: where in the store each of them lies."""
+        manifest = manifest_of(self.job.store, self.plan.inputs[name])
+        return [key_of(manifest, file) for file in manifest.files if file.path.startswith(start)]
+
+    def ref(self, name: str) -> ArtifactRef:
+        """The input called `name`."""
+        return self.plan.inputs[name]
+
+
+class Stage(NamedTuple):
+    """A named step of the pipeline."""
+
+    name: str
+    kind: str
+    version: int  # raised by hand when the same config gives another artifact
+    what: Callable[[Job], dict[str, JsonValue]]
+    call: Callable[[Work], Result]
+    is_trained: bool = False  # by as many ranks as the job has
+    accept: Callable[[Job, Manifest], None] | None = None  # refuses what was made under other conditions
+
+
+def plan_of(stage: Stage, job: Job, inputs: Refs) -> Plan:
+    """Identify the artifact that `stage` makes of `inputs`."""
+    return Plan(kind=stage.kind, version=stage.version, config=stage.what(job), inputs=dict(inputs))
+
+
+def what_of(config: Config) -> dict[str, JsonValue]:
+    """A stage's config without the settings that say only how it runs."""
+    what = _without_how(config.as_json())
+    assert isinstance(what, dict)
+    return what
+
+
+def _without_how(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict):
+        return {key: _without_how(inner) for key, inner in value.items() if key not in HOW}
+    return value
+
+
+def shards(job: Job) -> JsonValue:
+    """How the images are divided: the same images make other files, and are streamed in another order."""
+    return [job.recipe.data.num_shards, job.recipe.data.num_val_shards]
+
+
+def seeded(job: Job) -> dict[str, JsonValue]:
+    """What decides a stage's random numbers and the rounding of its sums."""
+    return {"seed": job.recipe.seed, "threads": job.recipe.threads}
+
+
+def training_run(work: Work) -> "Run":
+    """Where and how a training goes on."""
+    from infra.training import Run, default_device
+
+    recipe = work.recipe
+    return Run(work.out, recipe.seed, recipe.threads, default_device(), work.progress, work.ranks)

@@ -1,0 +1,36 @@
+"""The stages that judge and show: evaluate and report."""
+
+from pydantic import JsonValue
+
+from flows.stage import Job, Result, Stage, Work, seeded
+
+
+def _evaluate_what(job: Job) -> dict[str, JsonValue]:
+    recipe = job.recipe
+    return {
+        "evaluate": recipe.evaluate.as_json(),
+        "decoding": recipe.decoding.as_json(),
+        "image_size": recipe.data.image_size,
+        "micro_batch": recipe.encode.micro_batch,
+        **seeded(job),
+    }
+
+
+def _evaluate(work: Work) -> Result:
+    from flows.evidence import measure
+
+    return measure(work)
+
+
+def _report_what(job: Job) -> dict[str, JsonValue]:
+    return {"recipe": job.recipe.as_json()}
+
+
+def _report(work: Work) -> Result:
+    from flows.pages import write_pages
+
+    return write_pages(work)
+
+
+EVALUATE = Stage("evaluate", "evaluation", 1, _evaluate_what, _evaluate)
+REPORT = Stage("report", "report", 1, _report_what, _report)
