@@ -1,23 +1,25 @@
 """Artifacts: what identifies them, how they are published, found and checked.
 
 An artifact is a folder `artifacts/{kind}/{digest}` whose `manifest.json` is written last: without it the stage is not
-done. A shard is done if its sidecar exists. Nothing else says so.
+done. A shard is done if its sidecar exists. Nothing else says so. Where there are very many shards, the manifest names
+pages that list them (`infra.pages`).
 """
 
 import hashlib
 import json
 import logging
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
-from pydantic import ConfigDict, Field, JsonValue, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, PositiveInt
 
 from infra import provenance
 from infra.config import Config
+from infra.pages import PAGE_ENTRIES, Page, PagedEntries, write_pages
+from infra.shards import SHARD, FileEntry, read_record
 from infra.store import Store
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ C = TypeVar("C", bound=Config)
 MANIFEST = "manifest.json"
 ROOT = "artifacts"
 DIGEST_CHARS = 32
-SHARD = re.compile(r"[a-z]+-\d{5,}-of-\d{5,}\.parquet")
+CHUNK = 8 << 20  # bytes read at once
 REQUESTS = 16  # at once, for the sizes of an artifact's files
 Kind = Field(pattern=r"^[a-z][a-z0-9_]*$", description="what the artifact is: images, tokenizer, codes ...")
 Digest = Field(pattern=rf"^[0-9a-f]{{{DIGEST_CHARS}}}$")
@@ -48,20 +50,6 @@ class ArtifactRef(Config):
 
     def __str__(self) -> str:
         return f"{self.kind}/{self.digest}"
-
-
-class FileEntry(Config):
-    """A file of an artifact, which can be checked."""
-
-    path: str = Field(description="relative to the artifact's folder")
-    size: NonNegativeInt = Field(description="bytes")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    rows: NonNegativeInt | None = Field(None, description="rows of a table; None for other files")
-    source: str | None = Field(
-        None,
-        exclude_if=lambda source: source is None,  # manifests without references stay as they always were
-        description="key below the store's root of a file in another artifact's folder; None: in the own one",
-    )
 
 
 class Plan(Config):
@@ -102,7 +90,8 @@ class Manifest(Config):
     inputs: dict[str, ArtifactRef]
     digest: str = Digest
     content_digest: str | None = None
-    files: tuple[FileEntry, ...]
+    files: tuple[FileEntry, ...] = Field(description="those that no page lists: read them all by `files_of`")
+    pages: tuple[Page, ...] = Field((), exclude_if=lambda pages: not pages, description="lists of very many shards")
     counts: dict[str, int]
     metrics: dict[str, float]
     versions: dict[str, str]
@@ -113,18 +102,19 @@ class Manifest(Config):
     command: str = Field(description="command line without secrets")
 
     @property
+    def num_files(self) -> int:
+        """Files that the artifact has, its pages not counted."""
+        return len(self.files) + sum(page.entries for page in self.pages)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(entry.size for entry in self.files) + sum(page.bytes for page in self.pages)
+
+    @property
     def plan(self) -> Plan:
         """What the artifact was made by."""
         return Plan(kind=self.kind, version=self.version, config=self.config, inputs=self.inputs)
-
-
-class Lineage(NamedTuple):
-    """An artifact and, recursively, what it was made of."""
-
-    ref: ArtifactRef
-    manifest: Manifest | None
-    """None if it is not in the store any more."""
-    inputs: "dict[str, Lineage]"
 
 
 def folder_of(store: Store, kind: str, digest: str) -> Store:
@@ -138,7 +128,29 @@ def find(store: Store, plan: Plan) -> Manifest | None:
     Raises:
         ValueError: the manifest is damaged or another artifact's.
     """
-    return _read_manifest(folder_of(store, plan.kind, plan.digest))
+    return read_manifest(folder_of(store, plan.kind, plan.digest))
+
+
+def files_of(store: Store, manifest: Manifest) -> Iterator[FileEntry]:
+    """All files of an artifact, one page of them in memory at a time.
+
+    Raises:
+        ValueError: a page is missing or damaged.
+    """
+    yield from manifest.files
+    yield from PagedEntries(folder_of(store, manifest.kind, manifest.digest), manifest.pages)
+
+
+def shards_of(store: Store, manifest: Manifest) -> Sequence[FileEntry]:
+    """The shards of an artifact; those in pages are read when they are asked for."""
+    return shards_in(folder_of(store, manifest.kind, manifest.digest), manifest)
+
+
+def shards_in(folder: Store, manifest: Manifest) -> Sequence[FileEntry]:
+    """The shards of the artifact in a folder, as `shards_of`."""
+    if manifest.pages:
+        return PagedEntries(folder, manifest.pages)
+    return [entry for entry in manifest.files if SHARD.fullmatch(entry.path)]
 
 
 def key_of(made: "Plan | Manifest", entry: FileEntry) -> str:
@@ -152,7 +164,7 @@ def manifest_of(store: Store, ref: ArtifactRef) -> Manifest:
     Raises:
         ValueError: it is not in this store, or its manifest is damaged.
     """
-    manifest = _read_manifest(folder_of(store, ref.kind, ref.digest))
+    manifest = read_manifest(folder_of(store, ref.kind, ref.digest))
     if manifest is None:
         raise ValueError(f"{ref} is no finished artifact in {store.uri}; run the stage that makes it again")
     return manifest
@@ -167,14 +179,22 @@ def publish(
     metrics: Mapping[str, float],
     seconds: float,
     content_digest: str | None = None,
+    pages: Sequence[Page] = (),
 ) -> Manifest:
     """Mark what `plan` makes as finished; if another run has done so, its manifest is the one that counts.
+
+    Of more than `PAGE_ENTRIES` files the shards are listed in pages. Whoever has written pages himself gives them, and
+    as files all that they do not list.
 
     Raises:
         ValueError: a file is listed twice, is missing, or has another size than its entry says.
     """
     folder = folder_of(store, plan.kind, plan.digest)
-    _check_files(store, plan, files)
+    _check_files(store, plan, files, pages)
+    listed = sorted(files, key=lambda entry: entry.path)
+    if len(listed) > PAGE_ENTRIES:
+        pages = [*pages, *write_pages(folder, [entry for entry in listed if SHARD.fullmatch(entry.path)])]
+        listed = [entry for entry in listed if not SHARD.fullmatch(entry.path)]
     manifest = Manifest(
         kind=plan.kind,
         version=plan.version,
@@ -182,7 +202,8 @@ def publish(
         inputs=plan.inputs,
         digest=plan.digest,
         content_digest=content_digest,
-        files=tuple(sorted(files, key=lambda entry: entry.path)),
+        files=tuple(listed),
+        pages=tuple(pages),
         counts=dict(counts),
         metrics=dict(metrics),
         versions=provenance.versions(),
@@ -194,10 +215,10 @@ def publish(
     )
     if folder.create(MANIFEST, manifest.model_dump_json(indent=1).encode()):
         return manifest
-    theirs = _read_manifest(folder)
+    theirs = read_manifest(folder)
     if theirs is None:
         raise ValueError(f"{folder.uri}/{MANIFEST} was removed while it was published; run again")
-    if [(entry.path, entry.sha256) for entry in theirs.files] != [(e.path, e.sha256) for e in manifest.files]:
+    if _listing(theirs) != _listing(manifest):
         log.warning("%s was published by another run with other bytes; theirs is kept", folder.uri)
     return theirs
 
@@ -212,37 +233,6 @@ def ref_of(store: Store, manifest: Manifest) -> ArtifactRef:
     )
 
 
-def put(folder: Store, name: str, data: bytes, rows: int | None = None) -> FileEntry:
-    """Write a file into an artifact's folder."""
-    folder.write(name, data)
-    return FileEntry(path=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
-
-
-def write_shard(folder: Store, name: str, data: bytes, rows: int) -> FileEntry:
-    """Write a shard, then its sidecar; a finished shard is left as it is.
-
-    Raises:
-        ValueError: another run finished the shard with other bytes.
-    """
-    entry = FileEntry(path=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
-    done = shard_entry(folder, name)
-    if done is None:
-        folder.write(name, data)
-        is_first = folder.create(_sidecar(name), entry.model_dump_json().encode())
-        done = entry if is_first else shard_entry(folder, name)
-    if done != entry:
-        raise ValueError(f"{folder.uri}/{name}: two runs disagree about its content; delete the folder and run again")
-    return entry
-
-
-def shard_entry(folder: Store, name: str) -> FileEntry | None:
-    """The entry of a finished shard, from its sidecar; None if it is not finished."""
-    entry = _read(folder, _sidecar(name), FileEntry)
-    if entry is not None and entry.path != name:
-        raise ValueError(f"{folder.uri}/{_sidecar(name)} is the sidecar of {entry.path!r}; delete it and run again")
-    return entry
-
-
 def verify(store: Store, manifest: Manifest) -> None:
     """Read all files of an artifact and compare them with its manifest.
 
@@ -250,14 +240,18 @@ def verify(store: Store, manifest: Manifest) -> None:
         ValueError: a file is missing or differs.
     """
     again = f"delete {folder_of(store, manifest.kind, manifest.digest).uri} and run again"
-    for entry in manifest.files:
+    for entry in files_of(store, manifest):
         key = key_of(manifest, entry)
+        sha256, size = hashlib.sha256(), 0
         try:
-            data = store.read(key)
+            with store.open(key) as file:
+                while data := file.read(CHUNK):
+                    sha256.update(data)
+                    size += len(data)
         except FileNotFoundError as error:
             raise ValueError(f"{store.uri}/{key} is missing; {again}") from error
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            said = f"{len(data)} bytes, {entry.size} expected"
+        if sha256.hexdigest() != entry.sha256:
+            said = f"{size} bytes, {entry.size} expected"
             raise ValueError(f"{store.uri}/{key} is not what {MANIFEST} says ({said}); {again}")
 
 
@@ -269,66 +263,38 @@ def size_of(store: Store, key: str) -> int | None:
         return None
 
 
-def resolve(store: Store, text: str) -> Manifest:
-    """The artifact that a person means by "kind/digest", "kind/dig", "dig" (a beginning of a digest) or a full URI.
-
-    Raises:
-        ValueError: nothing or more than one artifact is meant; candidates are listed.
-    """
-    wanted = text.strip().rstrip("/")
-    if wanted.endswith(f"/{MANIFEST}"):
-        wanted = wanted.removesuffix(f"/{MANIFEST}")
-    root = store.at(ROOT)
-    if wanted.startswith(f"{root.uri}/"):
-        wanted = wanted.removeprefix(f"{root.uri}/")
-    kind, _, beginning = wanted.rpartition("/")
-    names = [f"{k}/{digest}" for k in root.folders() for digest in root.at(k).folders()]
-    matches = [name for name in names if _is_meant(name, kind, beginning)]
-    found = [manifest for name in matches if (manifest := _read_manifest(root.at(name))) is not None]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        listed = ", ".join(f"{m.kind}/{m.digest}" for m in found)
-        raise ValueError(f"{text!r} is ambiguous in {store.uri}: {listed}; give more of the digest")
-    raise ValueError(f"{text!r} is no finished artifact in {store.uri}; there are: {_some(names)}")
-
-
-def lineage(store: Store, manifest: Manifest) -> Lineage:
-    """The artifact with all that it was made of, as far as it is in the store."""
-    seen: dict[str, Lineage] = {}
-
-    def trace(ref: ArtifactRef, own: Manifest | None) -> Lineage:
-        if str(ref) not in seen:
-            inputs = own.inputs if own else {}
-            below = {k: trace(r, _read_manifest(folder_of(store, r.kind, r.digest))) for k, r in inputs.items()}
-            seen[str(ref)] = Lineage(ref, own, below)
-        return seen[str(ref)]
-
-    return trace(ref_of(store, manifest), manifest)
-
-
-def _check_files(store: Store, plan: Plan, files: Sequence[FileEntry]) -> None:
+def _check_files(store: Store, plan: Plan, files: Sequence[FileEntry], pages: Sequence[Page]) -> None:
     """Refuse what is listed twice, and files that are not there as listed.
 
     An own shard is not looked at again: its entry is its sidecar, which `write_shard` made after it. What is left are a
-    few files and the references to other artifacts, at a request each; a listing would name every shard and sidecar.
+    few files, pages and the references to other artifacts, at a request each; a listing would name every shard.
     """
-    where = folder_of(store, plan.kind, plan.digest).uri
-    if twice := [path for path, count in Counter(entry.path for entry in files).items() if count > 1]:
-        raise ValueError(f"{where}: listed twice: {_some(sorted(twice))}")
+    folder = folder_of(store, plan.kind, plan.digest)
+    paths = Counter([*(entry.path for entry in files), *(page.path for page in pages)])
+    if twice := [path for path, count in paths.items() if count > 1]:
+        raise ValueError(f"{folder.uri}: listed twice: {some(sorted(twice))}")
     others = [entry for entry in files if entry.source is not None or not SHARD.fullmatch(entry.path)]
+    wanted = [(entry.source or entry.path, key_of(plan, entry), entry.size) for entry in others]
+    wanted += [(page.path, f"{plan.prefix}/{page.path}", page.size) for page in pages]
     with ThreadPoolExecutor(REQUESTS) as pool:
-        sizes = pool.map(lambda entry: size_of(store, key_of(plan, entry)), others)
-        found = list(zip(others, sizes, strict=True))
-    if missing := sorted(entry.source or entry.path for entry, size in found if size is None):
-        raise ValueError(f"{where}: not written: {_some(missing)}; run again")
+        sizes = list(pool.map(lambda file: size_of(store, file[1]), wanted))
+    if missing := sorted(name for (name, _, _), size in zip(wanted, sizes, strict=True) if size is None):
+        raise ValueError(f"{folder.uri}: not written: {some(missing)}; run again")
     # An own file of another size is another run's, written just now: whose manifest is first decides.
-    if other := sorted(entry.source for entry, size in found if entry.source and size != entry.size):
-        raise ValueError(f"{where}: changed since it was found: {_some(other)}; run again")
+    referred = [(entry.source, entry.size, size) for entry, size in zip(others, sizes, strict=False) if entry.source]
+    if other := sorted(source for source, size, found in referred if size != found):
+        raise ValueError(f"{folder.uri}: changed since it was found: {some(other)}; run again")
 
 
-def _read_manifest(folder: Store) -> Manifest | None:
-    manifest = _read(folder, MANIFEST, Manifest)
+def _listing(manifest: Manifest) -> list[tuple[str, str]]:
+    """Names and hashes of all that a manifest lists."""
+    files = [(entry.path, entry.sha256) for entry in manifest.files]
+    return files + [(page.path, page.sha256) for page in manifest.pages]
+
+
+def read_manifest(folder: Store) -> Manifest | None:
+    """The manifest in a folder, None where there is none; a ValueError where it is damaged or another artifact's."""
+    manifest = read_record(folder, MANIFEST, Manifest)
     if manifest is None:
         return None
     if not folder.uri.endswith(f"/{ROOT}/{manifest.kind}/{manifest.digest}"):
@@ -338,26 +304,7 @@ def _read_manifest(folder: Store) -> Manifest | None:
     return manifest
 
 
-def _read(folder: Store, name: str, kind: type[C]) -> C | None:
-    try:
-        return kind.model_validate_json(folder.read(name))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise ValueError(f"{folder.uri}/{name}: {where}: {first['msg']}; delete the folder and run again") from error
-
-
-def _is_meant(name: str, kind: str, beginning: str) -> bool:
-    own_kind, _, digest = name.partition("/")
-    return bool(beginning) and kind in ("", own_kind) and digest.startswith(beginning)
-
-
-def _sidecar(name: str) -> str:
-    return f"{name}.json"
-
-
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first ten names, and how many more."""
     shown = ", ".join(names[:10]) or "none"
     return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -44,6 +45,7 @@ class Session:
             TransientError: a local cluster did not start.
         """
         ray = self._thread.submit(self._connect, math.ceil(processes * cpus)).result()
+        _take_back_sigterm()
         self._check_room(ray, cpus, gpus)
         return ray
 
@@ -142,6 +144,13 @@ def _python_path() -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+def _take_back_sigterm() -> None:
+    """Let this process end by SIGTERM as it wants to: Ray's own handler aborts it 3 s later, whatever it is saving."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _knock(address: str) -> None:

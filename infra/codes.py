@@ -14,7 +14,7 @@ read it, and the measurements behind the layout.
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +37,8 @@ _LAYOUT: dict[str, Any] = {
     "write_statistics": ["image_id", "class_id", "variant"],  # nobody filters by the codes
 }
 _VARIANTS = pa.dictionary(pa.int32(), pa.string())
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+"""From shape and type to an array."""
 
 
 class CodesInfo(Config):
@@ -159,7 +161,9 @@ def load_info(folder: Store, name: str) -> CodesInfo:
     return _footers(folder, [name])[0]
 
 
-def load_codes(folder: Store, names: Sequence[str], *, with_ids: bool = False) -> tuple[CodesInfo, CodeArrays]:
+def load_codes(
+    folder: Store, names: Sequence[str], *, with_ids: bool = False, allocate: Allocate = np.empty
+) -> tuple[CodesInfo, CodeArrays]:
     """Read a dataset for training into one array of its final size, a row group at a time.
 
     The peak is the array and one row group: a dataset that fits into memory can be loaded. `torch.from_numpy(codes)`
@@ -169,14 +173,15 @@ def load_codes(folder: Store, names: Sequence[str], *, with_ids: bool = False) -
         folder: where the files are.
         names: which of them.
         with_ids: also load image ids and variants.
+        allocate: makes the arrays of codes and of class ids, in this order.
 
     Raises:
         ValueError: naming the file, where one is damaged or is of another tokenizer or of other settings.
     """
     info, footers = _footers(folder, names)
     count = sum(footer.num_rows for footer in footers)
-    codes = np.empty((count, info.num_tokens), info.dtype)
-    class_id = np.empty(count, np.int32)
+    codes = allocate((count, info.num_tokens), info.dtype)
+    class_id = allocate((count,), np.dtype(np.int32))
     ids: list[pa.RecordBatch] = []
     at = 0
     for name, footer in zip(names, footers, strict=True):

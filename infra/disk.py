@@ -1,5 +1,6 @@
 """A local folder as a place to keep files: temporary name, then rename or link."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -7,6 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from infra.space import FULL, room_at
+from infra.stored import Abandoned, Stored
 
 PARTIAL = ".partial-"  # temporary names: never listed
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -58,6 +62,30 @@ class Disk:
             keys = ((base / name).as_posix() for name in names if not name.startswith(PARTIAL))
             yield from (key for key in keys if key.startswith(prefix))
 
+    def stored(self, prefix: str) -> Iterator[Stored]:
+        """Files that start with `prefix`."""
+        for key in self.keys(prefix):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                state = (self.root / key).stat()
+                yield Stored(key, state.st_size, state.st_mtime)
+
+    def abandoned(self, prefix: str) -> Iterator[Abandoned]:
+        """Temporary files and folders below a prefix."""
+        for folder, folders, names in os.walk(self.root / prefix):
+            for name in [name for name in (*folders, *names) if name.startswith(PARTIAL)]:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):
+                    yield Abandoned(path.relative_to(self.root).as_posix(), path.stat().st_mtime, "")
+            folders[:] = [name for name in folders if not name.startswith(PARTIAL)]
+
+    def discard(self, found: Abandoned) -> None:
+        """Remove a temporary file or folder."""
+        path = self.root / found.key
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
     def folders(self, prefix: str) -> Iterator[str]:
         """Names of the folders directly below a prefix."""
         folder = self.root / prefix
@@ -86,8 +114,8 @@ class Disk:
         cause = error.strerror or str(error)
         if error.errno in NO_LINKS and error.filename2 is not None:
             return f"its file system has no hard links ({cause}); choose a folder on a local disk, or S3"
-        if error.errno == errno.ENOSPC:
-            return f"the disk is full ({cause}); free some space or choose another folder"
+        if error.errno in FULL:
+            return f"no space left ({cause}); free some or choose another folder"
         return f"cannot be written ({cause}); choose a folder that you may write to"
 
     def _file(self, key: str) -> Path:
@@ -100,12 +128,13 @@ class Disk:
         """Fill a temporary file in the target's folder, then give it its name."""
         target = self.root / key
         partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fill(partial)
-            settle(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with room_at(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fill(partial)
+                settle(partial, target)
+            finally:
+                partial.unlink(missing_ok=True)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from pydantic import Field, ValidationError
 
-from infra.artifacts import FileEntry, size_of
+from infra.artifacts import size_of
 from infra.config import Config
+from infra.shards import FileEntry
 from infra.store import Store
 
 FOLDER = "shards"

@@ -5,11 +5,16 @@ import io
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
 from infra.errors import TransientError
+from infra.patience import patiently
+from infra.settings import Settings
+from infra.space import StoreFullError
+from infra.stored import Abandoned, Stored
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -20,28 +25,42 @@ T = TypeVar("T")
 
 OPTIONS = {
     "connect_timeout": 5,  # seconds
-    "read_timeout": 60,  # seconds
-    "retries": {"mode": "standard", "max_attempts": 3},
+    "read_timeout": 30,  # seconds
+    "retries": {"mode": "standard", "max_attempts": 3},  # parts of a large object; whole calls are repeated below
 }
+FIRST_PATIENCE = 3.0  # seconds for a server that has not answered yet: its address may be mistyped
 READ_AHEAD = 1 << 20  # bytes
+WRITER = "writer"  # metadata of what was created: which call made it
 CONFLICTS = 8  # attempts of a create that the server could not order among others'
 DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
 UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "HTTPClientError", "SSLError"}
-UNREACHABLE |= {"ConnectionClosedError", "ResponseStreamingError", "IncompleteReadError", "ClientPayloadError"}
+UNREACHABLE |= {"ConnectionClosedError", "ResponseStreamingError", "IncompleteReadError"}
+UNREACHABLE |= {"ClientPayloadError", "ClientOSError", "ResponseParserError"}  # an answer that was cut off
+PASSING = {"SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "IncompleteBody", "BadDigest"}
+PASSING |= {"XAmzContentSHA256Mismatch", "NoSuchUpload"}  # damaged on the way; an upload that ended, its answer lost
+NEVER = (501, 505)  # what a server does not know it will not learn
+FULL = ("InsufficientStorage", "XMinioStorageFull", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded")
 
 _connecting = threading.Lock()
+_answered: set[str] = set()  # endpoints that have answered this process
 
 
 class Bucket:
-    """Files below `prefix` of a bucket; endpoint and credentials stay in the environment."""
+    """Files below `prefix` of a bucket; endpoint and credentials stay in the environment.
+
+    A server that has answered before, here or where this object was sent from, is waited for when it is away or
+    overloaded: for `SFTOK_S3_PATIENCE` seconds, in every call.
+    """
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
+        self.patience = Settings().s3_patience
+        self._is_known = False
         self._client: S3FileSystem | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"bucket": self.bucket, "prefix": self.prefix, "_client": None}
+        return {**self.__dict__, "_is_known": self._has_answered(), "_client": None}
 
     def reach(self) -> None:
         """Ask for the bucket itself: some servers make a mistyped one at the first write."""
@@ -69,12 +88,17 @@ class Bucket:
         self._run(key, lambda s3: s3.pipe_file(self._path(key), data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Make an object by a conditional put."""
+        """Make an object by a conditional put.
+
+        An answer can be lost after the server has done it, and asking again then finds the object there: the mark in
+        its metadata tells our own from another writer's, even one of the same bytes.
+        """
+        mark = {WRITER: uuid.uuid4().hex}
         for attempt in range(CONFLICTS):
             try:
-                self._run(key, lambda s3: s3.pipe_file(self._path(key), data, mode="create"))
+                self._run(key, lambda s3: s3.pipe_file(self._path(key), data, mode="create", Metadata=mark))
             except FileExistsError:
-                return False
+                return self._metadata(key).get(WRITER) == mark[WRITER]
             except BlockingIOError:
                 time.sleep(0.05 * 2**attempt)
             else:
@@ -95,6 +119,30 @@ class Bucket:
         for page in self._pages(prefix):
             names = (entry["Key"][skip:] for entry in page.get("Contents", ()))
             yield from (name for name in names if name and not name.endswith("/"))
+
+    def stored(self, prefix: str) -> Iterator[Stored]:
+        """Objects that start with `prefix`."""
+        skip = len(self.prefix) + 1 if self.prefix else 0
+        for page in self._pages(prefix):
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/") and entry["Key"][skip:]:
+                    yield Stored(entry["Key"][skip:], int(entry["Size"]), entry["LastModified"].timestamp())
+
+    def abandoned(self, prefix: str) -> Iterator[Abandoned]:
+        """Uploads in parts that were not completed."""
+        skip = len(self.prefix) + 1 if self.prefix else 0
+        more: dict[str, str] = {}
+        while True:
+            page = self._request("list_multipart_uploads", prefix, Prefix=self._object(prefix), **more)
+            for entry in page.get("Uploads", ()):
+                yield Abandoned(entry["Key"][skip:], entry["Initiated"].timestamp(), entry["UploadId"])
+            if not page.get("IsTruncated"):
+                return
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def discard(self, found: Abandoned) -> None:
+        """Abort an upload; its parts are removed."""
+        self._request("abort_multipart_upload", found.key, Key=self._object(found.key), UploadId=found.upload)
 
     def folders(self, prefix: str) -> Iterator[str]:
         """Names of the folders directly below a prefix."""
@@ -118,7 +166,14 @@ class Bucket:
 
     def explain(self, error: OSError) -> str:
         """Cause and remedy in one line."""
-        return f"{str(error).partition(': ')[2]}; start the server or correct AWS_ENDPOINT_URL"
+        return str(error).partition(": ")[2] or str(error)
+
+    def _metadata(self, key: str) -> dict[str, str]:
+        """What the object's writer said of it; nothing where there is none any more."""
+        try:
+            return cast(dict[str, str], self._call("head_object", key).get("Metadata", {}))
+        except FileNotFoundError:
+            return {}
 
     def _no_bucket(self) -> str:
         return f"there is no bucket {self.bucket!r} at {self._endpoint()}; create it or correct the store's URI"
@@ -148,13 +203,35 @@ class Bucket:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _run(self, key: str, call: Callable[["S3FileSystem"], T]) -> T:
-        """Make a call; every failure becomes an error of Python's that names the object and holds no secret."""
+        """Make a call, again and again while the server is away; it must be one that can be repeated."""
+        return patiently(lambda: self._attempt(key, call), self._patience, self._remedy)
+
+    def _attempt(self, key: str, call: Callable[["S3FileSystem"], T]) -> T:
+        """Make a call once; every failure becomes an error of Python's that names the object and holds no secret."""
+        import aiohttp
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            return call(self._connected())
-        except (OSError, BotoCoreError, ClientError, ValueError) as error:
-            raise self._translated(error, key) from error
+            result = call(self._connected())
+        except (OSError, BotoCoreError, ClientError, aiohttp.ClientError, ValueError) as error:
+            translated = self._translated(error, key)
+            if isinstance(translated, FileNotFoundError | FileExistsError):
+                _answered.add(self._endpoint())
+            raise translated from error
+        _answered.add(self._endpoint())
+        return result
+
+    def _has_answered(self) -> bool:
+        return self._is_known or self._endpoint() in _answered
+
+    def _patience(self) -> float:
+        return self.patience if self._has_answered() else min(FIRST_PATIENCE, self.patience)
+
+    def _remedy(self) -> str:
+        if not self._has_answered():
+            return "start the server or correct AWS_ENDPOINT_URL"
+        seconds = f"SFTOK_S3_PATIENCE = {self.patience:g}"
+        return f"see to the server and its disk; how many seconds it is waited for is {seconds}"
 
     def _connected(self) -> "S3FileSystem":
         """The client, made at the first call; the listing cache is off, others write here too."""
@@ -165,6 +242,7 @@ class Bucket:
                 self._client = S3FileSystem(
                     anon=False, use_listings_cache=False, skip_instance_cache=True, config_kwargs=dict(OPTIONS)
                 )
+                self._client.retries = 1  # more would multiply with ours
         return self._client
 
     def _endpoint(self) -> str:
@@ -201,14 +279,16 @@ def _of_response(response: dict[str, Any], uri: str, bucket: Bucket) -> Exceptio
         return FileExistsError(errno.EEXIST, "exists", uri)
     if code == "ConditionalRequestConflict":
         return BlockingIOError(errno.EAGAIN, "conflict", uri)
-    if status == 404:
+    if status == 507 or code in FULL:
+        return StoreFullError(errno.ENOSPC, f"{bucket._endpoint()} says {code or status}", uri)
+    if status == 404 and code not in PASSING:
         return FileNotFoundError(errno.ENOENT, "no such file", uri)
     if code in DENIED or status in (401, 403):
         return ValueError(
             f"{uri}: {bucket._endpoint()} refused the credentials ({code}); "
             "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's permissions"
         )
-    if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling"):
+    if (status >= 500 and status not in NEVER) or code in PASSING:
         return TransientError(f"{uri}: {bucket._endpoint()} failed ({code or status})")
     return ValueError(f"{uri}: {bucket._endpoint()} refused ({code or status}); check endpoint, region and bucket")
 

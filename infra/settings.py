@@ -1,9 +1,12 @@
 """What the environment decides: where things are kept and which services are used."""
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import AliasChoices, Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field, PositiveFloat, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ALL_STAGES = "*"  # the key of a time-out that is every other stage's
 
 
 class Settings(BaseSettings):
@@ -17,6 +20,12 @@ class Settings(BaseSettings):
     home: Path = Field(
         Path("~/.sftok"), validation_alias="SFTOK_HOME", description="local folder of the temporary servers' files"
     )
+    s3_patience: float = Field(
+        60.0,
+        ge=0,
+        validation_alias="SFTOK_S3_PATIENCE",
+        description="seconds that a request waits for an S3 server that has answered before",
+    )
     ray_address: str | None = Field(
         None,
         validation_alias=AliasChoices("SFTOK_RAY_ADDRESS", "RAY_ADDRESS"),
@@ -27,8 +36,41 @@ class Settings(BaseSettings):
         validation_alias="PREFECT_API_URL",
         description="Prefect server to report to; without it a temporary one is started",
     )
+    notify: str | None = Field(
+        None,
+        validation_alias="SFTOK_NOTIFY",
+        description="Prefect block that hears of failures, as TYPE/NAME: custom-webhook/ops, sendgrid-email/ops",
+    )
+    stage_timeouts: Annotated[dict[str, PositiveFloat], NoDecode] = Field(
+        default_factory=dict,
+        validation_alias="SFTOK_STAGE_TIMEOUTS",
+        description="seconds an attempt at a stage may take, as encode=7200,align=86400; 86400 alone is for all others",
+    )
 
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @field_validator("notify")
+    @classmethod
+    def _block(cls, notify: str | None) -> str | None:
+        if notify is not None and (notify.count("/") != 1 or not all(notify.split("/"))):
+            raise ValueError(f"SFTOK_NOTIFY = {notify}: name a Prefect block as TYPE/NAME, such as custom-webhook/ops")
+        return notify
+
+    @field_validator("stage_timeouts", mode="before")
+    @classmethod
+    def _pairs(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        pairs: dict[str, float] = {}
+        for part in filter(None, (part.strip() for part in given.split(","))):
+            stage, _, seconds = part.rpartition("=")
+            try:
+                pairs[stage.strip() or ALL_STAGES] = float(seconds)
+            except ValueError:
+                raise ValueError(
+                    f"SFTOK_STAGE_TIMEOUTS = {given}: {part!r} is no stage=seconds, such as encode=7200"
+                ) from None
+        return pairs

@@ -1,7 +1,8 @@
 """Where things are kept: one small surface over a local folder and an S3 prefix.
 
 Writes are atomic (a reader sees the old bytes or the new ones, never a part), and `create` lets exactly one of many
-writers win, which is what markers of finished work are made with.
+writers win, which is what markers of finished work are made with. Every call may be repeated, so an S3 server that is
+away for a while is waited for in the call (`infra.s3`); a full disk or bucket is a StoreFullError at once.
 """
 
 import os
@@ -14,6 +15,7 @@ from urllib.parse import unquote
 
 from infra.disk import Disk
 from infra.s3 import Bucket
+from infra.stored import Abandoned, Stored
 
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 BUCKET = re.compile(r"^[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]$")
@@ -33,6 +35,9 @@ class Backend(Protocol):
     def put_file(self, key: str, path: Path) -> None: ...  # noqa: D102
     def get_file(self, key: str, path: Path) -> None: ...  # noqa: D102
     def keys(self, prefix: str) -> Iterator[str]: ...  # noqa: D102
+    def stored(self, prefix: str) -> Iterator[Stored]: ...  # noqa: D102
+    def abandoned(self, prefix: str) -> Iterator[Abandoned]: ...  # noqa: D102
+    def discard(self, found: Abandoned) -> None: ...  # noqa: D102
     def folders(self, prefix: str) -> Iterator[str]: ...  # noqa: D102
     def delete(self, key: str) -> None: ...  # noqa: D102
     def delete_tree(self, prefix: str) -> None: ...  # noqa: D102
@@ -107,8 +112,8 @@ class Store:
     def create(self, key: str, data: bytes) -> bool:
         """Write the file at once if there is none; False, and nothing written, if there is.
 
-        Of several writers at the same time exactly one gets True. A writer whose first answer was lost on the network
-        may get False for bytes of its own: a loser should read what is there.
+        Of several writers at the same time exactly one gets True, also where its first answer was lost on the network
+        and it had to ask again.
         """
         return self._backend.create(self._key(key), data)
 
@@ -129,6 +134,19 @@ class Store:
     def list(self, prefix: str = "") -> Names:
         """Sorted keys of all files below, at any depth, that start with `prefix`; never tells whether work is done."""
         return sorted(key.removeprefix(self._prefix) for key in self._backend.keys(self._prefix + _start(prefix)))
+
+    def stored(self, prefix: str = "") -> Iterator[Stored]:
+        """All files below, as `list`, with their sizes and times; in no order."""
+        for found in self._backend.stored(self._prefix + _start(prefix)):
+            yield found._replace(key=found.key.removeprefix(self._prefix))
+
+    def abandoned(self) -> Iterator[Abandoned]:
+        """What killed writers left below: unfinished files on disk, unfinished uploads on S3; no reader sees them."""
+        return self._backend.abandoned(self._prefix)
+
+    def discard(self, found: Abandoned) -> None:
+        """Remove something abandoned."""
+        self._backend.discard(found)
 
     def folders(self) -> Names:
         """Sorted names of the folders directly below; on S3 one that was emptied may show for a while."""

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from infra.artifacts import FileEntry, put
 from infra.checkpoint import CHECKPOINTS, Checkpoints
 from infra.events import FOLDER as EVENTS
 from infra.events import Events
@@ -26,6 +25,8 @@ from infra.learner import Best
 from infra.progress import Progress, silent
 from infra.ranks import ALONE, Ranks
 from infra.schedule import LoopConfig, Precision
+from infra.shards import FileEntry, put
+from infra.speed import Clock, Effort, peak_flops
 from infra.store import Store
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,10 @@ class LoopEnd(NamedTuple):
     """of the last step."""
     files: list[FileEntry]
     """the log, one JSON line a logged step, and the last pictures."""
+    lines: list[dict[str, float]]
+    """the log."""
+    speed: dict[str, float]
+    """items and operations a second since the loop was last begun; what it took, not what was computed."""
 
     @property
     def validation(self) -> dict[str, float]:
@@ -138,6 +143,7 @@ def train_loop(
     run: Run,
     validate: Callable[[int], Validation],
     best: Best | None = None,
+    effort: Effort | None = None,
 ) -> LoopEnd:
     """Call `train_step(step)` from the last checkpoint's step to the end; save, log and report on the way.
 
@@ -148,6 +154,7 @@ def train_loop(
         run: where to write.
         validate: called every `validate_every` steps and after the last one; its figures are logged.
         best: offered what each validation found.
+        effort: what a step is, for figures of speed.
 
     Returns:
         The last step's figures, the log and the last pictures.
@@ -159,9 +166,11 @@ def train_loop(
     saved = {**saved, "best": best} if best is not None else saved
     checkpoints = Checkpoints(run.out.at(CHECKPOINTS), keep=config.keep_checkpoints)
     first, lines = _resume(saved, checkpoints)
-    book = _Book(run, lines, first)
+    book = _Book(run, lines, first, effort or Effort())
     for step in range(first, config.steps):
-        seen, done = _figures(train_step, step), step + 1
+        with book.clock.step():
+            seen = _figures(train_step, step)
+        done = step + 1
         is_last = done == config.steps
         is_validated = is_last or _falls_on(done, config.validate_every)
         if is_validated:
@@ -177,7 +186,7 @@ def train_loop(
             book.save(done, checkpoints, saved)
     if best is not None:
         best.restore()
-    return LoopEnd(book.lines[-1], book.close(config.steps))
+    return LoopEnd(book.lines[-1], book.close(config.steps), book.lines, book.clock.figures())
 
 
 def _figures(train_step: Callable[[int], Mapping[str, float]], step: int) -> dict[str, float]:
@@ -210,8 +219,11 @@ def _resume(saved: Mapping[str, Saved], checkpoints: Checkpoints) -> tuple[int, 
 class _Book:
     """What a loop writes down; of several ranks the first one writes, and the others wait where they must."""
 
-    def __init__(self, run: Run, lines: list[dict[str, float]], first: int) -> None:
+    def __init__(self, run: Run, lines: list[dict[str, float]], first: int, effort: Effort) -> None:
         self.run, self.lines, self.first = run, lines, first
+        is_measured = effort.flops > 0 and run.ranks.is_first
+        peak = peak_flops(run.device, effort.precision) if is_measured else None
+        self.clock = Clock(effort, None if peak is None else peak * run.ranks.size)
         self._events = Events(run.out.at(EVENTS))
         self._pictures: dict[str, bytes] = {}
         self._began = time.perf_counter()
@@ -221,10 +233,12 @@ class _Book:
         self.lines.append({"step": float(done), **seen})
         if not self.run.ranks.is_first:
             return
-        log.info("%s", json.dumps({"event": "step", **{k: round(v, 6) for k, v in self.lines[-1].items()}}))
+        # Figures of a place, such as val_nll/07, are for the files: a line on a terminal has no room for them.
+        shown = {name: value for name, value in seen.items() if "/" not in name}
+        log.info("%s", json.dumps({"event": "step", "step": done, **{k: round(v, 6) for k, v in shown.items()}}))
         speed = {"steps_per_s": (done - self.first) / (time.perf_counter() - self._began)}
-        self._events.figures(done, {**seen, **speed})
-        self.run.progress(done, total, {**seen, **speed})
+        self._events.figures(done, {**seen, **speed, **self.clock.figures()})
+        self.run.progress(done, total, {**shown, **speed})
 
     def show(self, done: int, pictures: Mapping[str, Tensor]) -> None:
         """Keep the pictures of a validation beside the artifact, and the last ones for it."""

@@ -4,7 +4,6 @@ What is wrong is a `Finding`, one line each, never an exception: a check that st
 """
 
 import hashlib
-import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -14,13 +13,13 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from infra.artifacts import MANIFEST, ROOT, FileEntry, Manifest, folder_of, shard_entry
+from infra.artifacts import MANIFEST, ROOT, Manifest, files_of, folder_of, shards_of
+from infra.shards import SHARD, FileEntry, shard_entry, shard_name
 from infra.store import Store
 
 CHUNK = 8 << 20  # bytes read at once
 EXAMPLES = 3  # rows named in a finding
 AGAIN = "delete the artifact's folder and run again"
-SHARD = re.compile(r"(?P<split>[a-z]+)-(?P<index>\d{5,})-of-(?P<total>\d{5,})\.parquet")
 
 Tick = Callable[[int], None]  # called with bytes as they are read
 
@@ -39,7 +38,7 @@ class Finding(NamedTuple):
 def locate(store: Store, text: str) -> tuple[str, str]:
     """Kind and digest of the artifact that a person means; its manifest may be damaged.
 
-    Unlike `artifacts.resolve`, which refuses a damaged manifest, so that it can be said what is wrong with it.
+    Unlike `lineage.resolve`, which refuses a damaged manifest, so that it can be said what is wrong with it.
 
     Raises:
         ValueError: nothing or more than one artifact is meant.
@@ -78,7 +77,11 @@ def read_manifest(store: Store, kind: str, digest: str) -> tuple[Manifest | None
         findings.append(Finding(MANIFEST, f"describes {manifest.kind}/{manifest.digest}, not {kind}/{digest}"))
     if manifest.plan.digest != manifest.digest:
         findings.append(Finding(MANIFEST, f"config and inputs make the digest {manifest.plan.digest}, not its own"))
-    paths = [entry.path for entry in manifest.files]
+    try:
+        paths = [entry.path for entry in files_of(store, manifest)]
+    except ValueError as error:
+        told = str(error).rpartition(";")[0].removeprefix(f"{folder.uri}/")
+        return None, [*findings, Finding(MANIFEST, f"names a page that cannot be read: {told}")]
     findings += [Finding(path, f"is listed twice in {MANIFEST}") for path in twice(paths)]
     return manifest, findings
 
@@ -130,11 +133,11 @@ def check_sidecar(folder: Store, entry: FileEntry) -> Iterator[Finding]:
         yield Finding(sidecar, f"{field} is {getattr(done, field)!r}, {MANIFEST} says {getattr(entry, field)!r}")
 
 
-def check_shard_names(folder: Store, manifest: Manifest) -> Iterator[Finding]:
+def check_shard_names(store: Store, manifest: Manifest) -> Iterator[Finding]:
     """Each split has all of its shards, and the folder has none besides: readers may go by the names."""
-    listed = {entry.path for entry in manifest.files}
+    listed = {entry.path for entry in shards_of(store, manifest)}
     totals: dict[str, set[int]] = {}
-    for name in sorted(filter(SHARD.fullmatch, listed)):
+    for name in sorted(listed):
         match = SHARD.fullmatch(name)
         assert match is not None
         totals.setdefault(match["split"], set()).add(int(match["total"]))
@@ -144,14 +147,9 @@ def check_shard_names(folder: Store, manifest: Manifest) -> Iterator[Finding]:
             continue
         names = [shard_name(split, index, max(total)) for index in range(max(total))]
         yield from (Finding(name, f"is not listed in {MANIFEST}") for name in names if name not in listed)
-    for name in folder.list():
+    for name in folder_of(store, manifest.kind, manifest.digest).list():
         if SHARD.fullmatch(name) and name not in listed:
             yield Finding(name, f"lies in the folder, but {MANIFEST} does not list it", "delete this file")
-
-
-def shard_name(split: str, index: int, total: int) -> str:
-    """The name of a shard."""
-    return f"{split}-{index:05d}-of-{total:05d}.parquet"
 
 
 def bucket_of(image_id: str, total: int) -> int:

@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.artifacts import MANIFEST, FileEntry, Manifest, key_of
+from infra.artifacts import MANIFEST, Manifest, key_of
 from infra.codes import CodeRows, CodesInfo, from_parquet
+from infra.shards import SHARD, FileEntry
 from infra.store import Store
-from infra.verify import SHARD, Finding, Ledger, some
+from infra.verify import Finding, Ledger, some
 
 FAILED = "failed.parquet"
 FAILED_COLUMNS = ("image_id", "variant", "reason")

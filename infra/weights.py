@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from infra.artifacts import FileEntry, put
 from infra.config import Config
+from infra.shards import FileEntry, put
 from infra.store import Store
 
 C = TypeVar("C", bound=Config)

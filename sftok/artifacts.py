@@ -1,7 +1,7 @@
 """Teachers and tokenizers in the store: safetensors weights beside a config.json, and back into modules."""
 
-from infra.artifacts import FileEntry
 from infra.config import Config
+from infra.shards import FileEntry
 from infra.store import Store
 from infra.weights import load_config, load_weights, save_weights
 from sftok.config import TeacherConfig, TokenizerConfig

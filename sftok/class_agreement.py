@@ -27,18 +27,23 @@ class ClassReader:
     @classmethod
     def fit(cls, images: Tensor, labels: Tensor) -> Self:
         """Train on real training images and their class ids; deterministic."""
+        return cls.fit_thumbnails(thumbnails(images), labels)
+
+    @classmethod
+    def fit_thumbnails(cls, rows: np.ndarray, labels: Tensor) -> Self:
+        """The same from the images' thumbnails, of which more fit into memory."""
         ids = np.asarray(labels)
-        if len(images) != len(ids):
-            raise ValueError(f"{len(images)} images but {len(ids)} labels")
+        if len(rows) != len(ids):
+            raise ValueError(f"{len(rows)} images but {len(ids)} labels")
         if len(np.unique(ids)) < 2 or ids.min() < 0:
             raise ValueError(
                 "the class reader needs labelled images of 2 classes or more; set evaluate.class_reader=false"
             )
-        return cls(SVC(kernel="rbf", C=10.0, gamma="scale").fit(_thumbnails(images), ids))
+        return cls(SVC(kernel="rbf", C=10.0, gamma="scale").fit(rows, ids))
 
     def read(self, images: Tensor) -> Tensor:
         """The class id seen in each image, (n) int64."""
-        return torch.from_numpy(self._classifier.predict(_thumbnails(images)).astype(np.int64))
+        return torch.from_numpy(self._classifier.predict(thumbnails(images)).astype(np.int64))
 
 
 def accuracy(read: Tensor, intended: Tensor) -> float:
@@ -59,7 +64,7 @@ def confusion_matrix(read: Tensor, intended: Tensor, num_classes: int) -> Tensor
     return cells.reshape(num_classes, num_classes)
 
 
-def _thumbnails(images: Tensor) -> np.ndarray:
+def thumbnails(images: Tensor) -> np.ndarray:
     """Grey thumbnails in [0, 1], (n, 64) float64, by area averaging."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (n, 3, S, S)")

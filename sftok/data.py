@@ -4,7 +4,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from infra.shards import SHARD, split_of
 from infra.store import Store
 from sftok.config import AugmentConfig
 from sftok.prepare import METADATA_KEY
@@ -25,6 +25,7 @@ from sftok.preprocess import (
     augment,
     crop,
     resize_shorter,
+    ten_crop,
     to_float,
     to_rgb,
     uniforms,
@@ -34,11 +35,11 @@ from sftok.sources import SPLITS
 
 T = TypeVar("T")
 
-_SHARD = re.compile(r"(train|val)-(\d{5,})-of-(\d{5,})\.parquet")
 NO_CLASS = -1
 DECODERS = 4  # threads: PIL lets others run while it decodes
 AHEAD = 2  # chunks that are decoded while another one is encoded: what bounds the memory
 _ROWS_READ = 64  # at once
+_LABELS_READ = 1 << 14
 
 
 class ImageBatch(NamedTuple):
@@ -56,6 +57,7 @@ class ImageRows(NamedTuple):
     images: torch.Tensor  # uint8 (n, 3, S, S), resized by the shorter side, centre-cropped
     class_ids: torch.Tensor  # int64 (n,), -1: none
     uncropped: list[torch.Tensor] | None = None  # uint8 (3, H, W) each, shorter side S; what random crops are cut from
+    larger: torch.Tensor | None = None  # uint8 (n, 3, L, L), the centre square at shorter side L; what ten crops are of
 
 
 class StoredImage(NamedTuple):
@@ -64,6 +66,13 @@ class StoredImage(NamedTuple):
     image_id: str
     data: bytes
     class_id: int  # -1: none
+
+
+class Labels(NamedTuple):
+    """Some rows of image Parquet without their images."""
+
+    image_ids: list[str]
+    class_ids: list[int]  # -1: none
 
 
 class FailedImage(NamedTuple):
@@ -104,10 +113,10 @@ class ImageSet:
         Raises:
             ValueError: where shards are missing, by the number that their names tell.
         """
-        matches = [match for match in map(_SHARD.fullmatch, files) if match]
+        matches = [match for match in map(SHARD.fullmatch, files) if match]
         for split in SPLITS:
-            found = [match for match in matches if match[1] == split]
-            totals = {int(match[3]) for match in found}
+            found = [match for match in matches if match["split"] == split]
+            totals = {int(match["total"]) for match in found}
             if len(totals) != 1 or len(found) != totals.pop():
                 raise ValueError(
                     f"{folder.uri}: {len(found)} {split} shards are no complete set: prepare the data again"
@@ -121,7 +130,7 @@ class ImageSet:
         """Names of the shards of a split (train or val), sorted."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is neither train nor val")
-        return [name for name in self.names if name.startswith(f"{split}-")]
+        return [name for name in self.names if split_of(name) == split]
 
     def read_shard(self, name: str, image_size: int, *, crop: Literal["center", "random"] = "center") -> ImageRows:
         """Decode a shard, rows sorted by image id; crop "random" keeps the uncropped images besides."""
@@ -163,13 +172,28 @@ def stored_images(folder: Store, name: str) -> Iterator[StoredImage]:
                 yield StoredImage(row["image_id"], data, NO_CLASS if row["label"] is None else row["label"])
 
 
-def decoded_chunks(folder: Store, name: str, image_size: int, count: int) -> Iterator[Chunk]:
+def stored_labels(folder: Store, name: str) -> Iterator[Labels]:
+    """Image ids and classes of a shard in its order, a few thousand at a time; no image is read.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with _open_shard(folder, name) as parquet:
+        for batch in parquet.iter_batches(_LABELS_READ, columns=["image_id", "label"], use_threads=False):
+            yield Labels(batch["image_id"].to_pylist(), batch["label"].fill_null(NO_CLASS).to_pylist())
+
+
+def decoded_chunks(
+    folder: Store, name: str, image_size: int, count: int, *, larger_size: int | None = None
+) -> Iterator[Chunk]:
     """A shard's images, `count` rows at a time, resized and centre-cropped; what does not decode is told.
 
-    Reading and decoding happen in threads, at most `AHEAD` chunks before the one that is in use.
+    Reading and decoding happen in threads, at most `AHEAD` chunks before the one that is in use. With `larger_size`
+    the rows also have the squares of that side that ten crops are cut from.
     """
+    sides = (image_size,) if larger_size is None else (image_size, larger_size)
     with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
-        yield from ahead(_chunks(stored_images(folder, name), image_size, count, pool), AHEAD)
+        yield from ahead(_chunks(stored_images(folder, name), sides, count, pool), AHEAD)
 
 
 def ahead(items: Iterator[T], count: int) -> Iterator[T]:
@@ -199,20 +223,25 @@ def _open_shard(folder: Store, name: str) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{folder.uri}/{name} is no image Parquet ({said}); delete the folder and prepare") from error
 
 
-def _chunks(rows: Iterator[StoredImage], image_size: int, count: int, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-    no_images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+def _chunks(rows: Iterator[StoredImage], sides: Sequence[int], count: int, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
     while some := list(itertools.islice(rows, count)):
-        pixels = list(pool.map(functools.partial(_decode, image_size=image_size), some))
+        pixels = list(pool.map(functools.partial(_decode, sides=sides), some))
         failed = [image for image in pixels if isinstance(image, FailedImage)]
-        good = [(row, image) for row, image in zip(some, pixels, strict=True) if isinstance(image, torch.Tensor)]
-        images = torch.stack([image for _, image in good]) if good else no_images
+        good = [(row, image) for row, image in zip(some, pixels, strict=True) if not isinstance(image, FailedImage)]
+        squares = [
+            torch.stack([image[at] for _, image in good]) if good else torch.empty(0, 3, side, side, dtype=torch.uint8)
+            for at, side in enumerate(sides)
+        ]
         class_ids = torch.tensor([row.class_id for row, _ in good], dtype=torch.int64)
-        yield Chunk(ImageRows([row.image_id for row, _ in good], images, class_ids), failed)
+        larger = squares[1] if len(sides) > 1 else None
+        yield Chunk(ImageRows([row.image_id for row, _ in good], squares[0], class_ids, larger=larger), failed)
 
 
-def _decode(row: StoredImage, *, image_size: int) -> torch.Tensor | FailedImage:
+def _decode(row: StoredImage, *, sides: Sequence[int]) -> list[torch.Tensor] | FailedImage:
+    """The centre square of an image at each side."""
     try:
-        return crop(resize_shorter(to_rgb(row.data), image_size), image_size)
+        image = to_rgb(row.data)
+        return [crop(resize_shorter(image, side), side) for side in sides]
     except UnreadableImageError as error:
         return FailedImage(row.image_id, str(error))
 
@@ -259,14 +288,19 @@ class TrainImages:
 
 
 def variant_images(rows: ImageRows, variant: str, augment: AugmentConfig) -> torch.Tensor:
-    """One view (center, flip, affine-K) of every row, float32 in [0, 1] (n, 3, S, S).
+    """One view (center, flip, affine-K, crop-K) of every row, float32 in [0, 1] (n, 3, S, S).
 
     A function of image, image id, variant and `augment` alone, whatever rows stand beside it.
 
     Raises:
-        ValueError: for an unknown variant, or an affine one where `augment` allows no affine change.
+        ValueError: for an unknown variant, an affine one where `augment` allows no affine change, or a crop of rows
+            that were decoded without their larger squares.
     """
     kind, number = variant_name(variant)
+    if kind == "crop":
+        if rows.larger is None:
+            raise ValueError(f"variant {variant!r} is cut from a larger square: decode the images with larger_size")
+        return to_float(ten_crop(rows.larger, rows.images.shape[-1], number))
     images = to_float(rows.images)
     if kind == "flip":
         return images.flip(-1)

@@ -1,72 +1,43 @@
-"""Images to codes: one image shard in, one code shard out, the same bytes wherever and with whom it runs.
+"""Images to codes: every image shard becomes the code shard of the same name.
 
 Exactly once, because a shard is a function of its images alone, its sidecar is created once and after it, and nothing
 is published before the rows add up: images x views = rows + failed.
-
-Shapes: B images, N latent tokens.
 """
 
 import functools
 import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
-from infra.artifacts import SHARD, FileEntry, Manifest, put, shard_entry, write_shard
-from infra.codes import CodeRows, CodesInfo, to_parquet
-from infra.errors import TransientError
+from infra.artifacts import Manifest, shards_in
+from infra.pages import Page
 from infra.progress import Progress, silent
-from infra.reuse import Reuse
-from infra.store import Store
-from infra.training import default_device
+from infra.shards import FileEntry, put
 from infra.workers import WorkerOptions, map_shards
-from sftok.artifacts import load_tokenizer
-from sftok.config import Assignment, AugmentConfig
-from sftok.data import FailedImage, ImageRows, decoded_chunks, variant_images
-from sftok.inference import PreparedEncoder, prepare_encoder
-from sftok.model import SFTok
+from sftok.data import ImageRows, variant_images
+from sftok.encode_groups import GROUPS, GroupEncoder, Groups, Totals, finished_group, sum_of, total_of
+from sftok.encode_shard import CodeShard, EncodeJob, ShardEncoder, encode_batches, encode_images, find_shard
+from sftok.views import has_crops, ten_crop_side
+
+__all__ = [
+    "FAILED",
+    "CodeShard",
+    "EncodeJob",
+    "Encoded",
+    "ShardEncoder",
+    "encode",
+    "encode_batches",
+    "encode_images",
+]
 
 FAILED = "failed.parquet"
 FAILED_SCHEMA = pa.schema([("image_id", pa.string()), ("variant", pa.string()), ("reason", pa.string())])
-_FAILED_KEY = "sftok.failed"
-LOOKUPS = 16  # shards looked up at once: on S3 each takes two requests
-
-
-@dataclass(frozen=True)
-class EncodeJob:
-    """What every worker of one encoding needs; small and picklable."""
-
-    images: Store
-    tokenizer: Store
-    out: Store
-    info: CodesInfo
-    variants: dict[str, tuple[str, ...]]
-    """views by split."""
-    augment: AugmentConfig
-    """strength of the affine views."""
-    micro_batch: int
-    reuse: Reuse | None = None
-    """the shards of other versions of the dataset; None: each is encoded."""
-
-    def variants_of(self, name: str) -> tuple[str, ...]:
-        """The views of the images of a shard."""
-        return self.variants[name.partition("-")[0]]
-
-
-class CodeShard(NamedTuple):
-    """A finished code shard, and the images that have no rows in it."""
-
-    file: FileEntry
-    failed: list[FailedImage]
+LOOKUPS = 32  # shards or groups looked up at once: on S3 each takes a request or two
 
 
 class Encoded(NamedTuple):
@@ -74,153 +45,85 @@ class Encoded(NamedTuple):
 
     files: list[FileEntry]
     counts: dict[str, int]  # shards, reused (of them, from other versions), rows, failed (views)
+    pages: tuple[Page, ...] = ()  # lists of the shards, where they are too many for `files`
 
 
-class ShardEncoder:
-    """A worker: holds the model, encodes one shard a call.
-
-    A chunk of images is encoded while the next ones are read and decoded in threads. Shards do not overlap within a
-    worker: where their reading and writing leave a GPU idle, two workers share it (`gpus_per_worker` = 0.5).
-    """
-
-    def __init__(self, job: EncodeJob) -> None:
-        self.job = job
-        with _full_memory_passes():
-            model = load_tokenizer(job.tokenizer).to(default_device())
-            self.encoder = prepare_encoder(model, job.info.precision)
-
-    def __call__(self, images: FileEntry) -> CodeShard:
-        """Encode an image shard into the code shard of the same name; one that is done is not done again.
-
-        Raises:
-            ValueError: the image shard is damaged, or has other rows than its entry says.
-            TransientError: memory ran out.
-        """
-        if (done := finished_shard(self.job, images)) is not None:
-            return done
-        with _full_memory_passes():
-            rows, failed = self._encode(images)
-            notes = {_FAILED_KEY: json.dumps(failed, separators=(",", ":"), ensure_ascii=False)} if failed else None
-            data = to_parquet(self.job.info, rows, notes)
-        file = write_shard(self.job.out, images.path, data, len(rows.image_id))
-        if self.job.reuse is not None and not failed:  # an image that failed once may be mended by the next time
-            self.job.reuse.offer(images, file)
-        return CodeShard(file, failed)
-
-    def _encode(self, images: FileEntry) -> tuple[CodeRows, list[FailedImage]]:
-        """All views of all images of a shard, never more than a few micro-batches of them in memory."""
-        job, variants, info = self.job, self.job.variants_of(images.path), self.job.info
-        parts: list[CodeRows] = []
-        failed: list[FailedImage] = []
-        found = 0
-        for chunk in decoded_chunks(job.images, images.path, info.image_size, job.micro_batch):
-            found += len(chunk.rows.image_ids) + len(chunk.failed)
-            failed += chunk.failed
-            parts += [self._view(chunk.rows, variant) for variant in variants if chunk.rows.image_ids]
-        rows = CodeRows(
-            image_id=[image_id for part in parts for image_id in part.image_id],
-            class_id=np.concatenate([part.class_id for part in parts] or [np.empty(0, np.int32)]),
-            variant=[variant for part in parts for variant in part.variant],
-            codes=np.concatenate([part.codes for part in parts] or [np.empty((0, info.num_tokens), info.dtype)]),
-        )
-        if found != images.rows:
-            raise ValueError(
-                f"{job.images.uri}/{images.path} has {found} images, its manifest says {images.rows}:"
-                " delete the folder and prepare the data again"
-            )
-        return rows, failed
-
-    def _view(self, rows: ImageRows, variant: str) -> CodeRows:
-        images = variant_images(rows, variant, self.job.augment)
-        codes = encode_batches(self.encoder, images, self.job.info.assignment, self.job.micro_batch)
-        return CodeRows(
-            image_id=rows.image_ids,
-            class_id=rows.class_ids.numpy().astype(np.int32),
-            variant=[variant] * len(rows.image_ids),
-            codes=codes.numpy().astype(self.job.info.dtype),
-        )
-
-
-def encode(job: EncodeJob, images: Manifest, *, options: WorkerOptions, progress: Progress = silent) -> Encoded:
+def encode(
+    job: EncodeJob,
+    images: Manifest,
+    *,
+    options: WorkerOptions,
+    progress: Progress = silent,
+    group: int | None = None,
+) -> Encoded:
     """Encode every shard of an images artifact that is neither done nor found among other versions of the dataset.
 
-    The files are in the order of the shards, and after them `failed.parquet` where an image failed.
+    Workers are given groups of shards, and a group is marked as done, too: of a million shards the driver and a restart
+    see only the groups. Up to 65,535 shards a group is one shard, and its sidecar the mark.
+
+    Args:
+        job: what every worker needs.
+        images: the manifest of the images.
+        options: how wide to run; changes no byte.
+        progress: called with shards done, or with groups where a group is more than one.
+        group: shards a group; None for as many as make some 32,768 groups.
 
     Raises:
         ValueError: a view is unknown, an image shard is damaged, or the rows do not add up.
         TransientError: workers were lost for good, or ran out of memory.
     """
-    shards = [entry for entry in images.files if SHARD.fullmatch(entry.path)]
+    shards = shards_in(job.images, images)
     _check_variants(job)
-    with ThreadPoolExecutor(LOOKUPS) as pool:
-        done = dict(zip(shards, pool.map(functools.partial(_find, job), shards), strict=True))
-    missing = [entry for entry in shards if done[entry] is None]
-    made = map_shards(
-        functools.partial(ShardEncoder, job),
-        missing,
-        options=options,
-        progress=_after(progress, len(shards) - len(missing)),
-    )
-    all_shards = [shard for shard in {**done, **dict(zip(missing, made, strict=True))}.values() if shard is not None]
-    files = [shard.file for shard in all_shards]
-    failed = [
-        (image.image_id, variant, image.reason)
-        for shard in all_shards
-        for image in shard.failed
-        for variant in job.variants_of(shard.file.path)
-    ]
-    counts = {
-        "shards": len(files),
-        "reused": sum(file.source is not None for file in files),
-        "rows": sum(file.rows or 0 for file in files),
-        "failed": len(failed),
-    }
+    size = group or max(1, len(shards) // GROUPS)
+    if size > 1:
+        pages, totals = _encode_groups(job, shards, size, options, progress)
+        files: list[FileEntry] = []
+    else:
+        pages, made = (), _encode_shards(job, shards, options, progress)
+        totals = total_of(job, made)
+        files = [shard.file for shard in made]
+    counts = {"shards": len(shards), "reused": totals.reused, "rows": totals.rows, "failed": len(totals.failed)}
     _check_counts(job, images, counts)
-    if failed:
-        files.append(put(job.out, FAILED, _failed_parquet(failed), len(failed)))
-    return Encoded(files, counts)
+    if totals.failed:
+        files.append(put(job.out, FAILED, _failed_parquet(totals.failed), len(totals.failed)))
+    return Encoded(files, counts, pages)
 
 
-def finished_shard(job: EncodeJob, images: FileEntry) -> CodeShard | None:
-    """The code shard of an image shard if this artifact has it already."""
-    file = shard_entry(job.out, images.path)
-    if file is None:
-        return None
-    is_whole = file.rows == (images.rows or 0) * len(job.variants_of(images.path))
-    return CodeShard(file, [] if is_whole else _read_failed(job.out, images.path))
+def _encode_shards(
+    job: EncodeJob, shards: Sequence[FileEntry], options: WorkerOptions, progress: Progress
+) -> list[CodeShard]:
+    """Every shard, in the order of `shards`; what is done is looked up here."""
+    with ThreadPoolExecutor(LOOKUPS) as pool:
+        found = list(pool.map(functools.partial(find_shard, job), shards))
+    missing = [entry for entry, shard in zip(shards, found, strict=True) if shard is None]
+    work, after = functools.partial(ShardEncoder, job), _after(progress, len(shards) - len(missing))
+    made = iter(map_shards(work, missing, options=options, progress=after))
+    return [shard or next(made) for shard in found]
 
 
-def encode_images(model: SFTok, images: Tensor, assignment: Assignment, micro_batch: int) -> Tensor:
-    """Codes (n, N) int64 of float images (n, 3, H, W) in float32; who encodes more than once prepares the model."""
-    return encode_batches(prepare_encoder(model), images, assignment, micro_batch)
-
-
-def encode_batches(encoder: PreparedEncoder, images: Tensor, assignment: Assignment, micro_batch: int) -> Tensor:
-    """Codes (n, N) int64 of float images (n, 3, H, W), in micro-batches of one fixed size, the last one padded.
-
-    Near-ties are decided by rounding, and products of other shapes round otherwise: the fixed size keeps codes equal.
-    """
-    codes = []
-    for part in images.split(micro_batch):
-        if len(part) < micro_batch:
-            part = torch.cat([part, part.new_zeros(micro_batch - len(part), *part.shape[1:])])
-        codes.append(encoder(part, assignment).cpu())
-    return torch.cat(codes)[: len(images)] if len(images) else torch.empty(0, encoder.num_tokens, dtype=torch.int64)
-
-
-def _find(job: EncodeJob, images: FileEntry) -> CodeShard | None:
-    """A shard that need not be encoded: this artifact's own, or another version's."""
-    if (own := finished_shard(job, images)) is not None:
-        return own
-    theirs = job.reuse.find(images) if job.reuse is not None else None
-    return None if theirs is None else CodeShard(theirs, [])
+def _encode_groups(
+    job: EncodeJob, shards: Sequence[FileEntry], size: int, options: WorkerOptions, progress: Progress
+) -> tuple[tuple[Page, ...], Totals]:
+    """Groups of `size` shards; what is done in an unfinished one is looked up by the worker that gets it."""
+    groups = Groups(shards, size)
+    with ThreadPoolExecutor(LOOKUPS) as pool:
+        found = list(pool.map(lambda number: finished_group(job.out, groups.name(number)), groups.numbers))
+    missing = Groups(shards, size, [number for number, record in enumerate(found) if record is None])
+    work, after = functools.partial(GroupEncoder, job), _after(progress, len(groups) - len(missing))
+    made = iter(map_shards(work, missing, options=options, progress=after))
+    records = [record or next(made) for record in found]
+    return tuple(record.page for record in records), sum_of(record.totals for record in records)
 
 
 def _check_variants(job: EncodeJob) -> None:
     """Refuse views that cannot be made before workers start."""
-    any_image = ImageRows([""], torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
-    for variant in {variant for variants in job.variants.values() for variant in variants}:
-        variant_images(any_image, variant, job.augment)
+    any_image = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    row = ImageRows([""], any_image, torch.zeros(1, dtype=torch.int64), larger=any_image)
+    variants = {variant for variants in job.variants.values() for variant in variants}
+    for variant in variants:
+        variant_images(row, variant, job.augment)
+    if has_crops(variants):
+        ten_crop_side(job.info.image_size, job.ten_crop_resize)
 
 
 def _check_counts(job: EncodeJob, images: Manifest, counts: Mapping[str, int]) -> None:
@@ -244,27 +147,8 @@ def _after(progress: Progress, before: int) -> Progress:
     return listen
 
 
-def _read_failed(folder: Store, name: str) -> list[FailedImage]:
-    with folder.open(name) as file, pq.ParquetFile(file) as parquet:
-        told = (parquet.schema_arrow.metadata or {}).get(_FAILED_KEY.encode(), b"[]")
-    return [FailedImage(*image) for image in json.loads(told)]
-
-
 def _failed_parquet(failed: Sequence[tuple[str, str, str]]) -> bytes:
     columns = zip(*sorted(failed), strict=True)
     sink = io.BytesIO()
     pq.write_table(pa.table([pa.array(column, pa.string()) for column in columns], FAILED_SCHEMA), sink)
     return sink.getvalue()
-
-
-@contextmanager
-def _full_memory_passes() -> Iterator[None]:
-    """A full memory says nothing about the images: it is the worker's trouble, and trying again may help."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # of torch, CUDA's is a class of its own and the CPU's a message
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise TransientError(f"memory ran out ({said}); use fewer workers or a smaller encode.micro_batch") from error

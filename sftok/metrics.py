@@ -5,9 +5,9 @@ Images are uint8, or floats in [0, 1], which are first rounded to uint8 by the o
 belongs to the image that a file would hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,18 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 _FULL_RANK = 1e-10  # smallest over largest eigenvalue below which a product of covariances counts as singular
 _BATCH = 64  # images converted to float64 at once
+_BLOCK_BYTES = 1 << 26  # of float64 rows that are compared with others at once, and
+_BLOCK_ROWS = 1024  # of them at most
+
+
+class Images(Protocol):
+    """Images or other rows that are read a batch at a time, from memory (a tensor is one) or from where they lie."""
+
+    @property
+    def shape(self) -> torch.Size: ...  # noqa: D102
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Tensor: ...
+    def split(self, size: int, /) -> Iterable[Tensor]: ...  # noqa: D102
 
 
 def to_uint8(images_BCHW: Tensor) -> Tensor:
@@ -161,19 +173,34 @@ def code_counts(codes_BT: Tensor, codebook_size: int) -> Tensor:
 
 def codebook_usage(codes_BT: Tensor, codebook_size: int) -> float:
     """Share of the codebook that occurs at least once, in [0, 1]."""
-    return (code_counts(codes_BT, codebook_size) > 0).double().mean().item()
+    return usage_of(code_counts(codes_BT, codebook_size))
+
+
+def usage_of(counts_K: Tensor) -> float:
+    """The same of counts, which add up over parts."""
+    return (counts_K > 0).double().mean().item()
 
 
 def entropy_bits(codes_BT: Tensor, codebook_size: int) -> float:
     """Entropy of the codes' frequencies in bits, at most log2(codebook_size)."""
-    counts = code_counts(codes_BT, codebook_size).double()
+    return entropy_of(code_counts(codes_BT, codebook_size))
+
+
+def entropy_of(counts_K: Tensor) -> float:
+    """The same of counts."""
+    counts = counts_K.double()
     shares = counts[counts > 0] / counts.sum()
     return max(-(shares * shares.log2()).sum().item(), 0.0)
 
 
 def perplexity(codes_BT: Tensor, codebook_size: int) -> float:
     """2 to the entropy: how many equally frequent codes would be as varied, in [1, codebook_size]."""
-    return float(2.0 ** entropy_bits(codes_BT, codebook_size))
+    return perplexity_of(code_counts(codes_BT, codebook_size))
+
+
+def perplexity_of(counts_K: Tensor) -> float:
+    """The same of counts."""
+    return float(2.0 ** entropy_of(counts_K))
 
 
 class Nearest(NamedTuple):
@@ -183,33 +210,66 @@ class Nearest(NamedTuple):
     indices: Tensor
 
 
-def nearest_distance(queries: Tensor, references: Tensor) -> Nearest:
-    """Euclidean distance of each query to its nearest reference, and which one it is (the first of equals).
+def nearest_distance(queries: Tensor, references: Images) -> Nearest:
+    """Euclidean distance of each query to its nearest reference, and which one it is.
 
     uint8 images are compared on the scale [0, 1], exactly: the squares are summed as integers.
     """
-    if queries.shape[1:] != references.shape[1:] or not len(references):
-        raise ValueError(f"cannot look for {tuple(queries.shape[1:])} among references {tuple(references.shape)}")
-    scale = 255.0 if queries.dtype == torch.uint8 else 1.0
-    rows = references.flatten(1).double()
-    norms = rows.square().sum(1)
-    found = [_nearest(batch.flatten(1).double(), rows, norms) for batch in torch.split(queries, _BATCH)]
-    return Nearest(torch.cat([d for d, _ in found]) / scale, torch.cat([i for _, i in found]))
+    return nearest_distances([queries], references)[0]
 
 
-def _nearest(queries: Tensor, references: Tensor, reference_norms: Tensor) -> tuple[Tensor, Tensor]:
-    squares = queries.square().sum(1, keepdim=True) + reference_norms - 2 * queries @ references.T
-    smallest, index = squares.min(1)
-    return smallest.clamp(min=0).sqrt(), index
+def nearest_distances(queries: Sequence[Tensor], references: Images) -> list[Nearest]:
+    """`nearest_distance` of several sets of queries in one pass over the references, a block of them at a time."""
+    for some in queries:
+        if some.shape[1:] != references.shape[1:] or not len(references):
+            raise ValueError(f"cannot look for {tuple(some.shape[1:])} among references {tuple(references.shape)}")
+    rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // (8 * references.shape[1:].numel())))
+    squares = [torch.full((len(some),), torch.inf, dtype=torch.float64) for some in queries]
+    indices = [torch.zeros(len(some), dtype=torch.int64) for some in queries]
+    before = 0
+    for batch in references.split(rows):
+        block = batch.flatten(1).double()
+        for some, smallest, index in zip(queries, squares, indices, strict=True):
+            for at in range(0, len(some), rows):
+                found, which = _nearest(some[at : at + rows].flatten(1).double(), block)
+                part = slice(at, at + rows)
+                index[part] = torch.where(found < smallest[part], which + before, index[part])
+                smallest[part] = torch.minimum(found, smallest[part])
+        before += len(block)
+    return [
+        Nearest(smallest.sqrt() / (255.0 if some.dtype == torch.uint8 else 1.0), index)
+        for some, smallest, index in zip(queries, squares, indices, strict=True)
+    ]
+
+
+def _nearest(queries_ND: Tensor, references_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances to the nearest of the references, and which ones these are."""
+    norms = queries_ND.square().sum(1, keepdim=True) + references_RD.square().sum(1)
+    smallest, index = (norms - 2 * queries_ND @ references_RD.T).min(1)
+    return smallest.clamp(min=0), index
 
 
 def verbatim_share(codes_BT: Tensor, training_codes: Tensor) -> float:
     """Share of rows of codes that occur, whole, among the rows of training codes; in [0, 1]."""
-    if codes_BT.shape[1:] != training_codes.shape[1:] or not len(codes_BT):
-        raise ValueError(f"cannot look for codes {tuple(codes_BT.shape)} among {tuple(training_codes.shape)}")
-    rows = torch.cat([codes_BT.long(), training_codes.long()])
-    _, row_ids = torch.unique(rows, dim=0, return_inverse=True)
-    return torch.isin(row_ids[: len(codes_BT)], row_ids[len(codes_BT) :]).double().mean().item()
+    return verbatim_shares([codes_BT], [training_codes])[0]
+
+
+def verbatim_shares(codes: Sequence[Tensor], training_codes: Iterable[Tensor]) -> list[float]:
+    """`verbatim_share` of several sets of rows (B, T), which are in memory, in one pass over training rows."""
+    looked_for = [_row_bytes(rows_BT) for rows_BT in codes]
+    wanted, found = set().union(*looked_for), set[bytes]()
+    for batch in training_codes:
+        for rows_BT in codes:
+            if rows_BT.shape[1:] != batch.shape[1:] or not len(rows_BT):
+                raise ValueError(f"cannot look for codes {tuple(rows_BT.shape)} among {tuple(batch.shape)}")
+        found |= wanted.intersection(_row_bytes(batch))
+    return [sum(row in found for row in rows) / len(rows) for rows in looked_for]
+
+
+def _row_bytes(codes_BT: Tensor) -> list[bytes]:
+    """Each row as bytes, equal where the rows are."""
+    data, width = codes_BT.to("cpu", torch.int32).contiguous().numpy().tobytes(), 4 * codes_BT.shape[1]
+    return [data[at : at + width] for at in range(0, len(data), width)]
 
 
 def distinct_share(codes_BT: Tensor) -> float:

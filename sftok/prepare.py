@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.artifacts import FileEntry, put
 from infra.progress import Progress, silent
+from infra.shards import FileEntry, put, split_of
 from infra.store import Store
 from infra.workers import WorkerOptions, map_shards
 from sftok.config import DataConfig
@@ -95,7 +95,7 @@ def prepare(
     _check_rate(source, found, rejects, config, out)
     _check_usable(source, accepted, rejects)
     out.at(OPENED).delete_tree()
-    train = sum(file.rows or 0 for file in files if file.path.startswith("train-"))
+    train = sum(file.rows or 0 for file in files if split_of(file.path) == "train")
     counts = {
         "found": found,
         "accepted": len(accepted),
@@ -120,7 +120,7 @@ def _join(results: Sequence[ShardResult]) -> pa.Table:
     """What was accepted, with its split, by image id."""
     tables = [
         result.accepted.append_column(
-            "split", pa.array([result.file.path.partition("-")[0]] * len(result.accepted), pa.string())
+            "split", pa.array([split_of(result.file.path)] * len(result.accepted), pa.string())
         )
         for result in results
     ]

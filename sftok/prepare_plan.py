@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.shards import shard_name, split_of
 from sftok.config import DataConfig
 from sftok.source_entries import SPLITS, Entries, Source, values
 
@@ -43,7 +44,7 @@ class ShardJobs(Sequence[ShardJob]):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
         chosen = self.order[self.starts[at] : self.starts[at + 1]]
-        return ShardJob(self.names[at], self.names[at].partition("-")[0], self.entries.take(pa.array(chosen)))
+        return ShardJob(self.names[at], split_of(self.names[at]) or "", self.entries.take(pa.array(chosen)))
 
 
 def plan_shards(source: Source, config: DataConfig) -> ShardJobs:
@@ -59,9 +60,7 @@ def plan_shards(source: Source, config: DataConfig) -> ShardJobs:
     is_val = _held_out(entries, draws, config) | _equals(entries.column("split"), "val")
     shards = np.where(is_val, config.num_shards + hashes % config.num_val_shards, hashes % config.num_shards)
     counts = {"train": config.num_shards, "val": config.num_val_shards}
-    names = [
-        f"{split}-{index:05d}-of-{counts[split]:05d}.parquet" for split in SPLITS for index in range(counts[split])
-    ]
+    names = [shard_name(split, index, counts[split]) for split in SPLITS for index in range(counts[split])]
     sizes = np.bincount(shards.astype(np.int64), weights=entries.column("size").to_numpy(), minlength=len(names))
     if sizes.max() > LARGE_SHARD:
         log.warning(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.artifacts import FileEntry, shard_entry, write_shard
+from infra.shards import FileEntry, shard_entry, write_shard
 from infra.store import Store
 from sftok.config import DataConfig
 from sftok.image_file import UnreadableImageError, to_rgb

@@ -6,7 +6,6 @@ of pixels that they make is another `PREPROCESSING`, which belongs to an artifac
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 
 from sftok.config import AugmentConfig
 from sftok.image_file import UnreadableImageError, to_rgb
+from sftok.views import variant_name
 
 __all__ = [
     "PREPROCESSING",
@@ -24,6 +24,7 @@ __all__ = [
     "augment",
     "crop",
     "resize_shorter",
+    "ten_crop",
     "to_float",
     "to_rgb",
     "uniforms",
@@ -60,6 +61,16 @@ def crop(image: torch.Tensor, size: int, where: float | None = None) -> torch.Te
     room = image.shape[1] - size, image.shape[2] - size
     top, left = (round(side / 2) if where is None else int(where * (side + 1)) for side in room)
     return image[:, top : top + size, left : left + size]
+
+
+def ten_crop(images: torch.Tensor, size: int, number: int) -> torch.Tensor:
+    """The view crop-`number` (1 to 10), (..., size, size), of images (..., H, W): as torchvision's TenCrop."""
+    height, width = images.shape[-2] - size, images.shape[-1] - size
+    places = (0, 0), (0, width), (height, 0), (height, width), (round(height / 2), round(width / 2))
+    turn, place = divmod(number - 1, len(places))
+    top, left = places[place]
+    mirrored = images.flip(-1) if turn else images
+    return mirrored[..., top : top + size, left : left + size]
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -102,19 +113,6 @@ def affine(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequence
     x, y = at[None, None, :], at[None, :, None]
     grid = torch.stack((a * x + b * y + c, d * x + e * y + f), dim=-1).to(images.dtype)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def variant_name(name: str) -> tuple[str, int]:
-    """Split a variant's name into its kind and number: center, flip, or affine-K with K from 1.
-
-    Raises:
-        ValueError: for any other name.
-    """
-    if name in ("center", "flip"):
-        return name, 0
-    if match := re.fullmatch(r"affine-([1-9][0-9]{0,5})", name):
-        return "affine", int(match[1])
-    raise ValueError(f"variant {name!r} is not known: choose center, flip, or affine-1, affine-2 ...")
 
 
 def _inverse_affine(config: AugmentConfig, draw: Sequence[float]) -> tuple[float, ...]:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from infra.artifacts import FileEntry, shard_entry, write_shard
 from infra.progress import Progress
+from infra.shards import FileEntry, shard_entry, write_shard
 from infra.store import Store
 from infra.workers import WorkerOptions, map_shards
 from sftok.config import DataConfig

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote
 
+from infra.errors import TransientError
 from infra.s3 import Bucket
 from infra.store import BUCKET
 from sftok.source_entries import POSSIBLE, Entry, RejectedEntryError
@@ -100,11 +101,16 @@ class FolderReader:
     root: str
 
     def __call__(self, entry: Entry) -> bytes:
-        """Return the bytes of an image; one that is gone or forbidden is rejected, other errors are the storage's."""
+        """Return the bytes of an image; one that is gone or forbidden is rejected, other errors are the storage's.
+
+        Raises:
+            RejectedEntryError: it cannot be read.
+            TransientError: it is not what was listed: the source has to be listed again.
+        """
         files, path = locate(self.root, entry.file) if entry.file else (open_files(self.root), entry.image_id)
         try:
             if entry.offset is None:
-                return files.read(path)
+                return _as_listed(entry, files.read(path))
             data = files.read_range(path, entry.offset, entry.offset + entry.size)
         except FileNotFoundError as error:
             raise RejectedEntryError("gone since it was listed") from error
@@ -113,6 +119,15 @@ class FolderReader:
         if len(data) < entry.size:
             raise RejectedEntryError("its file is shorter than when it was listed")
         return data
+
+
+def _as_listed(entry: Entry, data: bytes) -> bytes:
+    if len(data) != entry.size:
+        raise TransientError(
+            f"{entry.image_id!r} has {len(data)} bytes, {entry.size} when it was listed: the source changed, and is "
+            "listed again"
+        )
+    return data
 
 
 def is_image_name(name: str) -> bool:

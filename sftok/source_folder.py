@@ -48,16 +48,32 @@ def list_folder(uri: str, config: DataConfig) -> Source:
 
     entries = Entries.of(all_entries()).sorted()
     if not len(entries):
-        raise ValueError(f"source {files.uri!r} holds no images: put images into DIR/CLASS/, {_UNLABELLED}")
+        raise _empty(files.uri)
     names = None if config.labels == "none" else _check_classes(files.uri, len(entries), classes, config)
-    stated = stated_names(config)
-    if stated is not None and names is not None and (unknown := sorted(set(names) - set(stated))):
-        raise ValueError(
-            f"source {files.uri!r}: class folder {unknown[0]!r} is not in data.class_names_file = "
-            f"{config.class_names_file!r} ({len(unknown)} such): add it to the file, or remove the folder"
-        )
+    stated = _check_stated(files.uri, names, config)
     is_stated = stated is not None and names is not None
     return Source(files.uri, entries, stated if is_stated else names, FolderReader(files.uri), is_declared=is_stated)
+
+
+def check_folder(uri: str, config: DataConfig) -> None:
+    """Look at the top of an ImageFolder: an image, and the class folders; what is in each is not listed.
+
+    Raises:
+        ValueError: as `list_folder`, as far as can be seen from there.
+    """
+    files = open_files(uri)
+    check_exists(files)
+    parts = _layout(files)
+    if not any(next(iter(files.walk(part.prefix)), None) for part in parts):
+        raise _empty(files.uri)
+    if config.labels == "none":
+        return
+    tops = {part.prefix: visible(files.scan(part.prefix)) for part in parts}
+    folders = {prefix: {item.name for item in top if item.is_folder} for prefix, top in tops.items()}
+    # A folder named like an image is a class only if something is in it, which the listing will tell.
+    if not any(map(is_image_name, set().union(*folders.values()))):
+        names = _check_classes(files.uri, sum(map(len, tops.values())), folders, config)
+        _check_stated(files.uri, names, config)
 
 
 def check_exists(files: Files) -> None:
@@ -126,6 +142,21 @@ def _unlabelled(files: Files, part: _Part) -> Iterator[Entry]:
 
 def _entry(item: Item, class_name: str | None, split: str | None, problem: str | None = None) -> Entry:
     return Entry(item.path, item.size, item.version, class_name, split, item.problem or problem)
+
+
+def _empty(uri: str) -> ValueError:
+    return ValueError(f"source {uri!r} holds no images: put images into DIR/CLASS/, {_UNLABELLED}")
+
+
+def _check_stated(uri: str, names: Sequence[str] | None, config: DataConfig) -> tuple[str, ...] | None:
+    """The class names of the file, which has to hold all those of the folders."""
+    stated = stated_names(config)
+    if stated is not None and names is not None and (unknown := sorted(set(names) - set(stated))):
+        raise ValueError(
+            f"source {uri!r}: class folder {unknown[0]!r} is not in data.class_names_file = "
+            f"{config.class_names_file!r} ({len(unknown)} such): add it to the file, or remove the folder"
+        )
+    return stated
 
 
 def _check_classes(uri: str, count: int, classes: dict[str, set[str]], config: DataConfig) -> tuple[str, ...] | None:

@@ -32,14 +32,8 @@ def list_index(uri: str, config: DataConfig) -> Source:
     Raises:
         ValueError: the index cannot be read, or lacks a column.
     """
-    files, name = beside(uri)
-    try:
-        file = files.open(name)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        problem = "is a folder: give the index itself" if isinstance(error, IsADirectoryError) else "does not exist"
-        raise ValueError(f"source {uri!r} {problem}") from error
-    table = _read(uri, file, config)
-    reader = FolderReader(files.uri)
+    table = _table(uri, config)
+    reader = FolderReader(beside(uri)[0].uri)
     stated = stated_names(config)
     splits = _splits(uri, table)
     entries = Entries.of(_entries(reader.root, table, splits, stated)).without_repetitions()
@@ -53,9 +47,33 @@ def list_index(uri: str, config: DataConfig) -> Source:
     return Source(uri, entries, names, reader, is_declared=stated is not None or are_numbers(names))
 
 
+def check_index(uri: str, config: DataConfig) -> None:
+    """Read an index, and look at none of the images that it names.
+
+    Raises:
+        ValueError: as `list_index`, as far as the index tells.
+    """
+    stated_names(config)
+    table = _table(uri, config)
+    if not len(table):
+        raise ValueError(f"source {uri!r} names no images: add rows")
+    _splits(uri, table)
+
+
 def is_index(schema: pa.Schema, config: DataConfig) -> bool:
     """Whether a Parquet file's columns are those of an index."""
     return _choose(schema.names, config.image_column, PATHS) is not None
+
+
+def _table(uri: str, config: DataConfig) -> pa.Table:
+    """What the index at `uri` holds, as `_read`."""
+    files, name = beside(uri)
+    try:
+        file = files.open(name)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        problem = "is a folder: give the index itself" if isinstance(error, IsADirectoryError) else "does not exist"
+        raise ValueError(f"source {uri!r} {problem}") from error
+    return _read(uri, file, config)
 
 
 def _read(uri: str, file: BinaryIO, config: DataConfig) -> pa.Table:

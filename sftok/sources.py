@@ -1,7 +1,7 @@
 """Where images come from: the door to all kinds of sources, each of which has a chapter of its own (`source_*.py`).
 
 A source is listed once, by the driver, without reading pixels; its reader is small and picklable and goes to workers.
-Another kind of source is another `list_...` function and another reader.
+Another kind of source is another `list_...` function and another reader. `check_source` takes a look beforehand.
 """
 
 import itertools
@@ -12,12 +12,22 @@ from sftok.config import DataConfig
 from sftok.source_digits import list_digits
 from sftok.source_entries import DIGITS, POSSIBLE, SPLITS, Container, Entries, Entry, RejectedEntryError, Source
 from sftok.source_files import Files, FolderReader, Item, beside, is_image_name, open_files, visible
-from sftok.source_folder import check_exists, list_folder
-from sftok.source_index import is_index, list_index
+from sftok.source_folder import check_exists, check_folder, list_folder
+from sftok.source_index import check_index, is_index, list_index
 from sftok.source_parquet import image_candidates, list_parquet, schema_of
 from sftok.source_tar import list_tars
 
-__all__ = ["DIGITS", "SPLITS", "Entries", "Entry", "FolderReader", "RejectedEntryError", "Source", "list_source"]
+__all__ = [
+    "DIGITS",
+    "SPLITS",
+    "Entries",
+    "Entry",
+    "FolderReader",
+    "RejectedEntryError",
+    "Source",
+    "check_source",
+    "list_source",
+]
 
 KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
     "folder": list_folder,
@@ -25,6 +35,8 @@ KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
     "parquet": list_parquet,
     "index": list_index,
 }
+# What is looked at beforehand; tars and Parquet files are few beside the images in them, and are listed.
+CHECKS: dict[str, Callable[[str, DataConfig], object]] = {**KINDS, "folder": check_folder, "index": check_index}
 _BY_SUFFIX = {".tar": "webdataset", ".csv": "index", ".tsv": "index"}
 _LOOKED_INTO = 8  # folders that tell what is in the others
 _SEEN = 1000  # files of a folder that tell what the others are
@@ -45,6 +57,25 @@ def list_source(source: str, config: DataConfig | None = None) -> Source:
     config = config or DataConfig(image_size=1)
     if source == DIGITS:
         return list_digits(config)
+    kind, uri = _kind_and_place(source, config)
+    return KINDS[kind](uri, config)
+
+
+def check_source(source: str, config: DataConfig) -> None:
+    """Look whether a source can be listed, at a few requests: that it is there, of which kind, its first entries.
+
+    What only a whole listing tells, such as a class folder without images, is left to `list_source`.
+
+    Raises:
+        ValueError: naming the source and the remedy.
+    """
+    if source != DIGITS:
+        kind, uri = _kind_and_place(source, config)
+        CHECKS[kind](uri, config)
+
+
+def _kind_and_place(source: str, config: DataConfig) -> tuple[str, str]:
+    """The kind of a source, and the path or URI without a prefix that says it."""
     if not source:
         raise ValueError(f"no data source is named: give {POSSIBLE}")
     kind, colon, uri = source.partition(":")
@@ -52,7 +83,7 @@ def list_source(source: str, config: DataConfig | None = None) -> Source:
         kind, uri = _recognised(source, config), source
     if not uri:
         raise ValueError(f"source {source!r} names no place after {kind}: give a path or s3:// URI")
-    return KINDS[kind](uri, config)
+    return kind, uri
 
 
 def _recognised(uri: str, config: DataConfig) -> str:

@@ -40,42 +40,73 @@ class S3Server(NamedTuple):
         }
 
 
+class Instance:
+    """One server's process, ports and folder; it can be killed and started again."""
+
+    def __init__(self, home: Path) -> None:
+        names = [f"{name}.port{kind}" for name in PORTS for kind in ("", ".grpc")]
+        self.home, self.ports = home, dict(zip(names, _free_ports(len(names)), strict=True))
+        self.server = S3Server(f"http://{HOST}:{self.ports['s3.port']}", "test-access-key", "test-secret-key")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> bool:
+        """Start the process; whether it is ready and has its buckets before the time is over."""
+        flags = {"ip": HOST, "ip.bind": HOST, "dir": str(self.home), "bucket": ",".join(BUCKETS), **self.ports}
+        flags |= {"master.telemetry": "false", "webdav": "false", "admin.ui": "false"}
+        flags |= {"s3.port.iceberg": 0, "s3.port.lance": 0, "s3.autoCreateBucket": "false"}
+        weed = Path(sysconfig.get_path("scripts")) / "weed"
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "GOMEMLIMIT": "300MiB", "GOGC": "50"}
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(weed), "mini", *(f"-{name}={value}" for name, value in flags.items())],
+                cwd=self.home,
+                env=environment | self.server.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        return _is_ready(self.server, self.process)
+
+    def kill(self) -> None:
+        """Kill -9, as when its machine is lost; what it had confirmed is in its folder."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self) -> None:
+        """Ask it to end, and kill it if it does not."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
 @contextmanager
-def running_server(folder: Path, attempts: int = 3) -> Iterator[S3Server]:
-    """The server, ready and with its buckets; another process may take a free port first, hence the attempts."""
+def running_instance(folder: Path, attempts: int = 3) -> Iterator[Instance]:
+    """A server, ready and with its buckets; another process may take a free port first, hence the attempts."""
     for attempt in range(attempts):
         home = folder / str(attempt)
         home.mkdir()
-        server, process = _start(home)
+        instance = Instance(home)
         try:
-            if _is_ready(server, process):
-                yield server
+            if instance.start():
+                yield instance
                 return
         finally:
-            _stop(process)
+            instance.stop()
     log = (folder / str(attempts - 1) / "log").read_text(errors="replace")
     raise RuntimeError(f"the S3 server did not start: {log[-2000:]}")
 
 
-def _start(home: Path) -> tuple[S3Server, "subprocess.Popen[bytes]"]:
-    ports = dict(zip([f"{name}.port{kind}" for name in PORTS for kind in ("", ".grpc")], _free_ports(10), strict=True))
-    server = S3Server(f"http://{HOST}:{ports['s3.port']}", "test-access-key", "test-secret-key")
-    flags = {"ip": HOST, "ip.bind": HOST, "dir": str(home), "bucket": ",".join(BUCKETS), **ports}
-    flags |= {"master.telemetry": "false", "webdav": "false", "admin.ui": "false"}
-    flags |= {"s3.port.iceberg": 0, "s3.port.lance": 0, "s3.autoCreateBucket": "false"}
-    weed = Path(sysconfig.get_path("scripts")) / "weed"
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "GOMEMLIMIT": "300MiB", "GOGC": "50"}
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [str(weed), "mini", *(f"-{name}={value}" for name, value in flags.items())],
-            cwd=home,
-            env=environment | server.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
-    return server, process
+@contextmanager
+def running_server(folder: Path) -> Iterator[S3Server]:
+    """How to reach a server that runs as long as the block."""
+    with running_instance(folder) as instance:
+        yield instance.server
 
 
 def _end_with_parent() -> None:
@@ -109,15 +140,6 @@ def _is_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> bool:
         else:
             return True
     return False
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Runs benchmarks, each in a process of its own: `python -m tests.benchmarks [NAME ...]`, all of them without names.
+"""Runs benchmarks, each in a process of its own: `python -m tests.benchmarks [NAME ...] [--full]`, all without names.
 
 A benchmark measures itself beside its reference, or beside the machine's limit, in one run and prints the ratio:
 times of a shared machine mean little, ratios more.
@@ -12,7 +12,9 @@ FOLDER = Path(__file__).parent
 NAMES = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    names = [argument for argument in arguments if not argument.startswith("--")]
+    options = [argument for argument in arguments if argument.startswith("--")]  # those of the benchmarks themselves
     if unknown := sorted(set(names) - set(NAMES)):
         sys.stderr.write(f"unknown benchmarks {', '.join(unknown)}; there are: {', '.join(NAMES)}\n")
         return 2
@@ -20,7 +22,9 @@ def main(names: list[str]) -> int:
     for name in names or NAMES:
         sys.stdout.write(f"== {name}\n")
         sys.stdout.flush()
-        codes.append(subprocess.run([sys.executable, "-m", f"tests.benchmarks.bench_{name}"], check=False).returncode)
+        codes.append(
+            subprocess.run([sys.executable, "-m", f"tests.benchmarks.bench_{name}", *options], check=False).returncode
+        )
     return max(codes, default=0)
 
 

@@ -2,7 +2,7 @@
 
 The model is a small SFTok at 64 px, images are JPEGs of 64 px in a folder. The bare loop has its images as floats in
 memory, in the same micro-batches, with one thread a process, in as many processes as there are workers.
-`--full` goes to a million rows.
+`python -m tests.benchmarks pipeline --full` goes to a million rows.
 """
 
 import functools
@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from infra.artifacts import Manifest, Plan, publish, put, write_shard
+from infra.artifacts import Manifest, Plan, publish
 from infra.cluster import session
 from infra.codes import CodesInfo
+from infra.shards import put, shard_name, write_shard
 from infra.store import Store
-from infra.verify import shard_name
 from infra.workers import WorkerOptions, map_shards
 from sftok.artifacts import save_tokenizer
 from sftok.config import AugmentConfig, DataConfig, TeacherConfig, TokenizerConfig, TransformerConfig

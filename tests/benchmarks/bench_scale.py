@@ -16,12 +16,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.artifacts import FileEntry, Manifest, Plan, publish, put, shard_entry, write_shard
+from infra.artifacts import Manifest, Plan, publish
 from infra.cluster import session
+from infra.pages import PAGE_ENTRIES, PagedEntries, write_page
 from infra.s3 import Bucket
+from infra.shards import FileEntry, put, shard_entry, shard_name, write_shard
 from infra.store import Store
-from infra.verify import Ledger, shard_name
+from infra.verify import Ledger
 from infra.workers import WorkerOptions, map_shards
+from sftok.encode_groups import GROUPS
 from sftok.source_entries import Entries, Entry
 from tests.benchmarks.table import show
 from tests.s3_server import running_server
@@ -31,10 +34,12 @@ WAITING = (2, 8, 800, 8_000)  # calls that the driver waits for at once
 ROUNDS = 20
 GROUP = 256  # images in a row group of image Parquet
 ENTRIES = (1_000, 10_000, 100_000)
+GROUP_SHARDS = 1_000_000 // GROUPS
 
 
 def main() -> None:
     manifests()
+    paged()
     publishing()
     driver()
     waiting()
@@ -63,13 +68,9 @@ def taken(call: Callable[[], object]) -> float:
 
 def manifests() -> None:
     """The manifest of a dataset of so many shards: what publishing writes, and what every later stage reads."""
-    with tempfile.TemporaryDirectory() as place:
-        base = publish(
-            Store(place), Plan(kind="codes", version=1, config={}), files=[], counts={}, metrics={}, seconds=0
-        )
     rows: list[list[object]] = []
     for count in ENTRIES:
-        manifest = base.model_copy(update={"files": entries(count)})
+        manifest = empty().model_copy(update={"files": entries(count)})
         text = manifest.model_dump_json(indent=1).encode()
         dense = manifest.model_dump_json().encode()
         process, before = psutil.Process(), psutil.Process().memory_info().rss
@@ -83,6 +84,32 @@ def manifests() -> None:
         rows.append([f"{count:,}", *sizes, f"{write:.3f}", f"{read:.3f}", f"{memory / 1e6:.0f}"])
     columns = ["files", "MB", "bytes a file", "without indent", "write s", "parse s", "memory MB"]
     show("manifest.json", columns, rows)
+
+
+def empty() -> Manifest:
+    """A manifest that lists nothing."""
+    with tempfile.TemporaryDirectory() as place:
+        plan = Plan(kind="codes", version=1, config={})
+        return publish(Store(place), plan, files=[], counts={}, metrics={}, seconds=0)
+
+
+def paged() -> None:
+    """A million shards in pages: those of a manifest that was published whole, and those that groups of 30 leave."""
+    rows, shards = [], 1_000_000
+    for size in (PAGE_ENTRIES, GROUP_SHARDS):
+        with tempfile.TemporaryDirectory() as place:
+            folder = Store(place).at("artifacts")
+            count = min(shards, 2_000 * size)  # so many pages tell what one costs
+            some = [write_page(folder, entries(size)) for _ in range(2)]
+            pages = tuple(some[at % 2] for at in range(shards // size))
+            manifest = empty().model_copy(update={"pages": pages})
+            text = manifest.model_dump_json(indent=1).encode()
+            read = taken(lambda text=text: Manifest.model_validate_json(text))
+            listed = PagedEntries(folder, pages[: count // size])
+            going = taken(lambda listed=listed: sum(entry.size for entry in listed)) / len(listed.pages) * len(pages)
+        rows.append([f"{size:,}", f"{len(pages):,}", f"{len(text) / 1e6:.2f}", f"{read:.3f}", f"{going:.0f}"])
+    columns = ["shards a page", "pages", "manifest MB", "read, s", "all entries gone through, s, local folder"]
+    show("a million shards in pages", columns, rows)
 
 
 def publishing() -> None:

@@ -12,22 +12,18 @@ from infra import provenance
 from infra.artifacts import (
     MANIFEST,
     ArtifactRef,
-    FileEntry,
     Manifest,
     Plan,
     _check_files,
     find,
     folder_of,
     key_of,
-    lineage,
     publish,
-    put,
     ref_of,
-    resolve,
-    shard_entry,
     verify,
-    write_shard,
 )
+from infra.lineage import lineage, resolve
+from infra.shards import FileEntry, put, shard_entry, write_shard
 from infra.store import Store
 
 PLAN = Plan(kind="images", version=1, config={"size": 32, "strength": 0.5})
@@ -121,10 +117,10 @@ class TestPublish:
             FileEntry(path=f"train-{n:05d}-of-99999.parquet", size=1, sha256="0" * 64, rows=1) for n in range(99_999)
         ]
         started = time.monotonic()
-        _check_files(store, PLAN, files)  # none of them is there, and nobody asks
+        _check_files(store, PLAN, files, ())  # none of them is there, and nobody asks
         assert time.monotonic() - started < 5
         with pytest.raises(ValueError, match=r"listed twice: train-00007-of-99999\.parquet$"):
-            _check_files(store, PLAN, [*files, files[7]])
+            _check_files(store, PLAN, [*files, files[7]], ())
 
     def test_infinite_metrics_survive(self, store: Store) -> None:
         publish(store, PLAN, files=[], counts={}, metrics={"psnr": float("inf")}, seconds=1)

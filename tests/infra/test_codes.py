@@ -2,8 +2,10 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import random
 import re
+import sys
 from pathlib import Path
 
 import duckdb
@@ -15,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import infra.codes
-from flows import stages
-from infra.artifacts import folder_of
+from flows import cli, stages
+from infra.artifacts import folder_of, manifest_of
 from infra.codes import CodeRows, CodesInfo, from_parquet, load_codes, load_info, read_codes, to_parquet
 from infra.store import Store
 from tests.flows.small_dataset import Made, draw_images
@@ -367,6 +369,7 @@ def test_examples_give_what_was_encoded(example, encoded, tmp_path, monkeypatch)
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     info, train = read_codes(encoded, [name for name in encoded.list("train-") if name.endswith(".parquet")])
     _, val = read_codes(encoded, [name for name in encoded.list("val-") if name.endswith(".parquet")])
     scope = {"folder": encoded.uri}
@@ -384,6 +387,36 @@ def test_examples_give_what_was_encoded(example, encoded, tmp_path, monkeypatch)
         assert scope["info"] == info.as_json()
     if "batch" in scope:
         assert scope["batch"].shape == (32, info.num_tokens)
+
+
+def run_cli(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def test_files_that_lie_with_another_version_are_listed(tmp_path, capsys):
+    """What the globs do not see: a dataset of one image more takes the other shards from the one before."""
+    draw_images(tmp_path / "source")
+    made = Made(Store(tmp_path / "store"), tmp_path / "source")
+    tokenizer = made.tokenizer(0)
+    first = made.run(stages.ENCODE, images=made.run(stages.PREPARE), tokenizer=tokenizer)
+    draw_images(tmp_path / "source", 21)
+    second = made.run(stages.ENCODE, images=made.run(stages.PREPARE), tokenizer=tokenizer)
+    manifest = manifest_of(made.store, second)
+    assert 0 < manifest.counts["reused"] < manifest.counts["shards"]
+    for split in ("train", "val"):
+        assert run_cli("files", f"codes/{second.digest}", "--split", split, "--store", made.store.uri) == 0
+        listed = capsys.readouterr().out.splitlines()
+        names = [name.removeprefix(f"{made.store.uri}/") for name in listed]
+        assert len(names) == {"train": 3, "val": 2}[split]
+        _, rows = read_codes(made.store, names)
+        assert len({*rows.image_id}) == manifest_of(made.store, manifest.inputs["images"]).counts[split]
+    whole = f"{made.store.uri}/artifacts/codes/{first.digest}"
+    assert run_cli("files", whole, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == 5
+    assert run_cli("files", whole, "--split", "test") == 2
+    assert "has no split 'test': it has the splits train, val" in capsys.readouterr().err
 
 
 def test_the_contract_names_every_column_and_field():

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from infra.settings import Settings
 
-NAMES = ("SFTOK_STORE", "SFTOK_HOME", "SFTOK_RAY_ADDRESS", "RAY_ADDRESS", "PREFECT_API_URL")
+NAMES = ("SFTOK_STORE", "SFTOK_HOME", "SFTOK_S3_PATIENCE", "SFTOK_RAY_ADDRESS", "RAY_ADDRESS", "PREFECT_API_URL")
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,7 @@ def test_defaults_need_nothing() -> None:
     settings = Settings()
     assert settings.store == "./store"
     assert settings.home == Path.home() / ".sftok"
+    assert settings.s3_patience == 60
     assert settings.ray_address is None
     assert settings.prefect_api_url is None
 

@@ -6,7 +6,8 @@ import tracemalloc
 
 import pytest
 
-from infra.artifacts import FileEntry, Plan, folder_of, publish, put, write_shard
+from infra.artifacts import Plan, folder_of, publish
+from infra.shards import FileEntry, put, write_shard
 from infra.store import Store
 from infra.verify import (
     Ledger,
@@ -102,7 +103,7 @@ def test_shards_are_numbered_without_gaps(store: Store) -> None:
     manifest = publish(
         store, PLAN, files=[put(folder, name, b"", 0) for name in names], counts={}, metrics={}, seconds=0
     )
-    (finding,) = check_shard_names(folder, manifest)
+    (finding,) = check_shard_names(store, manifest)
     assert finding.file == "train-00001-of-00003.parquet"
 
 

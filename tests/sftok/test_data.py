@@ -9,9 +9,9 @@ from PIL import Image
 
 from infra.store import Store
 from sftok.config import AugmentConfig, DataConfig
-from sftok.data import ImageRows, ImageSet, TrainImages, variant_images
+from sftok.data import ImageRows, ImageSet, TrainImages, decoded_chunks, stored_labels, variant_images
 from sftok.prepare import prepare
-from sftok.preprocess import crop, resize_shorter, to_float, to_rgb
+from sftok.preprocess import crop, resize_shorter, ten_crop, to_float, to_rgb
 from sftok.sources import FolderReader, Source, list_source
 
 CONFIG = DataConfig(image_size=8, val_fraction=0.25, num_shards=3, num_val_shards=2)
@@ -238,6 +238,32 @@ def test_an_affine_view_that_changes_nothing_is_refused():
         variant_images(rows_of(2), "affine-1", STILL)
     with pytest.raises(ValueError, match="'ten_crop' is not known"):
         variant_images(rows_of(2), "ten_crop", MOVING)
+
+
+def test_crops_are_of_the_larger_square_and_change_no_other_view(image_set, tmp_path):
+    name = image_set.shards("train")[0]
+    plain = [chunk.rows for chunk in decoded_chunks(image_set.folder, name, 8, 3)]
+    larger = [chunk.rows for chunk in decoded_chunks(image_set.folder, name, 8, 3, larger_size=11)]
+    assert [rows.image_ids for rows in larger] == [rows.image_ids for rows in plain]
+    for one, two in zip(plain, larger, strict=True):
+        for view in ("center", "flip", "affine-1"):
+            assert torch.equal(variant_images(one, view, MOVING), variant_images(two, view, MOVING))
+        for number in range(1, 11):
+            views = variant_images(two, f"crop-{number}", STILL)
+            for image_id, view in zip(two.image_ids, views, strict=True):
+                image = to_rgb((tmp_path / "data" / image_id).read_bytes())
+                square = crop(resize_shorter(image, 11), 11)
+                assert torch.equal(view, to_float(ten_crop(square, 8, number)))
+    with pytest.raises(ValueError, match="'crop-3' is cut from a larger square"):
+        variant_images(plain[0], "crop-3", STILL)
+
+
+def test_labels_are_read_without_images(image_set):
+    name = image_set.shards("train")[0]
+    rows = image_set.read_shard(name, 8)
+    read = list(stored_labels(image_set.folder, name))
+    assert [image_id for part in read for image_id in part.image_ids] == rows.image_ids
+    assert [class_id for part in read for class_id in part.class_ids] == rows.class_ids.tolist()
 
 
 @pytest.mark.s3

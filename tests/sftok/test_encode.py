@@ -20,11 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from infra.artifacts import FileEntry, Manifest, Plan, folder_of, key_of, publish, ref_of, verify
+from infra.artifacts import Manifest, Plan, folder_of, key_of, publish, ref_of, verify
 from infra.cluster import session
 from infra.codes import CodeRows, CodesInfo, read_codes, to_parquet
 from infra.errors import TransientError
 from infra.reuse import Reuse
+from infra.shards import FileEntry
 from infra.store import Store
 from infra.workers import WorkerOptions, map_shards
 from sftok.artifacts import load_tokenizer, save_tokenizer
@@ -32,7 +33,9 @@ from sftok.config import AugmentConfig, DataConfig
 from sftok.data import AHEAD, ImageSet, ahead, variant_images
 from sftok.encode import FAILED, Encoded, EncodeJob, ShardEncoder, encode, encode_images
 from sftok.prepare import prepare
+from sftok.preprocess import crop, resize_shorter, ten_crop, to_float, to_rgb
 from sftok.sources import list_source
+from sftok.views import CROPS
 from tests.sftok.tiny import SIZE, TOKENIZER, tokenizer
 
 DATA = DataConfig(image_size=SIZE, val_fraction=0.2, num_shards=6, num_val_shards=2)
@@ -405,6 +408,50 @@ def test_unknown_views_are_refused_before_workers_start(copied) -> None:
             encode(EncodeJob(**{**vars(other), "augment": AugmentConfig()}), images, options=HERE)
 
 
+class PixelEncoder(ShardEncoder):
+    """Its codes tell images apart: they are some pixels."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        super().__init__(job)
+        self.encoder = lambda images, _: self.codes(images)  # type: ignore[assignment,misc]
+
+    @staticmethod
+    def codes(images: torch.Tensor) -> torch.Tensor:
+        """The red of the diagonal, (n, N) below the codebook's size."""
+        diagonal = images[:, 0].diagonal(dim1=1, dim2=2)[:, : TOKENIZER.num_latent_tokens]
+        return (diagonal * 255).round().long() % TOKENIZER.codebook_size
+
+
+def test_ten_crops_are_ten_rows_an_image_and_leave_other_views_alone(copied, home, reference) -> None:
+    store, images = copied()
+    job = job_of(store, images)
+    views = {"variants": {"train": ("center", "flip", *CROPS), "val": ("center",)}, "ten_crop_resize": 1.5}
+    cropped = EncodeJob(**{**vars(job), **views, "out": store.at("cropped"), "reuse": None})
+    made = encode(cropped, images, options=HERE)
+    assert (made.counts["rows"], made.counts["failed"]) == (12 * images.counts["train"] + images.counts["val"], 0)
+    assert {file.path: file.sha256 for file in made.files if "val" in file.path}.items() <= reference.items()
+
+    entry, pixels = next(file for file in images.files if file.path == FIRST), store.at("pixels")
+    PixelEncoder(EncodeJob(**{**vars(cropped), "out": pixels}))(entry)
+    rows = read_codes(pixels, [FIRST])[1]
+    found = dict(zip(zip(rows.image_id, rows.variant, strict=True), rows.codes.tolist(), strict=True))
+    assert len(found) == 12 * (entry.rows or 0)
+    for image_id in set(rows.image_id):
+        image = to_rgb((home / "data" / image_id).read_bytes())
+        small, large = (crop(resize_shorter(image, side), side) for side in (SIZE, int(SIZE * 1.5)))
+        expected = [small, small.flip(-1), *(ten_crop(large, SIZE, number) for number in range(1, 11))]
+        codes = PixelEncoder.codes(to_float(torch.stack(expected))).tolist()
+        assert [found[image_id, view] for view in cropped.variants["train"]] == codes
+        assert len(set(map(tuple, codes))) == 12
+
+
+def test_crops_without_room_are_refused_before_workers_start(copied) -> None:
+    store, images = copied()
+    tight = {"variants": {"train": CROPS, "val": ("center",)}, "ten_crop_resize": 1.01}
+    with pytest.raises(ValueError, match=f"leaves crops of {SIZE} pixels no room"):
+        encode(EncodeJob(**{**vars(job_of(store, images)), **tight}), images, options=HERE)
+
+
 # --- other versions of the data --------------------------------------------------------------------------------------
 
 
@@ -538,7 +585,8 @@ def test_no_more_than_a_micro_batch_is_ever_float(copied, monkeypatch) -> None:
         sizes.append(len(rows.image_ids))
         return variant_images(rows, variant, augment)
 
-    monkeypatch.setattr("sftok.encode.variant_images", measured)
+    for module in ("encode", "encode_shard"):
+        monkeypatch.setattr(f"sftok.{module}.variant_images", measured)
     encode(job_of(store, images, micro_batch=2), images, options=HERE)
     assert max(sizes) == 2
     assert sum(sizes) == rows_of(images) + 2  # and one image for each view, to see that it is known

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.artifacts import FileEntry, Manifest
+from infra.artifacts import Manifest
+from infra.shards import FileEntry
 from infra.store import Store
 from infra.workers import map_shards
 from sftok.encode import CodeShard, EncodeJob, ShardEncoder, encode

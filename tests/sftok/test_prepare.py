@@ -334,7 +334,7 @@ def test_progress_ends_at_the_total(data, store):
 
 def test_unlabelled_entries_have_null_labels(data, store):
     root = fill(data, [f"{number}.png" for number in range(8)])
-    entries = tuple(Entry(f"{number}.png", 1, "1") for number in range(8))
+    entries = tuple(Entry(path.name, path.stat().st_size, "1") for path in sorted(root.iterdir()))
     prepared = prepare(Source("made up", entries, None, FolderReader(str(root))), CONFIG, out=store)
     assert {row["label"] for row in rows_of(store, prepared)} == {None}
     assert prepared.counts["classes"] == 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms as transforms
 import torchvision.transforms.functional as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,11 +19,13 @@ from sftok.preprocess import (
     augment,
     crop,
     resize_shorter,
+    ten_crop,
     to_float,
     to_rgb,
     uniforms,
     variant_name,
 )
+from sftok.views import CROPS, expanded, ten_crop_side
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 AFFINE = AugmentConfig(crop="center", flip=True, rotate=20, shift=0.1, zoom=0.2)
@@ -327,3 +330,46 @@ def test_unknown_variants_are_refused(name):
     with pytest.raises(ValueError, match="choose center"):
         variant_name(name)
     assert variant_name("affine-12") == ("affine", 12)
+    assert variant_name("crop-10") == ("crop", 10)
+
+
+@pytest.mark.parametrize("name", ["crop-0", "crop-11", "crop-01", "crop", "ten_crop-1", "ten_crop"])
+def test_there_are_ten_crops(name):
+    with pytest.raises(ValueError, match="is not known: choose center"):
+        variant_name(name)
+    assert [variant_name(crop) for crop in CROPS] == [("crop", number) for number in range(1, 11)]
+
+
+@given(st.integers(8, 40), st.floats(1.01, 2), st.tuples(st.integers(8, 60), st.integers(8, 60)))
+@settings(max_examples=60, deadline=None)
+def test_ten_crops_are_those_of_torchvision(size, resize, shape):
+    """LlamaGen's: the centre square at the larger size, then TenCrop; also where an odd room has no middle."""
+    side = max(int(size * resize), size + 1)
+    image = noise(shape)
+    square = crop(resize_shorter(image, side), side)
+    expected = transforms.TenCrop(size)(reference.to_pil_image(square))
+    for number, one in enumerate(expected, 1):
+        assert torch.equal(ten_crop(square, size, number), reference.pil_to_tensor(one)), CROPS[number - 1]
+
+
+def test_ten_crops_of_a_whole_image():
+    image, size, side = noise((50, 30)), 16, ten_crop_side(16, 1.1)
+    assert side == 17
+    published = transforms.Compose(
+        [
+            transforms.Resize(side, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(side),
+            transforms.TenCrop(size),
+        ]
+    )
+    square = crop(resize_shorter(image, side), side)
+    made = [ten_crop(square[None], size, number)[0] for number in range(1, 11)]
+    assert all(torch.equal(a, reference.pil_to_tensor(b)) for a, b in zip(made, published(image), strict=True))
+    assert len({one.numpy().tobytes() for one in made[:4]}) == 4
+
+
+def test_ten_crop_stands_for_ten_views_and_needs_room():
+    assert expanded(["center", "ten_crop", "flip"]) == ("center", *CROPS, "flip")
+    assert (ten_crop_side(256, 1.1), ten_crop_side(10, 1.1), ten_crop_side(32, 1.04)) == (281, 11, 33)
+    with pytest.raises(ValueError, match=r"1\.1 leaves crops of 9 pixels no room to move: set at least 1\.12"):
+        ten_crop_side(9, 1.1)

@@ -1,0 +1,75 @@
+"""How images come to Inception's 299 x 299 pixels. Each way belongs to a protocol: FIDs of two never compare.
+
+All take uint8 (B, 3, H, W) and return float32 (B, 3, 299, 299) on the scale of pixels, unrounded: what is resized is
+not an image that a file would hold.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+SIDE = 299
+Resize = Literal["tensorflow_bilinear", "pillow_bicubic", "torch_bilinear", "torch_bilinear_antialias"]
+
+
+def resize(images_B3HW: Tensor, how: Resize) -> Tensor:
+    """Images on the way to Inception.
+
+    Args:
+        images_B3HW: uint8 RGB.
+        how: `tensorflow_bilinear` is torch-fidelity's, and what ADM's graph does; `pillow_bicubic` is clean-fid's;
+            `torch_bilinear` is pytorch-fid's; `torch_bilinear_antialias` is what torchmetrics does by default.
+
+    Raises:
+        ValueError: the images are no uint8 RGB.
+    """
+    if images_B3HW.dtype != torch.uint8 or images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3 or not len(images_B3HW):
+        raise ValueError(f"images are {images_B3HW.dtype} {tuple(images_B3HW.shape)}: give uint8 (n, 3, H, W)")
+    return _WAYS[how](images_B3HW)
+
+
+def _tensorflow_bilinear(images_B3HW: Tensor) -> Tensor:
+    """TensorFlow 1's bilinear, to the bit: no antialiasing, and pixel 0 lies on pixel 0, not centre on centre."""
+    return _between(_between(images_B3HW.float(), 3), 2)
+
+
+def _between(x: Tensor, dim: int) -> Tensor:
+    """Linear interpolation along one dimension."""
+    last = x.shape[dim] - 1
+    where = torch.arange(SIDE, dtype=torch.float32, device=x.device) * np.float32(x.shape[dim] / SIDE).item()
+    below = where.long()
+    shares = (where - below).view([-1 if i == dim else 1 for i in range(x.ndim)])
+    low = x.index_select(dim, below)
+    return x.index_select(dim, (below + 1).clamp(max=last)).sub_(low).mul_(shares).add_(low)
+
+
+def _pillow_bicubic(images_B3HW: Tensor) -> Tensor:
+    """Pillow's bicubic, which is antialiased, of each channel in float32; overshoots are cut off."""
+    planes = images_B3HW.cpu().flatten(0, 1).numpy().astype(np.float32)
+    resized = [np.asarray(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for plane in planes]
+    pixels = torch.from_numpy(np.stack(resized)).clamp_(0, 255)
+    return pixels.unflatten(0, (-1, 3)).to(images_B3HW.device)
+
+
+def _torch_bilinear(images_B3HW: Tensor) -> Tensor:
+    # pytorch-fid takes [0, 255] to [-1, 1], TensorFlow's graph to [-1, 1): 256 / 255 makes one network serve both.
+    return F.interpolate(images_B3HW.float(), (SIDE, SIDE), mode="bilinear", align_corners=False) * (256 / 255)
+
+
+def _torch_bilinear_antialias(images_B3HW: Tensor) -> Tensor:
+    size = (SIDE, SIDE)
+    return F.interpolate(images_B3HW.float(), size, mode="bilinear", align_corners=False, antialias=True)
+
+
+_WAYS: dict[Resize, Callable[[Tensor], Tensor]] = {
+    "tensorflow_bilinear": _tensorflow_bilinear,
+    "pillow_bicubic": _pillow_bicubic,
+    "torch_bilinear": _torch_bilinear,
+    "torch_bilinear_antialias": _torch_bilinear_antialias,
+}
+assert set(_WAYS) == set(get_args(Resize))
