@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.report_data import Histogram, Measure, StepMeasures
+from flows.report_data import Histogram, LossCurve, Measure, StepMeasures, SweepRow
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 20, 24
@@ -33,6 +33,24 @@ class LineChart(NamedTuple):
     better: str
     points: list[Point]
     path: str
+    ticks: list[Tick]
+    summary: str  # the drawing in words
+
+
+class Curve(NamedTuple):
+    """One line of a chart of several."""
+
+    name: str
+    path: str
+    points: list[Point]
+
+
+class SweepChart(NamedTuple):
+    """Class accuracy of one generator's samples against guidance, a curve a temperature."""
+
+    generator: str
+    seconds: str  # what drawing an image took, in words; empty where that is not known
+    curves: list[Curve]
     ticks: list[Tick]
     summary: str  # the drawing in words
 
@@ -88,6 +106,93 @@ def _line_chart(measures: Sequence[Measure], steps: Sequence[int]) -> LineChart:
         ticks=[Tick(y(tick), _tick_label(first, tick, ticks[1] - ticks[0])) for tick in ticks],
         summary="; ".join(f"{p.text} at {p.x_label} step{'' if p.x_label == '1' else 's'}" for p in points),
     )
+
+
+def loss_charts(curves: Sequence[LossCurve]) -> list[LineChart]:
+    """A chart of each training's loss, on a logarithmic scale where it falls by more than ten times."""
+    return [_loss_chart(curve) for curve in curves if len(curve.steps) > 1]
+
+
+def _loss_chart(curve: LossCurve) -> LineChart:
+    is_log = min(curve.losses) > 0 and max(curve.losses) > 10 * min(curve.losses)
+    values = [math.log10(loss) if is_log else loss for loss in curve.losses]
+    low, high = min(values), max(values)
+    span, steps = (high - low) or 1.0, curve.steps[-1] - curve.steps[0]
+
+    def y(value: float) -> float:
+        return round(HEIGHT - _BOTTOM - (value - low) / span * (HEIGHT - _TOP - _BOTTOM), 2)
+
+    points = [
+        Point(round(_LEFT + (WIDTH - _LEFT - _RIGHT) * (step - curve.steps[0]) / steps, 2), y(value), f"{step:,}", "")
+        for step, value in zip(curve.steps, values, strict=True)
+    ]
+    marks = [Tick(y(value), f"{10**value if is_log else value:.3g}") for value in (low, (low + high) / 2, high)]
+    return LineChart(
+        title=f"{curve.stage}{' (logarithmic)' if is_log else ''}",
+        better="",
+        points=[points[0], points[-1]],
+        path="M" + " L".join(f"{point.x:g} {point.y:g}" for point in points),
+        ticks=marks,
+        summary=f"{curve.losses[0]:.3g} at step {curve.steps[0]:,}, {curve.losses[-1]:.3g} at step {curve.steps[-1]:,}",
+    )
+
+
+def sweep_charts(rows: Sequence[SweepRow]) -> list[SweepChart]:
+    """A chart of each generator, all of one scale, so that they can be compared side by side."""
+    if not rows:
+        return []
+    ticks = [tick for tick in nice_ticks(min(row.class_accuracy for row in rows), 1.0) if tick <= 1 + 1e-9]
+    scales = sorted({row.cfg_scale for row in rows})
+    return [
+        _sweep_chart([row for row in rows if row.generator == name], scales, ticks)
+        for name in dict.fromkeys(row.generator for row in rows)
+    ]
+
+
+def _sweep_chart(rows: Sequence[SweepRow], scales: Sequence[float], ticks: Sequence[float]) -> SweepChart:
+    inner, low, high = WIDTH - _LEFT - _RIGHT, ticks[0], max(ticks[-1], 1.0)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM), 2)
+
+    def curve(temperature: float) -> Curve:
+        points = [
+            Point(
+                round(_LEFT + inner * (scales.index(row.cfg_scale) + 0.5) / len(scales), 2),
+                y(row.class_accuracy),
+                f"{row.cfg_scale:g}",
+                f"{100 * row.class_accuracy:.1f} %",
+            )
+            for row in sorted(rows, key=lambda row: row.cfg_scale)
+            if row.temperature == temperature
+        ]
+        path = "M" + " L".join(f"{point.x} {point.y}" for point in points)
+        return Curve(f"temperature {temperature:g}", path, points)
+
+    curves = [curve(temperature) for temperature in dict.fromkeys(row.temperature for row in rows)]
+    gap = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    digits = max(0, -math.floor(math.log10(gap * 100) + 1e-9))
+    return SweepChart(
+        generator=rows[0].generator,
+        seconds=_drawing_time(rows),
+        curves=curves,
+        ticks=[Tick(y(tick), f"{100 * tick:.{digits}f} %") for tick in ticks],
+        summary="; ".join(f"{c.name}: {', '.join(f'{p.text} at {p.x_label}' for p in c.points)}" for c in curves),
+    )
+
+
+def _drawing_time(rows: Sequence[SweepRow]) -> str:
+    """Milliseconds an image without and with guidance: of the fastest setting, which other programs disturbed least."""
+    found = []
+    for word, is_guided in (("without guidance", False), ("with", True)):
+        taken = [
+            row.seconds_per_image
+            for row in rows
+            if row.seconds_per_image is not None and (row.cfg_scale != 1) == is_guided
+        ]
+        if taken:
+            found.append(f"{1000 * min(taken):.2g} ms an image {word}")
+    return ", ".join(found)
 
 
 def _point_label(measure: Measure) -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_data, cli_encode, cli_sample, cli_weights
-from flows.cli_common import Failed, JsonOption, Refused, StoreOption, one_line_refusals
-from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
+from flows import cli_catalogue, cli_data, cli_encode, cli_report, cli_sample, cli_store, cli_weights
+from flows.cli_common import Failed, JsonOption, Refused, StoreOption, one_line_refusals, one_line_termination
+from flows.console import console, log_lines_above, logging_on_stderr, print_table, stdout_for_results
 
 if TYPE_CHECKING:
     from flows.preflight import Request
@@ -83,7 +83,7 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
 ) -> None:
     """Run the whole pipeline, from images to report; what is done already is found, not repeated."""
-    with stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+    with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from flows.preflight import check_request
 
         overrides = list(set_ or ())
@@ -161,7 +161,7 @@ def recipes(
     if name is None:
         all_recipes = [make() for make in RECIPES.values()]
         rows = [(recipe.name, recipe.source or "--data DIR", recipe.description) for recipe in all_recipes]
-        _table(("recipe", "images", "description"), rows)
+        print_table(("recipe", "images", "description"), rows)
         return
     with one_line_refusals():
         recipe = load_recipe(name)
@@ -172,12 +172,14 @@ def recipes(
     epilog="""\b
 Examples:
   sftok show codes/1f2e
+  sftok show images/1f2e --lineage
   sftok show 1f2e3d --store s3://bucket/prefix --json
 """
 )
 def show(
     ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")],
     *,
+    lineage: Annotated[bool, typer.Option("--lineage", help="Also show what was made of it, and on.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -185,11 +187,11 @@ def show(
     with one_line_refusals():
         from flows.lineage import describe
 
-        shown = describe(ref, store=store)
+        shown = describe(ref, store=store, forward=lineage)
     if as_json:
         typer.echo(json.dumps(shown.as_json(), allow_nan=False))
     else:
-        _console().print(shown.as_rich())
+        console().print(shown.as_rich())
 
 
 @app.command(
@@ -208,7 +210,7 @@ def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps({"ok": all(c.ok for c in checks), "checks": [c.as_json() for c in checks]}))
     else:
-        _table(
+        print_table(
             ("check", "", "found", "remedy"),
             [(c.name, "works" if c.ok else "FAILS", c.detail, c.remedy) for c in checks],
         )
@@ -217,9 +219,12 @@ def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 
 cli_weights.register(app)
+cli_catalogue.register(app)
 cli_data.register(app)
 cli_encode.register(app)
+cli_report.register(app)
 cli_sample.register(app)
+cli_store.register(app)
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------
@@ -244,25 +249,8 @@ def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
 def _show_record(record: "RunRecord") -> None:
     from flows.runs import stage_rows
 
-    _table(("stage", "state", "seconds", "artifact"), stage_rows(record))
+    print_table(("stage", "state", "seconds", "artifact"), stage_rows(record))
     if record.metrics:
-        _table(("metric", "value"), [(name, f"{value:.4g}") for name, value in record.metrics.items()])
+        print_table(("metric", "value"), [(name, f"{value:.4g}") for name, value in record.metrics.items()])
     if record.report:
         typer.echo(f"report: {record.report}")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
-    _console().print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=200)  # a file has no width to fit

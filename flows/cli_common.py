@@ -1,10 +1,17 @@
 """What the parts of the command line share: options, and how a refusal and a failure end it."""
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+
+from infra.errors import TransientError
+from infra.space import StoreFullError
+
+TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell tells of it
 
 StoreOption = Annotated[
     str | None, typer.Option(help="Folder or s3://bucket/prefix of the artifacts. [default: $SFTOK_STORE, or ./store]")
@@ -26,8 +33,39 @@ class Failed(typer.TyperException):
 
 @contextlib.contextmanager
 def one_line_refusals() -> Iterator[None]:
-    """A ValueError before anything has begun is the user's to mend."""
+    """A ValueError before anything has begun is the user's to mend; a store that is away or full is a failure."""
     try:
         yield
     except ValueError as error:
         raise Refused(str(error)) from error
+    except (TransientError, StoreFullError) as error:
+        raise Failed(str(error)) from error
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def one_line_termination() -> Iterator[None]:
+    """End by SIGTERM as by Ctrl-C: what was started is stopped, and one line says how to go on.
+
+    Prefect turns the signal into an exception of its own while a flow runs, and sends it again after the flow: by then
+    the record is written, and the system's default would leave the rest to chance.
+    """
+    if threading.current_thread() is not threading.main_thread():  # of somebody's own program
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except _Terminated:
+        typer.echo("sftok: terminated; the same command goes on from here", err=True)
+        raise typer.Exit(TERMINATED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way out is begun, and is not to be cut short
+    raise _Terminated

@@ -1,4 +1,4 @@
-"""The commands that judge data: `sftok verify` and `sftok diff`. What is heavy is imported when one of them runs."""
+"""Commands about data: `sftok files`, `sftok verify` and `sftok diff`. What is heavy is imported when one runs."""
 
 import contextlib
 import json
@@ -14,10 +14,17 @@ from infra.errors import TransientError
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
+    app.command(epilog=FILES_EXAMPLES)(files)
     app.command(epilog=VERIFY_EXAMPLES)(verify)
     app.command(epilog=DIFF_EXAMPLES)(diff)
 
 
+FILES_EXAMPLES = """\b
+Examples:
+  sftok files codes/1f2e --split train
+  sftok files codes/1f2e --split val --json
+  duckdb -c "select count(*) from read_parquet($(sftok files codes/1f2e --split train --json))"
+"""
 VERIFY_EXAMPLES = """\b
 Examples:
   sftok verify codes/1f2e
@@ -40,6 +47,22 @@ def _said_on_stderr() -> Iterator[None]:
             yield
         except TransientError as error:
             raise Failed(f"{error}; try again") from error
+
+
+def files(
+    ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")],
+    *,
+    split: Annotated[str | None, typer.Option(help="Only the shards of train, val or sample.")] = None,
+    store: StoreOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array on stdout.")] = False,
+) -> None:
+    """List the files of an artifact by their full names, also those that lie in another version's folder."""
+    with _said_on_stderr():
+        from flows.lineage import files_of_artifact
+
+        found = list(files_of_artifact(ref, split=split, store=store))
+    for line in [json.dumps(found)] if as_json else found:
+        typer.echo(line)
 
 
 def verify(

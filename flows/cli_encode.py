@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals
+from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals, one_line_termination
 from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def encode(
     data: Annotated[str, typer.Option(help="Images, as `sftok run --data` takes them, or images/DIGEST of the store.")],
     store: StoreOption = None,
     variants: Annotated[
-        list[str], typer.Option(help="Views of a training image: center, flip, affine-1 ...; repeat or use commas.")
+        list[str],
+        typer.Option(help="Views of a training image: center, flip, affine-1 ..., ten_crop; repeat or use commas."),
     ] = DEFAULT,
     val_variants: Annotated[list[str], typer.Option(help="Views of a held-out image.")] = DEFAULT,
     assignment: Annotated[
@@ -75,7 +76,7 @@ def encode(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
 ) -> None:
     """Encode images with a tokenizer; what is done already, also in earlier versions of the data, is found."""
-    with stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+    with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from pydantic import ValidationError
 
         from flows.encode_request import check_encode_request

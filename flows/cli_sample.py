@@ -78,6 +78,12 @@ def sample(
     grid: Annotated[str | None, typer.Option(help="Write a contact sheet with class names, as PNG.")] = None,
     npz: Annotated[str | None, typer.Option(help="Write all images into one array, as ADM's evaluator wants.")] = None,
     decode_steps: Annotated[int, typer.Option(min=1, help="Decoding steps of an image.")] = 8,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer that paints. [default: the one of the generator's codes]")
+    ] = None,
+    any_tokenizer: Annotated[
+        bool, typer.Option("--any-tokenizer", help="Take --tokenizer though the codes are another one's.")
+    ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,6 +92,7 @@ def sample(
         with one_line_refusals():
             from flows.progress import on_stderr
             from flows.sample_files import Outputs
+            from flows.sample_tokenizer import Choice
             from flows.sampling import Job, check
             from flows.sampling import sample as run
 
@@ -101,9 +108,8 @@ def sample(
                 micro_batch=micro_batch,
             )
             outputs = Outputs(*(Path(path).expanduser() if path else None for path in (images, grid, npz)))
-            request = check(
-                Job(generator, config, seed, classes or (), outputs, decode_steps, store, workers, gpus_per_worker)
-            )
+            width, choice = (store, workers, gpus_per_worker), Choice(tokenizer, any_tokenizer)
+            request = check(Job(generator, config, seed, classes or (), outputs, decode_steps, *width, choice))
         try:
             with on_stderr() as display, log_lines_above(display):
                 made = run(request, lambda stage: functools.partial(display.update, stage))

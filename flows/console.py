@@ -4,10 +4,12 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flows.progress import Display
 
 ROOMS = ("flows", "sftok", "generator", "infra")
@@ -71,3 +73,22 @@ class _Lines(logging.Handler):
             sys.stderr.write(text + "\n")
         else:
             self.display.line(text)
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    console().print(table)
+
+
+def console() -> "Console":
+    """The terminal; a file has no width to fit, and gets a wide one."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)

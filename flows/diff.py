@@ -10,12 +10,13 @@ from pydantic import JsonValue
 
 from flows.diff_pairs import Dataset, pairs_of
 from flows.diff_tally import Agreement, Drift, Frequencies, Tally, drift, frequencies
-from infra.artifacts import ROOT, Manifest, key_of, resolve
+from infra.artifacts import ROOT, Manifest, key_of, shards_of
 from infra.codes import load_info
+from infra.lineage import resolve
 from infra.progress import Progress, silent
 from infra.settings import Settings
 from infra.store import Store
-from infra.verify import SHARD, read_manifest
+from infra.verify import read_manifest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -157,7 +158,7 @@ def _what(codes: Manifest) -> tuple[str | None, object]:
 
 
 def _dataset(store: Store, manifest: Manifest) -> Dataset:
-    keys = {entry.path: key_of(manifest, entry) for entry in manifest.files if SHARD.fullmatch(entry.path)}
+    keys = {entry.path: key_of(manifest, entry) for entry in shards_of(store, manifest)}
     if not keys:
         raise ValueError(f"{manifest.kind}/{manifest.digest} has no code shards: run encode again")
     images = manifest.inputs["images"].identity if "images" in manifest.inputs else None

@@ -17,8 +17,8 @@ from infra.weights import load_config
 from infra.workers import WorkerOptions
 from sftok.artifacts import TokenizerFile
 from sftok.config import AugmentConfig
-from sftok.preprocess import variant_name
-from sftok.sources import list_source
+from sftok.sources import check_source
+from sftok.views import variant_name
 
 SECTIONS = ("data", "augment")  # of a recipe, beside `encode`, that decide codes and are not the tokenizer's
 _IMAGES = re.compile(r"images/[0-9a-f]{4,}")
@@ -61,7 +61,7 @@ def check_encode_request(
     settings = Settings()
     dataset = find_dataset(encode, tokenizer=tokenizer, data=data, store=store, overrides=overrides)
     if dataset.images is None:
-        list_source(data, dataset.recipe.data)
+        check_source(data, dataset.recipe.data)
     check_home(settings.home)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
         raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")

@@ -9,12 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from flows.report_data import Gallery, Picture, PictureRow
-from sftok.metrics import Nearest
+from sftok.metrics import Images, Nearest
 
 Names = Sequence[str]
+Shown = Mapping[int, Tensor]  # some of the images, by index
 
 ROWS = 10  # held-out images, classes and neighbours shown
 SAMPLES = 10  # samples shown of each class
+EXTREMES = 5  # reconstructions shown of the worst, the middle and the best
 
 
 def png(image: Tensor) -> bytes:
@@ -53,12 +55,22 @@ def class_balanced(class_ids: Tensor, count: int) -> list[int]:
     return sorted(chosen, key=lambda i: (ids[i], i))
 
 
+def reconstructions_shown(class_ids: Tensor) -> list[int]:
+    """Indices of the held-out images whose reconstructions are shown."""
+    return class_balanced(class_ids, ROWS)
+
+
 def reconstruction_gallery(
-    pictures: Pictures, originals: Tensor, by_steps: Mapping[int, Tensor], *, class_ids: Tensor, class_names: Names
+    pictures: Pictures,
+    originals: Tensor,
+    by_steps: Mapping[int, Shown],
+    *,
+    class_ids: Tensor,
+    class_names: Names,
 ) -> Gallery:
-    """Held-out images beside what is left of them after each number of decoding steps."""
+    """Held-out images beside what is left of them after each number of decoding steps: by steps, then by index."""
     rows = []
-    for index in class_balanced(class_ids, ROWS):
+    for index in reconstructions_shown(class_ids):
         name = name_of(int(class_ids[index]), class_names)
         stem = f"reconstructions/{index:06d}"
         row = [pictures.add(f"{stem}-original.png", originals[index], alt=f"Held-out image of class {name}")]
@@ -70,6 +82,30 @@ def reconstruction_gallery(
     return Gallery(
         rule="Held-out images that no stage was trained on: the first ones by image id, class by class.",
         columns=("original", *(f"{k} step" if k == 1 else f"{k} steps" for k in by_steps)),
+        rows=tuple(rows),
+    )
+
+
+def extreme_gallery(
+    pictures: Pictures, originals: Tensor, images: Tensor, psnr: Tensor, *, class_ids: Tensor, class_names: Names
+) -> Gallery:
+    """The reconstructions with the lowest, the middle and the highest PSNR, each beside its original."""
+    order = torch.argsort(psnr, stable=True).tolist()
+    some = min(EXTREMES, len(order) // 3 or 1)
+    middle = (len(order) - some) // 2
+    rows = []
+    for title, chosen in (("worst", order[:some]), ("median", order[middle : middle + some]), ("best", order[-some:])):
+        row = []
+        for index in chosen:
+            name, decibels = name_of(int(class_ids[index]), class_names), f"{float(psnr[index]):.1f} dB"
+            stem = f"extremes/{index:06d}"
+            row.append(pictures.add(f"{stem}-original.png", originals[index], alt=f"Held-out image of class {name}"))
+            text = f"Class {name} reconstructed, {decibels}"
+            row.append(pictures.add(f"{stem}.png", images[index], alt=text, caption=decibels))
+        rows.append(PictureRow(title=title, pictures=tuple(row)))
+    return Gallery(
+        rule="Held-out images with the lowest, the middle and the highest PSNR of all, at the most decoding steps.",
+        columns=("original", "reconstruction"),
         rows=tuple(rows),
     )
 
@@ -90,7 +126,7 @@ def sample_gallery(pictures: Pictures, samples: Tensor, *, class_ids: Tensor, cl
 
 
 def neighbour_gallery(
-    pictures: Pictures, samples: Tensor, *, nearest: Nearest, train: Tensor, class_ids: Tensor, class_names: Names
+    pictures: Pictures, samples: Tensor, *, nearest: Nearest, train: Images, class_ids: Tensor, class_names: Names
 ) -> Gallery:
     """Of each class the sample closest to any training image, beside that image: where copying would show first."""
     rows = []

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from flows.gallery import neighbour_gallery, sample_gallery
-from flows.instruments import Instruments, as_codes
+from flows.instruments import Instruments, as_codes, code_batches, rows_of
 from flows.report_data import ConfusionMatrix, GenerationReport, Histogram, Measure
 from sftok import metrics
 from sftok.class_agreement import confusion_matrix
@@ -20,8 +20,9 @@ def measure_generation(tools: Instruments) -> GenerationReport:
     if len(samples) != len(classes):
         raise ValueError(f"{len(samples)} decoded samples, but {len(classes)} sample classes")
     names = inputs.class_names
-    nearest = metrics.nearest_distance(samples, inputs.train_images)
-    nearest_real = metrics.nearest_distance(inputs.val_images, inputs.train_images)
+    looked = _evenly(len(samples), tools.nearest_images)
+    held_out = inputs.val_images[_evenly(len(inputs.val_images), tools.nearest_images)]
+    nearest, nearest_real = metrics.nearest_distances([samples[looked], held_out], inputs.train_images)
     measures = (
         *_distance_measures(tools, samples),
         *_class_measures(tools, samples, classes),
@@ -35,11 +36,21 @@ def measure_generation(tools: Instruments) -> GenerationReport:
         measures=measures,
         gallery=sample_gallery(tools.pictures, samples, class_ids=classes, class_names=names),
         neighbours=neighbour_gallery(
-            tools.pictures, samples, nearest=nearest, train=inputs.train_images, class_ids=classes, class_names=names
+            tools.pictures,
+            samples[looked],
+            nearest=nearest,
+            train=inputs.train_images,
+            class_ids=classes[looked],
+            class_names=names,
         ),
         distances=_histogram(nearest.distances, nearest_real.distances),
         confusion=confusion,
     )
+
+
+def _evenly(count: int, most: int) -> Tensor:
+    """Indices of at most `most` of `count`, spread evenly: each is compared with every training image."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def _distance_measures(tools: Instruments, samples: Tensor) -> tuple[Measure, ...]:
@@ -96,11 +107,13 @@ def _class_measures(tools: Instruments, samples: Tensor, classes: Tensor) -> tup
 
 def _memory_measures(tools: Instruments, sample_distance: Tensor, real_distance: Tensor) -> tuple[Measure, ...]:
     """Are samples copies? Distances in pixels and whole codes, beside those of held-out images, which are none."""
-    train_codes, num_train = as_codes(tools.inputs.train_codes), len(tools.inputs.train_images)
+    sample_codes, val_codes = as_codes(tools.inputs.sample_codes), as_codes(tools.inputs.val_codes)
+    verbatim = metrics.verbatim_shares([sample_codes, val_codes], code_batches(tools.inputs.train_codes))
+    num_train, num_codes = len(tools.inputs.train_images), rows_of(tools.inputs.train_codes)
     measures = []
-    for who, label, codes, distance, facts in (
-        ("generation", "samples", as_codes(tools.inputs.sample_codes), sample_distance, tools.sampling()),
-        ("real", "real held-out images", as_codes(tools.inputs.val_codes), real_distance, {}),
+    for who, label, codes, share, distance, facts in (
+        ("generation", "samples", sample_codes, verbatim[0], sample_distance, tools.sampling()),
+        ("real", "real held-out images", val_codes, verbatim[1], real_distance, {}),
     ):
         measures += [
             Measure(
@@ -119,11 +132,11 @@ def _memory_measures(tools: Instruments, sample_distance: Tensor, real_distance:
                 name=f"{who}.verbatim_share",
                 label=f"Codes verbatim in training, {label}",
                 unit="%",
-                value=metrics.verbatim_share(codes, train_codes),
+                value=share,
                 protocol=tools.protocol(
                     len(codes),
                     reference="codes of training images, all variants",
-                    num_reference=len(train_codes),
+                    num_reference=num_codes,
                     rounding="",
                     dtype="",
                     definition="share whose whole sequence of codes occurs there",
@@ -136,7 +149,7 @@ def _memory_measures(tools: Instruments, sample_distance: Tensor, real_distance:
         label="Samples with codes of their own",
         unit="%",
         better="higher",
-        value=metrics.distinct_share(as_codes(tools.inputs.sample_codes)),
+        value=metrics.distinct_share(sample_codes),
         protocol=tools.protocol(
             len(sample_distance),
             rounding="",

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 from pydantic import JsonValue
 from torch import Tensor
 
-from infra.artifacts import ROOT, ArtifactRef, Manifest, Plan, find, folder_of, publish, ref_of, resolve, verify
+from infra.artifacts import ROOT, ArtifactRef, Manifest, Plan, find, folder_of, publish, ref_of, verify
+from infra.lineage import resolve
 from infra.settings import Settings
 from infra.store import Store
 from infra.weights import CONFIG

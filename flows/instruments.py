@@ -1,8 +1,9 @@
 """What an evaluation is given, and the instruments that it sets up on real images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, runtime_checkable
+from typing import Protocol as Interface
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from flows.recipes import EvaluateConfig
 from flows.report_data import Measure, Protocol
 from infra.config import Config
 from sftok import metrics
-from sftok.class_agreement import ClassReader, accuracy
+from sftok.class_agreement import ClassReader, accuracy, thumbnails
 from sftok.features import RandomFeatures
 
+_BATCH = 64  # training images that are looked at at once
 ROUNDING = "clamp to [0, 1], times 255, round half to even, uint8"
 
 
@@ -27,6 +29,14 @@ class Reconstructed(NamedTuple):
     images: Tensor  # uint8 (n, 3, S, S)
     proxy_codes: ArrayLike  # (n, P), predicted
     teacher_codes: ArrayLike  # (n, P)
+
+
+@runtime_checkable
+class CodeBatches(Interface):
+    """Codes (n, N) that are not in memory: read in batches, as often as asked."""
+
+    def __len__(self) -> int: ...
+    def batches(self) -> Iterator[ArrayLike]: ...  # noqa: D102
 
 
 class EvaluationFacts(Config):
@@ -43,21 +53,25 @@ class EvaluationFacts(Config):
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """Everything that is measured: images uint8 (n, 3, S, S), class ids (-1 = none), codes (n, N)."""
+    """Everything that is measured: images uint8 (n, 3, S, S), class ids (-1 = none), codes (n, N).
+
+    Training images and codes may lie elsewhere and are passed over; what was held out and what was made is in memory.
+    """
 
     class_names: tuple[str, ...]
-    train_images: Tensor
+    train_images: metrics.Images
     train_labels: Tensor
     val_images: Tensor
     val_labels: Tensor
     val_ids: list[str]
     reconstruct: Callable[[int], Reconstructed]  # from a number of decoding steps
     val_codes: ArrayLike
-    train_codes: ArrayLike  # all variants
+    train_codes: ArrayLike | CodeBatches  # all variants
     sample_codes: ArrayLike
     sample_classes: ArrayLike
     decode_samples: Callable[[], Tensor]
     facts: EvaluationFacts
+    reader_rows: Tensor | None = None  # indices of the training images that teach the class reader; None: all
 
 
 @dataclass(frozen=True)
@@ -71,21 +85,29 @@ class Instruments:
     reader: ClassReader | None
     random: np.random.Generator
     seeds: dict[str, int]
+    nearest_images: int
     pictures: Pictures = field(default_factory=Pictures)
 
     @classmethod
     def of(cls, inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> "Instruments":
         """Set up on the real images of `inputs`."""
         features = RandomFeatures(config.feature_seed, inputs.val_images.shape[-1])
+        train_moments, reader = _seen_in_training(inputs, features, config.class_reader)
         return cls(
             inputs=inputs,
             features=features,
-            train_moments=metrics.FeatureMoments.of(features(inputs.train_images)),
+            train_moments=train_moments,
             val_moments=metrics.FeatureMoments.of(features(inputs.val_images)),
-            reader=ClassReader.fit(inputs.train_images, inputs.train_labels) if config.class_reader else None,
+            reader=reader,
             random=np.random.Generator(np.random.PCG64(seed)),
             seeds={"evaluate": seed, "features": config.feature_seed, **inputs.facts.seeds},
+            nearest_images=config.nearest_images,
         )
+
+    @property
+    def _num_read(self) -> int:
+        rows = self.inputs.reader_rows
+        return len(self.inputs.train_images if rows is None else rows)
 
     def frechet(self, images: Tensor, reference: metrics.FeatureMoments) -> float:
         """Fréchet distance of images to a reference, between random features."""
@@ -131,11 +153,46 @@ class Instruments:
             better="higher",
             protocol=self.protocol(
                 len(images),
-                extractor=f"{self.reader.name}, trained on {len(self.inputs.train_images):,} real training images",
+                extractor=f"{self.reader.name}, trained on {self._num_read:,} real training images",
                 definition="share of images read as the class that is meant",
                 **{"reference": "classes of the images", **facts},
             ),
         )
+
+
+def _seen_in_training(
+    inputs: EvaluationInputs, features: RandomFeatures, is_read: bool
+) -> tuple[metrics.FeatureMoments, ClassReader | None]:
+    """What one pass over the training images gives: moments of their features, and a reader taught by thumbnails."""
+    rows = inputs.reader_rows if inputs.reader_rows is not None else torch.arange(len(inputs.train_images))
+    is_kept = torch.zeros(len(inputs.train_images), dtype=torch.bool)
+    is_kept[rows if is_read else rows[:0]] = True
+    total: metrics.FeatureMoments | None = None
+    kept, at = [], 0
+    for batch in inputs.train_images.split(_BATCH):
+        moments = metrics.FeatureMoments.of(features(batch))
+        total = moments if total is None else total + moments
+        if (here := is_kept[at : at + len(batch)]).any():
+            kept.append(thumbnails(batch[here]))
+        at += len(batch)
+    assert total is not None, "`check` refuses an empty training set"
+    if not is_read:
+        return total, None
+    order = torch.argsort(torch.argsort(rows)).numpy()  # they came by index, and are taught in the order of the rows
+    return total, ClassReader.fit_thumbnails(np.concatenate(kept)[order], inputs.train_labels[rows])
+
+
+def code_batches(values: ArrayLike | CodeBatches) -> Iterator[Tensor]:
+    """Codes as int64 (n, N), in batches where they are not in memory."""
+    if isinstance(values, CodeBatches):
+        yield from map(as_codes, values.batches())
+    else:
+        yield as_codes(values)
+
+
+def rows_of(values: ArrayLike | CodeBatches) -> int:
+    """How many rows of codes there are."""
+    return len(values) if isinstance(values, CodeBatches) else len(np.asarray(values))
 
 
 def as_codes(values: ArrayLike) -> Tensor:

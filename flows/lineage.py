@@ -1,17 +1,23 @@
 """An artifact and all that it was made of, for people and for scripts."""
 
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from infra.artifacts import ROOT, ArtifactRef, Lineage, Manifest, lineage, resolve
+from infra.artifacts import ROOT, ArtifactRef, Manifest, files_of, key_of
+from infra.inventory import key_of_ref, manifests
+from infra.lineage import Lineage, lineage, resolve
 from infra.settings import Settings
+from infra.shards import split_of
 from infra.store import Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.tree import Tree
+
+    from flows.inventory import Users
 
 
 class Description(NamedTuple):
@@ -20,15 +26,18 @@ class Description(NamedTuple):
     ref: ArtifactRef
     manifest: Manifest
     lineage: Lineage
+    users: "Users | None" = None
+    """what was made of it, where that was asked for."""
 
     def as_json(self) -> dict[str, JsonValue]:
         """The manifest as it is in the store, and the lineage as nested objects."""
-        return {
+        told: dict[str, JsonValue] = {
             "ref": str(self.ref),
             "uri": self.ref.uri,
             "manifest": json.loads(self.manifest.model_dump_json()),
             "lineage": _plain(self.lineage),
         }
+        return told if self.users is None else {**told, "users": self.users.as_json()}
 
     def as_rich(self) -> "RenderableType":
         """Facts, files, metrics and the tree of inputs."""
@@ -45,25 +54,58 @@ class Description(NamedTuple):
             "hardware": _pairs(manifest.hardware),
             "counts": _pairs(manifest.counts),
             "metrics": _pairs({name: f"{value:.4g}" for name, value in manifest.metrics.items()}),
-            "files": f"{len(manifest.files)}, {sum(file.size for file in manifest.files):,} bytes",
+            "files": f"{manifest.num_files:,}, {manifest.num_bytes:,} bytes",
         }
         tree = Tree(Text(str(self.ref), style="bold"))
         _grow(tree, self.lineage, set())
-        return Group(tree, *(Text(f"{name:<9} {fact}") for name, fact in facts.items() if fact))
+        shown: list[RenderableType] = [tree, *(Text(f"{name:<9} {fact}") for name, fact in facts.items() if fact)]
+        if self.users is not None:
+            forward = Tree(Text("what was made of it", style="bold"))
+            self.users.grow(forward)
+            shown.append(forward)
+        return Group(*shown)
 
 
-def describe(text: str, *, store: str | None) -> Description:
-    """What is known of the artifact that `text` names; a full URI brings its store along.
+def files_of_artifact(text: str, *, split: str | None, store: str | None) -> Iterator[str]:
+    """Full names of an artifact's files, or of the shards of one split, wherever in the store they lie.
+
+    Raises:
+        ValueError: there is no such artifact, more than one, or it has no such split.
+    """
+    place = _store_of(text, store)
+    manifest = resolve(place, text)
+    found = False
+    for entry in files_of(place, manifest):
+        if split is None or split_of(entry.path) == split:
+            found = True
+            yield f"{place.uri}/{key_of(manifest, entry)}"
+    if not found:
+        splits = sorted({name for entry in files_of(place, manifest) if (name := split_of(entry.path))})
+        has = f"the splits {', '.join(splits)}" if splits else "no shards"
+        raise ValueError(f"{manifest.kind}/{manifest.digest} has no split {split!r}: it has {has}")
+
+
+def describe(text: str, *, store: str | None, forward: bool = False) -> Description:
+    """What is known of the artifact that `text` names, with `forward` also what was made of it.
 
     Raises:
         ValueError: there is no such artifact, or more than one.
     """
-    if store is None and f"/{ROOT}/" in text:
-        store = text.rpartition(f"/{ROOT}/")[0]
-    place = Store(store or Settings().store)
+    place = _store_of(text, store)
     manifest = resolve(place, text)
     made_of = lineage(place, manifest)
-    return Description(made_of.ref, manifest, made_of)
+    if not forward:
+        return Description(made_of.ref, manifest, made_of)
+    from flows.inventory import Users
+
+    return Description(made_of.ref, manifest, made_of, Users(manifests(place), key_of_ref(manifest)))
+
+
+def _store_of(text: str, store: str | None) -> Store:
+    """The store that is meant: a full URI brings its own along."""
+    if store is None and f"/{ROOT}/" in text:
+        store = text.rpartition(f"/{ROOT}/")[0]
+    return Store(store or Settings().store)
 
 
 def _label(node: Lineage) -> str:

@@ -1,14 +1,23 @@
 """The report stage: what the manifests behind an evaluation say, as a page, as Markdown and as JSON."""
 
 from datetime import UTC, datetime
+from typing import NamedTuple
+
+from pydantic import JsonValue, ValidationError
 
 from flows.evidence import EVALUATION, PICTURES
 from flows.report import build_report
 from flows.report_data import EvaluationReport, ReportData, StageRow
+from flows.run_facts import loss_curves, rate_of, rejects_of
 from flows.runs import REPORT_FILES
 from flows.stage import Result, Work
-from infra.artifacts import Lineage, Manifest, lineage, manifest_of, put
+from flows.sweep import read_sweep
+from infra.artifacts import Manifest, folder_of, manifest_of
+from infra.lineage import Lineage, lineage
+from infra.shards import put
+from infra.store import Store
 
+FILES = 20  # of an artifact, named in the report
 ORDER = ("prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample", "evaluate")
 STAGE_OF_KIND = {
     "images": "prepare",
@@ -22,31 +31,68 @@ STAGE_OF_KIND = {
 def write_pages(work: Work) -> Result:
     """Write the report's three forms."""
     evaluation = manifest_of(work.job.store, work.ref("evaluation"))
-    report = build_report(_data(work, evaluation))
+    recipe = work.recipe
+    told = Told(work.job.run, recipe.name, recipe.description, work.job.source, recipe.as_json())
+    report = build_report(report_data(work.job.store, evaluation, told))
     texts = zip(REPORT_FILES, (report.html, report.markdown, report.json), strict=True)
     return Result([put(work.out, name, text.encode()) for name, text in texts], {}, {})
 
 
-def _data(work: Work, evaluation: Manifest) -> ReportData:
-    folder, recipe = work.folder("evaluation"), work.recipe
-    made = _manifests(lineage(work.job.store, evaluation))
+class Told(NamedTuple):
+    """What a run says of itself."""
+
+    run: str
+    recipe: str
+    description: str
+    source: str
+    config: dict[str, JsonValue]
+
+
+def report_data(store: Store, evaluation: Manifest, told: Told) -> ReportData:
+    """All that a page needs, from the manifests behind an evaluation.
+
+    Raises:
+        ValueError: the evaluation is of another version, or what it was made of is not in the store.
+    """
+    folder = folder_of(store, evaluation.kind, evaluation.digest)
+    made = _manifests(lineage(store, evaluation))
+    if "prepare" not in made:
+        raise ValueError(f"the images behind evaluation/{evaluation.digest} are not in {store.uri}: name their store")
     pictures = [file.path for file in evaluation.files if file.path.startswith(PICTURES)]
     return ReportData(
-        run_id=work.job.run,
-        recipe=recipe.name,
-        description=recipe.description,
+        run_id=told.run,
+        recipe=told.recipe,
+        description=told.description,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        source=work.job.source,
+        source=told.source,
         command=evaluation.command,
         counts=made["prepare"].counts,
         stages=tuple(_row(name, made[name]) for name in ORDER if name in made),
-        evaluation=EvaluationReport.model_validate_json(folder.read(EVALUATION)),
+        evaluation=read_evaluation(store, evaluation),
+        sweep=read_sweep(folder, evaluation),
         images={path.removeprefix(PICTURES): folder.read(path) for path in pictures},
-        config=recipe.as_json(),
+        losses=loss_curves(store, {name: made[name] for name in ORDER if name in made}),
+        rejects=rejects_of(store, made["prepare"]),
+        config=told.config,
         versions=evaluation.versions,
         hardware=evaluation.hardware,
         git_revision=evaluation.git_revision,
     )
+
+
+def read_evaluation(store: Store, evaluation: Manifest) -> EvaluationReport:
+    """What an evaluation found.
+
+    Raises:
+        ValueError: it is of another version.
+    """
+    folder = folder_of(store, evaluation.kind, evaluation.digest)
+    try:
+        return EvaluationReport.model_validate_json(folder.read(EVALUATION))
+    except ValidationError as error:
+        said = error.errors()[0]
+        where = ".".join(map(str, said["loc"]))
+        raise ValueError(f"{folder.uri}/{EVALUATION}: {where}: {said['msg']}; evaluate the run again") from error
 
 
 def _manifests(tree: Lineage) -> dict[str, Manifest]:
@@ -71,4 +117,6 @@ def _row(name: str, manifest: Manifest) -> StageRow:
         seconds=manifest.seconds,
         digest=manifest.digest,
         inputs=tuple(ref.digest for ref in manifest.inputs.values()),
+        rate=rate_of(manifest),
+        files=tuple(f"{e.path} · {e.size:,} bytes · {e.sha256}" for e in manifest.files[:FILES]),
     )

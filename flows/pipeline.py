@@ -11,7 +11,7 @@ from pydantic import Field
 from flows import tasks
 from flows.recipes import Recipe
 from flows.runs import RunRecord, stage_rows, start_journal
-from flows.stage import Job
+from flows.stage import Job, Listing
 from flows.tasks import Run
 from infra.artifacts import ArtifactRef, manifest_of
 from infra.cluster import session
@@ -37,7 +37,7 @@ def full_pipeline(
     place = Store(store)
     options = WorkerOptions(workers=workers, gpus_per_worker=gpus_per_worker)
     journal = start_journal(recipe, store=place, source=source, run=run, workers=workers)
-    this = Run(Job(recipe, place, source, options, run, ranks), journal)
+    this = Run(Job(recipe, place, source, options, run, ranks, Listing()), journal)
     with journal.kept(), session(Settings().ray_address, max(workers, ranks)):
         images = tasks.prepare(this)
         teacher = tasks.teacher(this, images=images)

@@ -40,7 +40,7 @@ def check_request(
     gpus: float | None = None,
 ) -> Request:
     """Turn what the user asked for into a request, the store last: checking it writes to it."""
-    from sftok.sources import list_source
+    from sftok.sources import check_source
 
     settings = Settings()
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
@@ -49,7 +49,7 @@ def check_request(
     source = data or chosen.source
     if not source:
         raise ValueError(f"recipe {chosen.name} has no images of its own: give a folder of them with --data")
-    list_source(source, chosen.data)
+    check_source(source, chosen.data)
     check_home(settings.home)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
         raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")

@@ -136,7 +136,7 @@ def _table(model: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
         inner = getattr(model, name)
         if isinstance(inner, BaseModel):
             sections.append((name, inner))
-        elif values[name] is None:
+        elif values.get(name) is None:  # or left out: nothing uses it
             yield f"# {name} is not set{': ' if field.description else ''}{field.description or ''}"
         else:
             yield from _commented(name, values[name], field)

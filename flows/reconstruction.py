@@ -1,30 +1,53 @@
 """How faithful images are that went through the tokenizer and back."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
-from flows.gallery import reconstruction_gallery
-from flows.instruments import Instruments, Reconstructed, as_codes
-from flows.report_data import Measure, ReconstructionReport, StepMeasures
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from flows.gallery import extreme_gallery, reconstruction_gallery, reconstructions_shown
+from flows.instruments import CodeBatches, Instruments, Reconstructed, as_codes, code_batches
+from flows.report_data import Histogram, Measure, ReconstructionReport, StepMeasures
 from sftok import metrics
+
+_BARS = 64  # of the drawing of the codes' use
 
 
 def measure_reconstruction(
     tools: Instruments, steps: Sequence[int], *, step_done: Callable[[int], None]
 ) -> ReconstructionReport:
-    """Reconstruct the held-out images at each number of decoding steps and compare; then count the codes."""
-    inputs, by_steps, images = tools.inputs, [], {}
+    """Reconstruct the held-out images at each number of decoding steps and compare; then count the codes.
+
+    Of one number of steps all reconstructions are in memory; those that are shown are kept.
+    """
+    inputs, by_steps, shown, extremes = tools.inputs, [], {}, None
+    indices = reconstructions_shown(inputs.val_labels)
     for done, num_steps in enumerate(steps):
         made = Reconstructed(*inputs.reconstruct(num_steps))
         shape, expected = tuple(made.images.shape), tuple(inputs.val_images.shape)
         if shape != expected:
             raise ValueError(f"reconstructions have shape {shape}, held-out images {expected}")
         by_steps.append(StepMeasures(num_steps=num_steps, measures=_step_measures(tools, num_steps, made)))
-        images[num_steps] = metrics.to_uint8(made.images)
+        shown[num_steps] = {index: metrics.to_uint8(made.images[index].clone()) for index in indices}
+        if done == len(steps) - 1:
+            extremes = extreme_gallery(
+                tools.pictures,
+                inputs.val_images,
+                metrics.to_uint8(made.images),
+                metrics.psnr(metrics.to_uint8(made.images), inputs.val_images),
+                class_ids=inputs.val_labels,
+                class_names=inputs.class_names,
+            )
         step_done(done + 1)
     gallery = reconstruction_gallery(
-        tools.pictures, inputs.val_images, images, class_ids=inputs.val_labels, class_names=inputs.class_names
+        tools.pictures, inputs.val_images, shown, class_ids=inputs.val_labels, class_names=inputs.class_names
     )
-    return ReconstructionReport(by_steps=tuple(by_steps), measures=_codebook_measures(tools), gallery=gallery)
+    measures, usage = _codebook(tools)
+    return ReconstructionReport(
+        by_steps=tuple(by_steps), measures=measures, gallery=gallery, extremes=extremes, usage=usage
+    )
 
 
 def _step_measures(tools: Instruments, num_steps: int, made: Reconstructed) -> tuple[Measure, ...]:
@@ -84,17 +107,19 @@ def _step_measures(tools: Instruments, num_steps: int, made: Reconstructed) -> t
     return tuple(measure for measure in measures if measure is not None)
 
 
-def _codebook_measures(tools: Instruments) -> tuple[Measure, ...]:
+def _codebook(tools: Instruments) -> tuple[tuple[Measure, ...], Histogram]:
+    """Figures of the codes' use, and how often each occurs, the commonest first."""
     size = tools.inputs.facts.codebook_size
-    measures = []
+    measures, series = [], {}
     for split, given in (("held-out", tools.inputs.val_codes), ("training", tools.inputs.train_codes)):
-        codes = as_codes(given)
+        counts, count, length = _counted(given, size)
+        series[f"{split} images"] = counts
         protocol = tools.protocol(
-            len(codes),
+            count,
             rounding="",
             dtype="",
             reference=f"codebook of {size:,}",
-            definition=f"codes of {split} images and their variants, {codes.shape[1]} an image",
+            definition=f"codes of {split} images and their variants, {length} an image",
         )
         measures += [
             Measure(
@@ -102,7 +127,7 @@ def _codebook_measures(tools: Instruments) -> tuple[Measure, ...]:
                 label=f"Codebook usage, {split}",
                 unit="%",
                 better="higher",
-                value=metrics.codebook_usage(codes, size),
+                value=metrics.usage_of(counts),
                 protocol=protocol,
             ),
             Measure(
@@ -110,7 +135,7 @@ def _codebook_measures(tools: Instruments) -> tuple[Measure, ...]:
                 label=f"Code entropy, {split}",
                 unit="bits",
                 better="higher",
-                value=metrics.entropy_bits(codes, size),
+                value=metrics.entropy_of(counts),
                 protocol=protocol,
             ),
             Measure(
@@ -118,8 +143,33 @@ def _codebook_measures(tools: Instruments) -> tuple[Measure, ...]:
                 label=f"Code perplexity, {split}",
                 unit="codes",
                 better="higher",
-                value=metrics.perplexity(codes, size),
+                value=metrics.perplexity_of(counts),
                 protocol=protocol,
             ),
         ]
-    return tuple(measures)
+    return tuple(measures), _usage(series, size)
+
+
+def _usage(series: dict[str, Tensor], size: int) -> Histogram:
+    """Shares of all codes by rank, in at most `_BARS` groups of neighbouring ranks."""
+    edges = torch.linspace(0, size, min(size, _BARS) + 1).round().long()
+    shares = {}
+    for name, counts in series.items():
+        falling = counts.double().sort(descending=True).values / counts.sum()
+        heights = [falling[a:b].mean().item() for a, b in itertools.pairwise(edges.tolist())]
+        shares[name] = tuple(heights)
+    return Histogram(
+        title="How often codes occur, the commonest first",
+        axis=f"rank of the code, of {size:,}",
+        edges=tuple(edges.double().tolist()),
+        series=shares,
+    )
+
+
+def _counted(codes: ArrayLike | CodeBatches, codebook_size: int) -> tuple[Tensor, int, int]:
+    """How often each code occurs, (K) int64; the rows; and the codes a row."""
+    counts, rows, length = torch.zeros(codebook_size, dtype=torch.int64), 0, 0
+    for batch in code_batches(codes):
+        counts += metrics.code_counts(batch, codebook_size)
+        rows, length = rows + len(batch), batch.shape[1]
+    return counts, rows, length

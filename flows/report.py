@@ -10,7 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import JsonValue
 
 from flows import published
-from flows.charts import HEIGHT, WIDTH, histogram_areas, show, step_charts
+from flows.charts import HEIGHT, WIDTH, histogram_areas, loss_charts, show, step_charts, sweep_charts
+from flows.page_script import SCRIPT, SCRIPT_HASH
 from flows.report_data import ConfusionMatrix, EvaluationReport, Measure, Protocol, ReportData
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -86,6 +87,12 @@ def _view(data: ReportData) -> dict[str, object]:
         "charts": step_charts(report.reconstruction.by_steps),
         "chart_size": (WIDTH, HEIGHT),
         "areas": histogram_areas(generation.distances),
+        "sweeps": sweep_charts(data.sweep),
+        "losses": loss_charts(data.losses),
+        "usage": histogram_areas(report.reconstruction.usage) if report.reconstruction.usage else (),
+        "slider": [step.num_steps for step in report.reconstruction.by_steps],
+        "script": SCRIPT,
+        "script_hash": SCRIPT_HASH,
         "confusion": confused(generation.confusion, report.class_names) if generation.confusion else None,
         "matrix_limit": MATRIX_LIMIT,
         "common": common,

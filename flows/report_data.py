@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
+from flows.compared import Comparison, GateResult
 from infra.config import Config
 
 
@@ -98,6 +99,8 @@ class ReconstructionReport(Config):
     by_steps: tuple[StepMeasures, ...] = Field(min_length=1, description="in the order of the step counts asked for")
     measures: tuple[Measure, ...]
     gallery: Gallery
+    extremes: Gallery | None = Field(default=None, description="the worst, the middle and the best by PSNR")
+    usage: Histogram | None = Field(default=None, description="how often codes occur, the commonest first")
 
 
 class GenerationReport(Config):
@@ -134,8 +137,10 @@ class EvaluationReport(Config):
 
     def pictures(self) -> Iterator[Picture]:
         """Every picture that the report shows."""
-        for gallery in (self.reconstruction.gallery, self.generation.gallery, self.generation.neighbours):
-            yield from gallery.pictures()
+        galleries = (self.reconstruction.gallery, self.generation.gallery, self.generation.neighbours)
+        for gallery in (*galleries, self.reconstruction.extremes):
+            if gallery is not None:
+                yield from gallery.pictures()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -144,6 +149,40 @@ class EvaluationReport(Config):
         if twice:
             raise ValueError(f"measures named twice: {', '.join(twice)}")
         return self
+
+
+class SweepPoint(Config):
+    """How often samples of one generator show their class at one setting."""
+
+    generator: str = Field(description="autoregressive or masked")
+    cfg_scale: float = Field(description="guidance; 1 is conditional only")
+    temperature: float = Field(description="autoregressive: of the softmax; masked: of the noise at the first step")
+    samples: int = Field(gt=0, description="as many of every class")
+    class_accuracy: FiniteFloat = Field(ge=0, le=1, description="share read as the class that is meant")
+
+
+class SweepRow(SweepPoint):
+    """The same with what it took."""
+
+    seconds_per_image: FiniteFloat | None = Field(
+        default=None, description="drawing the codes, on the machine that did it; without decoding"
+    )
+
+
+class LossCurve(Config):
+    """How a training went: its loss by steps, thinned out for a drawing."""
+
+    stage: str
+    steps: tuple[int, ...]
+    losses: tuple[FiniteFloat, ...]
+
+
+class Rejects(Config):
+    """Entries of the source that are no images, by reason."""
+
+    reason: str = Field(description="without what differs from file to file")
+    count: int
+    example: str = Field(description="path of one of them")
 
 
 class StageRow(Config):
@@ -155,6 +194,8 @@ class StageRow(Config):
     digest: str
     uri: str = ""
     inputs: tuple[str, ...] = Field(default=(), description="digests of the artifacts it was made from")
+    rate: str = Field(default="", description="what it did a second, in words")
+    files: tuple[str, ...] = Field(default=(), description="name, size and SHA-256 of its files, the first of them")
 
 
 class ReportData(Config):
@@ -171,6 +212,11 @@ class ReportData(Config):
     counts: dict[str, int] = Field(default_factory=dict, description="found, accepted, rejected, train, val, classes")
     stages: tuple[StageRow, ...]
     evaluation: EvaluationReport
+    sweep: tuple[SweepRow, ...] = Field(default=(), description="generators side by side, at every setting")
+    losses: tuple[LossCurve, ...] = Field(default=(), description="of each training")
+    rejects: tuple[Rejects, ...] = Field(default=(), description="commonest first")
+    comparison: Comparison | None = Field(default=None, description="with an earlier run, where there is one")
+    gate: GateResult | None = Field(default=None, description="what the regression gate said, where it was asked")
     images: dict[str, bytes] = Field(
         default_factory=dict, description="PNG of each picture; left out of the JSON form", repr=False
     )

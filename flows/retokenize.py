@@ -10,7 +10,7 @@ from flows import tasks
 from flows.encode_request import find_dataset
 from flows.recipes import EncodeConfig
 from flows.runs import RunRecord, start_journal
-from flows.stage import Job
+from flows.stage import Job, Listing
 from flows.tasks import Run
 from infra.cluster import session
 from infra.settings import Settings
@@ -33,7 +33,7 @@ def retokenize(
     wanted = find_dataset(encode, tokenizer=tokenizer, data=data, store=store, overrides=overrides)
     options = WorkerOptions(workers=workers, gpus_per_worker=gpus_per_worker)
     journal = start_journal(wanted.recipe, store=wanted.store, source=data, run=run, workers=workers)
-    this = Run(Job(wanted.recipe, wanted.store, data, options, run), journal)
+    this = Run(Job(wanted.recipe, wanted.store, data, options, run, listing=Listing()), journal)
     with journal.kept(), session(Settings().ray_address, workers):
         images = wanted.images or tasks.prepare(this)
         tasks.encode(this, images=images, tokenizer=wanted.tokenizer)

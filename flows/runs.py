@@ -2,13 +2,16 @@
 
 import contextlib
 import logging
+import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Literal
 
+import psutil
 from pydantic import ConfigDict, Field
 
 from flows.recipes import Recipe
@@ -16,7 +19,7 @@ from infra.artifacts import DIGEST_CHARS, ArtifactRef, Manifest
 from infra.config import Config
 from infra.store import Store
 
-State = Literal["Running", "Completed", "Cached", "Failed", "Cancelled"]
+State = Literal["Running", "Completed", "Cached", "Failed", "Cancelled", "Crashed"]
 
 SHOWN_CHARS = 12  # of a digest's 32, in tables that have to fit a terminal
 REPORT_FILES = ("report.html", "report.md", "report.json")
@@ -31,6 +34,14 @@ class StageRecord(Config):
     seconds: float = Field(0.0, description="since its first attempt began, waiting for retries included")
     ref: ArtifactRef | None = Field(None, description="what it published, or found published")
     reason: str | None = Field(None, description="why it failed")
+
+
+class Writer(Config):
+    """The process that runs a run: whoever finds its record in the state Running can see whether it lives."""
+
+    host: str
+    pid: int
+    began: float = Field(description="when the process began, in seconds since 1970: a number is used again")
 
 
 class RunRecord(Config):
@@ -50,7 +61,9 @@ class RunRecord(Config):
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     report: str | None = Field(None, description="URI of the report page")
+    gate: Literal["passed", "failed"] | None = Field(None, description="what the regression gate said, if it was asked")
     reason: str | None = None
+    writer: Writer | None = Field(None, description="the process that writes this; None in records of before")
 
 
 class StageFailedError(RuntimeError):
@@ -152,8 +165,14 @@ def start_journal(recipe: Recipe, *, store: Store, source: str, run: str, worker
         source=source,
         workers=workers,
         started_at=datetime.now(UTC).isoformat(),
+        writer=this_process(),
     )
     return Journal(store, record)
+
+
+def this_process() -> Writer:
+    """Who is writing here."""
+    return Writer(host=socket.gethostname(), pid=os.getpid(), began=psutil.Process().create_time())
 
 
 def one_line(error: BaseException, *, limit: int = 500) -> str:

@@ -18,23 +18,22 @@ from flows.gallery import name_of
 from flows.imports import Found, find_artifact, new_files
 from flows.preflight import check_ray
 from flows.sample_files import Outputs, Part, check_names, picture_file, writing
+from flows.sample_tokenizer import Choice, decoding_models
 from flows.stages_generator import SAMPLE
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
 from generator.generate import SampleJob, Wanted, generate, plan_shards
 from generator.space import CodeSpace
 from infra.artifacts import (
-    MANIFEST,
     ArtifactRef,
-    FileEntry,
     Manifest,
     Plan,
     find,
     folder_of,
     key_of,
-    manifest_of,
     publish,
     ref_of,
+    shards_of,
 )
 from infra.cluster import session
 from infra.codes import CodesInfo, read_codes
@@ -43,9 +42,7 @@ from infra.settings import Settings
 from infra.training import default_device
 from infra.weights import load_config
 from infra.workers import WorkerOptions
-from sftok.artifacts import TokenizerFile, load_teacher, load_tokenizer
 from sftok.config import DecodingConfig
-from sftok.decode import ImageDecoder
 
 SHEET_CLASSES, SHEET_SAMPLES = 20, 10  # on a contact sheet, at most: classes, and samples of each
 
@@ -65,6 +62,8 @@ class Job(NamedTuple):
     workers: int | None = None
     gpus_per_worker: float | None = None
     """None: one where this machine has any, since workers without one would compute on its processor."""
+    choice: Choice = Choice()
+    """of the tokenizer that makes images of the samples."""
 
 
 class Request(NamedTuple):
@@ -143,8 +142,8 @@ def check(job: Job) -> Request:
     options = WorkerOptions(workers=width, gpus_per_worker=gpus)
     request = request._replace(options=options)
     check_names(job.outputs)
-    if any(job.outputs):
-        _decoding_models(request)
+    if any(job.outputs) or job.choice != Choice():
+        decoding_models(found, job.choice)
     if find(found.store, request.plan) is None:
         check_ray(Settings().ray_address)
         found.store.check()
@@ -167,32 +166,6 @@ def _files(request: Request) -> list[Path]:
 
 def _space(info: CodesInfo) -> CodeSpace:
     return CodeSpace(info.codebook_size, info.num_tokens, len(info.class_names or ()))
-
-
-def _decoding_models(request: Request) -> tuple[Manifest, ArtifactRef | None]:
-    """The tokenizer that the codes are of, and the teacher that paints for it if it does not do so itself.
-
-    Raises:
-        ValueError: one of them is not in the generator's store.
-    """
-    store, digest = request.found.store, request.info.tokenizer
-    folder, without = folder_of(store, "tokenizer", digest), "or leave out --images, --grid and --npz"
-    if not folder.exists(MANIFEST):
-        raise ValueError(
-            f"{request.found.ref} draws codes of tokenizer/{digest}, which is not in {store.uri}: bring it there, "
-            + without
-        )
-    tokenizer = manifest_of(store, ArtifactRef(kind="tokenizer", digest=digest, uri=folder.uri))
-    if load_config(folder, TokenizerFile).pixels:
-        return tokenizer, None
-    teacher = tokenizer.inputs.get("teacher")
-    if teacher is None:
-        raise ValueError(
-            f"tokenizer/{digest} ends in proxy codes and names no teacher that would paint them: sample with a "
-            f"generator of another tokenizer, {without}"
-        )
-    manifest_of(store, teacher)  # says what to do where it is not there any more
-    return tokenizer, teacher
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------
@@ -264,9 +237,10 @@ def decoded(request: Request, manifest: Manifest, needed: set[str] | None = None
         needed: ids of the samples that are decoded; None for all.
     """
     store, size, job = request.found.store, request.job.config.micro_batch, request.job
-    decoder, decoding = _decoder(request), DecodingConfig(num_steps=job.decode_steps)
+    decoding = DecodingConfig(num_steps=job.decode_steps)
+    decoder = decoding_models(request.found, job.choice).decoder(micro_batch=size, seed=job.seed)
     missing = None if needed is None else set(needed)
-    for entry in _shards(manifest):
+    for entry in shards_of(request.found.store, manifest):
         if missing is not None and not missing:
             return
         _, rows = read_codes(store, [key_of(manifest, entry)])
@@ -277,18 +251,6 @@ def decoded(request: Request, manifest: Manifest, needed: set[str] | None = None
             yield Part(ids, decoder(torch.from_numpy(rows.codes[part].astype(np.int64)), ids, decoding).images)
         if missing is not None:
             missing.difference_update(rows.image_id)
-
-
-def _shards(manifest: Manifest) -> list[FileEntry]:
-    return [entry for entry in manifest.files if entry.path.startswith("sample-")]
-
-
-def _decoder(request: Request) -> ImageDecoder:
-    store = request.found.store
-    tokenizer, ref = _decoding_models(request)
-    model = load_tokenizer(folder_of(store, tokenizer.kind, tokenizer.digest)).to(default_device())
-    teacher = None if ref is None else load_teacher(folder_of(store, ref.kind, ref.digest)).to(default_device())
-    return ImageDecoder(model, teacher, micro_batch=request.job.config.micro_batch, seed=request.job.seed)
 
 
 def sheet_rows(request: Request) -> dict[str, list[str]]:

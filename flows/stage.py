@@ -1,20 +1,23 @@
 """What a stage is: the config and inputs that identify its artifact, and the one library call that makes it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
 from flows.recipes import Recipe
-from infra.artifacts import ArtifactRef, FileEntry, Manifest, Plan, folder_of, key_of, manifest_of
+from infra.artifacts import ArtifactRef, Manifest, Plan, files_of, folder_of, key_of, manifest_of
 from infra.config import Config
+from infra.pages import Page
 from infra.progress import Progress
 from infra.ranks import ALONE, Ranks
+from infra.shards import FileEntry, split_of
 from infra.store import Store
 from infra.workers import WorkerOptions
 
 if TYPE_CHECKING:
     from infra.training import Run
+    from sftok.source_entries import Source
 
 Refs = Mapping[str, ArtifactRef]
 
@@ -32,6 +35,32 @@ HOW = frozenset(
 )
 
 
+class Listing:
+    """Hands the source that an attempt has listed to name its artifact on to the call that reads the images.
+
+    One listing at most is held, some hundred bytes an image, until it is taken; other processes get an empty holder.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[str, Source] | None = None
+
+    def put(self, digest: str, source: "Source") -> None:
+        """Hold a listing, instead of one that was held."""
+        self._held = digest, source
+
+    def take(self, digest: str) -> "Source | None":
+        """The listing if it has this digest; none is held afterwards."""
+        held, self._held = self._held, None
+        return held[1] if held is not None and held[0] == digest else None
+
+    def drop(self) -> None:
+        """Hold none: nobody will read the images."""
+        self._held = None
+
+    def __reduce__(self) -> tuple[type["Listing"], tuple[()]]:
+        return Listing, ()
+
+
 class Job(NamedTuple):
     """One run of a recipe: where it reads and writes, and how wide it runs."""
 
@@ -41,6 +70,7 @@ class Job(NamedTuple):
     workers: WorkerOptions
     run: str = ""
     ranks: int = 1
+    listing: Listing | None = None  # between the parts of an attempt; without it each lists the source itself
 
 
 class Result(NamedTuple):
@@ -50,6 +80,7 @@ class Result(NamedTuple):
     counts: dict[str, int]
     metrics: dict[str, float]
     content_digest: str | None = None
+    pages: Sequence[Page] = ()  # where the stage has listed its shards itself
 
 
 class Work(NamedTuple):
@@ -71,10 +102,17 @@ class Work(NamedTuple):
         ref = self.plan.inputs[name]
         return folder_of(self.job.store, ref.kind, ref.digest)
 
-    def keys(self, name: str, start: str = "") -> list[str]:
-        """Keys of the input's files whose names begin with `start`: where in the store each of them lies."""
+    def keys(self, name: str, split: str) -> list[str]:
+        """Keys of the input's shards of a split: where in the store each of them lies."""
         manifest = manifest_of(self.job.store, self.plan.inputs[name])
-        return [key_of(manifest, file) for file in manifest.files if file.path.startswith(start)]
+        files = files_of(self.job.store, manifest)
+        return [key_of(manifest, file) for file in files if split_of(file.path) == split]
+
+    def rows(self, name: str, split: str) -> dict[str, int]:
+        """The same keys, each with the rows that the manifest says are there."""
+        manifest = manifest_of(self.job.store, self.plan.inputs[name])
+        files = files_of(self.job.store, manifest)
+        return {key_of(manifest, file): file.rows or 0 for file in files if split_of(file.path) == split}
 
     def ref(self, name: str) -> ArtifactRef:
         """The input called `name`."""

@@ -1,8 +1,12 @@
 """The stages of the generator: train_generator and sample."""
 
+from collections.abc import Mapping
+
 from pydantic import JsonValue
 
 from flows.stage import Job, Result, Stage, Work, seeded, training_run, what_of
+from infra.artifacts import ArtifactRef, manifest_of
+from infra.codes import CodesInfo
 
 
 def _train_generator_what(job: Job) -> dict[str, JsonValue]:
@@ -12,20 +16,30 @@ def _train_generator_what(job: Job) -> dict[str, JsonValue]:
 def _train_generator(work: Work) -> Result:
     from generator.data import CodeData
     from generator.train import train_generator
-    from infra.codes import read_codes
+    from infra.shared_codes import share_codes
 
-    store, recipe = work.job.store, work.recipe
-    info, train = read_codes(store, work.keys("codes", "train-"))
-    _, val = read_codes(store, work.keys("codes", "val-"))
-    made = train_generator(
-        CodeData.of(train),
-        CodeData.of(val),
-        info,
-        recipe.generator,
-        recipe.train_generator,
-        run=training_run(work),
-    )
-    return Result(*made)
+    recipe, run = work.recipe, training_run(work)
+    info, train = share_codes(work.job.store, work.keys("codes", "train"), work.ranks, run.device)
+    val_info, val = share_codes(work.job.store, work.keys("codes", "val"), work.ranks, run.device)
+    codes = work.ref("codes")
+    check_tokenizer(manifest_of(work.job.store, codes).inputs.get("tokenizer"), codes, {"train": info, "val": val_info})
+    model, training = recipe.generator, recipe.train_generator
+    return Result(*train_generator(CodeData.of(train), CodeData.of(val), info, model, training, run=run))
+
+
+def check_tokenizer(tokenizer: ArtifactRef | None, codes: ArtifactRef, splits: Mapping[str, CodesInfo]) -> None:
+    """Refuse codes that are of another tokenizer than their manifest says, or of two.
+
+    Raises:
+        ValueError: naming the split and both tokenizers.
+    """
+    said = next(iter(splits.values())).tokenizer if tokenizer is None else tokenizer.digest
+    for split, info in splits.items():
+        if info.tokenizer != said:
+            raise ValueError(
+                f"{codes}: its {split} shards hold codes of tokenizer/{info.tokenizer}, its manifest says "
+                f"tokenizer/{said}: codes of two tokenizers do not mix; delete that folder and encode again"
+            )
 
 
 def _sample_what(job: Job) -> dict[str, JsonValue]:

@@ -1,39 +1,59 @@
 """The stages between images and codes: prepare and encode."""
 
+from typing import TYPE_CHECKING
+
 from pydantic import JsonValue
 
 from flows.stage import Job, Result, Stage, Work, shards, what_of
-from infra.artifacts import Manifest, manifest_of
+from infra.artifacts import Manifest, manifest_of, shards_of
 from infra.errors import TransientError
+
+if TYPE_CHECKING:
+    from sftok.sources import Source
 
 
 def _prepare_what(job: Job) -> dict[str, JsonValue]:
     from sftok.sources import list_source
 
-    return {"data": what_of(job.recipe.data), "listing": list_source(job.source, job.recipe.data).digest}
+    source = list_source(job.source, job.recipe.data)
+    digest = source.digest
+    if job.listing is not None:
+        job.listing.put(digest, source)
+    return {"data": what_of(job.recipe.data), "listing": digest}
 
 
 def _accept_images(job: Job, manifest: Manifest) -> None:
     from sftok.prepare import check_reject_rate
 
+    if job.listing is not None:
+        job.listing.drop()
     check_reject_rate(manifest.counts, job.recipe.data, f"images/{manifest.digest}")
 
 
 def _prepare(work: Work) -> Result:
     from sftok.prepare import prepare
-    from sftok.sources import list_source
 
-    source = list_source(work.job.source, work.recipe.data)
-    if source.digest != work.plan.config["listing"]:
-        raise TransientError(f"source {work.job.source} changed while it was listed; it is listed again")
     made = prepare(
-        source,
+        _listed(work),
         work.recipe.data,
         out=work.out,
         options=work.job.workers,
         progress=work.progress,
     )
     return Result(made.files, made.counts, {}, made.content_digest)
+
+
+def _listed(work: Work) -> "Source":
+    """The source as it was listed for the plan; where nobody handed that on, as it is listed again and is the same."""
+    from sftok.sources import list_source
+
+    digest = str(work.plan.config["listing"])
+    if work.job.listing is not None and (held := work.job.listing.take(digest)) is not None:
+        return held
+    source = list_source(work.job.source, work.recipe.data)
+    if source.digest != digest:
+        raise TransientError(f"source {work.job.source} changed while it was listed; it is listed again")
+    return source
 
 
 def _encode_what(job: Job) -> dict[str, JsonValue]:
@@ -57,6 +77,7 @@ def _encode(work: Work) -> Result:
 
     config, tokenizer = work.recipe.encode, work.recipe.tokenizer
     images = manifest_of(work.job.store, work.ref("images"))
+    paths = [shard.path for shard in shards_of(work.job.store, images)]
     info = CodesInfo(
         tokenizer=work.ref("tokenizer").digest,
         codebook_size=tokenizer.codebook_size,
@@ -64,7 +85,7 @@ def _encode(work: Work) -> Result:
         image_size=work.recipe.data.image_size,
         assignment=config.assignment,
         precision=config.precision,
-        class_names=ImageSet.of(work.folder("images"), [file.path for file in images.files]).class_names,
+        class_names=ImageSet.of(work.folder("images"), paths).class_names,
     )
     without_images = work.plan.model_copy(update={"inputs": {"tokenizer": work.ref("tokenizer")}})
     job = EncodeJob(
@@ -76,9 +97,10 @@ def _encode(work: Work) -> Result:
         augment=work.recipe.augment,
         micro_batch=config.micro_batch,
         reuse=Reuse(work.job.store, work.plan.prefix, without_images.digest),
+        ten_crop_resize=config.ten_crop_resize,
     )
     made = encode(job, images, options=work.job.workers, progress=work.progress)
-    return Result(made.files, made.counts, {})
+    return Result(made.files, made.counts, {}, pages=made.pages)
 
 
 PREPARE = Stage("prepare", "images", 1, _prepare_what, _prepare, accept=_accept_images)

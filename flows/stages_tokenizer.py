@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from flows.stage import Job, Result, Stage, Work, seeded, shards, training_run, what_of
-from infra.artifacts import manifest_of
+from infra.artifacts import manifest_of, shards_of
 from infra.config import Config
 from infra.pretrained import read_pretrained
 from sftok.config import AlignmentStageConfig, TokenizerConfig
@@ -31,11 +31,8 @@ def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
 def _training_images(work: Work) -> "TrainingImages":
     from sftok.train import TrainingImages
 
-    rows = {
-        f.path: f.rows or 0
-        for f in manifest_of(work.job.store, work.ref("images")).files
-        if f.path != "rejects.parquet"
-    }
+    shards = shards_of(work.job.store, manifest_of(work.job.store, work.ref("images")))
+    rows = {shard.path: shard.rows or 0 for shard in shards}
     return TrainingImages.open(work.folder("images"), rows, work.recipe.data.image_size, work.recipe.augment)
 
 

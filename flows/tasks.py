@@ -4,6 +4,8 @@ A stage whose manifest exists ends in the state `Cached`. Prefect's own cache an
 decides.
 """
 
+import asyncio
+import contextlib
 import errno
 import functools
 import logging
@@ -24,6 +26,7 @@ from flows.stage import Job, Stage, Work, plan_of
 from infra import artifacts
 from infra.artifacts import ArtifactRef
 from infra.checkpoint import CHECKPOINTS, Checkpoints
+from infra.settings import ALL_STAGES, Settings
 
 RETRIES = 3
 BACKOFF_SECONDS = 2.0  # then 4, then 8, each with jitter
@@ -89,11 +92,25 @@ def stage_task(attempt: Callable[P, State[ArtifactRef]]) -> Callable[P, Artifact
 
     @functools.wraps(attempt)
     def call(*args: P.args, **kwargs: P.kwargs) -> ArtifactRef:
-        ref = retried(*args, **kwargs, return_state=True).result()  # raises what the task raised
+        seconds = timeout_of(name)
+        timed = retried if seconds is None else retried.with_options(timeout_seconds=seconds)
+        ref = timed(*args, **kwargs, return_state=True).result()  # raises what the task raised
         assert isinstance(ref, ArtifactRef)  # Prefect's types miss that a returned state becomes the task's own
         return ref
 
     return call
+
+
+def timeout_of(stage: str) -> float | None:
+    """Seconds that an attempt at a stage may take, if it is limited (SFTOK_STAGE_TIMEOUTS).
+
+    Raises:
+        ValueError: a time-out is given for something that is no stage.
+    """
+    given = Settings().stage_timeouts
+    if unknown := sorted(set(given) - {*stages.STAGES, ALL_STAGES}):
+        raise ValueError(f"SFTOK_STAGE_TIMEOUTS: {unknown[0]!r} is no stage; the stages are {', '.join(stages.STAGES)}")
+    return given.get(stage, given.get(ALL_STAGES))
 
 
 def _find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[ArtifactRef]:
@@ -102,7 +119,11 @@ def _find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[Artifa
     try:
         state, ref = _attempt(stage, run.job, inputs)
     except Exception as error:
-        run.journal.end(stage.name, "Failed", reason=one_line(error))
+        with contextlib.suppress(OSError):  # a store that is full or away takes no record of it either
+            run.journal.end(stage.name, "Failed", reason=one_line(error))
+        raise
+    except asyncio.CancelledError:  # how Prefect ends an attempt whose time is up; SIGTERM and Ctrl-C are others
+        run.journal.end(stage.name, "Failed", reason=f"not done within {timeout_of(stage.name):g} s")
         raise
     record = run.journal.end(stage.name, "Completed" if state == "Completed" else "Cached", ref=ref)
     progress.display().line(f"{stage.name}: {state} in {record.seconds:.1f} s")
@@ -127,6 +148,7 @@ def _attempt(stage: Stage, job: Job, inputs: dict[str, ArtifactRef]) -> tuple[st
         metrics=made.metrics,
         seconds=round(time.monotonic() - began, 3),
         content_digest=made.content_digest,
+        pages=made.pages,
     )
     Checkpoints(out.at(CHECKPOINTS)).clear()  # nothing will resume a stage that is done
     return "Completed", artifacts.ref_of(job.store, manifest)

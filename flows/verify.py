@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from infra.artifacts import MANIFEST, ROOT, ArtifactRef, FileEntry, Manifest, folder_of, key_of
+from infra.artifacts import MANIFEST, ROOT, ArtifactRef, Manifest, files_of, folder_of, key_of, shards_of
 from infra.progress import Progress, silent
 from infra.settings import Settings
+from infra.shards import SHARD, FileEntry
 from infra.store import Store
 from infra.verify import (
-    SHARD,
     Finding,
     Ledger,
     bucket_of,
@@ -123,13 +123,13 @@ def check_artifact(
     manifest, findings = read_manifest(store, kind, digest)
     if manifest is None:
         return {}, Checked(f"{kind}/{digest}", 0, 0, (), tuple(findings))
-    total = sum(entry.size for entry in manifest.files)
+    total = manifest.num_bytes
     tick = _ticker(total, progress)
-    findings += check_shard_names(folder, manifest)
+    findings += check_shard_names(store, manifest)
     content, cannot = _content_check(store, manifest)
     findings += cannot
     is_intact = True
-    for entry in manifest.files:
+    for entry in files_of(store, manifest):
         try:
             with local_file(store, key_of(manifest, entry)) as path:
                 wrong = list(check_bytes(path, entry, tick))
@@ -144,7 +144,7 @@ def check_artifact(
         findings += content.end()
     proven = ["bytes and SHA-256 of every file; the digest fits config and inputs"]
     proven += content.proven() if content else []
-    return manifest.inputs, Checked(f"{kind}/{digest}", len(manifest.files), total, tuple(proven), tuple(findings))
+    return manifest.inputs, Checked(f"{kind}/{digest}", manifest.num_files, total, tuple(proven), tuple(findings))
 
 
 def _ticker(total: int, progress: Progress) -> Callable[[int], None]:
@@ -173,9 +173,9 @@ def _content_check(store: Store, manifest: Manifest) -> tuple[ContentCheck | Non
     if ref is None or images is None:
         problem = f"{ref or 'what it was made from'} is not in this store: that no image is missing cannot be proven"
         return None, [Finding(MANIFEST, problem, "name the store that holds both, or run prepare again")]
-    listed = {entry.path: key_of(images, entry) for entry in images.files}
+    listed = {entry.path: key_of(images, entry) for entry in shards_of(store, images)}
     check = CodesCheck(store, manifest, lambda name: _labels(store, listed[name]) if name in listed else None)
-    lacking = sorted(set(filter(SHARD.fullmatch, listed)) - {entry.path for entry in manifest.files})
+    lacking = sorted(listed.keys() - {entry.path for entry in shards_of(store, manifest)})
     return check, [Finding(name, f"is a shard of {ref} and not of the codes") for name in lacking]
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from flows.stage import Result, Stage, Work
-from infra.artifacts import put
+from infra.shards import put
 
 METRICS = {"accuracy": 0.93, "psnr_of_a_copy": math.inf}
 

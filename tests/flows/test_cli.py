@@ -81,7 +81,7 @@ def test_help_is_instant_and_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "recipes", "show", "doctor", "import-weights", "export-weights", "reconstruct", "verify", "diff", "sample"],
+    ["run", "recipes", "show", "doctor", "import-weights", "export-weights", "reconstruct", "verify", "diff", "sample", "weights"],
 )
 def test_help_shows_examples(sftok, command):
     code, out, _ = sftok(command, "--help")

@@ -10,10 +10,11 @@ import torch
 from flows import cli, stages
 from flows.diff import diff
 from flows.diff_tally import drift, frequencies
-from infra.artifacts import ArtifactRef, Plan, folder_of, publish, put, ref_of
+from infra.artifacts import ArtifactRef, Plan, folder_of, publish, ref_of
 from infra.codes import NO_CLASS, CodeRows, CodesInfo, from_parquet, to_parquet
+from infra.shards import put, shard_name
 from infra.store import Store
-from infra.verify import bucket_of, shard_name
+from infra.verify import bucket_of
 from sftok.metrics import codebook_usage, entropy_bits, perplexity
 from tests.flows.small_dataset import Made, draw_images
 

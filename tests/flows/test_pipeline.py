@@ -7,7 +7,8 @@ import pytest
 
 from flows.recipe_files import load_recipe
 from flows.runs import RunRecord, StageFailedError, new_run_id
-from infra.artifacts import resolve, verify
+from infra.artifacts import verify
+from infra.lineage import resolve
 from infra.store import Store
 
 STAGES = ["prepare", "teacher", "warm_up", "align", "fine_tune", "encode"]

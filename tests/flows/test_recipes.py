@@ -1,13 +1,24 @@
 """Recipes of published models are what was published: sizes, schedules, and which parameters decay."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from flows import stages
 from flows.preflight import check_ranks, check_weights
 from flows.recipe_files import load_recipe
 from flows.recipes import RECIPES, Recipe
+from flows.stage import Job, plan_of
+from generator.artifacts import build_generator
+from generator.flops import training_flops
+from generator.space import CodeSpace
 from infra.learner import decay_matrices
+from infra.store import Store
+from infra.workers import WorkerOptions
 from sftok.model import SFTok
+from tests.flows.small_dataset import draw_images
 
 MILLION = 1e6
 # METHOD: encoder, decoder and all of stage 3, in millions.
@@ -63,6 +74,71 @@ def test_the_schedule_is_the_published_one(name: str) -> None:
     check_ranks(recipe, 8)
     with pytest.raises(ValueError, match=r"warm_up.training: 8 micro-batches a step do not divide by --ranks 3"):
         check_ranks(recipe, 3)
+
+
+# Millions of parameters before the norms of queries and keys, which are 2 x 64 a block; billions of operations a row.
+GENERATORS = {
+    "imagenet256_ar_b": ("autoregressive", 98.3, 12, 35.5),
+    "imagenet256_ar_l": ("autoregressive", 326.1, 24, 122.8),
+    "imagenet256_ar_xl": ("autoregressive", 753.7, 36, 287.1),
+    "imagenet256_maskgit": ("masked", 183.5, 24, 69.6),
+}
+STAGES_TO_CODES = (stages.PREPARE, stages.TEACHER, stages.WARM_UP, stages.ALIGN, stages.FINE_TUNE, stages.ENCODE)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators_have_the_stated_sizes(name: str) -> None:
+    kind, size, layers, operations = GENERATORS[name]
+    recipe = RECIPES[name]()
+    assert (recipe.generator.kind, recipe.generator.layers) == (kind, layers)
+    space = CodeSpace(recipe.tokenizer.codebook_size, recipe.tokenizer.num_latent_tokens, 1000)
+    with torch.device("meta"):
+        model = build_generator(recipe.generator, space)
+    norms = sum(p.numel() for n, p in model.named_parameters() if "q_norm" in n or "k_norm" in n)
+    assert norms == (layers * 2 * 64 if kind == "autoregressive" else 0)
+    assert millions(model) - norms / MILLION == pytest.approx(size, abs=0.05)
+    assert training_flops(recipe.generator, space) / 1e9 == pytest.approx(operations, abs=0.05)
+    for ranks in (1, 4, 8):
+        check_ranks(recipe, ranks)
+
+
+def test_the_masked_recipe_is_the_published_one() -> None:
+    recipe = RECIPES["imagenet256_maskgit"]()
+    training, optimizer, sample = recipe.train_generator, recipe.train_generator.optimizer, recipe.sample
+    assert (training.steps, training.batch_size, training.precision) == (1_000_000, 1024, "bf16")
+    assert (training.label_smoothing, training.class_dropout, recipe.generator.unmasked_weight) == (0.1, 0.1, 0.1)
+    assert (optimizer.lr, optimizer.end_lr, optimizer.warmup_steps) == (2e-4, 1e-5, 10_000)
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.grad_clip, optimizer.ema_decay) == (
+        (0.9, 0.96), 0.03, 1.0, 0.999,
+    )  # fmt: skip
+    assert (sample.num_steps, sample.temperature, sample.cfg_schedule) == (8, 1.0, "constant")
+    assert sample.cfg_scale == 4.5 + 1  # the published convention adds to the conditional logits
+    sample.fit("masked")
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators_share_the_stages_up_to_their_codes(name: str, tmp_path: Path) -> None:
+    """By digest, each stage's config being the same: the tokenizer is trained once for all of them."""
+    draw_images(tmp_path, 2)
+    shared, own = (
+        Job(RECIPES[each](), Store("store"), str(tmp_path), WorkerOptions()) for each in ("imagenet256_sftok_b", name)
+    )
+    for stage in STAGES_TO_CODES:
+        assert plan_of(stage, own, {}).digest == plan_of(stage, shared, {}).digest, stage.name
+    other = Job(RECIPES["imagenet256_sftok_l"](), Store("store"), str(tmp_path), WorkerOptions())
+    assert plan_of(stages.WARM_UP, own, {}).digest != plan_of(stages.WARM_UP, other, {}).digest
+    is_same = plan_of(stages.TRAIN_GENERATOR, own, {}).digest == plan_of(stages.TRAIN_GENERATOR, shared, {}).digest
+    assert is_same == (name == "imagenet256_ar_b")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_called_as_it_is_named_and_says_what_it_claims(name: str) -> None:
+    assert RECIPES[name]().name == name
+    about = RECIPES[name].__doc__ or ""
+    if name in {*GENERATORS, *PUBLISHED}:
+        assert f"`sftok run {name} --data DIR" in about
+        assert re.search(r"[Nn]ot (been )?trained here", " ".join(about.split()))
+        assert "Published:" in about
 
 
 def test_losses_without_weights_are_refused_one_by_one() -> None:

@@ -5,11 +5,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from flows.charts import nice_ticks, show, step_charts
+from flows.charts import nice_ticks, show, step_charts, sweep_charts
+from flows.compare import compare
+from flows.compared import GateResult
 from flows.evaluation import evaluate
 from flows.recipes import RECIPES, EvaluateConfig
 from flows.report import build_report, confused, duration, markdown_text, tiles
-from flows.report_data import ConfusionMatrix, Measure, Protocol, ReportData, StageRow
+from flows.report_data import ConfusionMatrix, LossCurve, Measure, Protocol, Rejects, ReportData, StageRow, SweepRow
+from tests.flows.accessibility import serious_findings
 from tests.flows.browser import chromium, find_browser
 from tests.flows.sample_evaluation import digits_inputs
 
@@ -26,6 +29,19 @@ HOSTILE = (
     "a" * 80,
 )
 WIDE, NARROW = 1600, 400
+SWEEP = tuple(
+    SweepRow(
+        generator=generator,
+        cfg_scale=scale,
+        temperature=temperature,
+        samples=100,
+        class_accuracy=0.9 - 0.02 * temperature + 0.015 * scale,
+        seconds_per_image=seconds * (1 if scale == 1 else 2),
+    )
+    for generator, seconds in (("autoregressive", 0.004), ("masked", 0.001))
+    for temperature in (1.0, 1.5)
+    for scale in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+)
 
 
 def make_data(**changes) -> ReportData:
@@ -59,6 +75,14 @@ def make_data(**changes) -> ReportData:
         "config": RECIPES["digits"]().as_json(),
         "versions": {"torch": "2.0"},
         "hardware": {"processor": "two cores"},
+        "sweep": SWEEP,
+        "losses": (
+            LossCurve(stage="align", steps=(10, 20, 30), losses=(3.0, 2.0, 1.0)),
+            LossCurve(stage="teacher", steps=(1, 500), losses=(5.0, 0.01)),
+        ),
+        "rejects": (Rejects(reason="not an image in a known format", count=2, example=HOSTILE[1]),),
+        "comparison": compare("now", report, HOSTILE[0], report, same_images=True),
+        "gate": GateResult(against=HOSTILE[0], passed=False, held=3, losses=(f"psnr {HOSTILE[0]}: worse",)),
     }
     return ReportData(**facts | changes)
 
@@ -107,7 +131,7 @@ class Tags(HTMLParser):
 
 def test_page_needs_nothing_else(page):
     tags = Tags(page.html)
-    assert not tags.all("script")
+    assert tags.all("script") == [{}], "its own script, and none from elsewhere"
     assert not tags.all("link")
     assert not tags.all("iframe")
     links = [attrs[key] for _, attrs in tags.seen for key in ("src", "href", "srcset") if key in attrs]
@@ -159,7 +183,7 @@ def test_stages_and_lineage(page):
 
 def test_markup_in_names_is_text(hostile_page):
     tags = Tags(hostile_page.html)
-    assert not tags.all("script")
+    assert len(tags.all("script")) == 1
     assert [attrs for _, attrs in tags.seen if any(key.startswith("on") for key in attrs)] == []
     assert all(attrs["src"].startswith("data:") for attrs in tags.all("img"))
     assert len(tags.all("h1")) == 1
@@ -212,6 +236,37 @@ def test_charts_are_true_to_the_values(data):
         assert [heights[i] for i in order] == sorted(heights)
 
 
+def test_the_sweep_stands_side_by_side_in_every_form(page):
+    assert len(json.loads(page.json)["sweep"]) == 24
+    assert {"generator", "cfg_scale", "temperature", "class_accuracy", "seconds_per_image", "samples"} <= set(
+        json.loads(page.json)["sweep"][0]
+    )
+    assert page.markdown.count("| autoregressive | ") == 12
+    assert "| masked | 1.5 | 6 | 96.0 % | 100 | 2.00 |" in page.markdown
+    tags = Tags(page.html)
+    assert [svg["aria-label"][:40] for svg in tags.all("svg")].count("Class accuracy of masked samples by guid") == 1
+    assert "4 ms an image without guidance, 8 ms an image with" in page.html
+    without = build_report(make_data(sweep=()))
+    assert 'id="sweep"' not in without.html
+    assert "## Guidance" not in without.markdown
+
+
+def test_sweep_charts_share_their_scale_and_are_true_to_the_values():
+    charts = sweep_charts(SWEEP)
+    assert [chart.generator for chart in charts] == ["autoregressive", "masked"]
+    assert charts[0].ticks == charts[1].ticks
+    for chart in charts:
+        assert [curve.name for curve in chart.curves] == ["temperature 1", "temperature 1.5"]
+        for curve in chart.curves:
+            assert [point.x_label for point in curve.points] == ["1", "2", "3", "4", "5", "6"]
+            heights = [-point.y for point in curve.points]
+            assert heights == sorted(heights)
+        assert chart.curves[0].points[0].y < chart.curves[1].points[0].y  # 0.5 * 0.02 higher
+    assert sweep_charts(()) == []
+    untimed = [row.model_copy(update={"seconds_per_image": None}) for row in SWEEP]
+    assert sweep_charts(untimed)[0].seconds == ""
+
+
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [(0, 1, [0, 0.5, 1]), (14.6, 31.8, [10, 20, 30, 40]), (5, 5, [4.95, 5, 5.05]), (-3, 3, [-4, -2, 0, 2, 4])],
@@ -226,6 +281,37 @@ def test_ticks_are_round_and_cover_the_values(low, high, ticks):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_losses_rejects_and_the_earlier_run_stand_in_every_form(page):
+    for form in (page.html, page.markdown):
+        assert "not an image in a known format" in form
+        assert "The gate is failed" in form
+        assert "3 figures were held against" in form
+    assert page.html.count('aria-label="Loss of ') == 2
+    assert "teacher (logarithmic)" in page.html
+    assert "3 at step 10, 1 at step 30" in page.html
+    assert "| teacher | 5 | 0.01 | 500 |" in page.markdown
+    read = json.loads(page.json)
+    assert read["comparison"]["other"] == HOSTILE[0]
+    plain = build_report(make_data(comparison=None, gate=None, losses=(), rejects=()))
+    assert 'id="against"' not in plain.html
+    assert "## Against" not in plain.markdown
+
+
+def test_worst_median_and_best_are_that(data):
+    gallery = data.evaluation.reconstruction.extremes
+    decibels = [[float(p.caption.split()[0]) for p in row.pictures if p.caption] for row in gallery.rows]
+    assert [row.title for row in gallery.rows] == ["worst", "median", "best"]
+    assert max(decibels[0]) <= min(decibels[1]) <= max(decibels[1]) <= min(decibels[2])
+
+
+def test_the_codes_use_is_drawn_falling(data):
+    usage = data.evaluation.reconstruction.usage
+    assert set(usage.series) == {"held-out images", "training images"}
+    for shares in usage.series.values():
+        assert list(shares) == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1)  # as many bars as codes here
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +356,35 @@ class TestInChromium:
         assert browser.evaluate("window.pwned") is None
         assert browser.evaluate("document.querySelector('h1').textContent") == HOSTILE[0]
         assert browser.evaluate("document.querySelectorAll('.strip figcaption')[0].textContent") == HOSTILE[0]
+
+    def test_the_slider_shows_the_chosen_step(self, browser, files):
+        """Moved by the keyboard, as people without a mouse do."""
+        browser.open(files / "plain.html", width=WIDE)
+        shown = "[...document.querySelectorAll('#slid img:nth-of-type(2)')].map(i => i.alt)"
+        assert all("8 decoding steps" in alt for alt in browser.evaluate(shown))
+        assert browser.evaluate("document.querySelectorAll('#slid figure').length") == 10
+        before = browser.evaluate("document.querySelector('#slid img:nth-of-type(2)').src")
+        slider = browser.command("/element", {"using": "css selector", "value": "#steps"})
+        left = "\ue012"
+        browser.command(f"/element/{next(iter(slider.values()))}/value", {"text": left * 3})
+        assert all("in 1 decoding steps" in alt for alt in browser.evaluate(shown))
+        assert browser.evaluate("document.getElementById('steps-told').textContent") == "1 decoding step"
+        assert browser.evaluate("document.querySelector('#slid img:nth-of-type(2)').src") != before
+
+    def test_tables_sort(self, browser, files):
+        browser.open(files / "plain.html", width=WIDE)
+        browser.evaluate("document.querySelectorAll('#against button.sort')[1].click()")
+        values = browser.evaluate(
+            "[...document.querySelectorAll('#against tbody tr')].map(r => +r.cells[1].dataset.value)"
+        )
+        assert values == sorted(values)
+        assert len(values) > 10
+
+    @pytest.mark.parametrize("width", [NARROW, WIDE])
+    @pytest.mark.parametrize("dark", [False, True])
+    def test_can_be_used_by_everybody(self, browser, files, width, dark):
+        browser.open(files / "plain.html", width=width, dark=dark)
+        assert serious_findings(browser) == []
 
     def test_follows_the_colour_scheme(self, browser, files):
         lightness = {}

@@ -16,8 +16,9 @@ from flows.encode_request import find_dataset
 from flows.recipes import EncodeConfig
 from flows.runs import RunRecord, StageFailedError
 from flows.verify import verify as verify_command
-from infra.artifacts import key_of, manifest_of, resolve, verify
+from infra.artifacts import key_of, manifest_of, verify
 from infra.codes import read_codes
+from infra.lineage import resolve
 from infra.store import Store
 from tests.flows.weights_cli import SIZE, a_teacher, a_tokenizer, published, written
 

@@ -17,27 +17,18 @@ from flows.class_choice import chosen_classes
 from flows.sample_files import GAP, Part, labelled_sheet, npz_writer
 from flows.sampling import SHEET_SAMPLES, Job, check, decoded
 from flows.stages_generator import SAMPLE
-from generator.artifacts import save_generator
+from generator.artifacts import GeneratorFile, save_generator
 from generator.config import GeneratorConfig, MaskedConfig, SampleConfig
 from generator.data import space_of
 from generator.generate import SampleJob, generate, plan_shards
 from generator.masked import MaskedGenerator
 from generator.model import Generator
 from generator.space import CodeSpace
-from infra.artifacts import (
-    MANIFEST,
-    ArtifactRef,
-    Plan,
-    find,
-    folder_of,
-    manifest_of,
-    publish,
-    ref_of,
-    verify,
-    write_shard,
-)
+from infra.artifacts import MANIFEST, ArtifactRef, Plan, find, folder_of, manifest_of, publish, ref_of, verify
 from infra.codes import CodesInfo, read_codes
+from infra.shards import write_shard
 from infra.store import Store
+from infra.weights import load_config
 from infra.workers import WorkerOptions
 from sftok.config import DecodingConfig
 from sftok.decode import ImageDecoder
@@ -399,6 +390,35 @@ def test_a_tokenizer_without_pixel_decoder_takes_its_teacher(
     assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], np.stack(list(expected.values())))
     folder_of(store, "teacher", teacher_ref.digest).delete_tree()
     assert str(teacher_ref) in refused(capsys, ref, store, "--npz", tmp_path / "b.npz")
+
+
+def test_another_tokenizer_than_that_of_the_codes_is_refused_unless_asked_for(
+    store: Store, generator: ArtifactRef, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = load_config(folder_of(store, "generator", generator.digest), GeneratorFile).codes.tokenizer
+    model = a_tokenizer()
+    with torch.no_grad():
+        model.quantizer.embedding.mul_(-1)  # its codes mean something else
+    other = published(store, model, teacher=published(store, a_teacher()))
+    config = TOKENIZER.model_copy(update={"codebook_size": 32})
+    small = SFTok(config, model.teacher_config, SIZE, pixels=False)
+    small.initialise()
+    third = published(store, small, teacher=other)
+    npz = ["--decode-steps", 2, "--npz"]
+    said = refused(capsys, generator, store, "--tokenizer", other, *npz, tmp_path / "no.npz")
+    assert f"draws codes of tokenizer/{own}, not of {other}" in said
+    assert "--any-tokenizer" in said
+    said = refused(capsys, generator, store, "--tokenizer", third, "--any-tokenizer", *npz, tmp_path / "no.npz")
+    assert "has 32 codes in the codebook" in said
+    assert "names none" in refused(capsys, generator, store, "--any-tokenizer")
+    assert not (tmp_path / "no.npz").exists()
+    made = sample(capsys, generator, store, "--tokenizer", f"tokenizer/{own}", *npz, tmp_path / "own.npz")
+    sample(capsys, generator, store, *npz, tmp_path / "default.npz")
+    sample(capsys, generator, store, "--tokenizer", other, "--any-tokenizer", *npz, tmp_path / "other.npz")
+    images = {name: np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("own", "default", "other")}
+    assert np.array_equal(images["own"], images["default"])
+    assert np.array_equal(images["other"], np.stack(list(expected_images(store, made, model).values())))
+    assert not np.array_equal(images["own"], images["other"])
 
 
 def test_images_are_decoded_a_micro_batch_at_a_time(

@@ -10,8 +10,9 @@ import pytest
 
 from flows import stages
 from flows.stage import plan_of
-from infra.artifacts import ArtifactRef, Manifest, manifest_of, resolve, verify
+from infra.artifacts import ArtifactRef, Manifest, manifest_of, verify
 from infra.cluster import ENVIRONMENT, session
+from infra.lineage import resolve
 from infra.store import Store
 from infra.workers import WorkerOptions
 from tests.flows.small_dataset import Made, draw_images

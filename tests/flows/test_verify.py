@@ -15,8 +15,9 @@ import pytest
 
 from flows import cli, stages
 from flows.verify import Verification, verify
-from infra.artifacts import MANIFEST, ArtifactRef, folder_of, manifest_of, put
+from infra.artifacts import MANIFEST, ArtifactRef, folder_of, manifest_of
 from infra.codes import CodesInfo, from_parquet, to_parquet
+from infra.shards import put
 from infra.store import Store
 from tests.flows.small_dataset import Made, draw_images
 
@@ -401,7 +402,8 @@ import re, sys
 from pathlib import Path
 import psutil
 from flows.verify import ImagesCheck
-from infra.artifacts import FileEntry, resolve
+from infra.lineage import resolve
+from infra.shards import FileEntry
 from infra.store import Store
 store, ref, name, rows = Store(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 check = ImagesCheck(resolve(store, ref))

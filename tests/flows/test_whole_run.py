@@ -18,8 +18,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from infra.artifacts import resolve, verify
+from infra.artifacts import verify
 from infra.codes import read_codes
+from infra.lineage import resolve
 from infra.store import Store
 from tests.s3_server import S3Server
 

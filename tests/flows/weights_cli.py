@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import typer
 
-from flows.cli_weights import register
+from flows import cli_catalogue, cli_weights
 from infra.artifacts import ArtifactRef, Plan, folder_of, publish, ref_of
 from infra.store import Store
 from sftok.artifacts import save_teacher, save_tokenizer
@@ -30,7 +30,8 @@ TOKENIZER = TokenizerConfig(
 
 def command_line() -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    register(app)
+    cli_weights.register(app)
+    cli_catalogue.register(app)
     return app
 
 

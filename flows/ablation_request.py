@@ -1,0 +1,82 @@
+"""What is checked before an ablation starts any server or writes anything: a ValueError is one line for the user."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flows.preflight import check_home, check_ranks, check_ray, check_weights
+from flows.recipe import Recipe
+from flows.recipes_ablation import Ablation, load_ablation
+from flows.server import health
+from infra.settings import Settings
+from infra.store import Store
+from sftok.config import NO_ADVERSARY
+
+
+class AblationRequest(NamedTuple):
+    """An ablation that can begin."""
+
+    plan: Ablation
+    store: Store
+    source: str
+    workers: int
+    ranks: int
+    gpus_per_worker: float
+    settings: Settings
+
+
+def check_ablation_request(
+    name: str,
+    *,
+    data: str | None,
+    store: str | None,
+    overrides: Sequence[str],
+    seeds: str | None,
+    workers: int | None,
+    ranks: int,
+    gpus: float | None = None,
+) -> AblationRequest:
+    """Turn what the user asked for into a request, the store last: checking it writes to it."""
+    from sftok.sources import check_source
+
+    settings = Settings()
+    plan = load_ablation(name, overrides=overrides, seeds=None if seeds is None else parse_seeds(seeds))
+    base = plan.base
+    check_weights(_without_fine_tuning(base))
+    check_ranks(base, ranks)
+    source = data or base.source
+    if not source:
+        raise ValueError(f"ablation {plan.name} has no images of its own: give a folder of them with --data")
+    check_source(source, base.data)
+    check_home(settings.home)
+    if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
+        raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
+    check_ray(settings.ray_address)
+    place = Store(store or settings.store)
+    place.check()
+    width = min(2, os.cpu_count() or 1) if workers is None else workers
+    return AblationRequest(plan, place, source, width, ranks, _default_gpus() if gpus is None else gpus, settings)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds as they are written on the command line.
+
+    Raises:
+        ValueError: they are no whole numbers.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--seeds {text}: write whole numbers with commas between them, such as 0,1,2") from None
+
+
+def _without_fine_tuning(recipe: Recipe) -> Recipe:
+    """An ablation ends before fine-tuning, and needs no weights for it."""
+    changes = {"perceptual_weight": 0.0, "adversarial": NO_ADVERSARY}
+    return recipe.model_copy(update={"fine_tune": recipe.fine_tune.model_copy(update=changes)})
+
+
+def _default_gpus() -> float:
+    from infra.training import default_device
+
+    return 1.0 if default_device() == "cuda" else 0.0

@@ -1,0 +1,76 @@
+"""`sftok report`: the page of a run beside an earlier one, and the gate. What is heavy is imported when it runs."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals
+from flows.console import logging_on_stderr, print_table, stdout_for_results
+from infra.errors import TransientError
+
+GATE_FAILED = 3  # exit code
+
+EXAMPLES = """\b
+Examples:
+  sftok report
+  sftok report --run 20261125-014226-digits-dc1e --against 20261124-232443-digits-602a --out page
+  sftok report --against published --json
+  sftok report --gate --threshold 'reconstruction.psnr@*=0.5' --threshold generation.class_agreement=0.01
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(epilog=EXAMPLES)(report)
+
+
+def report(
+    *,
+    run: Annotated[str | None, typer.Option(help="The run. [default: the last one that was evaluated]")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A run to hold it against, or: published. [default: the last good one of the same recipe]"),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Local folder for the pages. [default: beside the run's record in the store]")
+    ] = None,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Exit with 3 if a figure became worse than its threshold allows.")
+    ] = False,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIGURE=LOSS", help="How much worse a figure may be. [default: the recipe's gate]"),
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the report of a run as one HTML page, Markdown and JSON, and the page of all runs beside it."""
+    with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
+        from flows.benchmark_report import gate_of, write_report
+        from infra.settings import Settings
+        from infra.store import Store
+
+        place = Store(store or Settings().store)
+        try:
+            asked = gate_of(place, run, threshold or ()) if gate or threshold else None
+            made = write_report(place, run=run, against=against, out=out, gate=asked)
+        except TransientError as error:
+            raise Failed(f"{error}; try again") from error
+    if as_json:
+        typer.echo(json.dumps(made.as_json()))
+    else:
+        if made.comparison is not None:
+            rows = [
+                (row.name, f"{row.value:.5g}", f"{row.other:.5g}", "not comparable" if row.why_not else row.verdict)
+                for row in made.comparison.rows
+            ]
+            print_table(("figure", made.run, made.against or "", ""), rows)
+        for name in made.files:
+            typer.echo(name)
+    if made.gate is not None and not made.gate.passed:
+        for loss in made.gate.losses:
+            typer.echo(f"gate: {loss}", err=True)
+        raise typer.Exit(GATE_FAILED)
+    if made.gate is not None:
+        typer.echo(f"gate: passed, {made.gate.held} figures held against {made.gate.against}", err=True)

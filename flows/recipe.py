@@ -1,0 +1,163 @@
+"""What a recipe is: everything that decides what is computed, from images to report, as data."""
+
+from typing import Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from flows.gate import GateConfig
+from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
+from infra.config import Config
+from sftok.config import (
+    AlignmentStageConfig,
+    Assignment,
+    AugmentConfig,
+    DataConfig,
+    DecodingConfig,
+    FineTuneStageConfig,
+    TeacherStageConfig,
+    TokenizerConfig,
+)
+from sftok.views import TEN_CROP_RESIZE, expanded, has_crops, ten_crop_side
+
+
+class EncodeConfig(Config):
+    """Tokenization of the dataset."""
+
+    variants: tuple[str, ...] = Field(
+        ("center",), description="views of a training image: center, flip, affine-1, affine-2 ..., ten_crop"
+    )
+    val_variants: tuple[str, ...] = Field(("center",), description="views of a held-out image")
+    assignment: Assignment = "nearest"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the encoder; bf16 changes some codes")
+    micro_batch: PositiveInt = Field(64, description="images encoded at once; fixed, the last one padded")
+    ten_crop_resize: float = Field(
+        TEN_CROP_RESIZE,
+        gt=1,
+        le=2,
+        description="side of the square that the views crop-1 to crop-10 are cut from, over data.image_size",
+    )
+
+    @field_validator("variants", "val_variants")
+    @classmethod
+    def _ten_crop_stands_for_ten(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        return expanded(views)
+
+    @property
+    def has_crops(self) -> bool:
+        """Whether any view is one of the ten crops."""
+        return has_crops((*self.variants, *self.val_variants))
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A config without crops stays as it always was, and so do the digests made from it."""
+        values: dict[str, Any] = handler(self)
+        if not self.has_crops:
+            values.pop("ten_crop_resize", None)
+        return values
+
+    @model_validator(mode="after")
+    def _resize_is_used(self) -> Self:
+        if self.ten_crop_resize != TEN_CROP_RESIZE and not self.has_crops:
+            raise ValueError(f"ten_crop_resize = {self.ten_crop_resize:g} changes nothing: name ten_crop as a view")
+        return self
+
+    @model_validator(mode="after")
+    def _each_view_once(self) -> Self:
+        for name, views in (("variants", self.variants), ("val_variants", self.val_variants)):
+            if not views:
+                raise ValueError(f"{name} is empty: name one view at least, such as center")
+            if len(set(views)) != len(views):
+                raise ValueError(f"{name} = {', '.join(views)} names a view twice: name each once")
+        return self
+
+
+class SweepConfig(Config):
+    """Class accuracy of samples against guidance and temperature, of the run's generator and of one beside it."""
+
+    cfg_scales: tuple[NonNegativeFloat, ...] = Field((), description="guidance that is tried; empty: no sweep")
+    temperatures: tuple[PositiveFloat, ...] = Field((1.0, 1.5), description="of an autoregressive generator")
+    masked_temperatures: tuple[PositiveFloat, ...] = Field((1.0, 8.0), description="of a masked generator")
+    per_class: PositiveInt = Field(10, description="samples of every class at every setting")
+    generator: AnyGeneratorConfig | None = Field(
+        None, description="a second generator of the same codes, trained where the store has none like it"
+    )
+    train_generator: GeneratorTrainingConfig | None = Field(None, description="how the second one is trained")
+
+    @model_validator(mode="after")
+    def _second_one_is_whole(self) -> Self:
+        if (self.generator is None) != (self.train_generator is None):
+            raise ValueError("generator and train_generator belong together: give both, or neither")
+        if self.cfg_scales and not (self.temperatures and self.masked_temperatures):
+            raise ValueError("temperatures and masked_temperatures need one value each: 1.0 for one")
+        return self
+
+
+class EvaluateConfig(Config):
+    """What is measured."""
+
+    steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), description="numbers of decoding steps that are compared")
+    class_reader: bool = Field(
+        False,
+        description="train a classifier (scikit-learn) on the real training images and let it read the classes",
+    )
+    classifier_images: PositiveInt = Field(
+        20_000, description="training images that the classifier is trained on: all, or as many chosen by hash"
+    )
+    nearest_images: PositiveInt = Field(
+        1_000, description="samples, and held-out images, whose nearest training image is looked for, spread evenly"
+    )
+    feature_seed: int = Field(0, description="seed of the random feature extractor")
+    sweep: SweepConfig = SweepConfig()
+
+    @model_validator(mode="after")
+    def _sweep_has_a_reader(self) -> Self:
+        if self.sweep.cfg_scales and not self.class_reader:
+            raise ValueError("sweep.cfg_scales needs the class reader: set class_reader = true, or sweep.cfg_scales=[]")
+        return self
+
+
+class Recipe(Config):
+    """Everything that decides what is computed, from images to report."""
+
+    name: str
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    threads: PositiveInt = Field(
+        2, description="threads of a training process; sums round differently with another number"
+    )
+    source: str = Field("", description="images to use where --data is not given; empty: --data is required")
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    teacher: TeacherStageConfig
+    tokenizer: TokenizerConfig
+    warm_up: AlignmentStageConfig
+    align: AlignmentStageConfig
+    fine_tune: FineTuneStageConfig
+    decoding: DecodingConfig = DecodingConfig()
+    encode: EncodeConfig = EncodeConfig()
+    generator: AnyGeneratorConfig
+    train_generator: GeneratorTrainingConfig
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _image_divides(self) -> Self:
+        for what, side in (
+            ("tokenizer.patch_size", self.tokenizer.patch_size),
+            ("the teacher's down-sampling factor", self.teacher.model.downsample_factor),
+        ):
+            if self.data.image_size % side:
+                raise ValueError(f"data.image_size = {self.data.image_size} does not divide by {what} = {side}")
+        if self.encode.has_crops:
+            ten_crop_side(self.data.image_size, self.encode.ten_crop_resize)
+        return self

@@ -1,0 +1,66 @@
+"""What a run's artifacts tell about how it went: losses, rates, and what was rejected."""
+
+import json
+import re
+from collections.abc import Mapping
+
+import pyarrow.parquet as pq
+
+from flows.report_data import LossCurve, Rejects
+from infra.artifacts import Manifest, folder_of
+from infra.store import Store
+from sftok.prepare import REJECTS
+
+LOG = "log.jsonl"
+POINTS = 160  # of a drawn curve
+REASONS = 8  # of rejects that are told
+DONE = {  # what a stage did, by its counts
+    "images": ("accepted", "images"),
+    "codes": ("rows", "rows"),
+    "samples": ("samples", "samples"),
+    "teacher": ("steps", "steps"),
+    "tokenizer": ("steps", "steps"),
+    "generator": ("steps", "steps"),
+}
+
+
+def loss_curves(store: Store, made: Mapping[str, Manifest]) -> tuple[LossCurve, ...]:
+    """The loss of each training among the stages, thinned out evenly."""
+    curves = []
+    for stage, manifest in made.items():
+        if not any(entry.path == LOG for entry in manifest.files):
+            continue
+        lines = folder_of(store, manifest.kind, manifest.digest).read(LOG).decode().splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
+        step = max(1, len(rows) // POINTS)
+        kept = [*rows[::step], *([rows[-1]] if rows and (len(rows) - 1) % step else [])]
+        if kept:
+            steps, losses = tuple(int(row["step"]) for row in kept), tuple(float(row["loss"]) for row in kept)
+            curves.append(LossCurve(stage=stage, steps=steps, losses=losses))
+    return tuple(curves)
+
+
+def rate_of(manifest: Manifest) -> str:
+    """What a stage did a second, where its counts tell; an imported model did nothing."""
+    name, unit = DONE.get(manifest.kind, ("", ""))
+    count = manifest.counts.get(name)
+    if not count or manifest.seconds <= 0:
+        return ""
+    rate = count / manifest.seconds
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+
+
+def rejects_of(store: Store, images: Manifest) -> tuple[Rejects, ...]:
+    """What prepare rejected, by reason, the commonest first."""
+    folder = folder_of(store, images.kind, images.digest)
+    if not any(entry.path == REJECTS for entry in images.files):
+        return ()
+    with folder.open(REJECTS) as opened, pq.ParquetFile(opened) as file:
+        table = file.read(["path", "reason"])
+    found: dict[str, tuple[int, str]] = {}
+    for path, reason in zip(table["path"].to_pylist(), table["reason"].to_pylist(), strict=True):
+        gist = re.sub(r"[0-9]+", "N", re.sub(r"'[^']*'", "'...'", reason))[:120]
+        count, example = found.get(gist, (0, path))
+        found[gist] = count + 1, example
+    ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))[:REASONS]
+    return tuple(Rejects(reason=gist, count=count, example=example) for gist, (count, example) in ordered)

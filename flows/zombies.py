@@ -1,0 +1,211 @@
+"""Runs that say they are running and are not: their process was killed, or the power was.
+
+Two places tell of a run. Its record in the store is marked Crashed when its writer is known to be gone: a process of
+this machine that does not exist any more, or a run that Prefect knows to have ended. Prefect's flow run is marked when
+its process is gone here, or when it was alive on another machine and has been silent for `SILENT_SECONDS`. What such a
+run has published stays; the command in the reason goes on from there.
+
+This looks once, when something starts; `flows.heartbeat` is what watches meanwhile.
+"""
+
+import json
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import httpx
+import psutil
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterName,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.states import Crashed
+
+from flows import notify
+from flows.heartbeat import BEAT
+from flows.parameters import PipelineParameters
+from flows.runs import RunRecord, Writer, one_line, this_process
+from infra.store import Store
+
+SILENT_SECONDS = 600.0  # more than three signs of life of whoever gives one at Prefect's default of 180 s
+READERS = 16
+
+log = logging.getLogger(__name__)
+
+
+class Marked(NamedTuple):
+    """What was found dead."""
+
+    records: tuple[str, ...]
+    flow_runs: tuple[str, ...]
+
+
+def mark(stores: Sequence[Store]) -> Marked:
+    """Mark what is dead, in these stores and in Prefect, and tell whoever wants to hear of it."""
+    records = [record for store in stores for record in mark_records(store, ended=_ended)]
+    return Marked(
+        tuple(record.run for record in records), tuple(mark_flow_runs({record.run: record for record in records}))
+    )
+
+
+# --- records in the store --------------------------------------------------------------------------------------------
+
+
+def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) -> list[RunRecord]:
+    """Mark the records in the state Running whose writer is gone; those that were marked.
+
+    Args:
+        store: where the records are.
+        ended: whether a run of another machine is known to have ended; without it those are left alone.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda name: _running(store, name), store.at("runs").folders()))
+    marked = []
+    for record in found:
+        if record is None or record.writer is None:
+            continue
+        here = is_gone(record.writer)
+        if here or (here is None and ended is not None and ended(record.run)):
+            marked.append(_crash(store, record, record.writer))
+    return marked
+
+
+def is_gone(writer: Writer) -> bool | None:
+    """Whether a process is gone; None if it is not of this machine, so nobody here knows."""
+    if writer.host != socket.gethostname():
+        return None
+    try:
+        return abs(psutil.Process(writer.pid).create_time() - writer.began) > 2.0  # another one of the same number
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+
+
+def _running(store: Store, name: str) -> RunRecord | None:
+    """A record in the state Running; what cannot be read is somebody else's to complain about."""
+    try:
+        data = json.loads(store.at("runs", name).read("run.json"))
+        return RunRecord.model_validate(data) if data.get("state") == "Running" else None
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+
+
+def _crash(store: Store, record: RunRecord, writer: Writer) -> RunRecord:
+    running = [name for name, stage in record.stages.items() if stage.state == "Running"]
+    reason = (
+        f"{running[-1] if running else 'run'}: process {writer.pid} of {writer.host} is gone; to go on: "
+        f"{_command(record)}"
+    )
+    stages = {
+        name: stage.model_copy(update={"state": "Crashed", "reason": reason}) if name in running else stage
+        for name, stage in record.stages.items()
+    }
+    crashed = record.model_copy(update={"state": "Crashed", "reason": reason, "stages": stages})
+    store.at("runs", record.run).write("run.json", crashed.model_dump_json(indent=2).encode())
+    log.warning("run %s has crashed: %s", record.run, reason)
+    return crashed
+
+
+def _command(record: RunRecord) -> str:
+    if record.recipe.name == "retokenize":
+        encode = next((stage.ref for name, stage in record.stages.items() if name == "encode"), None)
+        about = f" (codes {encode})" if encode else ""
+        return f"the `sftok encode` command of {record.source}{about}"
+    return PipelineParameters(recipe=record.recipe.name, store=record.store, data=record.source).command()
+
+
+# --- flow runs in Prefect --------------------------------------------------------------------------------------------
+
+
+def sign_in(flow_run: FlowRun) -> None:
+    """Note in Prefect which process executes a flow run; a server that does not take it costs only the note."""
+    writer = this_process()
+    try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(
+                flow_run.id, {"sftok.host": writer.host, "sftok.pid": writer.pid, "sftok.began": writer.began}
+            )
+    except httpx.HTTPError as error:
+        log.warning("Prefect does not know which process this run is: %s", one_line(error))
+
+
+def mark_flow_runs(records: dict[str, RunRecord]) -> list[str]:
+    """Mark flow runs of ours in the state Running whose process is gone; `records` were found dead in a store."""
+    marked = []
+    with get_client(sync_client=True) as client:
+        for flow_run, flow in _running_flow_runs(client):
+            reason = _why_dead(client, flow_run, records.get(flow_run.name))
+            if reason is None:
+                continue
+            client.set_flow_run_state(flow_run.id, Crashed(message=reason), force=True)
+            log.warning("flow run %s has crashed: %s", flow_run.name, reason)
+            command = notify.command_of(flow, flow_run.parameters)
+            notify.send(notify.Message(flow_run.name, "crashed", _stage(records.get(flow_run.name)), reason, command))
+            marked.append(flow_run.name)
+    return marked
+
+
+def _running_flow_runs(client: SyncPrefectClient) -> Iterator[tuple[FlowRun, str]]:
+    for flow in notify.MODELS:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])),
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+            ),
+            limit=200,
+        )
+        yield from ((flow_run, flow) for flow_run in found)
+
+
+def _why_dead(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord | None) -> str | None:
+    writer = writer_of(flow_run)
+    gone = is_gone(writer) if writer else None
+    if gone or record is not None:
+        where = f"process {writer.pid} of {writer.host}" if writer else "its process"
+        return f"{where} is gone"
+    if gone is None and (beat := _last_beat(client, flow_run)) is not None:
+        silent = (datetime.now(UTC) - beat).total_seconds()
+        if silent > SILENT_SECONDS:
+            return f"no sign of life for {silent:.0f} s{f' from {writer.host}' if writer else ''}"
+    return None
+
+
+def writer_of(flow_run: FlowRun) -> Writer | None:
+    """The process that signed in for a flow run."""
+    labels = flow_run.labels
+    if "sftok.host" not in labels:
+        return None
+    return Writer(host=str(labels["sftok.host"]), pid=int(labels["sftok.pid"]), began=float(labels["sftok.began"]))
+
+
+def _last_beat(client: SyncPrefectClient, flow_run: FlowRun) -> datetime | None:
+    wanted = EventFilter(
+        occurred=EventOccurredFilter(since=datetime.now(UTC) - timedelta(days=7)),
+        event=EventNameFilter(name=[BEAT]),
+        resource=EventResourceFilter(id=[f"prefect.flow-run.{flow_run.id}"]),
+    )
+    events = client.read_events(wanted, limit=1).events
+    return events[0].occurred if events else None
+
+
+def _stage(record: RunRecord | None) -> str:
+    crashed = [name for name, stage in record.stages.items() if stage.state == "Crashed"] if record else []
+    return crashed[-1] if crashed else "run"
+
+
+def _ended(run: str) -> bool:
+    """Whether Prefect knows a run of this name, and that it has ended."""
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[run])), limit=5)
+    return bool(found) and all(one.state is not None and one.state.is_final() for one in found)

@@ -1,0 +1,124 @@
+"""The stage that trains a generator, run as the pipeline runs it, on code artifacts made for the purpose."""
+
+import json
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from flows import stages
+from flows.recipe_files import load_recipe
+from flows.stage import Work, plan_of
+from generator.artifacts import load_generator
+from infra.artifacts import ArtifactRef, Plan, folder_of, manifest_of
+from infra.cluster import session
+from infra.codes import CodeRows, CodesInfo, to_parquet
+from infra.progress import silent
+from infra.shards import put
+from infra.store import Store
+from tests.flows.small_dataset import Made, Result
+
+TINY = [
+    "generator.width=16", "generator.layers=1", "generator.heads=2", "generator.ffn_width=16",
+    "train_generator.steps=3", "train_generator.batch_size=8", "train_generator.optimizer.warmup_steps=1",
+    "train_generator.validate_every=1", "train_generator.log_every=1",
+]  # fmt: skip
+TOKENIZER, OTHER = "a" * 32, "b" * 32
+
+
+def info(tokenizer: str) -> CodesInfo:
+    return CodesInfo(
+        tokenizer=tokenizer,
+        codebook_size=16,
+        num_tokens=4,
+        image_size=8,
+        assignment="nearest",
+        precision="fp32",
+        class_names=("a", "b"),
+    )
+
+
+@pytest.fixture
+def made(store: Store, tmp_path) -> Made:
+    return Made(store, tmp_path, *TINY)
+
+
+def codes(made: Made, shards: dict[str, str], tokenizer: str | None = TOKENIZER) -> ArtifactRef:
+    """A code artifact whose shards say that they are of the tokenizers given, and its manifest of `tokenizer`."""
+    inputs = {} if tokenizer is None else {"tokenizer": ArtifactRef(kind="tokenizer", digest=tokenizer, uri="")}
+    plan = Plan(kind="codes", version=1, config={"shards": dict(shards)}, inputs=inputs)
+    folder = folder_of(made.store, plan.kind, plan.digest)
+    random, files = np.random.default_rng(0), []
+    for name, of in shards.items():
+        values = random.integers(0, 16, (12, 4)).astype(np.uint16)
+        rows = CodeRows(
+            [f"{name}-{i:02d}" for i in range(12)], np.arange(12, dtype=np.int32) % 2, ["center"] * 12, values
+        )
+        files.append(put(folder, name, to_parquet(info(of), rows), 12))
+    return made.publish(plan, Result(files, {}, {}))
+
+
+def names(train: str, second: str, val: str) -> dict[str, str]:
+    train_names = [f"train-{i:05d}-of-00002.parquet" for i in range(2)]
+    return {train_names[0]: train, train_names[1]: second, "val-00000-of-00001.parquet": val}
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, None])
+def test_a_generator_is_of_the_tokenizer_of_its_codes(made: Made, tokenizer: str | None) -> None:
+    ref = made.run(stages.TRAIN_GENERATOR, codes=codes(made, names(TOKENIZER, TOKENIZER, TOKENIZER), tokenizer))
+    _, of = load_generator(folder_of(made.store, ref.kind, ref.digest))
+    assert of.tokenizer == TOKENIZER
+    metrics = manifest_of(made.store, ref).metrics
+    assert {"train_loss", "grad_norm", "val_nll", "val_perplexity", "val_top1", "val_nll/0", "val_nll/3"} <= set(
+        metrics
+    )
+    assert metrics["tokens_per_s"] > 0
+    assert 0 < metrics["mfu"] < 1
+
+
+def test_codes_of_another_tokenizer_than_the_manifest_says_are_refused(made: Made) -> None:
+    with pytest.raises(
+        ValueError, match=rf"train shards hold codes of tokenizer/{OTHER}, its manifest says .*{TOKENIZER}"
+    ):
+        made.run(stages.TRAIN_GENERATOR, codes=codes(made, names(OTHER, OTHER, OTHER)))
+
+
+def test_splits_of_two_tokenizers_are_refused(made: Made) -> None:
+    with pytest.raises(ValueError, match=rf"val shards hold codes of tokenizer/{OTHER}.*encode again"):
+        made.run(stages.TRAIN_GENERATOR, codes=codes(made, names(TOKENIZER, TOKENIZER, OTHER), None))
+
+
+def test_shards_of_two_tokenizers_are_refused(made: Made) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer is .* code files of different datasets do not mix"):
+        made.run(stages.TRAIN_GENERATOR, codes=codes(made, names(TOKENIZER, OTHER, TOKENIZER)))
+
+
+def test_no_held_out_rows_are_refused(made: Made) -> None:
+    shards = names(TOKENIZER, TOKENIZER, TOKENIZER)
+    plan = Plan(kind="codes", version=1, config={"empty": True})
+    folder = folder_of(made.store, plan.kind, plan.digest)
+    none = CodeRows([], np.zeros(0, np.int32), [], np.zeros((0, 4), np.uint16))
+    some = CodeRows(["x"], np.zeros(1, np.int32), ["center"], np.zeros((1, 4), np.uint16))
+    files = [
+        put(folder, name, to_parquet(info(TOKENIZER), none if name.startswith("val") else some), 0) for name in shards
+    ]
+    with pytest.raises(ValueError, match=r"no held-out rows .* data\.val_fraction"):
+        made.run(stages.TRAIN_GENERATOR, codes=made.publish(plan, Result(files, {}, {})))
+
+
+@pytest.mark.slow
+def test_two_ranks_read_the_codes_together_and_train_what_one_does(made: Made) -> None:
+    """But for rounding: each rank adds up its micro-batches before they are summed."""
+    ref = codes(made, names(TOKENIZER, TOKENIZER, TOKENIZER))
+    job = made.job._replace(recipe=load_recipe("digits", overrides=[*TINY, "train_generator.micro_batch=4"]))
+    found = {}
+    for ranks in (1, 2):
+        out = made.store.at(f"ranks-{ranks}")
+        plan = plan_of(stages.TRAIN_GENERATOR, job, {"codes": ref})
+        with session(num_cpus=2) if ranks > 1 else nullcontext():
+            result = stages.run(stages.TRAIN_GENERATOR, Work(job._replace(ranks=ranks), plan, out, silent))
+        lines = [json.loads(line) for line in out.read("log.jsonl").decode().splitlines()]
+        found[ranks] = [{name: line[name] for name in ("loss", "val_nll", "val_top1", "val_nll/3")} for line in lines]
+        assert result.metrics["tokens_per_s"] > 0
+    for one, two in zip(found[1], found[2], strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
