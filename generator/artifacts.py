@@ -4,9 +4,9 @@ from generator.config import AnyGeneratorConfig, GeneratorConfig, MaskedConfig
 from generator.masked import MaskedGenerator
 from generator.model import Generator
 from generator.space import CodeSpace
-from infra.artifacts import FileEntry
 from infra.codes import CodesInfo
 from infra.config import Config
+from infra.shards import FileEntry
 from infra.store import Store
 from infra.weights import load_config, load_weights, save_weights
 

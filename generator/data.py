@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from generator.space import CodeSpace
-from infra.codes import CodeRows, CodesInfo
+from infra.codes import CodeArrays, CodeRows, CodesInfo
 from infra.training import seed_of
 
 
@@ -28,19 +28,49 @@ class CodeData:
     """All rows of a split in memory."""
 
     classes: Tensor
-    """(rows,) int64, -1 where there is no label."""
+    """(rows,) any integer type, -1 where there is no label."""
     codes: Tensor
     """(rows, N), kept narrow until a batch is drawn."""
 
     @classmethod
-    def of(cls, rows: CodeRows) -> "CodeData":
-        """Take over the arrays of `read_codes`."""
-        return cls(torch.from_numpy(rows.class_id).long(), torch.from_numpy(rows.codes))
+    def of(cls, rows: CodeRows | CodeArrays) -> "CodeData":
+        """Take over arrays as they are, without a copy: ranks may share them."""
+        return cls(torch.from_numpy(rows.class_id), torch.from_numpy(rows.codes))
 
 
 def space_of(info: CodesInfo) -> CodeSpace:
     """Vocabulary, length and classes as the dataset states them; no classes where it has no labels."""
     return CodeSpace(info.codebook_size, info.num_tokens, len(info.class_names or ()))
+
+
+def check_rows(data: CodeData, space: CodeSpace, split: str) -> None:
+    """Refuse rows that a generator cannot learn from, before it starts.
+
+    Raises:
+        ValueError: codes of another length or codebook, class ids that are none, or no label at all among classes.
+    """
+    codes, classes = data.codes.numpy(), data.classes.numpy()
+    if codes.ndim != 2 or codes.shape[1] != space.num_tokens or len(codes) != len(classes):
+        raise ValueError(
+            f"{split} codes: shape {codes.shape} and {len(classes)} class ids, not (rows, {space.num_tokens}) and one "
+            "each: give what load_codes reads"
+        )
+    if not len(codes):
+        return
+    if (wrong := codes.min()) < 0 or (wrong := codes.max()) >= space.codebook_size:
+        raise ValueError(
+            f"{split} codes: code {wrong} is not in [0, {space.codebook_size}): these are another codebook's, "
+            "encode again"
+        )
+    if (wrong := classes.min()) < -1 or (wrong := classes.max()) >= space.num_classes:
+        raise ValueError(
+            f"{split} codes: class id {wrong} is not among {space.num_classes} classes (-1: none): encode again"
+        )
+    if space.num_classes and classes.max() < 0:
+        raise ValueError(
+            f"{split} codes: no row has a label, but class_names has {space.num_classes}: a generator would learn no "
+            "class; encode labelled images, or codes without class_names for a generator without classes"
+        )
 
 
 class TrainCodes:
@@ -65,10 +95,10 @@ class TrainCodes:
         epoch, place = divmod(position, len(self.data.codes))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.data.codes), generator=generator)
+            self._epoch, self._order = epoch, torch.randperm(len(self.data.codes), generator=generator).int()
         return int(self._order[place])
 
 
 def with_null(classes_B: Tensor, space: CodeSpace) -> Tensor:
-    """Class ids with -1 (no label) as the null class."""
-    return torch.where(classes_B < 0, space.null_class, classes_B)
+    """Class ids, int64, with -1 (no label) as the null class."""
+    return torch.where(classes_B < 0, space.null_class, classes_B.long())

@@ -15,10 +15,12 @@ from torch import Tensor
 from generator.artifacts import load_generator
 from generator.config import SampleConfig
 from generator.fast_sample import prepare_sampler
+from generator.masked_sample import MaskedSampler
+from generator.sample import Sampler
 from generator.space import CodeSpace
-from infra.artifacts import FileEntry, shard_entry, write_shard
 from infra.codes import NO_CLASS, CodeRows, to_parquet
 from infra.progress import Progress, silent
+from infra.shards import FileEntry, shard_entry, shard_name, write_shard
 from infra.store import Store
 from infra.training import default_device, seed_of
 from infra.workers import WorkerOptions, map_shards
@@ -75,7 +77,7 @@ def plan_shards(space: CodeSpace, config: SampleConfig, classes: Sequence[int] |
     wanted = [Wanted(c, i) for i in range(config.per_class) for c in classes]
     cuts = range(0, len(wanted), config.samples_per_shard)
     return [
-        SampleShard(f"sample-{n:05d}-of-{len(cuts):05d}.parquet", tuple(wanted[cut : cut + config.samples_per_shard]))
+        SampleShard(shard_name("sample", n, len(cuts)), tuple(wanted[cut : cut + config.samples_per_shard]))
         for n, cut in enumerate(cuts)
     ]
 
@@ -98,29 +100,47 @@ class ShardSampler:
         done = shard_entry(self.job.out, shard.name)
         if done is not None:
             return done
-        parts = range(0, len(shard.wanted), self.job.config.micro_batch)
-        codes = [self._draw(shard.wanted[at : at + self.job.config.micro_batch]) for at in parts]
+        codes_BN = draw_samples(self.sampler, shard.wanted, self.job.config.micro_batch, seed=self.job.seed)
         classes = [w.class_id if w.class_id < self.space.num_classes else NO_CLASS for w in shard.wanted]
         rows = CodeRows(
             image_id=[w.sample_id for w in shard.wanted],
             class_id=np.array(classes, np.int32),
             variant=[VARIANT] * len(shard.wanted),
-            codes=torch.cat(codes).numpy().astype(self.info.dtype),
+            codes=codes_BN.numpy().astype(self.info.dtype),
         )
         return write_shard(self.job.out, shard.name, to_parquet(self.info, rows), len(shard.wanted))
 
-    def _draw(self, wanted: Sequence[Wanted]) -> Tensor:
-        """One micro-batch, filled up with its last sample: products of other shapes would round otherwise."""
-        filled = [*wanted, *[wanted[-1]] * (self.job.config.micro_batch - len(wanted))]
-        uniform = torch.stack([self._uniform(w) for w in filled])
-        class_B = torch.tensor([w.class_id for w in filled])
-        return self.sampler(class_B, uniform)[: len(wanted)].cpu()
 
-    def _uniform(self, wanted: Wanted) -> Tensor:
-        """The numbers that decide a sample, from its class, its number and the seed alone; float64."""
-        seed = seed_of(self.job.seed, "sample", wanted.class_id, wanted.number)
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(self.sampler.numbers, generator=generator, dtype=torch.float64)
+def draw_samples(sampler: Sampler | MaskedSampler, wanted: Sequence[Wanted], micro_batch: int, *, seed: int) -> Tensor:
+    """Draw samples, codes (B, N) int64 on the CPU; each depends on its class, its number, the seed and `micro_batch`.
+
+    Micro-batches are filled up with their last sample: products of other shapes would round otherwise.
+    """
+    codes = []
+    for at in range(0, len(wanted), micro_batch):
+        part = wanted[at : at + micro_batch]
+        filled = [*part, *[part[-1]] * (micro_batch - len(part))]
+        uniform = torch.stack([_uniform(w, sampler.numbers, seed) for w in filled])
+        codes.append(sampler(torch.tensor([w.class_id for w in filled]), uniform)[: len(part)].cpu())
+    return torch.cat(codes)
+
+
+def _uniform(wanted: Wanted, numbers: tuple[int, ...], seed: int) -> Tensor:
+    """The numbers that decide a sample, from its class, its number and the seed alone; float64."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "sample", wanted.class_id, wanted.number))
+    return torch.rand(numbers, generator=generator, dtype=torch.float64)
+
+
+def share_changed(
+    sampler: Sampler | MaskedSampler, wanted: Sequence[Wanted], micro_batches: tuple[int, int], *, seed: int
+) -> float:
+    """Share of samples with another code somewhere when they are drawn in micro-batches of another size.
+
+    Products of another shape add up in another order; where two codes are about as likely, or a number falls on the
+    border between two, the other one is drawn, and what follows is another sample of the same distribution.
+    """
+    first, second = (draw_samples(sampler, wanted, size, seed=seed) for size in micro_batches)
+    return (first != second).any(1).double().mean().item()
 
 
 def generate(job: SampleJob, *, options: WorkerOptions, progress: Progress = silent) -> list[FileEntry]:

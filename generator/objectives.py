@@ -4,6 +4,7 @@ Shapes: B sequences, N codes a sequence, V codebook size.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +69,27 @@ def training_loss(
     return F.cross_entropy(logits_BNV.float().flatten(0, 1), codes_BN.flatten(), label_smoothing=label_smoothing)
 
 
+class HeldOut(NamedTuple):
+    """What was predicted of held-out codes, (B, N) each."""
+
+    losses: Tensor
+    """negative log-likelihood in nats, float32; 0 where a code was not predicted."""
+    right: Tensor
+    """bool: whether the most likely code is the true one."""
+    counted: Tensor
+    """bool: whether the code was predicted; a masked generator predicts those that are hidden from it."""
+
+
 def held_out_losses(
     network: Generator | MaskedGenerator, class_B: Tensor, codes_BN: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Negative log-likelihoods in nats: of every code given those before it, or of hidden codes given the others."""
+) -> HeldOut:
+    """Of every code given those before it, or of hidden codes given the others, under masks of `generator`."""
     if isinstance(network, MaskedGenerator):
-        hidden_BN = random_mask(len(codes_BN), codes_BN.shape[1], generator).to(codes_BN.device)
-        logits_BNV = network(class_B, codes_BN.masked_fill(hidden_BN, network.mask_id)).float()
-        return F.cross_entropy(logits_BNV[hidden_BN], codes_BN[hidden_BN], reduction="none")
-    logits_BNV = network(class_B, codes_BN).float()
-    return F.cross_entropy(logits_BNV.flatten(0, 1), codes_BN.flatten(), reduction="none")
+        counted_BN = random_mask(len(codes_BN), codes_BN.shape[1], generator).to(codes_BN.device)
+        logits_BNV = network(class_B, codes_BN.masked_fill(counted_BN, network.mask_id)).float()
+    else:
+        counted_BN = torch.ones_like(codes_BN, dtype=torch.bool)
+        logits_BNV = network(class_B, codes_BN).float()
+    loss_M = F.cross_entropy(logits_BNV.flatten(0, 1), codes_BN.flatten(), reduction="none")
+    loss_BN = loss_M.view_as(codes_BN).masked_fill(~counted_BN, 0.0)
+    return HeldOut(loss_BN, (logits_BNV.argmax(-1) == codes_BN) & counted_BN, counted_BN)

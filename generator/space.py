@@ -29,15 +29,3 @@ class CodeSpace(NamedTuple):
         wrong = class_B[(class_B < 0) | (class_B > self.null_class)]
         if len(wrong):
             raise ValueError(f"class id {int(wrong[0])} is not in [0, {self.null_class}] ({self.null_class}: no class)")
-
-    def check_codes(self, codes_BN: Tensor) -> None:
-        """Refuse codes of another length or beyond the codebook.
-
-        Raises:
-            ValueError: naming the length or the first such code.
-        """
-        if codes_BN.ndim != 2 or codes_BN.shape[1] != self.num_tokens:
-            raise ValueError(f"codes have shape {tuple(codes_BN.shape)}, not (rows, {self.num_tokens}): encode them so")
-        wrong = codes_BN[(codes_BN < 0) | (codes_BN >= self.codebook_size)]
-        if len(wrong):
-            raise ValueError(f"code {int(wrong[0])} is not in [0, {self.codebook_size}): these are another codebook's")

@@ -3,24 +3,28 @@
 Shapes: B sequences, N codes a sequence, V codebook size.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from generator.artifacts import build_generator, save_generator
 from generator.config import GeneratorConfig, GeneratorTrainingConfig, MaskedConfig
-from generator.data import CodeData, TrainCodes, space_of, with_null
+from generator.data import CodeData, TrainCodes, check_rows, space_of, with_null
+from generator.flops import training_flops
 from generator.masked import MaskedGenerator
 from generator.model import Generator
 from generator.objectives import draw_view, held_out_losses, training_loss
 from infra.codes import CodesInfo
 from infra.learner import Best, Learner, Plan
+from infra.speed import Effort
 from infra.training import (
+    LoopEnd,
     Run,
     TrainResult,
     Validation,
     autocast,
     generator_of,
-    mean_over_ranks,
     over_micro_batches,
     train_loop,
 )
@@ -46,9 +50,16 @@ def train_generator(
         model: the network.
         config: the training.
         run: where to write.
+
+    Raises:
+        ValueError: there are no rows, or rows that the generator cannot learn from.
     """
-    torch.manual_seed(run.seed)
+    if not len(val.codes):
+        raise ValueError("the code dataset has no held-out rows to validate on: hold some out with data.val_fraction")
     space = space_of(info)
+    check_rows(train, space, "training")
+    check_rows(val, space, "held-out")
+    torch.manual_seed(run.seed)
     network = build_generator(model, space)
     network.initialise()
     network.to(run.device)
@@ -84,28 +95,57 @@ def train_generator(
 
     def validate(_: int) -> Validation:
         with learner.averaged():
-            nll = negative_log_likelihood(network, val, run)
-        return Validation({"val_nll": nll}, {})
+            return Validation(held_out_figures(network, val, run), {})
 
-    end = train_loop({"model": learner}, step, config, run=run, validate=validate, best=best)
+    tokens, flops = config.batch_size * space.num_tokens, config.batch_size * training_flops(model, space)
+    effort = Effort({"tokens": tokens}, flops, config.precision)
+    end = train_loop({"model": learner}, step, config, run=run, validate=validate, best=best, effort=effort)
     network.load_state_dict(learner.ema)
-    metrics = {"train_loss": end.figures["loss"], "val_nll": best.best if best is not None else end.figures["val_nll"]}
+    metrics = {
+        "train_loss": end.figures["loss"],
+        "grad_norm": end.figures["grad_norm"],
+        **_kept(end, best),
+        **end.speed,
+    }
     files = save_generator(network, info, run.out) if run.ranks.is_first else []
     return TrainResult([*files, *end.files], {"steps": config.steps}, metrics)
 
 
-@torch.no_grad()
-def negative_log_likelihood(network: Generator | MaskedGenerator, data: CodeData, run: Run) -> float:
-    """Mean negative log-likelihood in nats, shared by all ranks.
+def _kept(end: LoopEnd, best: Best | None) -> dict[str, float]:
+    """What the validation of the published weights found: of the best ones, or of the last."""
+    validated = [line for line in end.lines if "val_nll" in line]
+    line = validated[-1] if best is None else min(validated, key=lambda line: line["val_nll"])
+    return {name: value for name, value in line.items() if name.startswith("val_")}
 
-    Of a code given its class and the codes before it; for a masked generator, of a hidden code given the others, under
-    masks that are the same at every validation.
+
+@torch.no_grad()
+def held_out_figures(network: Generator | MaskedGenerator, data: CodeData, run: Run) -> dict[str, float]:
+    """What held-out codes are like to the generator; work shared by all ranks.
+
+    `val_nll` is the mean negative log-likelihood in nats of a code given its class and the codes before it; for a
+    masked generator, of a hidden code given the others, under masks that are the same at every validation.
+    `val_nll/07` is that of the eighth position (left out where nothing was hidden there), `val_perplexity` is
+    exp(`val_nll`), `val_top1` the share of codes that are the most likely ones.
     """
     network.eval()
-    losses = []
+    sums_3N = torch.zeros(3, network.space.num_tokens, dtype=torch.float64, device=run.device)
     for first in range(run.ranks.rank * VALIDATION_BATCH, len(data.codes), run.ranks.size * VALIDATION_BATCH):
         rows = slice(first, first + VALIDATION_BATCH)
         class_B = with_null(data.classes[rows], network.space).to(run.device)
         codes_BN = data.codes[rows].long().to(run.device)
-        losses.append(held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first)))
-    return mean_over_ranks(losses, run)
+        found = held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first))
+        sums_3N += torch.stack([part.double().sum(0) for part in found])
+    loss_N, right_N, count_N = run.ranks.total(sums_3N).cpu()
+    nll = float(loss_N.sum() / count_N.sum())
+    digits = len(str(len(loss_N) - 1))
+    by_position = {
+        f"val_nll/{place:0{digits}d}": float(loss_N[place] / count_N[place])
+        for place in range(len(loss_N))
+        if count_N[place]
+    }
+    return {
+        "val_nll": nll,
+        "val_perplexity": math.exp(nll),
+        "val_top1": float(right_N.sum() / count_N.sum()),
+        **by_position,
+    }

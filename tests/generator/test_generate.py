@@ -4,15 +4,18 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor
 
 from generator.artifacts import save_generator
 from generator.config import GeneratorConfig, SampleConfig
 from generator.data import space_of
-from generator.generate import SampleJob, generate
+from generator.fast_sample import prepare_sampler
+from generator.generate import SampleJob, Wanted, generate, share_changed
 from generator.model import Generator
 from infra.codes import CodesInfo, read_codes
 from infra.store import Store
 from infra.workers import WorkerOptions
+from tests.generator.small import autoregressive, masked
 
 INFO = CodesInfo(
     tokenizer="t",
@@ -60,3 +63,25 @@ def test_another_seed_draws_other_samples(job: SampleJob, store: Store) -> None:
     other = SampleJob(generator=job.generator, out=store.at("other"), config=CONFIG, seed=4, identity="g")
     second = generate(other, options=WorkerOptions())
     assert [file.sha256 for file in first] != [file.sha256 for file in second]
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked"])
+def test_samples_of_another_micro_batch_are_compared_one_by_one(kind: str) -> None:
+    """Equal at one size; a sampler that notices how many it draws at once changes exactly the samples it touches."""
+    model = autoregressive() if kind == "autoregressive" else masked()
+    sampler = prepare_sampler(model, SampleConfig(cfg_scale=2.0))
+    wanted = [Wanted(i % 3, i // 3) for i in range(24)]
+    assert share_changed(sampler, wanted, (6, 6), seed=0) == 0
+    assert share_changed(sampler, wanted, (6, 5), seed=0) < 0.2  # few draws are so close that rounding decides them
+
+    class Noticing:
+        numbers = sampler.numbers
+
+        def __call__(self, class_B: Tensor, uniform: Tensor) -> Tensor:
+            codes_BN = sampler(class_B, uniform)
+            if len(class_B) == 8:
+                codes_BN[class_B == 1, 3] += 1
+            return codes_BN
+
+    changed = share_changed(Noticing(), wanted, (6, 8), seed=0)  # type: ignore[arg-type]
+    assert changed == pytest.approx(share_changed(sampler, wanted, (6, 8), seed=0) + 1 / 3, abs=0.1)

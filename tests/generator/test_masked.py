@@ -146,9 +146,12 @@ def test_one_batch_is_learnt_by_heart() -> None:
         loss.backward()
         optimizer.step()
     generator = torch.Generator().manual_seed(0)
-    losses = held_out_losses(model.eval(), CLASSES, CODES, generator)
-    assert len(losses) == random_mask(3, 6, torch.Generator().manual_seed(0)).sum()  # hidden codes alone
-    assert losses.mean().item() < 0.1
+    found = held_out_losses(model.eval(), CLASSES, CODES, generator)
+    hidden = random_mask(3, 6, torch.Generator().manual_seed(0))
+    assert torch.equal(found.counted, hidden)  # hidden codes alone
+    assert (found.losses[~hidden] == 0).all()
+    assert found.losses.sum().item() / hidden.sum() < 0.1
+    assert torch.equal(found.right, hidden)
 
 
 def test_recomputing_blocks_changes_no_gradient() -> None:

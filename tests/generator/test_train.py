@@ -2,23 +2,29 @@
 
 import contextlib
 import json
+import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from generator.artifacts import load_generator
+from generator.artifacts import build_generator, load_generator
 from generator.config import AnnealedOrder, GeneratorConfig, GeneratorTrainingConfig, MaskedConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
+from generator.flops import training_flops
 from generator.generate import SampleJob, generate
-from generator.train import negative_log_likelihood, train_generator
+from generator.objectives import random_mask
+from generator.train import VALIDATION_BATCH, held_out_figures, train_generator
 from infra.codes import CodeRows, CodesInfo, read_codes
 from infra.schedule import OptimizerConfig
 from infra.store import Store
-from infra.training import Run, TrainResult
+from infra.training import Run, TrainResult, generator_of
 from infra.workers import WorkerOptions
+from tests.generator.small import spread
 
 MODEL = GeneratorConfig(width=32, layers=1, heads=2, ffn_width=48, dropout=0.0)
+MASKED = MaskedConfig(width=32, layers=1, heads=2, ffn_width=48, dropout=0.0)
 INFO = CodesInfo(
     tokenizer="t",
     codebook_size=16,
@@ -91,7 +97,72 @@ def test_the_best_weights_are_those_that_are_published(store: Store) -> None:
     nlls = [line["val_nll"] for line in lines if "val_nll" in line]
     assert min(nlls) < nlls[-1]  # eight rows are learnt by heart
     network, _ = load_generator(store)
-    assert negative_log_likelihood(network, data(seed=1), Run(store, 0)) == pytest.approx(min(nlls), rel=1e-5)
+    assert held_out_figures(network, data(seed=1), Run(store, 0))["val_nll"] == pytest.approx(min(nlls), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked"])
+def test_held_out_figures_are_those_of_a_plain_loop(kind: str, store: Store) -> None:
+    model = build_generator(MODEL if kind == "autoregressive" else MASKED, space_of(INFO))
+    model.initialise()
+    spread(model)
+    held_out, run = data(300, seed=1), Run(store, seed=3)  # more than one batch of a validation
+    found = held_out_figures(model, held_out, run)
+    losses, right, hidden = torch.zeros(4), torch.zeros(4), torch.zeros(4)
+    for first in (0, VALIDATION_BATCH):
+        classes, codes = held_out.classes[first:][:VALIDATION_BATCH], held_out.codes[first:][:VALIDATION_BATCH].long()
+        mask = random_mask(len(codes), 4, generator_of(3, "held_out", first)) | (kind == "autoregressive")
+        with torch.no_grad():
+            seen = codes.masked_fill(mask, model.mask_id) if kind == "masked" else codes
+            logits = model(classes.long(), seen)
+        for row, place in mask.nonzero().tolist():
+            losses[place] -= logits[row, place].log_softmax(-1)[codes[row, place]]
+            right[place] += logits[row, place].argmax() == codes[row, place]
+            hidden[place] += 1
+    assert found["val_nll"] == pytest.approx((losses.sum() / hidden.sum()).item(), rel=1e-4)
+    assert found["val_perplexity"] == pytest.approx(np.exp(found["val_nll"]))
+    assert found["val_top1"] == pytest.approx((right.sum() / hidden.sum()).item())
+    by_position = [found[f"val_nll/{place}"] for place in range(4)]
+    assert by_position == pytest.approx((losses / hidden).tolist(), rel=1e-4)
+    assert len(set(by_position)) == 4
+
+
+def test_the_log_has_every_figure_and_the_artifact_the_last_ones(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = []
+    run = Run(store, seed=0, progress=lambda done, total, figures: shown.append(dict(figures)))
+    with caplog.at_level(logging.INFO, logger="infra.training"):
+        result = train(store, config(20, validate_every=10), run)
+    lines = [json.loads(line) for line in store.read("log.jsonl").decode().splitlines()]
+    held_out = {"val_nll", "val_perplexity", "val_top1", *(f"val_nll/{place}" for place in range(4))}
+    assert [held_out <= set(line) for line in lines].count(True) == 2
+    assert all({"loss", "lr", "grad_norm"} <= set(line) for line in lines)
+    assert not any("per_s" in name for line in lines for name in line)  # the log is the same bytes whenever it is made
+    last = lines[-1]
+    assert {name: result.metrics[name] for name in held_out | {"grad_norm"}} == {
+        name: last[name] for name in held_out | {"grad_norm"}
+    }
+    tokens, flops = result.metrics["tokens_per_s"], result.metrics["model_flops_per_s"]
+    assert flops / tokens == pytest.approx(training_flops(MODEL, space_of(INFO)) / 4)
+    assert 0 < result.metrics["mfu"] < 1
+    assert isinstance(store.path, Path)
+    tags = EventAccumulator(str(store.path / "events")).Reload().Tags()["scalars"]
+    assert held_out | {"tokens_per_s", "model_flops_per_s", "mfu", "grad_norm"} <= set(tags)
+    said = [*shown, *(json.loads(record.message) for record in caplog.records)]
+    assert not any("/" in name for figures in said for name in figures)  # a terminal has no room for positions
+    assert any("val_top1" in figures for figures in shown)
+
+
+def test_the_artifact_states_the_figures_of_the_weights_that_it_has(store: Store) -> None:
+    few = data(8)
+    training = config(80, validate_every=5, keep="best")
+    result = train_generator(few, data(seed=1), INFO, MODEL, training, run=Run(store, seed=0))
+    network, _ = load_generator(store)
+    found = held_out_figures(network, data(seed=1), Run(store, 0))
+    for name, value in found.items():
+        assert result.metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_every_row_comes_once_an_epoch_and_labels_are_dropped_as_often_as_asked() -> None:
