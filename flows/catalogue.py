@@ -21,6 +21,7 @@ from infra.progress import Progress, silent
 from infra.settings import Settings
 from infra.shards import read_record
 from infra.store import Store
+from sftok.config import INCEPTION_SHA256
 
 NAMES = f"{WEIGHTS_ROOT}/names"
 CHUNK = 1 << 20  # bytes
@@ -119,7 +120,7 @@ CATALOGUE = {
             "FID, IS, KID, precision and recall: the network of torch-fidelity, pytorch-fid and ADM",
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
             "Apache-2.0",
-            "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            INCEPTION_SHA256,
             "found by its name",
             _check_inception,
         ),

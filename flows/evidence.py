@@ -5,7 +5,7 @@ memory, and the thumbnails of at most `evaluate.classifier_images`. What was hel
 of steps, and the samples are in memory, decoded: 196 KB an image at 256x256, 30 GB for 50,000 of each.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.evaluation import EvaluationFacts, EvaluationInputs, Reconstructed, evaluate
+from flows.image_scores import scorer_of
 from flows.stage import Result, Work
 from infra.codes import CodeRows, CodesInfo, load_codes, read_codes
+from infra.pretrained import read_pretrained
 from infra.shards import put
 from infra.store import Store
 from infra.training import default_device
@@ -23,6 +25,7 @@ from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import DecodingConfig
 from sftok.data import ImageRows
 from sftok.decode import ImageDecoder
+from sftok.perceptual import load_lpips
 from sftok.preprocess import PREPROCESSING, to_float
 from sftok.proxy import Teacher
 from sftok.stored_images import StoredImages
@@ -119,8 +122,27 @@ def _inputs(work: Work) -> EvaluationInputs:
         sample_classes=codes.samples.class_id,
         decode_samples=decode_samples,
         facts=_facts(work, recipe.decoding),
+        lpips=_lpips(work),
+        scorer=scorer_of(work),
         reader_rows=train.sample(recipe.evaluate.classifier_images, recipe.seed),
     )
+
+
+def _lpips(work: Work) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Perceptual distances of images, in batches; None where no weights are given."""
+    config, size = work.recipe.evaluate.lpips, work.recipe.encode.micro_batch
+    if not config.is_given:
+        return None
+    model = load_lpips(read_pretrained(config, work.job.store, "evaluate.lpips"), "evaluate.lpips")
+    device = default_device()
+    model = model.to(device)
+
+    @torch.no_grad()
+    def distances(images: Tensor, originals: Tensor) -> Tensor:
+        pairs = zip(images.split(size), originals.split(size), strict=True)
+        return torch.cat([model(to_float(a).to(device), to_float(b).to(device)).cpu() for a, b in pairs])
+
+    return distances
 
 
 def _facts(work: Work, decoding: DecodingConfig) -> EvaluationFacts:

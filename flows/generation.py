@@ -27,6 +27,7 @@ def measure_generation(tools: Instruments) -> GenerationReport:
         *_distance_measures(tools, samples),
         *_class_measures(tools, samples, classes),
         *_memory_measures(tools, nearest.distances, nearest_real.distances),
+        *(inputs.scorer.generation(samples, {**tools.sampling(), "seeds": tools.seeds}) if inputs.scorer else ()),
     )
     confusion = None
     if tools.reader is not None:

@@ -39,6 +39,18 @@ class CodeBatches(Interface):
     def batches(self) -> Iterator[ArrayLike]: ...  # noqa: D102
 
 
+class ImageScorer(Interface):
+    """Scores images under a protocol of Inception's features."""
+
+    def reconstruction(
+        self, images: Tensor, originals: Tensor, num_steps: int, facts: dict[str, Any]
+    ) -> tuple[Measure, ...]:
+        """Scores of reconstructions, held against their originals."""
+
+    def generation(self, samples: Tensor, facts: dict[str, Any]) -> tuple[Measure, ...]:
+        """Scores of samples, held against the protocol's reference."""
+
+
 class EvaluationFacts(Config):
     """What the figures' protocols state about the models."""
 
@@ -71,6 +83,8 @@ class EvaluationInputs:
     sample_classes: ArrayLike
     decode_samples: Callable[[], Tensor]
     facts: EvaluationFacts
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # of uint8 images and their originals, (n)
+    scorer: ImageScorer | None = None  # None: random features alone
     reader_rows: Tensor | None = None  # indices of the training images that teach the class reader; None: all
 
 

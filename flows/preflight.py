@@ -9,6 +9,7 @@ from typing import NamedTuple
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from flows.server import health
+from infra.pretrained import WEIGHTS_ROOT
 from infra.settings import Settings
 from infra.store import Store
 from sftok.config import AdversarialConfig
@@ -56,6 +57,7 @@ def check_request(
     check_ray(settings.ray_address)
     place = Store(store or settings.store)
     place.check()
+    check_scores(chosen, place)
     width = min(2, os.cpu_count() or 1) if workers is None else workers
     return Request(chosen, place, source, width, ranks, _default_gpus() if gpus is None else gpus, settings)
 
@@ -101,6 +103,22 @@ def _check_image_size(stage: str, adversarial: AdversarialConfig, image_size: in
         check_image_size(adversarial, image_size)
     except ValueError as error:
         raise ValueError(f"{stage}.adversarial: {error}") from error
+
+
+def check_scores(recipe: Recipe, store: Store) -> None:
+    """Refuse scores that are asked for without the network's weights, before hours of training."""
+    scores = recipe.evaluate.scores
+    if scores.protocol == "none" or scores.inception.uri:
+        return
+    if not scores.inception.is_given:
+        raise ValueError("evaluate.scores.inception.sha256 is empty: name the hash of the network's weights")
+    if not store.at(WEIGHTS_ROOT, scores.inception.sha256).list():
+        from flows.catalogue import missing
+
+        raise ValueError(
+            f"evaluate.scores.protocol = {scores.protocol}: {missing('inception-2015', store)}; or set "
+            "evaluate.scores.inception.uri"
+        )
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:

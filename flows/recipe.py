@@ -16,7 +16,9 @@ from pydantic import (
 from flows.gate import GateConfig
 from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from infra.config import Config
+from infra.pretrained import PretrainedConfig
 from sftok.config import (
+    INCEPTION_SHA256,
     AlignmentStageConfig,
     Assignment,
     AugmentConfig,
@@ -101,6 +103,32 @@ class SweepConfig(Config):
         return self
 
 
+class ScoresConfig(Config):
+    """FID and its kin, for which Inception's weights are needed."""
+
+    protocol: Literal["none", "torch_fidelity", "clean", "adm"] = Field(
+        "none", description="how images are scored (sftok.protocols); none: by random features alone"
+    )
+    inception: PretrainedConfig = Field(
+        PretrainedConfig(sha256=INCEPTION_SHA256),
+        description="the network's weights: `sftok weights fetch inception-2015` puts the published ones there",
+    )
+    num_samples: PositiveInt | None = Field(
+        None, description="samples that are scored; another N than the protocol's is named behind it"
+    )
+    reference: str = Field("", description="an .npz of ADM or clean-fid; empty: the real training images")
+    reference_features: PositiveInt = Field(
+        10_000, description="training images whose features KID, precision and recall are given, drawn by the seed"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the features")
+
+    @model_serializer(mode="wrap")
+    def _nothing_where_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nothing is scored, the settings of scoring are no part of an identity."""
+        values: dict[str, Any] = handler(self)
+        return {"protocol": "none"} if self.protocol == "none" else values
+
+
 class EvaluateConfig(Config):
     """What is measured."""
 
@@ -117,6 +145,10 @@ class EvaluateConfig(Config):
     )
     feature_seed: int = Field(0, description="seed of the random feature extractor")
     sweep: SweepConfig = SweepConfig()
+    scores: ScoresConfig = ScoresConfig()
+    lpips: PretrainedConfig = Field(
+        PretrainedConfig(), description="VGG16's weights, for LPIPS of reconstructions; not given: it is not measured"
+    )
 
     @model_validator(mode="after")
     def _sweep_has_a_reader(self) -> Self:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -74,6 +75,21 @@ def _step_measures(tools: Instruments, num_steps: int, made: Reconstructed) -> t
             protocol=tools.protocol(n, definition=ssim_text, **pairs),
         ),
         Measure(
+            name=f"reconstruction.l1@{num_steps}",
+            label="L1",
+            better="lower",
+            value=metrics.l1(images, originals).mean().item(),
+            protocol=tools.protocol(n, definition="mean absolute error over RGB in [0, 1], then over images", **pairs),
+        ),
+        Measure(
+            name=f"reconstruction.l2@{num_steps}",
+            label="L2",
+            better="lower",
+            value=metrics.l2(images, originals).mean().item(),
+            protocol=tools.protocol(n, definition="mean squared error over RGB in [0, 1], then over images", **pairs),
+        ),
+        _lpips(tools, num_steps, images, pairs),
+        Measure(
             name=f"reconstruction.code_agreement@{num_steps}",
             label="Code agreement with the teacher",
             unit="%",
@@ -104,7 +120,26 @@ def _step_measures(tools: Instruments, num_steps: int, made: Reconstructed) -> t
             **steps,
         ),
     ]
-    return tuple(measure for measure in measures if measure is not None)
+    scorer = tools.inputs.scorer
+    scores = scorer.reconstruction(images, originals, num_steps, _decoding(tools)) if scorer else ()
+    return (*(measure for measure in measures if measure is not None), *scores)
+
+
+def _lpips(tools: Instruments, num_steps: int, images: Tensor, pairs: dict[str, Any]) -> Measure | None:
+    if tools.inputs.lpips is None:
+        return None
+    definition = "VGG16, linear layers v0.1, RGB in [0, 1] times 2 minus 1, mean over images"
+    return Measure(
+        name=f"reconstruction.lpips@{num_steps}",
+        label="LPIPS",
+        better="lower",
+        value=tools.inputs.lpips(images, tools.inputs.val_images).double().mean().item(),
+        protocol=tools.protocol(len(images), extractor="LPIPS (VGG16)", definition=definition, **pairs),
+    )
+
+
+def _decoding(tools: Instruments) -> dict[str, object]:
+    return {"temperature": tools.inputs.facts.temperature, "seeds": tools.seeds}
 
 
 def _codebook(tools: Instruments) -> tuple[tuple[Measure, ...], Histogram]:

@@ -2,13 +2,13 @@
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, seeded
+from flows.stage import Job, Result, Stage, Work, seeded, what_of
 
 
 def _evaluate_what(job: Job) -> dict[str, JsonValue]:
     recipe = job.recipe
     return {
-        "evaluate": recipe.evaluate.as_json(),
+        "evaluate": what_of(recipe.evaluate),
         "decoding": recipe.decoding.as_json(),
         "image_size": recipe.data.image_size,
         "micro_batch": recipe.encode.micro_batch,

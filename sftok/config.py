@@ -11,6 +11,10 @@ from infra.schedule import OptimizerConfig, TrainingConfig
 Assignment = Literal["nearest", "sinkhorn"]
 MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]
 
+# pt_inception-2015-12-05-6726825d.pth of pytorch-fid; torch-fidelity's weights-inception-2015-12-05-6726825d.pth is the
+# same file. ADM's .pb and clean-fid's .pt hold the same weights in forms of their own.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
 
 class DataConfig(Config):
     """From an image source to image Parquet."""

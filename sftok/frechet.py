@@ -28,11 +28,16 @@ def moments(features_ND: Tensor) -> FeatureMoments:
     """
     if features_ND.ndim != 2 or not len(features_ND):
         raise ValueError(f"features have shape {tuple(features_ND.shape)}: give one row a sample, and one at least")
-    first, *others = features_ND.split(BLOCK)
-    total = FeatureMoments.of(first)
-    for block in others:
-        total = total + FeatureMoments.of(block)
-    return total
+    dims = features_ND.shape[1]
+    total, outer = np.zeros(dims), np.zeros((dims, dims))
+    for block in features_ND.split(BLOCK):
+        rows = block.detach().cpu().numpy().astype(np.float64)
+        total += rows.sum(0)
+        # NumPy sees that both sides are one array, and computes half of the symmetric product.
+        outer += rows.T @ rows
+    if not np.isfinite(total).all():
+        raise ValueError("features hold NaN or infinite values: look at the images they were taken from")
+    return FeatureMoments(len(features_ND), torch.from_numpy(total), torch.from_numpy(outer))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from infra.pretrained import PretrainedConfig, read_pretrained
 from infra.store import Store
+from sftok.config import INCEPTION_SHA256
 from sftok.inception import Inception
 from sftok.pickled import fill
 
 EXTRACTOR = "Inception 2015-12-05"
-# pt_inception-2015-12-05-6726825d.pth of pytorch-fid; torch-fidelity's weights-inception-2015-12-05-6726825d.pth is the
-# same file. ADM's .pb and clean-fid's .pt hold the same weights in forms of their own.
-PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+PUBLISHED_SHA256 = INCEPTION_SHA256
 # Counts of training batches, which some versions of torch write beside the weights; nothing reads them.
 _COUNTER = ".num_batches_tracked"
 

@@ -123,6 +123,18 @@ def psnr(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
     return (10 * torch.log10(255**2 / errors_B)).clamp(max=PSNR_CEILING)
 
 
+def l1(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
+    """Mean absolute error an image over all of RGB, (B) in [0, 1]."""
+    a, b = _same_shape(images_BCHW, references_BCHW)
+    return torch.cat([(x.double() - y.double()).abs().flatten(1).mean(1) for x, y in _batches(a, b)]) / 255
+
+
+def l2(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
+    """Mean squared error an image over all of RGB on the scale [0, 1], (B)."""
+    a, b = _same_shape(images_BCHW, references_BCHW)
+    return torch.cat([(x.double() - y.double()).square().flatten(1).mean(1) for x, y in _batches(a, b)]) / 255**2
+
+
 def ssim(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
     """Structural similarity an image, (B), at most 1 (Wang et al. 2004).
 

@@ -1,6 +1,7 @@
 """Deployed flows in this process, against the tests' Prefect server: forms, names, ends, overlap, zombies, messages."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -68,8 +69,9 @@ def flow_runs(name: str) -> list[Any]:
         return client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
 
 
+@pytest.mark.usefixtures("prefect_api")
 class TestDeployments:
-    def test_prefect_has_forms_schedules_and_limits(self, prefect_api, store) -> None:
+    def test_prefect_has_forms_schedules_and_limits(self, store) -> None:
         from prefect.client.orchestration import get_client
 
         from flows.serving import deployment_of, plan
@@ -98,7 +100,7 @@ class TestDeployments:
             assert deployment.concurrency_options.collision_strategy == "CANCEL_NEW"
             assert deployment.tags == ["sftok"]
 
-    def test_a_form_that_does_not_fit_is_refused_by_the_server(self, prefect_api, store) -> None:
+    def test_a_form_that_does_not_fit_is_refused_by_the_server(self, store) -> None:
         from prefect.deployments import run_deployment
         from prefect.exceptions import PrefectHTTPStatusError
 
@@ -151,6 +153,7 @@ class TestDeployments:
         assert not (tmp_path / "store").exists(), "a dry run has written to the store"
 
 
+@pytest.mark.usefixtures("prefect_api")
 class TestRuns:
     def test_a_run_has_one_name_and_a_rerun_ends_cached(self, run_deployed, store, fakes) -> None:
         first = run_deployed()
@@ -175,6 +178,14 @@ class TestRuns:
         assert "\n" not in state.message
         assert not store.at("runs").folders()
 
+    @pytest.fixture
+    def free_alarm(self) -> Iterator[None]:
+        """As in a run's own process: pytest's time-out holds the alarm, and Prefect then cannot interrupt a call."""
+        before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGALRM, before)
+
+    @pytest.mark.usefixtures("free_alarm")
     def test_a_stage_whose_time_is_up_is_tried_again(self, run_deployed, store, fakes, tmp_path, monkeypatch) -> None:
         monkeypatch.setenv("SFTOK_STAGE_TIMEOUTS", "teacher=0.6,30")
         fakes.waits["teacher"] = tmp_path / "waits"
@@ -201,14 +212,14 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("given", "said"), [("sample=soon", "'sample=soon' is no stage=seconds"), ("encod=3", "'encod' is no stage")]
     )
-    def test_timeouts_that_mean_nothing_are_refused(self, prefect_api, monkeypatch, given, said) -> None:
+    def test_timeouts_that_mean_nothing_are_refused(self, monkeypatch, given, said) -> None:
         from flows.tasks import timeout_of
 
         monkeypatch.setenv("SFTOK_STAGE_TIMEOUTS", given)
         with pytest.raises(ValueError, match=said):
             timeout_of("encode")
 
-    def test_timeouts_name_stages_or_all(self, prefect_api, monkeypatch) -> None:
+    def test_timeouts_name_stages_or_all(self, monkeypatch) -> None:
         from flows.tasks import timeout_of
 
         assert timeout_of("encode") is None
@@ -216,6 +227,7 @@ class TestRuns:
         assert (timeout_of("encode"), timeout_of("align")) == (7200, 90)
 
 
+@pytest.mark.usefixtures("prefect_api")
 class TestOverlap:
     def test_a_second_run_waits_or_is_cancelled(self, run_deployed, store) -> None:
         from flows.overlap import held, name_of
@@ -229,7 +241,7 @@ class TestOverlap:
                 pass  # another store is another limit
         assert run_deployed(overlap="cancel").name == "Completed"
 
-    def test_one_that_waits_gets_its_turn(self, prefect_api, store) -> None:
+    def test_one_that_waits_gets_its_turn(self, store) -> None:
         from flows.overlap import held
 
         order = []
@@ -246,7 +258,7 @@ class TestOverlap:
         waiting.join(60)
         assert order == ["first", "second"]
 
-    def test_gpus_are_shared_and_too_many_are_refused(self, prefect_api, store) -> None:
+    def test_gpus_are_shared_and_too_many_are_refused(self, store) -> None:
         from prefect.client.orchestration import get_client
 
         from flows.overlap import GPUS, held, set_gpus
@@ -260,7 +272,7 @@ class TestOverlap:
         with pytest.raises(ValueError, match=r"asks for 4 GPUs, and the limit sftok-gpus is 3: .*prefect gcl update"):
             held("one", store, overlap="cancel", gpus=4).__enter__()
 
-    def test_the_widest_stage_counts(self, prefect_api) -> None:
+    def test_the_widest_stage_counts(self) -> None:
         from flows.overlap import gpus_of
 
         assert gpus_of(workers=8, gpus_per_worker=0.5, ranks=1) == 4
@@ -268,8 +280,9 @@ class TestOverlap:
         assert gpus_of(workers=8, gpus_per_worker=0, ranks=8) == 0
 
 
+@pytest.mark.usefixtures("prefect_api")
 class TestZombies:
-    def test_a_killed_run_is_marked_and_a_living_one_is_not(self, prefect_api, store) -> None:
+    def test_a_killed_run_is_marked_and_a_living_one_is_not(self, store) -> None:
         from flows.zombies import mark_records
 
         start_journal(load_recipe("digits_tiny"), store=store, source="x", run="living", workers=0)._write()
@@ -286,7 +299,7 @@ class TestZombies:
         assert record_of(store, "living").state == "Running"
         assert mark_records(store) == []
 
-    def test_another_machines_run_is_marked_when_prefect_says_it_ended(self, prefect_api, store) -> None:
+    def test_another_machines_run_is_marked_when_prefect_says_it_ended(self, store) -> None:
         from flows.zombies import mark_records
 
         journal = start_journal(load_recipe("digits_tiny"), store=store, source="x", run="far", workers=0)
@@ -320,6 +333,7 @@ class TestZombies:
         assert f"resume: sftok run digits --store {store.uri}" in told[0]["body"]
 
 
+@pytest.mark.usefixtures("prefect_api")
 class TestNotifications:
     def test_a_failure_is_told_with_stage_reason_and_remedy_and_no_secret(
         self, told, run_deployed, fakes, store, monkeypatch
@@ -342,13 +356,13 @@ class TestNotifications:
         assert run_deployed().name == "Completed"
         assert told == []
 
-    def test_a_block_that_is_away_does_not_change_the_end(self, prefect_api, run_deployed, monkeypatch, caplog) -> None:
+    def test_a_block_that_is_away_does_not_change_the_end(self, run_deployed, monkeypatch, caplog) -> None:
         save_block("http://127.0.0.1:9/", "away")
         monkeypatch.setenv("SFTOK_NOTIFY", "custom-webhook/away")
         assert "unknown recipe" in run_deployed(recipe="digit").message
         assert "custom-webhook/away could not be told" in caplog.text
 
-    def test_a_block_that_is_not_there_is_refused(self, prefect_api, monkeypatch) -> None:
+    def test_a_block_that_is_not_there_is_refused(self, monkeypatch) -> None:
         from flows.notify import check_block
 
         with pytest.raises(ValueError, match=r"SFTOK_NOTIFY = custom-webhook/nobody: .*make that block"):
@@ -358,11 +372,12 @@ class TestNotifications:
             Settings()
 
 
+@pytest.mark.usefixtures("prefect_api")
 class TestCheckData:
-    SETTINGS = ("data.num_shards=3", "data.num_val_shards=2", "encode.micro_batch=4")
+    SETTINGS = ("data.num_shards=3", "data.num_val_shards=2", "encode.micro_batch=4", 'encode.variants=["center"]')
 
     @pytest.fixture
-    def asked(self, prefect_api: str, store: Store, tmp_path: Path) -> CheckDataParameters:
+    def asked(self, store: Store, tmp_path: Path) -> CheckDataParameters:
         from flows.serving import deployment_of, plan
 
         options = ServeOptions(store=store.uri)
@@ -377,7 +392,7 @@ class TestCheckData:
         )
         return CheckDataParameters(retokenize=again, deployment="retokenize/digits")
 
-    def test_a_change_starts_one_and_no_change_none(self, asked, store, tmp_path) -> None:
+    def test_a_change_starts_one_and_no_change_none(self, asked, tmp_path) -> None:
         from prefect.client.orchestration import get_client
 
         from flows.deploy import check_data, retokenize

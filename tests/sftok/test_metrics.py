@@ -140,6 +140,14 @@ class TestPixels:
         ]
         np.testing.assert_allclose(metrics.psnr(a, b), expected, rtol=1e-6)  # its constants are float32
 
+    def test_l1_and_l2_are_means_over_pixels_of_each_image(self):
+        a, b = images(70, 16, 0), images(70, 16, 1)
+        difference = (a.double() - b.double()).flatten(1) / 255
+        np.testing.assert_allclose(metrics.l1(a, b), difference.abs().mean(1), rtol=1e-12)
+        np.testing.assert_allclose(metrics.l2(a, b), difference.square().mean(1), rtol=1e-12)
+        np.testing.assert_allclose(10 * np.log10(1 / metrics.l2(a, b)), metrics.psnr(a, b), rtol=1e-12)
+        assert metrics.l1(a, a).max() == 0
+
     def test_psnr_sees_every_channel(self):
         """The published evaluation looks at red alone: a changed blue would go unseen."""
         a = torch.full((1, 3, 12, 12), 100, dtype=torch.uint8)

@@ -1,0 +1,192 @@
+"""FID and its kin in the evaluation: features of real images taken once, scores, their protocol and their names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows import stages
+from flows.image_scores import OTHER_WEIGHTS, Scorer, protocol_of, reference_file, scorer_of
+from flows.preflight import check_scores
+from flows.recipe import ScoresConfig
+from flows.recipe_files import load_recipe
+from flows.reference import features_of, real_images
+from flows.stage import Work, plan_of
+from infra.artifacts import folder_of, manifest_of, ref_of
+from infra.inventory import manifests
+from infra.progress import silent
+from infra.store import Store
+from infra.workers import WorkerOptions
+from sftok.config import INCEPTION_SHA256
+from sftok.frechet import Gaussian, moments
+from sftok.inception_fast import prepare_inception
+from sftok.inception_file import load_inception
+from sftok.measures import Reference
+from sftok.protocols import TORCH_FIDELITY
+from sftok.reference_file import Statistics, write_statistics
+from tests.flows.small_dataset import Made, draw_images
+from tests.sftok.random_inception import RandomInception, pictures, write
+
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> RandomInception:
+    return write(Path(tmp_path_factory.mktemp("inception")))
+
+
+@pytest.fixture(scope="module")
+def network(random_inception: RandomInception):
+    return prepare_inception(load_inception(random_inception.path.read_bytes(), random_inception.sha256))
+
+
+@pytest.fixture(scope="module")
+def config(random_inception: RandomInception) -> ScoresConfig:
+    pretrained = {"uri": str(random_inception.path), "sha256": random_inception.sha256}
+    return ScoresConfig(protocol="torch_fidelity", inception=pretrained, num_samples=IMAGES)
+
+
+@pytest.fixture(scope="module")
+def scorer(network, config: ScoresConfig) -> Scorer:
+    protocol = protocol_of(config)
+    real = features_of(network, pictures(IMAGES, 32, seed=1), "tensorflow_bilinear")
+    return Scorer(protocol, network, "tensorflow_bilinear", lambda: Reference.of(real, protocol, "real ones"), IMAGES)
+
+
+class TestNames:
+    def test_of_other_weights_nothing_is_called_fid(self, config: ScoresConfig) -> None:
+        protocol = protocol_of(config)
+        assert protocol.label("fid") == f"FD ({OTHER_WEIGHTS})"
+        assert not any(protocol.label(score).startswith(("FID", "sFID", "KID")) for score in protocol.scores)
+
+    @pytest.mark.parametrize("name", ["torch_fidelity", "clean", "adm"])
+    def test_of_the_published_weights_they_are(self, name: str) -> None:
+        protocol = protocol_of(ScoresConfig(protocol=name))
+        assert protocol.label("fid") == "FID"
+        assert (protocol.extractor_sha256, protocol.num_images) == (INCEPTION_SHA256, 50_000)
+
+    def test_of_statistics_alone_what_needs_features_is_left_out(self) -> None:
+        assert protocol_of(ScoresConfig(protocol="adm", reference="adm.npz")).scores == (
+            "fid",
+            "sfid",
+            "inception_score",
+        )
+
+
+class TestScores:
+    def test_reconstructions_are_held_against_their_originals(self, scorer: Scorer) -> None:
+        images = pictures(IMAGES, 32, seed=1)
+        made = scorer.reconstruction(images, images, 8, {"temperature": 0.0})
+        found = {measure.name: measure for measure in made}
+        fid = found["reconstruction.torch_fidelity.fid@8"]
+        assert fid.value == pytest.approx(0, abs=1e-6)
+        assert fid.protocol.num_steps == 8
+        assert (fid.protocol.num_images, fid.protocol.num_reference) == (IMAGES, IMAGES)
+        assert fid.label == f"FD ({OTHER_WEIGHTS}), torch_fidelity/{IMAGES}"
+        assert f"protocol torch_fidelity/{IMAGES}" in fid.protocol.definition
+        assert "interval:" in fid.protocol.definition
+        assert "reconstruction.torch_fidelity.fid_infinity@8" in found
+        worse = scorer.reconstruction(images.flip(1), images, 8, {})
+        assert next(m for m in worse if m.name == fid.name).value > 1e-3
+
+    def test_samples_are_held_against_the_reference(self, scorer: Scorer) -> None:
+        made = {m.name: m for m in scorer.generation(pictures(IMAGES + 3, 32, seed=2), {"cfg_scale": 2.0})}
+        assert made["generation.torch_fidelity.fid"].protocol.num_images == IMAGES, "of more, the first N"
+        assert made["generation.torch_fidelity.fid"].protocol.cfg_scale == 2.0
+        low, high = made["generation.torch_fidelity.inception_score"].interval
+        assert low <= made["generation.torch_fidelity.inception_score"].value <= high
+        assert {name.rpartition(".")[2] for name in made} == {
+            "fid", "fid_infinity", "inception_score", "kid", "precision", "recall", "density", "coverage",
+        }  # fmt: skip
+
+    def test_too_few_images_are_refused(self, scorer: Scorer) -> None:
+        with pytest.raises(
+            ValueError, match=rf"torch_fidelity/{IMAGES} takes {IMAGES} images, there are 21: make more"
+        ):
+            scorer.generation(pictures(21, 32, seed=2), {})
+        few = pictures(3, 32, seed=2)
+        with pytest.raises(ValueError, match="torch_fidelity scores 20 images at least, there are 3"):
+            scorer.reconstruction(few, few, 1, {})
+
+    def test_statistics_of_a_file_are_a_reference(self, network, config: ScoresConfig, tmp_path: Path) -> None:
+        features = features_of(network, pictures(IMAGES, 32, seed=1), "tensorflow_bilinear")
+        file = tmp_path / "reference.npz"
+        file.write_bytes(write_statistics(Statistics(Gaussian.of(moments(features.pool)))))
+        protocol = protocol_of(config.model_copy(update={"reference": str(file)}))
+        scored = Scorer(protocol, network, "tensorflow_bilinear", lambda: reference_file(str(file), protocol), IMAGES)
+        made = {m.name: m.value for m in scored.generation(pictures(IMAGES, 32, seed=1), {})}
+        assert made["generation.torch_fidelity.fid"] == pytest.approx(0, abs=1e-4)
+        with pytest.raises(ValueError, match=r"evaluate\.scores\.reference = '/none\.npz': there is no such file"):
+            reference_file("/none.npz", protocol)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, random_inception: RandomInception) -> Made:
+    place = tmp_path_factory.mktemp("made")
+    draw_images(place / "source")
+    scores = [
+        "evaluate.scores.protocol=clean",
+        f"evaluate.scores.inception.sha256={random_inception.sha256}",
+        f"evaluate.scores.inception.uri={random_inception.path}",
+        "evaluate.scores.reference_features=5",
+    ]
+    return Made(Store(place / "store"), place / "source", *scores)
+
+
+class TestReference:
+    def work_of(self, made: Made) -> Work:
+        images = made.run(stages.PREPARE)
+        plan = plan_of(stages.EVALUATE, made.job, {"images": images})
+        return Work(made.job, plan, folder_of(made.store, plan.kind, plan.digest), silent)
+
+    def test_real_images_are_looked_at_once(self, made: Made) -> None:
+        """By two workers and by none: the same files, and found by every evaluation after the first."""
+        work = self.work_of(made)
+        config = work.recipe.evaluate.scores
+        protocol = protocol_of(config)
+        first = real_images(work, config, protocol, seed=0)
+        (manifest,) = manifests(made.store, "features").values()
+        count = manifest_of(made.store, work.ref("images")).counts["train"]
+        assert first.num_images == manifest.counts["images"] == count
+        assert first.features.shape == (5, 2048)
+        before = {
+            path: path.stat().st_mtime_ns for path in folder_of(made.store, "features", manifest.digest).path.iterdir()
+        }
+        again = real_images(work, config, protocol, seed=0)
+        assert torch.equal(again.pool.covariance, first.pool.covariance)
+        assert torch.equal(again.features, first.features)
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        scorer = scorer_of(work)
+        assert scorer is not None
+        assert scorer.resize == "pillow_bicubic"
+        assert ref_of(made.store, manifest).kind == "features"
+        made.store.at("artifacts", "features").delete_tree()
+        wide = Work(work.job._replace(workers=WorkerOptions(workers=2)), work.plan, work.out, silent)
+        real_images(wide, config, protocol, seed=0)
+        (theirs,) = manifests(made.store, "features").values()
+        assert theirs.files == manifest.files
+
+    def test_missing_weights_are_told_before_anything_is_trained(self, store: Store) -> None:
+        recipe = load_recipe("digits", overrides=["evaluate.scores.protocol=torch_fidelity"])
+        told = (
+            "evaluate.scores.protocol = torch_fidelity: the weights inception-2015 "
+            f"(weights-inception-2015-12-05-6726825d.pth) are not in {store.uri}: `sftok weights fetch inception-2015`"
+        )
+        with pytest.raises(ValueError, match=re.escape(told)):
+            check_scores(recipe, store)
+        check_scores(load_recipe("digits"), store)
+
+    def test_scores_that_are_not_asked_for_change_no_digest(self) -> None:
+        what = stages.EVALUATE.what(_job("digits"))
+        assert what["evaluate"]["scores"] == {"protocol": "none"}
+        elsewhere = _job("digits", "evaluate.scores.inception.uri=/elsewhere", "evaluate.scores.protocol=clean")
+        here = _job("digits", "evaluate.scores.inception.uri=/here", "evaluate.scores.protocol=clean")
+        assert stages.EVALUATE.what(elsewhere) == stages.EVALUATE.what(here)
+        assert TORCH_FIDELITY.num_images == 50_000
+
+
+def _job(name: str, *overrides: str):
+    from flows.stage import Job
+
+    return Job(load_recipe(name, overrides=overrides), Store("/nowhere"), "x", WorkerOptions())
