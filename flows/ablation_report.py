@@ -118,7 +118,7 @@ class Versus(NamedTuple):
 
 
 def _signed(value: float, column: Column) -> str:
-    return f"{100 * value:+.1f}" if column.unit == "%" else f"{value:+.3g}"
+    return f"{100 * value:+.2f}" if column.unit == "%" else f"{value:+.3g}"
 
 
 def versus(results: Results, column: Column) -> list[Versus]:

@@ -1,4 +1,4 @@
-"""`sftok report`: the page of a run beside an earlier one, and the gate. What is heavy is imported when it runs."""
+"""`sftok report`, the page of a run beside an earlier one and the gate, and `sftok statistics`."""
 
 import json
 from typing import Annotated
@@ -20,9 +20,31 @@ Examples:
 """
 
 
+STATISTICS_EXAMPLES = """\b
+Examples:
+  sftok statistics features/1f2e imagenet-256.npz
+  sftok run imagenet256_ar_b --data DIR --set evaluate.scores.protocol=adm --set evaluate.scores.reference=VIRTUAL.npz
+"""
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
     app.command(epilog=EXAMPLES)(report)
+    app.command(epilog=STATISTICS_EXAMPLES)(statistics)
+
+
+def statistics(
+    ref: Annotated[str, typer.Argument(help="Features of real images, as `sftok ls --kind features` lists them.")],
+    file: Annotated[str, typer.Argument(help="The .npz to write.")],
+    *,
+    store: StoreOption = None,
+) -> None:
+    """Write reference statistics as an .npz that clean-fid, pytorch-fid and ADM's evaluator read."""
+    with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
+        from flows.reference import export_statistics
+
+        count = export_statistics(ref, file, store=store)
+    typer.echo(f"{file}: statistics of {count:,} images")
 
 
 def report(

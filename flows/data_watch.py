@@ -1,11 +1,11 @@
 """What a re-tokenization means for a recipe, and whether its images have changed since the last one."""
 
-import json
 from typing import NamedTuple
 
 from flows.encode_request import Dataset, find_dataset
 from flows.history import records, ref_of
 from flows.parameters import RetokenizeParameters
+from flows.recipe_changes import changes_of
 from flows.recipe_files import load_recipe
 from flows.recipes import EncodeConfig, Recipe
 from flows.stage import Job, plan_of, what_of
@@ -111,11 +111,7 @@ def _data_settings(recipe: Recipe, overrides: tuple[str, ...]) -> tuple[str, ...
 
     Augmentation is as the tokenizer was trained with, unless it is named.
     """
-    base = load_recipe("small64").data.model_dump(mode="json")
-    data = recipe.data.model_dump(mode="json")
-    changed = [
-        f"data.{name}={json.dumps(value)}"
-        for name, value in data.items()
-        if value != base[name] and name != "image_size"
-    ]
+    base = load_recipe("small64")
+    wanted = recipe.data.model_copy(update={"image_size": base.data.image_size})
+    changed = changes_of(base.model_copy(update={"data": wanted}), base) or ()
     return (*changed, *(one for one in overrides if one.strip().startswith("augment.")))

@@ -190,7 +190,7 @@ def _begin(store: Store) -> str:
     assert context.flow_run is not None
     zombies.sign_in(context.flow_run)
     timeout_of("prepare")
-    zombies.mark_records(store)
+    zombies.mark([store])
     return context.flow_run.name
 
 

@@ -7,6 +7,7 @@ and found again by every evaluation of the same images under a protocol that tak
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from flows.recipe import ScoresConfig
 from flows.stage import Work
 from infra.artifacts import Manifest, Plan, find, folder_of, key_of, publish
+from infra.lineage import resolve
 from infra.pretrained import PretrainedConfig
+from infra.settings import Settings
 from infra.shards import FileEntry, shard_entry, write_shard
 from infra.store import Store
 from infra.training import default_device
@@ -27,6 +30,7 @@ from sftok.inception_file import read_inception
 from sftok.measures import Features, Reference
 from sftok.metrics import FeatureMoments
 from sftok.protocols import ScoreProtocol
+from sftok.reference_file import Statistics, write_statistics
 from sftok.resize import Resize
 from sftok.stored_images import StoredImages
 
@@ -93,6 +97,43 @@ def real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, seed:
     """
     made = _find_or_make(work, config, protocol)
     store = work.job.store
+    pool, spatial = _statistics(store, made)
+    return Reference(
+        description=f"the real training images of images/{work.ref('images').digest[:12]}",
+        pool=pool,
+        spatial=spatial,
+        features=_chosen(store, made, config.reference_features, seed),
+        num_images=pool.count,
+        extractor_sha256=protocol.extractor_sha256,
+        resize=protocol.resize,
+    )
+
+
+def export_statistics(text: str, file: str, *, store: str | None) -> int:
+    """Write the statistics of a `features` artifact as an .npz that clean-fid, pytorch-fid and ADM's evaluator read.
+
+    Returns:
+        How many images they are of.
+
+    Raises:
+        ValueError: there is no such artifact, it is of another kind, or the file is there or cannot be written.
+    """
+    place, path = Store(store or Settings().store), Path(file).expanduser()
+    manifest = resolve(place, text)
+    if manifest.kind != "features":
+        raise ValueError(f"{text!r} is {manifest.kind}/{manifest.digest}, where features are wanted: see `sftok ls`")
+    if path.exists():
+        raise ValueError(f"{path} exists: name another file, or remove it")
+    pool, spatial = _statistics(place, manifest)
+    try:
+        path.write_bytes(write_statistics(Statistics(pool, spatial)))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}): name another file") from error
+    return manifest.counts["images"]
+
+
+def _statistics(store: Store, made: Manifest) -> tuple[Gaussian, Gaussian]:
+    """Of pool and of spatial features, one shard of them in memory at a time."""
     pool = spatial = None
     for features in _shards(store, made):
         assert features.spatial is not None
@@ -100,15 +141,7 @@ def real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, seed:
         spatial = _added(spatial, features.spatial)
     assert pool is not None, "a split without images is refused by prepare"
     assert spatial is not None
-    return Reference(
-        description=f"the real training images of images/{work.ref('images').digest[:12]}",
-        pool=Gaussian.of(pool),
-        spatial=Gaussian.of(spatial),
-        features=_chosen(store, made, config.reference_features, seed),
-        num_images=pool.count,
-        extractor_sha256=protocol.extractor_sha256,
-        resize=protocol.resize,
-    )
+    return Gaussian.of(pool), Gaussian.of(spatial)
 
 
 def _find_or_make(work: Work, config: ScoresConfig, protocol: ScoreProtocol) -> Manifest:

@@ -1,23 +1,13 @@
-"""What `sftok serve` does: a Prefect server with all its services, the deployments, and a process that executes them.
-
-The server is the one of `flows.server` with what a run alone does not need: scheduler, triggers, leases that survive
-its restart. Its database is the one of the temporary servers under SFTOK_HOME; it listens on loopback only.
-"""
+"""What `sftok serve` does: a server with all its services, the deployments, and a process that executes them."""
 
 import asyncio
-import contextlib
-import os
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from flows import server as server_file
 from flows.parameters import (
     BenchmarkParameters,
     CheckDataParameters,
@@ -27,7 +17,8 @@ from flows.parameters import (
 )
 from flows.preflight import check_home, check_ranks, check_request, check_weights
 from flows.recipe_files import load_recipe
-from flows.server import LOOPBACK, Server, configure, prefect_server
+from flows.server import LOOPBACK
+from flows.whole_server import whole_server
 from infra.config import Config
 from infra.settings import Settings
 from infra.store import Store
@@ -37,17 +28,6 @@ if TYPE_CHECKING:
 
 OFF = "off"
 PORT = 4200
-SERVICES = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-    "PREFECT_LOGGING_TO_API_ENABLED": "false",
-    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
-    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "20",  # a new schedule is seen after at most so long
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONWARNINGS": "ignore",
-}
 
 
 class ServeOptions(Config):
@@ -251,13 +231,14 @@ def serve(options: ServeOptions, *, say: Callable[[str], None], verbose: bool = 
         marked = zombies.mark([Store(options.store or settings.store)])
         for name in sorted({*marked.records, *marked.flow_runs}):
             say(f"run {name} had crashed; what it has done is found by the next one")
-        for one in planned:
-            say(f"{one.full_name}: {f'{one.cron} ({options.timezone})' if one.cron else 'on demand'}")
-        say(f"serving at {server.url.removesuffix('/api')}; to use it elsewhere: export PREFECT_API_URL={server.url}")
-        asyncio.run(_execute(deployments))
+        lines = [
+            f"{one.full_name}: {one.cron or 'on demand'}{f' ({options.timezone})' * bool(one.cron)}" for one in planned
+        ]
+        lines.append(f"serving at {server.url.removesuffix('/api')}; elsewhere: export PREFECT_API_URL={server.url}")
+        asyncio.run(_execute(deployments, ready=lambda: say("\n".join(lines))))
 
 
-async def _execute(deployments: Sequence["RunnerDeployment"]) -> None:
+async def _execute(deployments: Sequence["RunnerDeployment"], *, ready: Callable[[], None]) -> None:
     """Register the deployments and execute their runs, each in a process of its own, until SIGTERM or SIGINT.
 
     Prefect's own handler leaves the runs under way to chance: here they are cancelled, and end before this returns.
@@ -272,6 +253,7 @@ async def _execute(deployments: Sequence["RunnerDeployment"]) -> None:
     runner = Stoppable(pause_on_shutdown=True)
     for deployment in deployments:
         await runner.aadd_deployment(deployment)
+    ready()
     running = asyncio.create_task(runner.start())
     signalled = asyncio.create_task(stopping.wait())
     signal.signal(signal.SIGINT, runner.handle_sigterm)
@@ -280,61 +262,6 @@ async def _execute(deployments: Sequence["RunnerDeployment"]) -> None:
         await runner.astop()
     signalled.cancel()
     await running
-
-
-@contextlib.contextmanager
-def whole_server(home: Path, *, port: int, api_url: str | None, verbose: bool = False) -> Iterator[Server]:
-    """Point Prefect at `api_url`, or at a server of our own with all services that is gone when the block ends."""
-    from flows.heartbeat import BEAT_SECONDS
-
-    server = Server(api_url) if api_url else start_whole_server(home, port)
-    try:
-        with prefect_server(home, api_url=server.url, verbose=verbose):  # gives the environment back
-            os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(BEAT_SECONDS)
-            configure(server.url, home=None if api_url else home, verbose=verbose)
-            yield server
-    finally:
-        server.stop()
-
-
-def start_whole_server(home: Path, port: int) -> Server:
-    """Start a server with all services; it does not answer yet, and is the caller's to stop.
-
-    Raises:
-        ValueError: the port is taken.
-    """
-    folder = home.expanduser().resolve() / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "serve.log"
-    try:
-        listener = socket.create_server((LOOPBACK, port))
-    except OSError as error:
-        raise ValueError(
-            f"--port {port}: {error.strerror}; name another one, or join the server there by PREFECT_API_URL"
-        ) from None
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    given = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_SERVER_")}
-    environment = {
-        **inherited,
-        **SERVICES,
-        **given,
-        "PREFECT_HOME": str(folder),
-        "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
-        "PREFECT_SERVER_API_HOST": LOOPBACK,
-        "PREFECT_SERVER_API_PORT": str(port),
-    }
-    with listener, log.open("ab") as lines:
-        process = subprocess.Popen(
-            [sys.executable, "-P", server_file.__file__, str(listener.fileno()), str(os.getpid())],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=lines,
-            stderr=subprocess.STDOUT,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-        )
-    return Server(f"http://{LOOPBACK}:{port}/api", process, log)
 
 
 def _cron(text: str) -> str | None:

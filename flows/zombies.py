@@ -11,10 +11,10 @@ This looks once, when something starts; `flows.heartbeat` is what watches meanwh
 import json
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
@@ -30,15 +30,21 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import Crashed
+from pydantic import ValidationError
 
 from flows import notify
 from flows.heartbeat import BEAT
 from flows.parameters import PipelineParameters
-from flows.runs import RunRecord, Writer, one_line, this_process
+from flows.recipe_changes import changes_of
+from flows.recipes import Recipe
+from flows.runs import Writer, one_line, this_process
 from infra.store import Store
 
 SILENT_SECONDS = 600.0  # more than three signs of life of whoever gives one at Prefect's default of 180 s
 READERS = 16
+RECENT = 200  # runs whose records are looked at: names begin with the time, and what is older was seen before
+
+Record = dict[str, Any]  # a run's record as JSON
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +56,24 @@ class Marked(NamedTuple):
     flow_runs: tuple[str, ...]
 
 
+class Dead(NamedTuple):
+    """A run whose record was marked."""
+
+    run: str
+    stage: str
+    reason: str
+
+
 def mark(stores: Sequence[Store]) -> Marked:
     """Mark what is dead, in these stores and in Prefect, and tell whoever wants to hear of it."""
-    records = [record for store in stores for record in mark_records(store, ended=_ended)]
-    return Marked(
-        tuple(record.run for record in records), tuple(mark_flow_runs({record.run: record for record in records}))
-    )
+    dead = {one.run: one for store in stores for one in mark_records(store, ended=_ended)}
+    return Marked(tuple(dead), tuple(mark_flow_runs(dead)))
 
 
 # --- records in the store --------------------------------------------------------------------------------------------
 
 
-def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) -> list[RunRecord]:
+def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) -> list[Dead]:
     """Mark the records in the state Running whose writer is gone; those that were marked.
 
     Args:
@@ -69,14 +81,16 @@ def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) ->
         ended: whether a run of another machine is known to have ended; without it those are left alone.
     """
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda name: _running(store, name), store.at("runs").folders()))
+        recent = sorted(store.at("runs").folders())[-RECENT:]
+        found = list(pool.map(lambda name: _running(store, name), recent))
     marked = []
     for record in found:
-        if record is None or record.writer is None:
+        writer = _writer(record)
+        if record is None or writer is None:
             continue
-        here = is_gone(record.writer)
-        if here or (here is None and ended is not None and ended(record.run)):
-            marked.append(_crash(store, record, record.writer))
+        here = is_gone(writer)
+        if here or (here is None and ended is not None and ended(str(record["run"]))):
+            marked.append(_crash(store, record, writer))
     return marked
 
 
@@ -92,37 +106,49 @@ def is_gone(writer: Writer) -> bool | None:
         return False
 
 
-def _running(store: Store, name: str) -> RunRecord | None:
-    """A record in the state Running; what cannot be read is somebody else's to complain about."""
+def _running(store: Store, name: str) -> Record | None:
+    """A record in the state Running, as it is: one of an earlier version is marked, too."""
     try:
-        data = json.loads(store.at("runs", name).read("run.json"))
-        return RunRecord.model_validate(data) if data.get("state") == "Running" else None
-    except (FileNotFoundError, ValueError, AttributeError):
+        record = json.loads(store.at("runs", name).read("run.json"))
+    except (FileNotFoundError, ValueError):  # somebody else's to complain about
+        return None
+    return record if isinstance(record, dict) and record.get("state") == "Running" else None
+
+
+def _writer(record: Record | None) -> Writer | None:
+    try:
+        return Writer.model_validate((record or {}).get("writer"))
+    except ValidationError:
         return None
 
 
-def _crash(store: Store, record: RunRecord, writer: Writer) -> RunRecord:
-    running = [name for name, stage in record.stages.items() if stage.state == "Running"]
-    reason = (
-        f"{running[-1] if running else 'run'}: process {writer.pid} of {writer.host} is gone; to go on: "
-        f"{_command(record)}"
-    )
-    stages = {
-        name: stage.model_copy(update={"state": "Crashed", "reason": reason}) if name in running else stage
-        for name, stage in record.stages.items()
-    }
-    crashed = record.model_copy(update={"state": "Crashed", "reason": reason, "stages": stages})
-    store.at("runs", record.run).write("run.json", crashed.model_dump_json(indent=2).encode())
-    log.warning("run %s has crashed: %s", record.run, reason)
-    return crashed
+def _crash(store: Store, record: Record, writer: Writer) -> Dead:
+    run, stages = str(record["run"]), record.get("stages", {})
+    running = [name for name, stage in stages.items() if stage.get("state") == "Running"]
+    dead = Dead(run, running[-1] if running else "run", f"process {writer.pid} of {writer.host} is gone")
+    reason = f"{dead.stage}: {dead.reason}; to go on: {_command(record)}"
+    for name in running:
+        stages[name] |= {"state": "Crashed", "reason": dead.reason}
+    crashed = {**record, "state": "Crashed", "reason": reason, "stages": stages}
+    store.at("runs", run).write("run.json", json.dumps(crashed, indent=2).encode())
+    log.warning("run %s has crashed: %s", run, reason)
+    return dead
 
 
-def _command(record: RunRecord) -> str:
-    if record.recipe.name == "retokenize":
-        encode = next((stage.ref for name, stage in record.stages.items() if name == "encode"), None)
-        about = f" (codes {encode})" if encode else ""
-        return f"the `sftok encode` command of {record.source}{about}"
-    return PipelineParameters(recipe=record.recipe.name, store=record.store, data=record.source).command()
+def _command(record: Record) -> str:
+    """The command that makes the same run again, as far as one line can say it."""
+    store, source = str(record["store"]), str(record["source"])
+    name = record["recipe"]["name"]
+    if name == "retokenize":
+        return f"encode {source} again, by the command or the deployment that did"
+    try:
+        changes = changes_of(Recipe.model_validate(record["recipe"]))
+    except ValidationError:
+        changes = None
+    if changes is None:
+        return f"sftok run with the recipe that it was started with: {store}/runs/{record['run']}/run.json has it"
+    again = PipelineParameters(recipe=name, store=store, data=source, overrides=changes, workers=int(record["workers"]))
+    return again.command()
 
 
 # --- flow runs in Prefect --------------------------------------------------------------------------------------------
@@ -140,18 +166,20 @@ def sign_in(flow_run: FlowRun) -> None:
         log.warning("Prefect does not know which process this run is: %s", one_line(error))
 
 
-def mark_flow_runs(records: dict[str, RunRecord]) -> list[str]:
-    """Mark flow runs of ours in the state Running whose process is gone; `records` were found dead in a store."""
+def mark_flow_runs(dead: Mapping[str, Dead]) -> list[str]:
+    """Mark flow runs of ours in the state Running whose process is gone; `dead` are those that a store told of."""
     marked = []
     with get_client(sync_client=True) as client:
         for flow_run, flow in _running_flow_runs(client):
-            reason = _why_dead(client, flow_run, records.get(flow_run.name))
+            known = dead.get(flow_run.name)
+            reason = known.reason if known else _why_dead(client, flow_run)
             if reason is None:
                 continue
             client.set_flow_run_state(flow_run.id, Crashed(message=reason), force=True)
             log.warning("flow run %s has crashed: %s", flow_run.name, reason)
             command = notify.command_of(flow, flow_run.parameters)
-            notify.send(notify.Message(flow_run.name, "crashed", _stage(records.get(flow_run.name)), reason, command))
+            stage = known.stage if known else "run"
+            notify.send(notify.Message(flow_run.name, "crashed", stage, reason, command))
             marked.append(flow_run.name)
     return marked
 
@@ -168,12 +196,11 @@ def _running_flow_runs(client: SyncPrefectClient) -> Iterator[tuple[FlowRun, str
         yield from ((flow_run, flow) for flow_run in found)
 
 
-def _why_dead(client: SyncPrefectClient, flow_run: FlowRun, record: RunRecord | None) -> str | None:
+def _why_dead(client: SyncPrefectClient, flow_run: FlowRun) -> str | None:
     writer = writer_of(flow_run)
     gone = is_gone(writer) if writer else None
-    if gone or record is not None:
-        where = f"process {writer.pid} of {writer.host}" if writer else "its process"
-        return f"{where} is gone"
+    if writer and gone:
+        return f"process {writer.pid} of {writer.host} is gone"
     if gone is None and (beat := _last_beat(client, flow_run)) is not None:
         silent = (datetime.now(UTC) - beat).total_seconds()
         if silent > SILENT_SECONDS:
@@ -197,11 +224,6 @@ def _last_beat(client: SyncPrefectClient, flow_run: FlowRun) -> datetime | None:
     )
     events = client.read_events(wanted, limit=1).events
     return events[0].occurred if events else None
-
-
-def _stage(record: RunRecord | None) -> str:
-    crashed = [name for name, stage in record.stages.items() if stage.state == "Crashed"] if record else []
-    return crashed[-1] if crashed else "run"
 
 
 def _ended(run: str) -> bool:

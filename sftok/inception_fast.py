@@ -164,7 +164,7 @@ def prepare_inception(
 
     Args:
         network: with its weights.
-        precision: `fp32`, or `bf16` for speed, whose features differ from those of fp32 in the third digit: its
+        precision: `fp32`, or `bf16` for speed, whose features differ from those of fp32 by a percent: its
             figures compare with their like only.
         device: where it shall run.
 

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,7 @@ def compare_features() -> None:
     rows = []
     with torch.inference_mode():
         for count in IMAGES:
-            images = samples[:count]
-            taken = seconds({name: (lambda way=way: way(images)) for name, way in ways.items()}, rounds=FEATURE_ROUNDS)
+            taken = seconds({name: partial(way, samples[:count]) for name, way in ways.items()}, rounds=FEATURE_ROUNDS)
             rows += [
                 [f"batch {count}: {name}", f"{count / taken[name]:.2f}", times(taken[REFERENCE] / taken[name])]
                 for name in ways

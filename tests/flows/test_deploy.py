@@ -27,8 +27,8 @@ import sys, time
 from flows.recipe_files import load_recipe
 from flows.runs import start_journal
 from infra.store import Store
-journal = start_journal(load_recipe("digits_tiny"), store=Store(sys.argv[1]), source="sklearn:digits", run=sys.argv[2],
-                        workers=0)
+recipe = load_recipe("digits_tiny", overrides=["teacher.training.steps=3", "seed=4"])
+journal = start_journal(recipe, store=Store(sys.argv[1]), source="sklearn:digits", run=sys.argv[2], workers=0)
 with journal.kept():
     journal.begin("teacher")
     print("begun", flush=True)
@@ -294,7 +294,8 @@ class TestZombies:
         assert [record.run for record in mark_records(store)] == ["killed"]
         record = record_of(store, "killed")
         assert (record.state, record.stages["teacher"].state) == ("Crashed", "Crashed")
-        command = f"sftok run digits_tiny --data sklearn:digits --store {store.uri}"
+        command = f"sftok run digits_tiny --data sklearn:digits --store {store.uri} --set seed=4"
+        command += " --set teacher.training.steps=3 --workers 0"
         assert record.reason == f"teacher: process {process.pid} of {record.writer.host} is gone; to go on: {command}"
         assert record_of(store, "living").state == "Running"
         assert mark_records(store) == []

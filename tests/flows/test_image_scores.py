@@ -1,8 +1,10 @@
 """FID and its kin in the evaluation: features of real images taken once, scores, their protocol and their names."""
 
+import hashlib
 import re
 from pathlib import Path
 
+import lpips
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from flows.image_scores import OTHER_WEIGHTS, Scorer, protocol_of, reference_fil
 from flows.preflight import check_scores
 from flows.recipe import ScoresConfig
 from flows.recipe_files import load_recipe
-from flows.reference import features_of, real_images
+from flows.reference import export_statistics, features_of, real_images
 from flows.stage import Work, plan_of
 from infra.artifacts import folder_of, manifest_of, ref_of
 from infra.inventory import manifests
@@ -24,7 +26,7 @@ from sftok.inception_fast import prepare_inception
 from sftok.inception_file import load_inception
 from sftok.measures import Reference
 from sftok.protocols import TORCH_FIDELITY
-from sftok.reference_file import Statistics, write_statistics
+from sftok.reference_file import Statistics, read_statistics, write_statistics
 from tests.flows.small_dataset import Made, draw_images
 from tests.sftok.random_inception import RandomInception, pictures, write
 
@@ -134,13 +136,39 @@ def made(tmp_path_factory: pytest.TempPathFactory, random_inception: RandomIncep
     return Made(Store(place / "store"), place / "source", *scores)
 
 
+def test_lpips_is_measured_where_weights_are_given(made: Made, tmp_path: Path) -> None:
+    from flows.evidence import _lpips
+
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    file = tmp_path / "lpips.pth"
+    torch.save(network.state_dict(), file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def distances(*overrides: str):
+        recipe = load_recipe("digits", overrides=overrides)
+        return _lpips(Work(made.job._replace(recipe=recipe), None, made.store, silent))
+
+    given = f"evaluate.lpips.uri={file}"
+    found = distances(given, f"evaluate.lpips.sha256={sha256}")
+    assert found is not None
+    a, b = pictures(5, 32, seed=1), pictures(5, 32, seed=2)
+    with torch.no_grad():
+        expected = network(a.float() / 127.5 - 1, b.float() / 127.5 - 1).flatten()
+    torch.testing.assert_close(found(a, b), expected, rtol=1e-4, atol=1e-5)
+    assert found(a, a).max() < 1e-6
+    assert distances() is None
+    with pytest.raises(ValueError, match=r"evaluate\.lpips: .* is wanted"):
+        distances(given, f"evaluate.lpips.sha256={'0' * 64}")
+
+
 class TestReference:
     def work_of(self, made: Made) -> Work:
         images = made.run(stages.PREPARE)
         plan = plan_of(stages.EVALUATE, made.job, {"images": images})
         return Work(made.job, plan, folder_of(made.store, plan.kind, plan.digest), silent)
 
-    def test_real_images_are_looked_at_once(self, made: Made) -> None:
+    def test_real_images_are_looked_at_once(self, made: Made, tmp_path: Path) -> None:
         """By two workers and by none: the same files, and found by every evaluation after the first."""
         work = self.work_of(made)
         config = work.recipe.evaluate.scores
@@ -161,6 +189,11 @@ class TestReference:
         assert scorer is not None
         assert scorer.resize == "pillow_bicubic"
         assert ref_of(made.store, manifest).kind == "features"
+        exported = tmp_path / "reference.npz"
+        assert export_statistics(f"features/{manifest.digest}", str(exported), store=made.store.uri) == count
+        assert torch.equal(read_statistics(exported, "x").pool.covariance, first.pool.covariance)
+        with pytest.raises(ValueError, match="exists: name another file"):
+            export_statistics(f"features/{manifest.digest}", str(exported), store=made.store.uri)
         made.store.at("artifacts", "features").delete_tree()
         wide = Work(work.job._replace(workers=WorkerOptions(workers=2)), work.plan, work.out, silent)
         real_images(wide, config, protocol, seed=0)

@@ -9,7 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.runs import RunRecord
+from flows import history
+from flows.history import PastRun
 from flows.server import prefect_server
 from infra.store import Store
 from tests.flows.serving_process import Serving, until
@@ -64,10 +65,8 @@ def ends(flow_run_id: Any, state: str, patience: float = 120) -> None:
     until(lambda: state_of(flow_run_id) == state, patience, lambda: f"{state_of(flow_run_id)}, not {state}")
 
 
-def records(store: Path) -> list[RunRecord]:
-    place = Store(store)
-    names = sorted(place.at("runs").folders())
-    return [RunRecord.model_validate_json(place.read(f"runs/{name}/run.json")) for name in names]
+def records(store: Path) -> list[PastRun]:
+    return history.records(Store(store))
 
 
 def test_a_schedule_fires_and_a_rerun_is_cached(serving, api) -> None:
@@ -185,7 +184,8 @@ def test_a_taken_port_is_one_line(serving, tmp_path) -> None:
     other = Serving(tmp_path, arguments=("--port", str(one.port)))
     assert other.process.wait(60) == 2
     assert other.said().splitlines() == [
-        f"sftok: --port {one.port}: Address already in use; name another one, or join the server there by PREFECT_API_URL"
+        f"sftok: --port {one.port}: Address already in use; name another one, or join the server there by "
+        "PREFECT_API_URL"
     ]
 
 
