@@ -70,14 +70,14 @@ def _arm(whole: Run, arm: Trained, seed: int, images: ArtifactRef) -> ArtifactRe
 @stage_task
 def ablation_arm(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
     """What an aligned tokenizer is worth on held-out images."""
-    return tasks._find_or_make(ABLATION_ARM, run, images=images, teacher=teacher, tokenizer=tokenizer)
+    return tasks.find_or_make(ABLATION_ARM, run, images=images, teacher=teacher, tokenizer=tokenizer)
 
 
 @stage_task
 def ablation_report(run: Run, plan: Ablation, outcomes: Outcomes) -> State[ArtifactRef]:
     """The page, its Markdown and its JSON."""
     inputs = {f"{arm}, seed {seed}": ref for (arm, seed), ref in outcomes.items()}
-    return tasks._find_or_make(report_stage(plan, outcomes), run, **inputs)
+    return tasks.find_or_make(report_stage(plan, outcomes), run, **inputs)
 
 
 def report_stage(plan: Ablation, outcomes: Outcomes) -> Stage:

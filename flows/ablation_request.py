@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.preflight import check_home, check_ranks, check_ray, check_weights
+from flows.preflight import check_home, check_ranks, check_ray, check_weights, default_gpus
 from flows.recipe import Recipe
 from flows.recipes_ablation import Ablation, load_ablation
 from flows.server import health
@@ -55,7 +55,7 @@ def check_ablation_request(
     place = Store(store or settings.store)
     place.check()
     width = min(2, os.cpu_count() or 1) if workers is None else workers
-    return AblationRequest(plan, place, source, width, ranks, _default_gpus() if gpus is None else gpus, settings)
+    return AblationRequest(plan, place, source, width, ranks, default_gpus() if gpus is None else gpus, settings)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -74,9 +74,3 @@ def _without_fine_tuning(recipe: Recipe) -> Recipe:
     """An ablation ends before fine-tuning, and needs no weights for it."""
     changes = {"perceptual_weight": 0.0, "adversarial": NO_ADVERSARY}
     return recipe.model_copy(update={"fine_tune": recipe.fine_tune.model_copy(update=changes)})
-
-
-def _default_gpus() -> float:
-    from infra.training import default_device
-
-    return 1.0 if default_device() == "cuda" else 0.0

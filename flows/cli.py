@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_catalogue, cli_data, cli_encode, cli_report, cli_sample, cli_store, cli_weights
+from flows import cli_ablation, cli_catalogue, cli_data, cli_encode, cli_report, cli_sample, cli_store, cli_weights
 from flows.cli_common import Failed, JsonOption, Refused, StoreOption, one_line_refusals, one_line_termination
 from flows.console import console, log_lines_above, logging_on_stderr, print_table, stdout_for_results
 
 if TYPE_CHECKING:
+    from flows.dry_run import DryRun
     from flows.preflight import Request
     from flows.runs import RunRecord
 
@@ -46,6 +47,7 @@ Examples:
   sftok run digits
   sftok run small64 --data ~/pictures --store s3://bucket/prefix
   sftok run digits --set train_generator.steps=1200 --seed 1
+  sftok run imagenet256_sftok_b --data s3://bucket/imagenet --dry-run
   sftok recipes digits --toml > mine.toml && sftok run mine.toml
 """
 )
@@ -79,6 +81,9 @@ def run(
         int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
     ] = 1,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each stage would do and take; nothing is trained or written.")
+    ] = False,
     as_json: JsonOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
 ) -> None:
@@ -98,8 +103,17 @@ def run(
             ranks=ranks,
             seed=seed,
             gpus=gpus_per_worker,
+            is_run=not dry_run,
         )
-        record, error = _run(request, verbose=verbose)
+        if dry_run:
+            from flows.dry_run import dry_run as plan
+
+            planned = plan(request)
+        else:
+            record, error = _run(request, verbose=verbose)
+    if dry_run:
+        _show_plan(planned, as_json=as_json)
+        return
     if as_json:
         typer.echo(json.dumps(_as_json(record, error), allow_nan=False))
     else:
@@ -219,6 +233,7 @@ def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 
 cli_weights.register(app)
+cli_ablation.register(app)
 cli_catalogue.register(app)
 cli_data.register(app)
 cli_encode.register(app)
@@ -244,6 +259,17 @@ def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
     # Infinity becomes a string, as in the record: JSON has no such number.
     result |= {"metrics": json.loads(record.model_dump_json())["metrics"], "report": record.report}
     return result | {"error": error} if error else result
+
+
+def _show_plan(planned: "DryRun", *, as_json: bool) -> None:
+    from flows.dry_run import HEAD
+
+    if as_json:
+        typer.echo(json.dumps(planned.as_json()))
+        return
+    print_table(HEAD, [stage.as_row() for stage in planned.stages])
+    for note in planned.notes():
+        typer.echo(note)
 
 
 def _show_record(record: "RunRecord") -> None:

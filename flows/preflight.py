@@ -39,30 +39,41 @@ def check_request(
     ranks: int,
     seed: int | None,
     gpus: float | None = None,
+    is_run: bool = True,
 ) -> Request:
-    """Turn what the user asked for into a request, the store last: checking it writes to it."""
+    """Turn what the user asked for into a request, the store last: checking it writes to it.
+
+    A run that is only planned (`is_run` false) needs neither weights nor servers, and a store that can be read.
+    """
     from sftok.sources import check_source
 
     settings = Settings()
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
-    check_weights(chosen)
+    if is_run:
+        check_weights(chosen)
     check_ranks(chosen, ranks)
     source = data or chosen.source
     if not source:
         raise ValueError(f"recipe {chosen.name} has no images of its own: give a folder of them with --data")
     check_source(source, chosen.data)
+    place = Store(store or settings.store)
+    width = min(2, os.cpu_count() or 1) if workers is None else workers
+    if is_run:
+        _check_places(chosen, place, settings)
+    return Request(chosen, place, source, width, ranks, default_gpus() if gpus is None else gpus, settings)
+
+
+def _check_places(chosen: Recipe, place: Store, settings: Settings) -> None:
+    """The servers that a run needs, and its store."""
     check_home(settings.home)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
         raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
     check_ray(settings.ray_address)
-    place = Store(store or settings.store)
     place.check()
     check_scores(chosen, place)
-    width = min(2, os.cpu_count() or 1) if workers is None else workers
-    return Request(chosen, place, source, width, ranks, _default_gpus() if gpus is None else gpus, settings)
 
 
-def _default_gpus() -> float:
+def default_gpus() -> float:
     """A GPU a worker where this machine has any: workers without one would compute on its processor."""
     from infra.training import default_device
 

@@ -113,7 +113,7 @@ def timeout_of(stage: str) -> float | None:
     return given.get(stage, given.get(ALL_STAGES))
 
 
-def _find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[ArtifactRef]:
+def find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[ArtifactRef]:
     """One attempt at a stage; what it publishes is complete or not there."""
     run.journal.begin(stage.name)
     try:
@@ -157,51 +157,51 @@ def _attempt(stage: Stage, job: Job, inputs: dict[str, ArtifactRef]) -> tuple[st
 @stage_task
 def prepare(run: Run) -> State[ArtifactRef]:
     """Images and rejects of the source."""
-    return _find_or_make(stages.PREPARE, run)
+    return find_or_make(stages.PREPARE, run)
 
 
 @stage_task
 def teacher(run: Run, *, images: ArtifactRef) -> State[ArtifactRef]:
     """The teacher whose codes the decoder predicts; an imported one is the same whatever the images."""
     needed = {} if run.job.recipe.teacher.origin == "imported" else {"images": images}
-    return _find_or_make(stages.TEACHER, run, **needed)
+    return find_or_make(stages.TEACHER, run, **needed)
 
 
 @stage_task
 def warm_up(run: Run, *, images: ArtifactRef, teacher: ArtifactRef) -> State[ArtifactRef]:
     """The tokenizer after its first stage: everything masked."""
-    return _find_or_make(stages.WARM_UP, run, images=images, teacher=teacher)
+    return find_or_make(stages.WARM_UP, run, images=images, teacher=teacher)
 
 
 @stage_task
 def align(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef | None) -> State[ArtifactRef]:
     """The tokenizer after distribution alignment; without a tokenizer to start from, from random weights."""
     start = {"tokenizer": tokenizer} if tokenizer is not None else {}
-    return _find_or_make(stages.ALIGN, run, images=images, teacher=teacher, **start)
+    return find_or_make(stages.ALIGN, run, images=images, teacher=teacher, **start)
 
 
 @stage_task
 def fine_tune(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
     """The tokenizer after fine-tuning towards pixels."""
-    return _find_or_make(stages.FINE_TUNE, run, images=images, teacher=teacher, tokenizer=tokenizer)
+    return find_or_make(stages.FINE_TUNE, run, images=images, teacher=teacher, tokenizer=tokenizer)
 
 
 @stage_task
 def encode(run: Run, *, images: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
     """The codes of all images."""
-    return _find_or_make(stages.ENCODE, run, images=images, tokenizer=tokenizer)
+    return find_or_make(stages.ENCODE, run, images=images, tokenizer=tokenizer)
 
 
 @stage_task
 def train_generator(run: Run, *, codes: ArtifactRef) -> State[ArtifactRef]:
     """The class-conditional generator of codes."""
-    return _find_or_make(stages.TRAIN_GENERATOR, run, codes=codes)
+    return find_or_make(stages.TRAIN_GENERATOR, run, codes=codes)
 
 
 @stage_task
 def sample(run: Run, *, generator: ArtifactRef) -> State[ArtifactRef]:
     """Codes drawn from the generator."""
-    return _find_or_make(stages.SAMPLE, run, generator=generator)
+    return find_or_make(stages.SAMPLE, run, generator=generator)
 
 
 @stage_task
@@ -216,10 +216,10 @@ def evaluate(
 ) -> State[ArtifactRef]:
     """What reconstructions and samples are worth."""
     inputs = {"images": images, "teacher": teacher, "tokenizer": tokenizer, "codes": codes, "samples": samples}
-    return _find_or_make(stages.EVALUATE, run, **inputs)
+    return find_or_make(stages.EVALUATE, run, **inputs)
 
 
 @stage_task
 def report(run: Run, *, evaluation: ArtifactRef) -> State[ArtifactRef]:
     """The page, its Markdown and its JSON."""
-    return _find_or_make(stages.REPORT, run, evaluation=evaluation)
+    return find_or_make(stages.REPORT, run, evaluation=evaluation)

@@ -1,9 +1,9 @@
 """What the environment decides: where things are kept and which services are used."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, Field, PositiveFloat, field_validator
+from pydantic import AliasChoices, Field, PositiveFloat, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 ALL_STAGES = "*"  # the key of a time-out that is every other stage's
@@ -13,6 +13,21 @@ class Settings(BaseSettings):
     """Read from environment variables when constructed; an empty variable counts as unset."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
+
+    def __init__(self, **values: Any) -> None:
+        """As pydantic's, but what is wrong is one line.
+
+        Raises:
+            ValueError: naming the variable, its value and the remedy.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            said = problem["msg"].removeprefix("Value error, ")
+            text = said if where in said else f"{where} = {problem['input']}: {said[:1].lower()}{said[1:]}"
+            raise ValueError(text) from None
 
     store: str = Field(
         "./store", validation_alias="SFTOK_STORE", description="folder or s3://bucket/prefix that keeps all artifacts"

@@ -105,7 +105,7 @@ _NEIGHBOURS: tuple[Score, ...] = ("precision", "recall", "density", "coverage")
 
 TORCH_FIDELITY = ScoreProtocol(
     **_INCEPTION,
-    name="torch_fidelity",
+    name="torch_fidelity",  # but precision and recall, which the tool takes of VGG-16 unless told otherwise
     scores=("fid", "inception_score", "kid", *_NEIGHBOURS),
     reference="the images that the samples stand for",
     num_reference=1000,

@@ -13,7 +13,8 @@ FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 MATHS = ["sftok/transformer", "sftok/encoder", "sftok/quantizer", "sftok/decoder", "sftok/proxy", "sftok/model"]
 MATHS += ["sftok/losses", "sftok/metrics", "sftok/diff_augment", "generator/model", "generator/sample"]
 MATHS += ["generator/space", "generator/orders", "generator/filters", "generator/flops", "generator/masked"]
-MATHS += ["generator/masked_sample", "generator/objectives"]
+MATHS += ["generator/masked_sample", "generator/objectives", "sftok/step_agreement", "sftok/frechet", "sftok/scores"]
+MATHS += ["sftok/resampling"]
 ONLY_IN = {"prefect": "flows/", "ray": "infra/cluster.py", "typer": "flows/cli"}
 
 

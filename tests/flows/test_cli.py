@@ -81,7 +81,29 @@ def test_help_is_instant_and_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "recipes", "show", "doctor", "import-weights", "export-weights", "reconstruct", "verify", "diff", "sample", "weights"],
+    [
+        "run",
+        "recipes",
+        "show",
+        "doctor",
+        "import-weights",
+        "export-weights",
+        "reconstruct",
+        "verify",
+        "diff",
+        "sample",
+        "weights",
+        "files",
+        "ls",
+        "cp",
+        "gc",
+        "pin",
+        "unpin",
+        "openlineage",
+        "report",
+        "statistics",
+        "ablation",
+    ],  # fmt: skip
 )
 def test_help_shows_examples(sftok, command):
     code, out, _ = sftok(command, "--help")

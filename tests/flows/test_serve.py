@@ -1,8 +1,11 @@
 """`sftok serve` for real: schedules fire, runs overlap, processes are killed, and every run ends as it must."""
 
 import json
+import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pytest
 from flows import history
 from flows.history import PastRun
 from flows.server import prefect_server
+from infra.artifacts import verify
+from infra.inventory import manifests
 from infra.store import Store
 from tests.flows.serving_process import Serving, until
 from tests.flows.test_schedules import whole_server
@@ -198,3 +203,33 @@ def test_what_is_served_has_forms(serving, api) -> None:
             found = client.read_deployment_by_name("retokenize/digits")
             assert [a.name for a in client.read_automations_by_name("sftok-heartbeat")] == ["sftok-heartbeat"]
     assert "RetokenizeParameters" in json.dumps(found.parameter_openapi_schema)
+
+
+def test_a_lost_machine_is_restored_from_its_backup(serving, api, tmp_path) -> None:
+    """As the runbook says: the database while it is in use, the store's artifacts before its runs; then all is lost."""
+    one = serving()
+    with api(one.url):
+        first = start_run()
+        ends(first, "Completed")
+    (file,) = (tmp_path / "home" / "prefect").glob("prefect-*.db")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    with closing(sqlite3.connect(file)) as database, closing(sqlite3.connect(saved / file.name)) as copy:
+        database.backup(copy)
+    for folder in ("artifacts", "runs"):
+        shutil.copytree(one.store / folder, saved / folder)
+    one.kill()
+    shutil.rmtree(tmp_path / "home")
+    shutil.rmtree(one.store)
+
+    file.parent.mkdir(parents=True)
+    shutil.copy(saved / file.name, file)
+    for folder in ("artifacts", "runs"):
+        shutil.copytree(saved / folder, one.store / folder)
+    other = serving()
+    with api(other.url):
+        assert state_of(first) == "Completed", "Prefect's history is lost"
+        ends(start_run(), "Cached")
+    place = Store(other.store)
+    for manifest in manifests(place).values():
+        verify(place, manifest)
