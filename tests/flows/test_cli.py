@@ -103,7 +103,7 @@ def test_help_is_instant_and_loads_nothing_heavy():
         "report",
         "statistics",
         "ablation",
-    ],  # fmt: skip
+    ],
 )
 def test_help_shows_examples(sftok, command):
     code, out, _ = sftok(command, "--help")
