@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.report_data import Histogram, LossCurve, Measure, StepMeasures, SweepRow
+from flows.report_data import FinalAgreement, Histogram, LossCurve, Measure, StepMeasures, SweepRow
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 20, 24
@@ -105,6 +105,38 @@ def _line_chart(measures: Sequence[Measure], steps: Sequence[int]) -> LineChart:
         path="M" + " L".join(f"{point.x} {point.y}" for point in points),
         ticks=[Tick(y(tick), _tick_label(first, tick, ticks[1] - ticks[0])) for tick in ticks],
         summary="; ".join(f"{p.text} at {p.x_label} step{'' if p.x_label == '1' else 's'}" for p in points),
+    )
+
+
+def agreement_charts(found: FinalAgreement) -> list[LineChart]:
+    """Two charts over the steps before the last: the divergence from its prediction, and the share of equal codes."""
+    return [
+        _over_steps("KL to the final prediction, nats", found.kl, "truth {:.2f}", "{:.2f}", low=0.0),
+        _over_steps("Same likeliest code as the final one", found.top1, "truth {:.0%}", "{:.0%}", low=0.0, high=1.0),
+    ]
+
+
+def _over_steps(
+    title: str, values: Sequence[float], truth: str, text: str, *, low: float, high: float | None = None
+) -> LineChart:
+    steps = values[1:]
+    ticks = [tick for tick in nice_ticks(low, high or max(*steps, low + 1e-9)) if tick >= low]
+    top, inner = max(ticks[-1], *steps), WIDTH - _LEFT - _RIGHT
+
+    def y(value: float) -> float:
+        return round(HEIGHT - _BOTTOM - (value - low) / (top - low) * (HEIGHT - _TOP - _BOTTOM), 2)
+
+    points = [
+        Point(round(_LEFT + inner * (at + 0.5) / len(steps), 2), y(value), str(at + 1), text.format(value))
+        for at, value in enumerate(steps)
+    ]
+    return LineChart(
+        title=title,
+        better=truth.format(values[0]),
+        points=points,
+        path="M" + " L".join(f"{point.x} {point.y}" for point in points),
+        ticks=[Tick(y(tick), text.format(tick)) for tick in ticks],
+        summary="; ".join([truth.format(values[0]), *(f"{point.text} at step {point.x_label}" for point in points)]),
     )
 
 

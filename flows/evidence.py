@@ -15,19 +15,22 @@ from torch import Tensor
 
 from flows.evaluation import EvaluationFacts, EvaluationInputs, Reconstructed, evaluate
 from flows.image_scores import scorer_of
+from flows.report_data import FinalAgreement
 from flows.stage import Result, Work
 from infra.codes import CodeRows, CodesInfo, load_codes, read_codes
 from infra.pretrained import read_pretrained
 from infra.shards import put
 from infra.store import Store
-from infra.training import default_device
+from infra.training import default_device, generator_of
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import DecodingConfig
 from sftok.data import ImageRows
 from sftok.decode import ImageDecoder
+from sftok.model import SFTok
 from sftok.perceptual import load_lpips
 from sftok.preprocess import PREPROCESSING, to_float
 from sftok.proxy import Teacher
+from sftok.step_agreement import StepAgreement, decode_logits
 from sftok.stored_images import StoredImages
 
 EVALUATION = "evaluation.json"
@@ -108,6 +111,9 @@ def _inputs(work: Work) -> EvaluationInputs:
     def decode_samples() -> Tensor:
         return decoder(torch.from_numpy(codes.samples.codes).long(), codes.samples.image_id, recipe.decoding).images
 
+    def agreement() -> FinalAgreement:
+        return _agreement(work, model, codes.val, val_proxy)
+
     return EvaluationInputs(
         class_names=info.class_names or (),
         train_images=train,
@@ -122,9 +128,40 @@ def _inputs(work: Work) -> EvaluationInputs:
         sample_classes=codes.samples.class_id,
         decode_samples=decode_samples,
         facts=_facts(work, recipe.decoding),
+        agreement=agreement if recipe.decoding.num_steps > 1 else None,
         lpips=_lpips(work),
         scorer=scorer_of(work),
         reader_rows=train.sample(recipe.evaluate.classifier_images, recipe.seed),
+    )
+
+
+@torch.no_grad()
+def _agreement(work: Work, model: SFTok, codes: CodeRows, truth_BP: Tensor) -> FinalAgreement:
+    """How near each decoding step's prediction of held-out images is to the last one's, in micro-batches."""
+    recipe, device = work.recipe, default_device()
+    total: StepAgreement | None = None
+    for at in range(0, len(codes.image_id), recipe.encode.micro_batch):
+        rows, ids = (
+            codes.codes[at : at + recipe.encode.micro_batch],
+            codes.image_id[at : at + recipe.encode.micro_batch],
+        )
+        z_q = model.quantizer.lookup(torch.from_numpy(rows.astype(np.int64)).to(device))
+        logits = decode_logits(
+            model.decoder,
+            model.decoder.all_masked(z_q),
+            z_q,
+            num_steps=recipe.decoding.num_steps,
+            temperature=recipe.decoding.temperature,
+            generators=[generator_of(recipe.seed, "decode", image_id) for image_id in ids],
+        )
+        found = StepAgreement.of(logits, truth_BP[at : at + len(ids)].to(device))
+        total = found if total is None else total + found
+    assert total is not None, "`check` refuses an evaluation without held-out images"
+    return FinalAgreement(
+        num_steps=recipe.decoding.num_steps,
+        num_images=len(codes.image_id),
+        kl=tuple(total.kl),
+        top1=tuple(total.top1),
     )
 
 

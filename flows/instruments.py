@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flows.gallery import Pictures
 from flows.recipes import EvaluateConfig
-from flows.report_data import Measure, Protocol
+from flows.report_data import FinalAgreement, Measure, Protocol
 from infra.config import Config
 from sftok import metrics
 from sftok.class_agreement import ClassReader, accuracy, thumbnails
@@ -83,6 +83,7 @@ class EvaluationInputs:
     sample_classes: ArrayLike
     decode_samples: Callable[[], Tensor]
     facts: EvaluationFacts
+    agreement: Callable[[], FinalAgreement] | None = None  # of what decoding predicts on the way
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # of uint8 images and their originals, (n)
     scorer: ImageScorer | None = None  # None: random features alone
     reader_rows: Tensor | None = None  # indices of the training images that teach the class reader; None: all

@@ -47,7 +47,12 @@ def measure_reconstruction(
     )
     measures, usage = _codebook(tools)
     return ReconstructionReport(
-        by_steps=tuple(by_steps), measures=measures, gallery=gallery, extremes=extremes, usage=usage
+        by_steps=tuple(by_steps),
+        measures=measures,
+        gallery=gallery,
+        extremes=extremes,
+        agreement=inputs.agreement() if inputs.agreement else None,
+        usage=usage,
     )
 
 

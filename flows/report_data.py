@@ -93,6 +93,15 @@ class Gallery(Config):
         return (picture for row in self.rows for picture in row.pictures)
 
 
+class FinalAgreement(Config):
+    """How near what is predicted on the way is to the final prediction (the paper's figure 4a)."""
+
+    num_steps: int
+    num_images: int
+    kl: tuple[FiniteFloat, ...] = Field(description="nats a position: of the truth, then of steps 1 to num_steps - 1")
+    top1: tuple[FiniteFloat, ...] = Field(description="share of positions with the same likeliest code, in that order")
+
+
 class ReconstructionReport(Config):
     """Images through the tokenizer and back."""
 
@@ -100,6 +109,7 @@ class ReconstructionReport(Config):
     measures: tuple[Measure, ...]
     gallery: Gallery
     extremes: Gallery | None = Field(default=None, description="the worst, the middle and the best by PSNR")
+    agreement: FinalAgreement | None = None
     usage: Histogram | None = Field(default=None, description="how often codes occur, the commonest first")
 
 

@@ -18,7 +18,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 FAKES = """
 import os, sys
-if "prefect.engine" in sys.orig_argv:
+if {"prefect.engine", "prefect.flow_engine"} & set(sys.orig_argv) or "execute" in sys.orig_argv:
     from pathlib import Path
     from flows import stages
     from tests.flows.fakes import FakeStages

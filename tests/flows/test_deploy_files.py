@@ -14,6 +14,8 @@ import yaml
 
 from flows.recipe_files import load_recipe
 from flows.server import prefect_server
+from infra.store import Store
+from tests.flows.serving_process import FAKES
 from tests.flows.test_schedules import whole_server
 
 __all__ = ["whole_server"]
@@ -135,7 +137,7 @@ def test_only_the_collector_deletes_artifacts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_prefects_own_command_deploys_all_of_them(
+def test_prefects_own_command_deploys_all_of_them_and_a_worker_runs_one(
     whole_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
@@ -164,3 +166,27 @@ def test_prefects_own_command_deploys_all_of_them(
         assert made.job_variables["env"] == {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
         assert made.concurrency_options.collision_strategy == "ENQUEUE"
         assert made.parameter_openapi_schema["definitions"], "no form"
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "client"))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAKES)
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)]),
+        "SFTOK_STORE": str(tmp_path / "store"),
+        "SFTOK_HOME": str(tmp_path / "home"),
+    }
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "sftok"]
+    with (
+        (tmp_path / "worker.log").open("wb") as log,
+        subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log) as worker,
+        prefect_server(tmp_path, api_url=whole_server),
+    ):
+        try:
+            from prefect.deployments import run_deployment
+
+            given = {"parameters": {"recipe": "digits", "workers": 0}}
+            done = run_deployment("full-pipeline/digits", parameters=given, timeout=180, poll_interval=1)
+            assert done.state.name == "Completed", (tmp_path / "worker.log").read_text()[-3000:]
+        finally:
+            worker.terminate()
+    (name,) = Store(tmp_path / "store").at("runs").folders()
+    assert name == done.name

@@ -11,7 +11,17 @@ from flows.compared import GateResult
 from flows.evaluation import evaluate
 from flows.recipes import RECIPES, EvaluateConfig
 from flows.report import build_report, confused, duration, markdown_text, tiles
-from flows.report_data import ConfusionMatrix, LossCurve, Measure, Protocol, Rejects, ReportData, StageRow, SweepRow
+from flows.report_data import (
+    ConfusionMatrix,
+    FinalAgreement,
+    LossCurve,
+    Measure,
+    Protocol,
+    Rejects,
+    ReportData,
+    StageRow,
+    SweepRow,
+)
 from tests.flows.accessibility import serious_findings
 from tests.flows.browser import chromium, find_browser
 from tests.flows.sample_evaluation import digits_inputs
@@ -304,6 +314,21 @@ def test_worst_median_and_best_are_that(data):
     decibels = [[float(p.caption.split()[0]) for p in row.pictures if p.caption] for row in gallery.rows]
     assert [row.title for row in gallery.rows] == ["worst", "median", "best"]
     assert max(decibels[0]) <= min(decibels[1]) <= max(decibels[1]) <= min(decibels[2])
+
+
+def test_what_is_predicted_on_the_way_is_drawn():
+    """Figure 4a: of the truth, then of every step before the last."""
+    found = FinalAgreement(num_steps=4, num_images=40, kl=(9.5, 1.0, 0.5, 0.1), top1=(0.1, 0.7, 0.8, 0.9))
+    data = make_data()
+    reconstruction = data.evaluation.reconstruction.model_copy(update={"agreement": found})
+    evaluation = data.evaluation.model_copy(update={"reconstruction": reconstruction})
+    report = build_report(data.model_copy(update={"evaluation": evaluation}))
+    assert "truth 9.50; 1.00 at step 1; 0.50 at step 2; 0.10 at step 3" in report.html
+    assert "truth 10%; 70% at step 1; 80% at step 2; 90% at step 3" in report.html
+    assert "| truth | 9.500 | 10.0 % |" in report.markdown
+    assert "| step 3 | 0.100 | 90.0 % |" in report.markdown
+    for form in (report.html, build_report(data).html):
+        assert "figure 4a" in form, "the published one is always there, apart"
 
 
 def test_the_codes_use_is_drawn_falling(data):
