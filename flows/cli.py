@@ -1,13 +1,24 @@
 """The `sftok` command. What is heavy is imported by the command that needs it, so that help is instant."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_ablation, cli_catalogue, cli_data, cli_encode, cli_report, cli_sample, cli_store, cli_weights
+from flows import (
+    cli_ablation,
+    cli_catalogue,
+    cli_data,
+    cli_encode,
+    cli_report,
+    cli_sample,
+    cli_serve,
+    cli_store,
+    cli_weights,
+)
 from flows.cli_common import Failed, JsonOption, Refused, StoreOption, one_line_refusals, one_line_termination
 from flows.console import console, log_lines_above, logging_on_stderr, print_table, stdout_for_results
 
@@ -134,24 +145,43 @@ def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]"
         display.line(f"run {name}: recipe {request.recipe.name}, store {request.store.uri}")
         try:
             with prefect_server(settings.home, api_url=settings.prefect_api_url, verbose=verbose) as server:
+                from flows import zombies
                 from flows.pipeline import full_pipeline
 
                 server.wait()
+                zombies.mark([request.store])
                 display.line(f"watch it at {server.url.removesuffix('/api')} while it lasts")
-                record = full_pipeline(
-                    request.recipe,
-                    run=name,
-                    store=request.store.uri,
-                    source=request.source,
-                    workers=request.workers,
-                    ranks=request.ranks,
-                    gpus_per_worker=request.gpus_per_worker,
-                )
+                with _alone(request):
+                    record = full_pipeline(
+                        request.recipe,
+                        run=name,
+                        store=request.store.uri,
+                        source=request.source,
+                        workers=request.workers,
+                        ranks=request.ranks,
+                        gpus_per_worker=request.gpus_per_worker,
+                    )
         except ServerError as error:
             raise Failed(str(error)) from error
         except StageFailedError as error:
             return error.record, f"stage {error.stage} failed: {error.reason}"
     return record, None
+
+
+@contextlib.contextmanager
+def _alone(request: "Request") -> Iterator[None]:
+    """Wait for other runs of the recipe on this store, and for GPUs, where a server that lasts knows of them.
+
+    Not on a temporary server: it is gone after a kill, and the slot that was held would stay taken in its database.
+    """
+    if not request.settings.prefect_api_url:
+        yield
+        return
+    from flows import overlap
+
+    gpus = overlap.gpus_of(workers=request.workers, gpus_per_worker=request.gpus_per_worker, ranks=request.ranks)
+    with overlap.held(request.recipe.name, request.store, overlap="wait", gpus=gpus):
+        yield
 
 
 @app.command(
@@ -239,6 +269,7 @@ cli_data.register(app)
 cli_encode.register(app)
 cli_report.register(app)
 cli_sample.register(app)
+cli_serve.register(app)
 cli_store.register(app)
 
 

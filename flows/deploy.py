@@ -13,7 +13,6 @@ is checked like one of the command line, dead runs are marked (`flows.zombies`),
 """
 
 import importlib.util
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,13 @@ from flows import data_watch, notify, overlap, zombies
 from flows.encode_request import check_encode_request
 from flows.history import PastRun, latest, records
 from flows.notify import GateFailedError
-from flows.parameters import BenchmarkParameters, CheckDataParameters, PipelineParameters, RetokenizeParameters
+from flows.parameters import (
+    BenchmarkParameters,
+    CheckDataParameters,
+    PipelineParameters,
+    RetokenizeParameters,
+    plain,
+)
 from flows.pipeline import full_pipeline
 from flows.preflight import check_request
 from flows.retokenize import retokenize as retokenize_flow
@@ -37,8 +42,6 @@ from flows.tasks import timeout_of
 from infra.settings import Settings
 from infra.store import Store
 
-log = logging.getLogger(__name__)
-
 
 def _run_name() -> str:
     """The name of the run that begins: Prefect asks before it calls the flow."""
@@ -46,7 +49,7 @@ def _run_name() -> str:
 
     given = flow_run.parameters.get("parameters")
     given = given if isinstance(given, Mapping) else given.model_dump()
-    return new_run_id(str(given["recipe"]).rpartition("/")[2].removesuffix(".toml"))
+    return new_run_id(plain(str(given.get("recipe") or "run")))
 
 
 def _named(prefix: str) -> Any:
@@ -104,7 +107,9 @@ def retokenize(parameters: RetokenizeParameters) -> State[Any]:
     options = request.options
     gpus = overlap.gpus_of(workers=options.workers, gpus_per_worker=options.gpus_per_worker)
     try:
-        with overlap.held(f"retokenize-{parameters.recipe}", wanted.store, overlap=parameters.overlap, gpus=gpus):
+        with overlap.held(
+            f"retokenize-{plain(parameters.recipe)}", wanted.store, overlap=parameters.overlap, gpus=gpus
+        ):
             record = retokenize_flow.fn(
                 wanted.encode,
                 run=run,

@@ -18,7 +18,7 @@ SPEC = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
 FACETS = "https://openlineage.io/spec/facets/1-0-0"
 PRODUCER = "urn:sftok-pipeline"
 NAMESPACE = uuid.UUID("6f1d4c5e-2f0b-5d0e-9d4e-5c6d7e8f9a0b")  # of our run ids: equal runs have equal ids
-ENDED = {"Completed": "COMPLETE", "Cached": "COMPLETE", "Failed": "FAIL", "Cancelled": "ABORT"}
+ENDED = {"Completed": "COMPLETE", "Cached": "COMPLETE", "Failed": "FAIL", "Cancelled": "ABORT", "Crashed": "FAIL"}
 
 
 def events(run: str, *, store: str | None) -> list[dict[str, JsonValue]]:

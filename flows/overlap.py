@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Iterator
 
 import httpx
@@ -44,7 +45,8 @@ class OverlapError(RuntimeError):
 
 def name_of(recipe: str, store: Store) -> str:
     """The limit that runs of a recipe on a store share."""
-    return f"sftok-{recipe}-{hashlib.sha256(store.uri.encode()).hexdigest()[:8]}"
+    word = re.sub(r"[^A-Za-z0-9_.-]+", "-", recipe)  # Prefect's names have no slashes
+    return f"sftok-{word}-{hashlib.sha256(store.uri.encode()).hexdigest()[:8]}"
 
 
 def gpus_of(*, workers: int, gpus_per_worker: float, ranks: int = 1) -> int:

@@ -61,7 +61,7 @@ class RetokenizeParameters(Config):
     def command(self) -> str:
         """The same by hand."""
         if self.tokenizer is None or self.data is None or any(one.startswith("encode.") for one in self.overrides):
-            return _deployed("retokenize", self.recipe)  # which fills them in
+            return _deployed("retokenize", plain(self.recipe))  # which fills them in
         return _command(
             ["sftok", "encode"],
             tokenizer=self.tokenizer,
@@ -81,7 +81,7 @@ class CheckDataParameters(Config):
 
     def command(self) -> str:
         """The same by hand."""
-        return _deployed("check-data", self.retokenize.recipe)
+        return _deployed("check-data", plain(self.retokenize.recipe))
 
 
 class BenchmarkParameters(Config):
@@ -98,6 +98,11 @@ class BenchmarkParameters(Config):
 
 
 Parameters = PipelineParameters | RetokenizeParameters | CheckDataParameters | BenchmarkParameters
+
+
+def plain(recipe: str) -> str:
+    """A recipe's name, also where a TOML file is named."""
+    return recipe.rpartition("/")[2].removesuffix(".toml")
 
 
 def _deployed(flow: str, name: str) -> str:

@@ -56,7 +56,8 @@ def start_whole_server(home: Path, port: int) -> Server:
         listener = socket.create_server((LOOPBACK, port))
     except OSError as error:
         raise ValueError(
-            f"--port {port}: {error.strerror}; name another one, or join the server there by PREFECT_API_URL"
+            f"--port {port}: {os.strerror(error.errno or 0)}; name another one, or join the server there by "
+            "PREFECT_API_URL"
         ) from None
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     given = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_SERVER_")}

@@ -27,7 +27,7 @@ if {"prefect.engine", "prefect.flow_engine"} & set(sys.orig_argv) or "execute" i
     if stage and not Path(file).exists():
         fakes.waits[stage] = Path(file)
 """
-MAIN = "from flows import cli, cli_serve; cli_serve.register(cli.app); cli.main()"
+MAIN = "from flows import cli; cli.main()"
 
 
 def free_port() -> int:

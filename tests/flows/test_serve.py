@@ -88,6 +88,9 @@ def test_a_schedule_fires_and_a_rerun_is_cached(serving, api) -> None:
         wanted = FlowRunFilter(name=FlowRunFilterName(any_=[first.run, second.run]))
         with get_client(sync_client=True) as client:
             until(lambda: _names(client, wanted) == {"Completed", "Cached"}, 20, lambda: _names(client, wanted))
+            found = client.read_deployment_by_name("retokenize/digits")
+            assert [a.name for a in client.read_automations_by_name("sftok-heartbeat")] == ["sftok-heartbeat"]
+    assert "RetokenizeParameters" in json.dumps(found.parameter_openapi_schema)
     began = time.monotonic()
     assert one.stop() == 0, one.said()
     assert time.monotonic() - began < 30
@@ -192,17 +195,6 @@ def test_a_taken_port_is_one_line(serving, tmp_path) -> None:
         f"sftok: --port {one.port}: Address already in use; name another one, or join the server there by "
         "PREFECT_API_URL"
     ]
-
-
-def test_what_is_served_has_forms(serving, api) -> None:
-    one = serving()
-    with api(one.url):
-        from prefect.client.orchestration import get_client
-
-        with get_client(sync_client=True) as client:
-            found = client.read_deployment_by_name("retokenize/digits")
-            assert [a.name for a in client.read_automations_by_name("sftok-heartbeat")] == ["sftok-heartbeat"]
-    assert "RetokenizeParameters" in json.dumps(found.parameter_openapi_schema)
 
 
 def test_a_lost_machine_is_restored_from_its_backup(serving, api, tmp_path) -> None:
