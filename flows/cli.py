@@ -125,12 +125,7 @@ def run(
     if dry_run:
         _show_plan(planned, as_json=as_json)
         return
-    if as_json:
-        typer.echo(json.dumps(_as_json(record, error), allow_nan=False))
-    else:
-        _show_record(record)
-    if error:
-        raise Failed(f"{error}; once that is mended, the same command goes on from here")
+    _show_run(record, error, as_json=as_json)
 
 
 def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]":
@@ -166,6 +161,28 @@ def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]"
         except StageFailedError as error:
             return error.record, f"stage {error.stage} failed: {error.reason}"
     return record, None
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok rerun 20261125-014226-digits-dc1e
+  sftok rerun 20261125-014226-digits-dc1e --store s3://bucket/prefix --json
+"""
+)
+def rerun(
+    run: Annotated[str, typer.Argument(help="A run of the store: its recipe, images and width are taken.")],
+    *,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+) -> None:
+    """Run again what a run's record says; what is still there of its artifacts is found, the rest is made."""
+    with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+        from flows.preflight import check_rerun
+
+        record, error = _run(check_rerun(run, store=store), verbose=verbose)
+    _show_run(record, error, as_json=as_json)
 
 
 @contextlib.contextmanager
@@ -290,6 +307,15 @@ def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
     # Infinity becomes a string, as in the record: JSON has no such number.
     result |= {"metrics": json.loads(record.model_dump_json())["metrics"], "report": record.report}
     return result | {"error": error} if error else result
+
+
+def _show_run(record: "RunRecord", error: str | None, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(_as_json(record, error), allow_nan=False))
+    else:
+        _show_record(record)
+    if error:
+        raise Failed(f"{error}; once that is mended, the same command goes on from here")
 
 
 def _show_plan(planned: "DryRun", *, as_json: bool) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from flows.server import health
@@ -61,6 +63,33 @@ def check_request(
     if is_run:
         _check_places(chosen, place, settings)
     return Request(chosen, place, source, width, ranks, default_gpus() if gpus is None else gpus, settings)
+
+
+def check_rerun(run: str, *, store: str | None) -> Request:
+    """The request that a run was, as its record says: its recipe, images and workers.
+
+    Raises:
+        ValueError: there is no such run, it was no whole pipeline, it is of another version, or something that it needs
+            is missing now.
+    """
+    from flows.history import records
+    from flows.runs import RunRecord
+    from sftok.sources import check_source
+
+    settings = Settings()
+    place = Store(store or settings.store)
+    (past,) = records(place, [run])
+    if past.stages and "teacher" not in past.stages and past.state == "Completed":
+        raise ValueError(f"run {run} made {', '.join(past.stages)} alone: run the command that made it again")
+    try:
+        record = RunRecord.model_validate_json(place.read(f"runs/{run}/run.json"))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(f"run {run} was made by another version ({where} differs): write its recipe anew") from error
+    check_weights(record.recipe)
+    check_source(record.source, record.recipe.data)
+    _check_places(record.recipe, place, settings)
+    return Request(record.recipe, place, record.source, record.workers, 1, default_gpus(), settings)
 
 
 def _check_places(chosen: Recipe, place: Store, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ConfigDict, Field, JsonValue, PositiveInt
 
-from infra import provenance
+from infra import provenance, signing
 from infra.config import Config
 from infra.pages import PAGE_ENTRIES, Page, PagedEntries, write_pages
 from infra.shards import SHARD, FileEntry, read_record
@@ -100,6 +100,14 @@ class Manifest(Config):
     seconds: float = Field(description="wall time of the stage")
     hardware: dict[str, str]
     command: str = Field(description="command line without secrets")
+    signature: str | None = Field(
+        None, exclude_if=lambda signature: signature is None, description="HMAC of all the rest (infra.signing)"
+    )
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What the signature is of."""
+        return self.model_dump_json(exclude={"signature"}).encode()
 
     @property
     def num_files(self) -> int:
@@ -213,6 +221,7 @@ def publish(
         hardware=provenance.hardware(),
         command=provenance.command(),
     )
+    manifest = manifest.model_copy(update={"signature": signing.signature(manifest.signed_bytes)})
     if folder.create(MANIFEST, manifest.model_dump_json(indent=1).encode()):
         return manifest
     theirs = read_manifest(folder)
@@ -301,6 +310,7 @@ def read_manifest(folder: Store) -> Manifest | None:
         raise ValueError(f"{folder.uri}/{MANIFEST} describes {manifest.kind}/{manifest.digest}; delete the folder")
     if manifest.plan.digest != manifest.digest:
         raise ValueError(f"{folder.uri}/{MANIFEST}: digest does not fit config and inputs; delete the folder")
+    signing.check(manifest.signed_bytes, manifest.signature, f"{folder.uri}/{MANIFEST}")
     return manifest
 
 

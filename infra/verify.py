@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from infra import signing
 from infra.artifacts import MANIFEST, ROOT, Manifest, files_of, folder_of, shards_of
 from infra.shards import SHARD, FileEntry, shard_entry, shard_name
 from infra.store import Store
@@ -77,6 +78,10 @@ def read_manifest(store: Store, kind: str, digest: str) -> tuple[Manifest | None
         findings.append(Finding(MANIFEST, f"describes {manifest.kind}/{manifest.digest}, not {kind}/{digest}"))
     if manifest.plan.digest != manifest.digest:
         findings.append(Finding(MANIFEST, f"config and inputs make the digest {manifest.plan.digest}, not its own"))
+    try:
+        signing.check(manifest.signed_bytes, manifest.signature, MANIFEST)
+    except ValueError as error:
+        findings.append(Finding(MANIFEST, str(error).removeprefix(f"{MANIFEST}").lstrip(": ")))
     try:
         paths = [entry.path for entry in files_of(store, manifest)]
     except ValueError as error:

@@ -93,6 +93,8 @@ def test_help_is_instant_and_loads_nothing_heavy():
         "diff",
         "sample",
         "weights",
+        "rerun",
+        "serve",
         "files",
         "ls",
         "cp",
@@ -238,6 +240,25 @@ def test_failed_stage_is_one_line(sftok, environment, servers, fakes):
     assert json.loads(out)["stages"]["align"]["state"] == "Failed"
 
 
+def test_rerun_does_what_the_record_says(sftok, environment, servers, fakes):
+    environment["PREFECT_API_URL"] = servers[0].url
+    code, out, _ = sftok("run", "digits", "--set", "sample.per_class=3", "--seed", "7", "--workers", "0", "--json")
+    assert code == 0
+    first = json.loads(out)
+    code, out, _ = sftok("rerun", first["run"], "--json")
+    again = json.loads(out)
+    assert code == 0
+    assert again["run"] != first["run"]
+    assert {name: stage["digest"] for name, stage in again["stages"].items()} == {
+        name: stage["digest"] for name, stage in first["stages"].items()
+    }
+    assert {stage["state"] for stage in again["stages"].values()} == {"Cached"}
+    assert set(fakes.attempts.values()) == {1}
+    code, _, err = sftok("rerun", "none")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "there is no run 'none'" in err
+
+
 def test_stopped_runs_leave_no_process_and_the_next_goes_on(environment, tmp_path):
     """kill -9 in one stage, then Ctrl-C in the next, both on temporary servers of their own."""
     killed = tmp_path / "killed"
@@ -264,7 +285,7 @@ def test_stopped_runs_leave_no_process_and_the_next_goes_on(environment, tmp_pat
     assert not psutil.wait_procs(family, timeout=5)[1]
 
     first, second = (json.loads(file.read_text()) for file in sorted((tmp_path / "store").glob("runs/*/run.json")))
-    assert first["state"] == "Running", "nobody was left to write it down"
+    assert first["state"] == "Crashed", "nobody was left to write it down, and the next run did"
     assert second["state"] == "Cancelled"
     assert {name: stage["state"] for name, stage in second["stages"].items()} == {
         "prepare": "Cached",
