@@ -1,13 +1,15 @@
 """`sftok report`, the page of a run beside an earlier one and the gate, and `sftok statistics`."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals
+from flows.cli_common import JsonOption, StoreOption, one_line_refusals
 from flows.console import logging_on_stderr, print_table, stdout_for_results
-from infra.errors import TransientError
+
+if TYPE_CHECKING:
+    from flows.benchmark_report import Reported
 
 GATE_FAILED = 3  # exit code
 
@@ -49,13 +51,17 @@ def statistics(
 
 def report(
     *,
-    run: Annotated[str | None, typer.Option(help="The run. [default: the last one that was evaluated]")] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option("--runs", "--run", help="The run; repeat it for several. [default: the last evaluated one]"),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(help="A run to hold it against, or: published. [default: the last good one of the same recipe]"),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="Local folder for the pages. [default: beside the run's record in the store]")
+        str | None,
+        typer.Option(help="Local folder for the pages, of several runs one below it each. [default: in the store]"),
     ] = None,
     gate: Annotated[
         bool, typer.Option("--gate", help="Exit with 3 if a figure became worse than its threshold allows.")
@@ -73,26 +79,39 @@ def report(
         from infra.settings import Settings
         from infra.store import Store
 
-        place = Store(store or Settings().store)
-        try:
-            asked = gate_of(place, run, threshold or ()) if gate or threshold else None
-            made = write_report(place, run=run, against=against, out=out, gate=asked)
-        except TransientError as error:
-            raise Failed(f"{error}; try again") from error
+        place, made = Store(store or Settings().store), []
+        chosen: list[str | None] = [*run] if run else [None]
+        for name in chosen:
+            folder = f"{out}/{name}" if out and run and len(run) > 1 else out
+            asked = gate_of(place, name, threshold or ()) if gate or threshold else None
+            made.append(write_report(place, run=name, against=against, out=folder, gate=asked))
     if as_json:
-        typer.echo(json.dumps(made.as_json()))
+        told = [one.as_json() for one in made]
+        typer.echo(json.dumps(told if len(told) > 1 else told[0]))
     else:
-        if made.comparison is not None:
-            rows = [
-                (row.name, f"{row.value:.5g}", f"{row.other:.5g}", "not comparable" if row.why_not else row.verdict)
-                for row in made.comparison.rows
-            ]
-            print_table(("figure", made.run, made.against or "", ""), rows)
-        for name in made.files:
-            typer.echo(name)
-    if made.gate is not None and not made.gate.passed:
-        for loss in made.gate.losses:
-            typer.echo(f"gate: {loss}", err=True)
+        for one in made:
+            _show(one)
+    for one in made:
+        _say_gate(one)
+    if not all(one.is_passed for one in made):
         raise typer.Exit(GATE_FAILED)
-    if made.gate is not None:
+
+
+def _show(made: "Reported") -> None:
+    if made.comparison is not None:
+        rows = [
+            (row.name, f"{row.value:.5g}", f"{row.other:.5g}", "not comparable" if row.why_not else row.verdict)
+            for row in made.comparison.rows
+        ]
+        print_table(("figure", made.run, made.against or "", ""), rows)
+    for name in made.files:
+        typer.echo(name)
+
+
+def _say_gate(made: "Reported") -> None:
+    if made.gate is None:
+        return
+    for loss in made.gate.losses:
+        typer.echo(f"gate: {loss}", err=True)
+    if made.gate.passed:
         typer.echo(f"gate: passed, {made.gate.held} figures held against {made.gate.against}", err=True)

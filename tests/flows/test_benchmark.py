@@ -103,6 +103,14 @@ def test_the_last_run_is_held_against_the_last_good_one(runs: Runs, tmp_path: Pa
     assert last in (tmp_path / "page" / "history.html").read_text()
 
 
+def test_several_runs_have_a_page_each(runs: Runs, tmp_path: Path, capsys) -> None:
+    names = [runs.add(0), runs.add(1), runs.add(2)]
+    chosen = [part for name in names[1:] for part in ("--runs", name)]
+    assert report("--store", runs.store.uri, "--out", tmp_path / "pages", *chosen, "--json") == 0
+    assert [one["against"] for one in json.loads(capsys.readouterr().out)] == names[:2]
+    assert sorted(path.name for path in (tmp_path / "pages").iterdir()) == names[1:]
+
+
 def test_without_a_folder_the_store_has_the_pages(runs: Runs, capsys) -> None:
     run = runs.add(0)
     assert report("--store", runs.store.uri) == 0
