@@ -249,6 +249,7 @@ def fill(store: Store, files: int) -> None:
         store.write(f"codes/{number:03d}.parquet", to_parquet(INFO, rows))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_training_set(store) -> None:
     """Eight times the images, 14,000 more: 43 MB of them decoded, 344 MB as float64, and 140,000 more rows of codes."""
     fill(store, 32)

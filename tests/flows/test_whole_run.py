@@ -202,6 +202,7 @@ def test_killed_in_any_other_stage_it_ends_with_the_same_bytes(
     assert_same(store, reference.runner.run(store.uri, "--workers", "1"), reference)
 
 
+@pytest.mark.slow
 def test_own_images_run_and_what_is_no_image_is_listed(tmp_path: Path) -> None:
     """Three classes with awkward names, no splits, and a file that only looks like an image."""
     data, random = tmp_path / "my images", np.random.default_rng(0)

@@ -213,6 +213,7 @@ class TestScores:
             feature_extractor="inception-v3-compat",  # of itself it would take VGG-16 for precision and recall
             feature_extractor_weights_path=str(random_inception.path),
             cache=False,
+            save_cpu_ram=True,  # no worker processes: forked from a process with threads, they may die
             verbose=False,
         )
         fid = frechet(samples.pool, FeatureRows(references.pool))

@@ -133,7 +133,9 @@ def test_s3_sources_that_are_none_are_refused(s3_env, tmp_path):
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["webdataset", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("folder", "parquet"))]
+)
 def test_lost_storage_is_no_reject(kind, tmp_path, store, s3_env: S3Server, monkeypatch):
     make(kind, tmp_path / "data")
     source = list_source(upload(tmp_path / "data"))
