@@ -4,17 +4,19 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from flows.feature_sets import feature_shards, features_of, joined, of_samples
 from flows.recipe import ScoresConfig
-from flows.reference import features_of, real_images
+from flows.reference import real_images
 from flows.report_data import Measure, Protocol
 from flows.stage import Work
 from infra.store import Store
 from infra.training import default_device
 from sftok.inception_fast import PreparedInception, prepare_inception
 from sftok.inception_file import PUBLISHED_SHA256, read_inception
-from sftok.measures import ImageScore, Reference, measure
+from sftok.measures import Features, ImageScore, Reference, measure
 from sftok.protocols import PROTOCOLS, ScoreProtocol
 from sftok.reference_file import read_statistics
 from sftok.resize import Resize
@@ -32,6 +34,9 @@ class Scorer(NamedTuple):
     reference: Callable[[], Reference]
     """of samples; taken when it is first needed."""
     num_samples: int | None
+    features: Callable[[], Features] | None = None
+    """of all samples, where workers take them; None: they are taken of the images given."""
+    seed: int = 0
 
     def reconstruction(
         self, images: Tensor, originals: Tensor, num_steps: int, facts: dict[str, object]
@@ -48,14 +53,19 @@ class Scorer(NamedTuple):
         return measures_of(scores, "reconstruction", f"@{num_steps}", {**facts, "num_steps": num_steps})
 
     def generation(self, samples: Tensor, facts: dict[str, object]) -> tuple[Measure, ...]:
-        """Scores of samples, held against the reference.
+        """Scores of samples, held against the reference; those that are scored, and their order, a seed draws.
+
+        Samples lie class by class: the first ones would be of the first classes, and so would the Inception Score's
+        splits.
 
         Raises:
             ValueError: there are fewer samples than the protocol takes.
         """
         wanted = self.num_samples or self.protocol.num_images
         protocol = self._at(wanted)
-        scores = measure(protocol, features_of(self.network, samples[:wanted], self.resize), self.reference())
+        found = self.features() if self.features else features_of(self.network, samples, self.resize)
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.seed))[:wanted]
+        scores = measure(protocol, found.rows(order), self.reference())
         return measures_of(scores, "generation", "", facts)
 
     def _at(self, count: int) -> ScoreProtocol:
@@ -84,7 +94,10 @@ def scorer_of(work: Work) -> Scorer | None:
             return reference_file(config.reference, protocol)
         return real_images(work, config, protocol, work.recipe.seed)
 
-    return Scorer(protocol, prepared, protocol.resize, reference, config.num_samples)
+    def features() -> Features:
+        return joined(feature_shards(work.job.store, of_samples(work, config, protocol)))
+
+    return Scorer(protocol, prepared, protocol.resize, reference, config.num_samples, features, seed=work.recipe.seed)
 
 
 def protocol_of(config: ScoresConfig) -> ScoreProtocol:

@@ -38,6 +38,11 @@ class Features:
             torch.cat([self.pool, other.pool]), _joined(self.spatial, other.spatial), _joined(self.logits, other.logits)
         )
 
+    def rows(self, chosen: Tensor) -> "Features":
+        """Those of some images, by their places, in that order."""
+        parts = (self.spatial, self.logits)
+        return Features(self.pool[chosen], *(None if part is None else part[chosen] for part in parts))
+
     def first(self, count: int) -> "Features":
         """Those of the first images."""
         parts = (None if part is None else part[:count] for part in (self.pool, self.spatial, self.logits))

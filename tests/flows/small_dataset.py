@@ -16,8 +16,9 @@ from infra.codes import load_info
 from infra.progress import silent
 from infra.store import Store
 from infra.workers import WorkerOptions
-from sftok.artifacts import save_tokenizer
+from sftok.artifacts import save_teacher, save_tokenizer
 from sftok.model import SFTok
+from sftok.proxy import Teacher
 
 SETTINGS = ["data.num_shards=3", "data.num_val_shards=2", "data.val_fraction=0.3", "sample.per_class=3"]
 SETTINGS += ['encode.variants=["center", "affine-1"]', "sample.samples_per_shard=4"]
@@ -58,6 +59,13 @@ class Made:
         model.initialise()
         plan = Plan(kind="tokenizer", version=1, config={"seed": seed})
         return self.publish(plan, Result(save_tokenizer(model, folder_of(self.store, plan.kind, plan.digest)), {}, {}))
+
+    def teacher(self) -> ArtifactRef:
+        """A teacher with random weights."""
+        torch.manual_seed(0)
+        plan = Plan(kind="teacher", version=1, config={})
+        files = save_teacher(Teacher(self.job.recipe.teacher.model), folder_of(self.store, plan.kind, plan.digest))
+        return self.publish(plan, Result(files, {}, {}))
 
     def generator(self, codes: ArtifactRef) -> ArtifactRef:
         """A generator with random weights, as if trained on `codes`."""

@@ -9,18 +9,22 @@ import pytest
 import torch
 
 from flows import stages
+from flows.feature_sets import feature_shards, features_of, joined, of_samples
 from flows.image_scores import OTHER_WEIGHTS, Scorer, protocol_of, reference_file, scorer_of
 from flows.preflight import check_scores
 from flows.recipe import ScoresConfig
 from flows.recipe_files import load_recipe
-from flows.reference import export_statistics, features_of, real_images
+from flows.reference import export_statistics, real_images
 from flows.stage import Work, plan_of
 from infra.artifacts import folder_of, manifest_of, ref_of
+from infra.codes import read_codes
 from infra.inventory import manifests
 from infra.progress import silent
 from infra.store import Store
 from infra.workers import WorkerOptions
+from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import INCEPTION_SHA256
+from sftok.decode import ImageDecoder
 from sftok.frechet import Gaussian, moments
 from sftok.inception_fast import prepare_inception
 from sftok.inception_file import load_inception
@@ -199,6 +203,27 @@ class TestReference:
         real_images(wide, config, protocol, seed=0)
         (theirs,) = manifests(made.store, "features").values()
         assert theirs.files == manifest.files
+
+    def test_samples_are_looked_at_by_workers_as_in_one_process(self, made: Made, network) -> None:
+        tokenizer, teacher = made.tokenizer(0), made.teacher()
+        codes = made.run(stages.ENCODE, images=made.run(stages.PREPARE), tokenizer=tokenizer)
+        samples = made.run(stages.SAMPLE, generator=made.generator(codes))
+        plan = plan_of(stages.EVALUATE, made.job, {"samples": samples, "tokenizer": tokenizer, "teacher": teacher})
+        work = Work(made.job, plan, folder_of(made.store, plan.kind, plan.digest), silent)
+        config = work.recipe.evaluate.scores
+        found = joined(feature_shards(made.store, of_samples(work, config, protocol_of(config))))
+        _, rows = read_codes(made.store, work.keys("samples", "sample"))
+        decoder = ImageDecoder(
+            load_tokenizer(work.folder("tokenizer")),
+            load_teacher(work.folder("teacher")),
+            micro_batch=work.recipe.encode.micro_batch,
+            seed=work.recipe.seed,
+        )
+        images = decoder(torch.from_numpy(rows.codes.astype("int64")), rows.image_id, work.recipe.decoding).images
+        expected = features_of(network, images, "pillow_bicubic")
+        assert len(found) == manifest_of(made.store, samples).counts["samples"] > 8, "several shards"
+        torch.testing.assert_close(found.pool, expected.pool)
+        torch.testing.assert_close(found.logits, expected.logits)
 
     def test_missing_weights_are_told_before_anything_is_trained(self, store: Store) -> None:
         recipe = load_recipe("digits", overrides=["evaluate.scores.protocol=torch_fidelity"])
