@@ -221,7 +221,7 @@ class TestReference:
         )
         images = decoder(torch.from_numpy(rows.codes.astype("int64")), rows.image_id, work.recipe.decoding).images
         expected = features_of(network, images, "pillow_bicubic")
-        assert len(found) == manifest_of(made.store, samples).counts["samples"] > 8, "several shards"
+        assert len(found) == manifest_of(made.store, samples).counts["samples"] > 4, "more than a shard holds"
         torch.testing.assert_close(found.pool, expected.pool)
         torch.testing.assert_close(found.logits, expected.logits)
 
