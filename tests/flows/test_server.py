@@ -1,5 +1,6 @@
 """Temporary servers: two at once on a new home, quiet, usable, and gone when the run is."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,10 @@ def test_nothing_is_reported_to_prefects_makers(prefect_api):
 
 
 def test_server_says_nothing_while_all_is_well(servers, home):
-    assert (home / "prefect" / "server.log").read_text() == ""
+    """But for what two servers on one SQLite file may do to each other: an event waits for the lock and is retried."""
+    log = (home / "prefect" / "server.log").read_text()
+    told = [text for text in re.split(r"^(?=\d\d:\d\d:\d\d\.\d+ \| )", log, flags=re.MULTILINE) if text]
+    assert [text for text in told if "to retry, 0 dropped" not in text or "database is locked" not in text] == []
 
 
 def test_stopped_server_leaves_no_process(servers, home):
