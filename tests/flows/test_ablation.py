@@ -87,6 +87,7 @@ def ran(prefect_api: str, store: Store, tmp_path: Path, home: Path, monkeypatch,
     return Ran(plan, record, json.loads(capfd.readouterr().out))
 
 
+@pytest.mark.slow
 def test_two_arms_with_two_seeds_from_images_to_page(ran: Ran, store: Store) -> None:
     plan, first, again = ran
     assert first.state == "Completed"

@@ -327,7 +327,7 @@ ray.shutdown()
 """
 
 
-@pytest.mark.parametrize(("workers", "gpus", "a_gpu"), [(2, 1.0, 1), (4, 0.5, 2)])
+@pytest.mark.parametrize(("workers", "gpus", "a_gpu"), [(2, 1.0, 1), pytest.param(4, 0.5, 2, marks=pytest.mark.slow)])
 def test_workers_are_placed_on_gpus(workers: int, gpus: float, a_gpu: int) -> None:
     """On declared GPUs, which need not exist: so many workers a GPU, and each sees its own alone."""
     command = [sys.executable, "-c", PLACED, str(workers), str(gpus)]  # a process of its own: a cluster of its own

@@ -152,7 +152,8 @@ def outage(instance: Instance, seconds: float) -> Iterator[tuple[Callable[[], No
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("seconds", [4.0, pytest.param(20.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [4.0, 20.0])
 def test_a_server_that_is_away_is_waited_for(cloud, prepared, seconds) -> None:
     cloud.lead_to(cloud.instance.server.endpoint)
     store = cloud.copy(prepared, f"outage-{seconds:.0f}")
