@@ -18,7 +18,7 @@ from sftok.inception_fast import PreparedInception, prepare_inception
 from sftok.inception_file import PUBLISHED_SHA256, read_inception
 from sftok.measures import Features, ImageScore, Reference, measure
 from sftok.protocols import PROTOCOLS, ScoreProtocol
-from sftok.reference_file import read_statistics
+from sftok.reference_file import has_images, read_images, read_statistics
 from sftok.resize import Resize
 
 OTHER_WEIGHTS = "Inception's layers, other weights"  # what they find is no FID
@@ -85,13 +85,14 @@ def scorer_of(work: Work) -> Scorer | None:
     if config.protocol == "none":
         return None
     network = read_inception(config.inception, work.job.store, "evaluate.scores.inception")
-    protocol = protocol_of(config)
+    given = ReferenceFile.read(config.reference) if config.reference else None
+    protocol = protocol_of(config, given)
     assert protocol.resize != "none"
     prepared = prepare_inception(network, precision=config.precision, device=default_device())
 
     def reference() -> Reference:
-        if config.reference:
-            return reference_file(config.reference, protocol)
+        if given is not None:
+            return given.reference(protocol, prepared)
         return real_images(work, config, protocol, work.recipe.seed)
 
     def features() -> Features:
@@ -100,31 +101,59 @@ def scorer_of(work: Work) -> Scorer | None:
     return Scorer(protocol, prepared, protocol.resize, reference, config.num_samples, features, seed=work.recipe.seed)
 
 
-def protocol_of(config: ScoresConfig) -> ScoreProtocol:
+class ReferenceFile(NamedTuple):
+    """An .npz of statistics, and perhaps images, as ADM and clean-fid give them out."""
+
+    name: str
+    data: bytes
+    what: str
+    """its name in errors."""
+
+    @classmethod
+    def read(cls, uri: str) -> "ReferenceFile":
+        """A file of this machine or of a store.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        path, what = (
+            uri if "://" in uri else os.path.abspath(os.path.expanduser(uri)),
+            f"evaluate.scores.reference = {uri!r}",
+        )
+        parent, _, name = path.rpartition("/")
+        try:
+            return cls(name, Store(parent or "/").read(name), what)
+        except FileNotFoundError as error:
+            raise ValueError(f"{what}: there is no such file") from error
+
+    @property
+    def has_images(self) -> bool:
+        """Whether precision, recall and KID can be had of it."""
+        return has_images(self.data, self.what)
+
+    def reference(self, protocol: ScoreProtocol, network: PreparedInception) -> Reference:
+        """Its statistics, and features of its images where it has any.
+
+        Raises:
+            ValueError: it is damaged, or no such file.
+        """
+        made, features = read_statistics(self.data, self.what), None
+        if self.has_images:
+            assert protocol.resize != "none"
+            parts = [features_of(network, images, protocol.resize) for images in read_images(self.data, self.what)]
+            features = joined(parts).pool
+        return Reference(f"the statistics of {self.name}", made.pool, made.spatial, features, resize=protocol.resize)
+
+
+def protocol_of(config: ScoresConfig, given: ReferenceFile | None = None) -> ScoreProtocol:
     """The named protocol with the recipe's weights: of others than the published ones no score is called FID."""
     protocol = PROTOCOLS[config.protocol]
     changes: dict[str, object] = {"precision": config.precision, "extractor_sha256": config.inception.sha256}
     if config.inception.sha256 != PUBLISHED_SHA256:
         changes["features"] = OTHER_WEIGHTS
-    if config.reference:  # of statistics alone, what needs features one by one is left out, and not printed
+    if given is not None and not given.has_images:  # what needs features one by one is left out, and not printed
         changes["scores"] = tuple(s for s in protocol.scores if s in ("fid", "sfid", "inception_score"))
     return ScoreProtocol.model_validate({**dict(protocol), **changes})
-
-
-def reference_file(uri: str, protocol: ScoreProtocol) -> Reference:
-    """The statistics of an .npz, local or in a store.
-
-    Raises:
-        ValueError: it is not there, or is no such file.
-    """
-    path = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-    parent, _, name = path.rpartition("/")
-    try:
-        data = Store(parent or "/").read(name)
-    except FileNotFoundError as error:
-        raise ValueError(f"evaluate.scores.reference = {uri!r}: there is no such file") from error
-    made = read_statistics(data, f"evaluate.scores.reference = {uri!r}")
-    return Reference(f"the statistics of {name}", made.pool, made.spatial, resize=protocol.resize)
 
 
 def measures_of(

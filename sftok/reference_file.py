@@ -57,6 +57,16 @@ def write_statistics(statistics: Statistics) -> bytes:
     return buffer.getvalue()
 
 
+def has_images(source: Path | bytes, what: str) -> bool:
+    """Whether a file has images beside its statistics.
+
+    Raises:
+        ValueError: it is no .npz file.
+    """
+    with _open(source, what) as archive:
+        return f"{IMAGES}.npy" in archive.namelist()
+
+
 def read_images(source: Path | bytes, what: str, batch: int = 64) -> Iterator[Tensor]:
     """The images of a file, uint8 (batch, 3, H, W), as they are unpacked: a file may hold more than memory does.
 

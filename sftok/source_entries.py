@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
@@ -159,7 +160,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unpacker:
+class Unpacker(ABC):
     """Finds the entries of a container; picklable."""
 
     uri: str  # of the folder that the containers are in
@@ -168,9 +169,9 @@ class Unpacker:
 
     lays_open = False  # whether images are copied into the task's folder; else entries point into the container
 
+    @abstractmethod
     def __call__(self, task: Task) -> Iterator[Entry]:
         """The entries of one container."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

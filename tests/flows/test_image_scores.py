@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import lpips
+import numpy as np
 import pytest
 import torch
 
 from flows import stages
 from flows.feature_sets import feature_shards, features_of, joined, of_samples
-from flows.image_scores import OTHER_WEIGHTS, Scorer, protocol_of, reference_file, scorer_of
+from flows.image_scores import OTHER_WEIGHTS, ReferenceFile, Scorer, protocol_of, scorer_of
 from flows.preflight import check_scores
 from flows.recipe import ScoresConfig
 from flows.recipe_files import load_recipe
@@ -30,7 +31,7 @@ from sftok.inception_fast import prepare_inception
 from sftok.inception_file import load_inception
 from sftok.measures import Reference
 from sftok.protocols import TORCH_FIDELITY
-from sftok.reference_file import Statistics, read_statistics, write_statistics
+from sftok.reference_file import read_statistics
 from tests.flows.small_dataset import Made, draw_images
 from tests.sftok.random_inception import RandomInception, pictures, write
 
@@ -72,12 +73,14 @@ class TestNames:
         assert protocol.label("fid") == "FID"
         assert (protocol.extractor_sha256, protocol.num_images) == (INCEPTION_SHA256, 50_000)
 
-    def test_of_statistics_alone_what_needs_features_is_left_out(self) -> None:
-        assert protocol_of(ScoresConfig(protocol="adm", reference="adm.npz")).scores == (
-            "fid",
-            "sfid",
-            "inception_score",
-        )
+    def test_of_statistics_alone_what_needs_features_is_left_out(self, tmp_path: Path) -> None:
+        statistics, images = tmp_path / "statistics.npz", tmp_path / "adm.npz"
+        moments_ = {"mu": np.zeros(4), "sigma": np.eye(4)}
+        np.savez(statistics, **moments_)
+        np.savez(images, arr_0=np.zeros((2, 8, 8, 3), np.uint8), **moments_)
+        config = ScoresConfig(protocol="adm")
+        assert protocol_of(config, ReferenceFile.read(str(statistics))).scores == ("fid", "sfid", "inception_score")
+        assert protocol_of(config, ReferenceFile.read(str(images))).scores == protocol_of(config).scores
 
 
 class TestScores:
@@ -115,16 +118,25 @@ class TestScores:
         with pytest.raises(ValueError, match="torch_fidelity scores 20 images at least, there are 3"):
             scorer.reconstruction(few, few, 1, {})
 
-    def test_statistics_of_a_file_are_a_reference(self, network, config: ScoresConfig, tmp_path: Path) -> None:
-        features = features_of(network, pictures(IMAGES, 32, seed=1), "tensorflow_bilinear")
+    def test_a_file_of_adm_is_a_reference(self, network, config: ScoresConfig, tmp_path: Path) -> None:
+        """With images beside its statistics it also serves precision and recall."""
+        images = pictures(IMAGES, 32, seed=1)
+        features = features_of(network, images, "tensorflow_bilinear")
+        gaussians = [Gaussian.of(moments(part)) for part in (features.pool, features.spatial)]
+        named = {"mu": 0, "mu_s": 1}
+        arrays = {name: gaussians[at].mean.numpy() for name, at in named.items()}
+        arrays |= {name.replace("mu", "sigma"): gaussians[at].covariance.numpy() for name, at in named.items()}
         file = tmp_path / "reference.npz"
-        file.write_bytes(write_statistics(Statistics(Gaussian.of(moments(features.pool)))))
-        protocol = protocol_of(config.model_copy(update={"reference": str(file)}))
-        scored = Scorer(protocol, network, "tensorflow_bilinear", lambda: reference_file(str(file), protocol), IMAGES)
-        made = {m.name: m.value for m in scored.generation(pictures(IMAGES, 32, seed=1), {})}
-        assert made["generation.torch_fidelity.fid"] == pytest.approx(0, abs=1e-4)
+        np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
+        given = ReferenceFile.read(str(file))
+        protocol = protocol_of(config.model_copy(update={"protocol": "adm"}), given)
+        scorer = Scorer(protocol, network, "tensorflow_bilinear", lambda: given.reference(protocol, network), IMAGES)
+        found = {m.name.rpartition(".")[2]: m.value for m in scorer.generation(images, {})}
+        assert found["fid"] == pytest.approx(0, abs=1e-4)
+        assert found["sfid"] == pytest.approx(0, abs=1e-4)
+        assert (found["precision"], found["recall"]) == (1.0, 1.0)
         with pytest.raises(ValueError, match=r"evaluate\.scores\.reference = '/none\.npz': there is no such file"):
-            reference_file("/none.npz", protocol)
+            ReferenceFile.read("/none.npz")
 
 
 @pytest.fixture(scope="module")
