@@ -8,8 +8,6 @@ import json
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from flows import published
 from flows.ablation_charts import (
     STRIP,
@@ -35,7 +33,7 @@ from flows.ablation_results import (
 )
 from flows.page_script import SCRIPT, SCRIPT_HASH
 from flows.recipes_ablation import FREE, HELD
-from flows.report import TEMPLATES, Report, markdown_text
+from flows.report import Report, environment, markdown_text
 from infra.provenance import hardware, versions
 
 # Figure 4a of the paper, 8 decoding steps: KL and top-1 of the ground truth, then of the steps 1 to 7.
@@ -194,18 +192,11 @@ def metrics(results: Results) -> dict[str, float]:
 def build_ablation_report(results: Results, facts: Facts) -> Report:
     """Render an ablation as a self-contained HTML page, Markdown, and JSON."""
     view = _view(results, facts)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update({"md": markdown_text, "number": number, "bare": bare})
+    templates = environment()
+    templates.filters.update({"md": markdown_text, "number": number, "bare": bare})
     return Report(
-        html=environment.get_template("ablation.html.j2").render(view),
-        markdown=environment.get_template("ablation.md.j2").render(view),
+        html=templates.get_template("ablation.html.j2").render(view),
+        markdown=templates.get_template("ablation.md.j2").render(view),
         json=json.dumps(_as_json(results, facts, view), indent=1, ensure_ascii=False) + "\n",
     )
 

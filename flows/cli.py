@@ -1,9 +1,8 @@
 """The `sftok` command. What is heavy is imported by the command that needs it, so that help is instant."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,8 +18,17 @@ from flows import (
     cli_store,
     cli_weights,
 )
-from flows.cli_common import Failed, JsonOption, Refused, StoreOption, one_line_refusals, one_line_termination
-from flows.console import console, log_lines_above, logging_on_stderr, print_table, stdout_for_results
+from flows.cli_common import (
+    JsonOption,
+    Refused,
+    StoreOption,
+    VerboseOption,
+    fail_if,
+    one_line_refusals,
+    one_line_termination,
+    server_failures,
+)
+from flows.console import console, logging_on_stderr, print_table, stdout_for_results
 
 if TYPE_CHECKING:
     from flows.dry_run import DryRun
@@ -96,7 +104,7 @@ def run(
         bool, typer.Option("--dry-run", help="Show what each stage would do and take; nothing is trained or written.")
     ] = False,
     as_json: JsonOption = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run the whole pipeline, from images to report; what is done already is found, not repeated."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
@@ -130,37 +138,30 @@ def run(
 
 def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]":
     """The record of a run, and what stopped it."""
-    from flows.progress import on_stderr
-    from flows.runs import StageFailedError, new_run_id
-    from flows.server import ServerError, prefect_server
+    from flows.command_run import FlowRun, run_flow
+    from flows.runs import new_run_id
 
-    settings = request.settings
     name = new_run_id(request.recipe.name)
-    with on_stderr() as display, log_lines_above(display):
-        display.line(f"run {name}: recipe {request.recipe.name}, store {request.store.uri}")
-        try:
-            with prefect_server(settings.home, api_url=settings.prefect_api_url, verbose=verbose) as server:
-                from flows import zombies
-                from flows.pipeline import full_pipeline
 
-                server.wait()
-                zombies.mark([request.store])
-                display.line(f"watch it at {server.url.removesuffix('/api')} while it lasts")
-                with _alone(request):
-                    record = full_pipeline(
-                        request.recipe,
-                        run=name,
-                        store=request.store.uri,
-                        source=request.source,
-                        workers=request.workers,
-                        ranks=request.ranks,
-                        gpus_per_worker=request.gpus_per_worker,
-                    )
-        except ServerError as error:
-            raise Failed(str(error)) from error
-        except StageFailedError as error:
-            return error.record, f"stage {error.stage} failed: {error.reason}"
-    return record, None
+    def call() -> "RunRecord":
+        from flows.pipeline import full_pipeline
+
+        return full_pipeline(
+            request.recipe,
+            run=name,
+            store=request.store.uri,
+            source=request.source,
+            workers=request.workers,
+            ranks=request.ranks,
+            gpus_per_worker=request.gpus_per_worker,
+        )
+
+    title = f"run {name}: recipe {request.recipe.name}, store {request.store.uri}"
+    width = (request.workers, request.gpus_per_worker, request.ranks)
+    with server_failures():
+        return run_flow(
+            FlowRun(title, request.recipe.name, request.store, call, *width), request.settings, verbose=verbose
+        )
 
 
 @app.command(
@@ -175,7 +176,7 @@ def rerun(
     *,
     store: StoreOption = None,
     as_json: JsonOption = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run again what a run's record says; what is still there of its artifacts is found, the rest is made."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
@@ -183,22 +184,6 @@ def rerun(
 
         record, error = _run(check_rerun(run, store=store), verbose=verbose)
     _show_run(record, error, as_json=as_json)
-
-
-@contextlib.contextmanager
-def _alone(request: "Request") -> Iterator[None]:
-    """Wait for other runs of the recipe on this store, and for GPUs, where a server that lasts knows of them.
-
-    Not on a temporary server: it is gone after a kill, and the slot that was held would stay taken in its database.
-    """
-    if not request.settings.prefect_api_url:
-        yield
-        return
-    from flows import overlap
-
-    gpus = overlap.gpus_of(workers=request.workers, gpus_per_worker=request.gpus_per_worker, ranks=request.ranks)
-    with overlap.held(request.recipe.name, request.store, overlap="wait", gpus=gpus):
-        yield
 
 
 @app.command(
@@ -314,8 +299,7 @@ def _show_run(record: "RunRecord", error: str | None, *, as_json: bool) -> None:
         typer.echo(json.dumps(_as_json(record, error), allow_nan=False))
     else:
         _show_record(record)
-    if error:
-        raise Failed(f"{error}; once that is mended, the same command goes on from here")
+    fail_if(error)
 
 
 def _show_plan(planned: "DryRun", *, as_json: bool) -> None:

@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals, one_line_termination
-from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
+from flows.cli_common import (
+    JsonOption,
+    StoreOption,
+    VerboseOption,
+    fail_if,
+    one_line_refusals,
+    one_line_termination,
+    server_failures,
+)
+from flows.console import logging_on_stderr, stdout_for_results
 
 if TYPE_CHECKING:
     from flows.ablation_request import AblationRequest
@@ -50,7 +58,7 @@ def ablation(
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Training processes; they share a step.")] = 1,
     as_json: JsonOption = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Train a recipe in several ways that differ in one thing each, as long and on the same batches; and compare."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
@@ -72,42 +80,35 @@ def ablation(
         typer.echo(json.dumps(shown, allow_nan=False))
     else:
         _show(shown)
-    if error:
-        raise Failed(f"{error}; once that is mended, the same command goes on from here")
+    fail_if(error)
 
 
 def _run(request: "AblationRequest", *, verbose: bool) -> "tuple[RunRecord, str | None]":
     """The record of a run, and what stopped it."""
-    from flows.progress import on_stderr
-    from flows.runs import StageFailedError, new_run_id
-    from flows.server import ServerError, prefect_server
+    from flows.command_run import FlowRun, run_flow
+    from flows.runs import new_run_id
 
-    plan, settings = request.plan, request.settings
+    plan = request.plan
     run = new_run_id(plan.name)
-    with on_stderr() as display, log_lines_above(display):
-        display.line(
-            f"run {run}: {len(plan.arms)} arms, seeds {', '.join(map(str, plan.seeds))}, store {request.store.uri}"
-        )
-        try:
-            with prefect_server(settings.home, api_url=settings.prefect_api_url, verbose=verbose) as server:
-                from flows.ablation import ablation as flow
 
-                server.wait()
-                display.line(f"watch it at {server.url.removesuffix('/api')} while it lasts")
-                record = flow(
-                    plan,
-                    run=run,
-                    store=request.store.uri,
-                    source=request.source,
-                    workers=request.workers,
-                    gpus_per_worker=request.gpus_per_worker,
-                    ranks=request.ranks,
-                )
-        except ServerError as error:
-            raise Failed(str(error)) from error
-        except StageFailedError as error:
-            return error.record, f"stage {error.stage} failed: {error.reason}"
-    return record, None
+    def call() -> "RunRecord":
+        from flows.ablation import ablation as flow
+
+        return flow(
+            plan,
+            run=run,
+            store=request.store.uri,
+            source=request.source,
+            workers=request.workers,
+            gpus_per_worker=request.gpus_per_worker,
+            ranks=request.ranks,
+        )
+
+    seeds = ", ".join(map(str, plan.seeds))
+    title = f"run {run}: {len(plan.arms)} arms, seeds {seeds}, store {request.store.uri}"
+    width = (request.workers, request.gpus_per_worker, request.ranks)
+    with server_failures():
+        return run_flow(FlowRun(title, plan.name, request.store, call, *width), request.settings, verbose=verbose)
 
 
 def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell tells of it
 StoreOption = Annotated[
     str | None, typer.Option(help="Folder or s3://bucket/prefix of the artifacts. [default: $SFTOK_STORE, or ./store]")
 ]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -40,6 +41,23 @@ def one_line_refusals() -> Iterator[None]:
         raise Refused(str(error)) from error
     except (TransientError, StoreFullError) as error:
         raise Failed(str(error)) from error
+
+
+@contextlib.contextmanager
+def server_failures() -> Iterator[None]:
+    """A Prefect server that does not start or answer is a failure, told in one line."""
+    from flows.server import ServerError
+
+    try:
+        yield
+    except ServerError as error:
+        raise Failed(str(error)) from error
+
+
+def fail_if(error: str | None) -> None:
+    """End a command whose run was stopped."""
+    if error:
+        raise Failed(f"{error}; once that is mended, the same command goes on from here")
 
 
 class _Terminated(BaseException):

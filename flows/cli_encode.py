@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals, one_line_termination
-from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
+from flows.cli_common import (
+    JsonOption,
+    StoreOption,
+    VerboseOption,
+    fail_if,
+    one_line_refusals,
+    one_line_termination,
+    server_failures,
+)
+from flows.console import logging_on_stderr, stdout_for_results
 
 if TYPE_CHECKING:
     from flows.encode_request import EncodeRequest
@@ -73,7 +81,7 @@ def encode(
         typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting of data or augment; repeatable."),
     ] = None,
     as_json: JsonOption = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Encode images with a tokenizer; what is done already, also in earlier versions of the data, is found."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
@@ -107,8 +115,7 @@ def encode(
         typer.echo(json.dumps(shown))
     else:
         _show(shown)
-    if error:
-        raise Failed(f"{error}; once that is mended, the same command goes on from here")
+    fail_if(error)
 
 
 def _listed(options: list[str]) -> tuple[str, ...]:
@@ -119,35 +126,31 @@ def _run(
     request: "EncodeRequest", config: "EncodeConfig", overrides: list[str], *, verbose: bool
 ) -> "tuple[RunRecord, str | None]":
     """The record of a run, and what stopped it."""
-    from flows.progress import on_stderr
-    from flows.runs import StageFailedError, new_run_id
-    from flows.server import ServerError, prefect_server
+    from flows.command_run import FlowRun, run_flow
+    from flows.runs import new_run_id
 
-    wanted, settings, options = request.dataset, request.settings, request.options
+    wanted, options = request.dataset, request.options
     name = new_run_id(wanted.recipe.name)
-    with on_stderr() as display, log_lines_above(display):
-        display.line(f"run {name}: {wanted.tokenizer} on {wanted.source}, store {wanted.store.uri}")
-        try:
-            with prefect_server(settings.home, api_url=settings.prefect_api_url, verbose=verbose) as server:
-                from flows.retokenize import retokenize
 
-                server.wait()
-                display.line(f"watch it at {server.url.removesuffix('/api')} while it lasts")
-                record = retokenize(
-                    config,
-                    run=name,
-                    store=wanted.store.uri,
-                    tokenizer=str(wanted.tokenizer),
-                    data=wanted.source,
-                    overrides=overrides,
-                    workers=options.workers,
-                    gpus_per_worker=options.gpus_per_worker,
-                )
-        except ServerError as error:
-            raise Failed(str(error)) from error
-        except StageFailedError as error:
-            return error.record, f"stage {error.stage} failed: {error.reason}"
-    return record, None
+    def call() -> "RunRecord":
+        from flows.retokenize import retokenize
+
+        return retokenize(
+            config,
+            run=name,
+            store=wanted.store.uri,
+            tokenizer=str(wanted.tokenizer),
+            data=wanted.source,
+            overrides=overrides,
+            workers=options.workers,
+            gpus_per_worker=options.gpus_per_worker,
+        )
+
+    title = f"run {name}: {wanted.tokenizer} on {wanted.source}, store {wanted.store.uri}"
+    limit = f"retokenize-{wanted.recipe.name}"
+    run = FlowRun(title, limit, wanted.store, call, options.workers, options.gpus_per_worker)
+    with server_failures():
+        return run_flow(run, request.settings, verbose=verbose)
 
 
 def _as_json(record: "RunRecord", request: "EncodeRequest", error: str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli_common import Failed, StoreOption, one_line_refusals
+from flows.cli_common import StoreOption, VerboseOption, one_line_refusals, server_failures
 from flows.console import logging_on_stderr, stdout_for_results
 
 EXAMPLES = """\b
@@ -58,12 +58,11 @@ def serve(
         int, typer.Option(min=1, max=65535, help="Of the server, unless PREFECT_API_URL names one.")
     ] = 4200,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print as JSON what would be registered.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Run pipelines, re-tokenizations and reports by schedule, until stopped; needs nothing but this process."""
     shown: dict[str, Any] = {}
     with stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
-        from flows.server import ServerError
         from flows.serving import ServeOptions, as_json, check_options, plan
         from flows.serving import serve as serve_until_stopped
 
@@ -88,9 +87,7 @@ def serve(
         if dry_run:
             shown = as_json(plan(options), options)
         else:
-            try:
+            with server_failures():
                 serve_until_stopped(options, say=lambda line: typer.echo(line, err=True), verbose=verbose)
-            except ServerError as error:
-                raise Failed(str(error)) from error
     if dry_run:
         typer.echo(json.dumps(shown, indent=2))

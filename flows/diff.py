@@ -12,9 +12,8 @@ from flows.diff_pairs import Dataset, pairs_of
 from flows.diff_tally import Agreement, Drift, Frequencies, Tally, drift, frequencies
 from infra.artifacts import ROOT, Manifest, key_of, shards_of
 from infra.codes import load_info
-from infra.lineage import resolve
+from infra.lineage import resolve, store_of
 from infra.progress import Progress, silent
-from infra.settings import Settings
 from infra.store import Store
 from infra.verify import read_manifest
 
@@ -84,9 +83,7 @@ def diff(
     Raises:
         ValueError: there are no such datasets, or their codes cannot be compared one by one.
     """
-    if store is None and f"/{ROOT}/" in before:
-        store = before.rpartition(f"/{ROOT}/")[0]
-    place = Store(store or Settings().store)
+    place = store_of(before, store)
     old, new = (_dataset(place, manifest) for manifest in _two_manifests(place, before, after))
     is_alike = (old.info.codebook_size, old.info.num_tokens) == (new.info.codebook_size, new.info.num_tokens)
     if not is_alike and not usage_only:

@@ -9,6 +9,7 @@ from flows.instruments import Instruments, as_codes, code_batches, rows_of
 from flows.report_data import ConfusionMatrix, GenerationReport, Histogram, Measure
 from sftok import metrics
 from sftok.class_agreement import confusion_matrix
+from sftok.frechet import frechet_distance
 
 _BINS = 32
 
@@ -77,7 +78,7 @@ def _distance_measures(tools: Instruments, samples: Tensor) -> tuple[Measure, ..
         Measure(
             name="real.fd_random",
             label=f"{label}, real held-out images (the floor)",
-            value=metrics.frechet_distance(tools.val_moments, tools.train_moments),
+            value=frechet_distance(tools.val_moments, tools.train_moments),
             protocol=tools.feature_protocol(len(val), *reference),
         ),
     )

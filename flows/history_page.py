@@ -4,11 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from flows.history import HEIGHT, WIDTH, PastRun, trends
 from flows.page_script import SCRIPT, SCRIPT_HASH
-from flows.report import TEMPLATES, duration
+from flows.report import duration, environment
 
 HISTORY = "history.html"
 SHOWN = (  # of each run, in the table; all figures are drawn below it
@@ -28,15 +26,9 @@ def history_page(store: str, found: Sequence[PastRun], *, beside: str | None = N
         beside: folder that the page is written to, so that links to reports on this machine are relative to it; None
             links to runs as they lie beside a page in the store's root.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = duration
-    return environment.get_template("history.html.j2").render(
+    templates = environment()
+    templates.filters["duration"] = duration
+    return templates.get_template("history.html.j2").render(
         store=store,
         records=list(found),
         recipes=sorted({record.recipe.name for record in found}),

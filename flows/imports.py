@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 from pydantic import JsonValue
 from torch import Tensor
 
-from infra.artifacts import ROOT, ArtifactRef, Manifest, Plan, find, folder_of, publish, ref_of, verify
-from infra.lineage import resolve
+from infra.artifacts import ArtifactRef, Manifest, Plan, find, folder_of, publish, ref_of, verify
+from infra.lineage import resolve, store_of
 from infra.settings import Settings
 from infra.store import Store
 from infra.weights import CONFIG
@@ -97,9 +97,7 @@ def find_artifact(text: str, store: str | None, *kinds: str) -> Found:
     Raises:
         ValueError: there is none, more than one, or it is of another kind.
     """
-    if store is None and f"/{ROOT}/" in text:
-        store = text.rpartition(f"/{ROOT}/")[0]
-    place = Store(store or Settings().store)
+    place = store_of(text, store)
     manifest = resolve(place, text)
     if manifest.kind not in kinds:
         raise ValueError(f"{text!r} is {manifest.kind}/{manifest.digest}, where a {' or a '.join(kinds)} is wanted")

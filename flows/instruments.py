@@ -18,6 +18,7 @@ from infra.config import Config
 from sftok import metrics
 from sftok.class_agreement import ClassReader, accuracy, thumbnails
 from sftok.features import RandomFeatures
+from sftok.frechet import frechet_distance
 
 _BATCH = 64  # training images that are looked at at once
 ROUNDING = "clamp to [0, 1], times 255, round half to even, uint8"
@@ -126,7 +127,7 @@ class Instruments:
 
     def frechet(self, images: Tensor, reference: metrics.FeatureMoments) -> float:
         """Fréchet distance of images to a reference, between random features."""
-        return metrics.frechet_distance(metrics.FeatureMoments.of(self.features(images)), reference)
+        return frechet_distance(metrics.FeatureMoments.of(self.features(images)), reference)
 
     def protocol(self, num_images: int, **facts: Any) -> Protocol:
         """The protocol of a figure on images or codes that involve the tokenizer only."""

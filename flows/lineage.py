@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from infra.artifacts import ROOT, ArtifactRef, Manifest, files_of, key_of
+from infra.artifacts import ArtifactRef, Manifest, files_of, key_of
 from infra.inventory import key_of_ref, manifests
-from infra.lineage import Lineage, lineage, resolve
-from infra.settings import Settings
+from infra.lineage import Lineage, lineage, resolve, store_of
 from infra.shards import split_of
-from infra.store import Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,7 +70,7 @@ def files_of_artifact(text: str, *, split: str | None, store: str | None) -> Ite
     Raises:
         ValueError: there is no such artifact, more than one, or it has no such split.
     """
-    place = _store_of(text, store)
+    place = store_of(text, store)
     manifest = resolve(place, text)
     found = False
     for entry in files_of(place, manifest):
@@ -91,7 +89,7 @@ def describe(text: str, *, store: str | None, forward: bool = False) -> Descript
     Raises:
         ValueError: there is no such artifact, or more than one.
     """
-    place = _store_of(text, store)
+    place = store_of(text, store)
     manifest = resolve(place, text)
     made_of = lineage(place, manifest)
     if not forward:
@@ -99,13 +97,6 @@ def describe(text: str, *, store: str | None, forward: bool = False) -> Descript
     from flows.inventory import Users
 
     return Description(made_of.ref, manifest, made_of, Users(manifests(place), key_of_ref(manifest)))
-
-
-def _store_of(text: str, store: str | None) -> Store:
-    """The store that is meant: a full URI brings its own along."""
-    if store is None and f"/{ROOT}/" in text:
-        store = text.rpartition(f"/{ROOT}/")[0]
-    return Store(store or Settings().store)
 
 
 def _label(node: Lineage) -> str:

@@ -12,7 +12,7 @@ from infra.artifacts import Manifest
 from infra.lineage import resolve
 from infra.settings import Settings
 from infra.store import Store
-from sftok.frechet import Gaussian, moments
+from sftok.frechet import Gaussian
 from sftok.measures import Reference
 from sftok.metrics import FeatureMoments
 from sftok.protocols import ScoreProtocol
@@ -88,5 +88,5 @@ def _chosen(store: Store, made: Manifest, most: int, seed: int) -> Tensor:
 
 
 def _added(total: FeatureMoments | None, rows: Tensor) -> FeatureMoments:
-    found = moments(rows)
+    found = FeatureMoments.of(rows)
     return found if total is None else total + found

@@ -54,16 +54,17 @@ class Confusion(NamedTuple):
 def build_report(data: ReportData) -> Report:
     """Render a run as a self-contained HTML page, Markdown, and JSON (without the pictures)."""
     view = _view(data)
-    environment = _environment(data)
+    templates = _environment(data)
     return Report(
-        html=environment.get_template("report.html.j2").render(view),
-        markdown=environment.get_template("report.md.j2").render(view),
+        html=templates.get_template("report.html.j2").render(view),
+        markdown=templates.get_template("report.md.j2").render(view),
         json=json.dumps(data.model_dump(mode="json", exclude={"images"}), indent=1, ensure_ascii=False) + "\n",
     )
 
 
-def _environment(data: ReportData) -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates of pages and of Markdown: HTML is escaped, and a name that is not given is an error."""
+    return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=lambda name: name is not None and ".html" in name,
         undefined=StrictUndefined,
@@ -71,9 +72,13 @@ def _environment(data: ReportData) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update({"show": show, "duration": duration, "md": markdown_text, "pretty": _pretty})
-    environment.globals["source_of"] = lambda picture: _data_uri(data.images[picture.file])
-    return environment
+
+
+def _environment(data: ReportData) -> Environment:
+    made = environment()
+    made.filters.update({"show": show, "duration": duration, "md": markdown_text, "pretty": _pretty})
+    made.globals["source_of"] = lambda picture: _data_uri(data.images[picture.file])
+    return made
 
 
 def _view(data: ReportData) -> dict[str, object]:

@@ -1,7 +1,6 @@
 """What a run's artifacts tell about how it went: losses, rates, and what was rejected."""
 
 import json
-import re
 from collections.abc import Mapping
 
 import pyarrow.parquet as pq
@@ -9,7 +8,7 @@ import pyarrow.parquet as pq
 from flows.report_data import LossCurve, Rejects
 from infra.artifacts import Manifest, folder_of
 from infra.store import Store
-from sftok.prepare import REJECTS
+from sftok.prepare import REJECTS, gist
 
 LOG = "log.jsonl"
 POINTS = 160  # of a drawn curve
@@ -59,8 +58,8 @@ def rejects_of(store: Store, images: Manifest) -> tuple[Rejects, ...]:
         table = file.read(["path", "reason"])
     found: dict[str, tuple[int, str]] = {}
     for path, reason in zip(table["path"].to_pylist(), table["reason"].to_pylist(), strict=True):
-        gist = re.sub(r"[0-9]+", "N", re.sub(r"'[^']*'", "'...'", reason))[:120]
-        count, example = found.get(gist, (0, path))
-        found[gist] = count + 1, example
+        kind = gist(reason)
+        count, example = found.get(kind, (0, path))
+        found[kind] = count + 1, example
     ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))[:REASONS]
-    return tuple(Rejects(reason=gist, count=count, example=example) for gist, (count, example) in ordered)
+    return tuple(Rejects(reason=kind, count=count, example=example) for kind, (count, example) in ordered)

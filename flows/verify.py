@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
-from infra.artifacts import MANIFEST, ROOT, ArtifactRef, Manifest, files_of, folder_of, key_of, shards_of
+from infra.artifacts import MANIFEST, ArtifactRef, Manifest, files_of, folder_of, key_of, shards_of
+from infra.lineage import store_of
 from infra.progress import Progress, silent
-from infra.settings import Settings
 from infra.shards import SHARD, FileEntry
 from infra.store import Store
 from infra.verify import (
@@ -99,9 +99,7 @@ def verify(text: str, *, store: str | None, inputs: bool = False, progress: Prog
     Raises:
         ValueError: there is no such artifact, or more than one.
     """
-    if store is None and f"/{ROOT}/" in text:
-        store = text.rpartition(f"/{ROOT}/")[0]
-    place = Store(store or Settings().store)
+    place = store_of(text, store)
     waiting = [locate(place, text)]
     seen = set(waiting)
     checked: list[Checked] = []

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from pydantic import Field
 
-from infra.artifacts import ROOT, ArtifactRef, Manifest, read_manifest, ref_of
+from infra.artifacts import ROOT, ArtifactRef, Manifest, read_manifest
 from infra.config import Config
 from infra.shards import read_record
 from infra.store import Store
@@ -104,12 +104,6 @@ def pins(store: Store) -> dict[Key, Pin]:
     with ThreadPoolExecutor(READERS) as pool:
         found = [one for one in pool.map(lambda name: read_record(store.at(PINS), name, Pin), names) if one]
     return {(one.kind, one.digest): one for one in found}
-
-
-def refs(store: Store, found: Mapping[Key, Manifest], keys: Iterable[Key]) -> list[ArtifactRef]:
-    """The artifacts of these keys, oldest first."""
-    chosen = sorted((found[key] for key in keys), key=lambda manifest: (manifest.created_at, manifest.kind))
-    return [ref_of(store, manifest) for manifest in chosen]
 
 
 def _pin_name(key: Key) -> str:

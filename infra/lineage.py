@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from infra.artifacts import MANIFEST, ROOT, ArtifactRef, Manifest, folder_of, read_manifest, ref_of, some
+from infra.settings import Settings
 from infra.store import Store
 
 
@@ -13,6 +14,13 @@ class Lineage(NamedTuple):
     manifest: Manifest | None
     """None if it is not in the store any more."""
     inputs: "dict[str, Lineage]"
+
+
+def store_of(text: str, store: str | None) -> Store:
+    """The store that is meant: the given one, else that of an artifact's full URI, else the usual one."""
+    if store is None and f"/{ROOT}/" in text:
+        store = text.rpartition(f"/{ROOT}/")[0]
+    return Store(store or Settings().store)
 
 
 def resolve(store: Store, text: str) -> Manifest:

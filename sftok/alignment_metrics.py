@@ -20,6 +20,7 @@ from sftok.config import DecodingConfig
 from sftok.decode import ImageDecoder
 from sftok.decoder import random_mask
 from sftok.features import RandomFeatures
+from sftok.frechet import frechet_distance
 from sftok.inference import prepare_encoder
 from sftok.metrics import FeatureMoments
 from sftok.model import SFTok
@@ -89,7 +90,7 @@ class _Pixels:
 
     def quality(self, reference: FeatureMoments) -> ImageQuality:
         assert self.moments is not None
-        distance = metrics.frechet_distance(self.moments, reference)
+        distance = frechet_distance(self.moments, reference)
         return ImageQuality(psnr=self.psnr / self.count, ssim=self.ssim / self.count, fd_random=distance)
 
 

@@ -14,30 +14,7 @@ from torch import Tensor
 
 from sftok.metrics import FeatureMoments
 
-BLOCK = 4096  # rows turned into float64 at once: 64 MB of 2,048 dimensions
 _FULL_RANK = 1e-10  # smallest over largest eigenvalue of a product below which it counts as singular
-
-
-def moments(features_ND: Tensor) -> FeatureMoments:
-    """The moments of features, by blocks of rows in float64, in order.
-
-    The sum of the moments of shards, in the order of the shards, equals those of one pass to rounding (1e-12).
-
-    Raises:
-        ValueError: there are no features, or some are NaN or infinite.
-    """
-    if features_ND.ndim != 2 or not len(features_ND):
-        raise ValueError(f"features have shape {tuple(features_ND.shape)}: give one row a sample, and one at least")
-    dims = features_ND.shape[1]
-    total, outer = np.zeros(dims), np.zeros((dims, dims))
-    for block in features_ND.split(BLOCK):
-        rows = block.detach().cpu().numpy().astype(np.float64)
-        total += rows.sum(0)
-        # NumPy sees that both sides are one array, and computes half of the symmetric product.
-        outer += rows.T @ rows
-    if not np.isfinite(total).all():
-        raise ValueError("features hold NaN or infinite values: look at the images they were taken from")
-    return FeatureMoments(len(features_ND), torch.from_numpy(total), torch.from_numpy(outer))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +88,11 @@ def distance(samples: Gaussian | FeatureRows, reference: Gaussian | FeatureRows)
     return max((between + variance - 2 * _shared(samples, reference)).item(), 0.0)
 
 
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
+    """The distance of two Gaussians of merged moments."""
+    return distance(Gaussian.of(a), Gaussian.of(b))
+
+
 def _variance(side: Gaussian | FeatureRows) -> Tensor:
     return side.covariance.trace() if isinstance(side, Gaussian) else side.root.square().sum()
 
@@ -143,7 +125,7 @@ def summary(features_ND: Tensor) -> Gaussian | FeatureRows:
     """Features in the form whose distance is computed fastest."""
     if len(features_ND) < features_ND.shape[1]:
         return FeatureRows(features_ND)
-    return Gaussian.of(moments(features_ND))
+    return Gaussian.of(FeatureMoments.of(features_ND))
 
 
 def frechet(features_ND: Tensor, reference: Gaussian | FeatureRows) -> float:

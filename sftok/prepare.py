@@ -145,7 +145,7 @@ def _check_rate(source: Source, found: int, rejects: pa.Table, config: DataConfi
     """Refuse a large source of which too much is rejected: rather a mistake than noise."""
     if found < RATE_FROM or len(rejects) <= config.max_reject_rate * found:
         return
-    alike = collections.Counter(_gist(reason) for reason in values(rejects["reason"]))
+    alike = collections.Counter(gist(reason) for reason in values(rejects["reason"]))
     commonest = "; ".join(f"{count:,} x {gist}" for gist, count in alike.most_common(3))
     raise ValueError(
         f"source {source.uri!r}: {len(rejects):,} of {found:,} entries are rejected, a share of "
@@ -154,7 +154,7 @@ def _check_rate(source: Source, found: int, rejects: pa.Table, config: DataConfi
     )
 
 
-def _gist(reason: str) -> str:
+def gist(reason: str) -> str:
     """A reason without what differs from file to file."""
     return re.sub(r"'[^']*'", "'...'", re.sub(r"[0-9]+", "N", reason))[:120]
 

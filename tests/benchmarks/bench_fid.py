@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from sftok.frechet import FeatureRows, Gaussian, distance, frechet, moments, summary
+from sftok.frechet import FeatureRows, Gaussian, distance, frechet, summary
 from sftok.inception_fast import PRECISIONS, prepare_inception
 from sftok.inception_file import load_inception
+from sftok.metrics import FeatureMoments
 from tests.benchmarks import machine
 from tests.benchmarks.table import seconds, show, times
 from tests.sftok.random_inception import pictures, write
@@ -56,7 +57,7 @@ def timed(way: Callable[[], float]) -> tuple[float, float]:
 def compare_distances() -> None:
     a, b = features(COUNT, 1).double(), features(COUNT, 2).double()
     # Moments are the same work for both sides; what is compared begins with them.
-    side_a, side_b = Gaussian.of(moments(a)), Gaussian.of(moments(b))
+    side_a, side_b = Gaussian.of(FeatureMoments.of(a)), Gaussian.of(FeatureMoments.of(b))
     S_a, S_b = side_a.covariance.numpy(), side_b.covariance.numpy()
     variance, between = np.trace(S_a) + np.trace(S_b), (side_a.mean - side_b.mean).square().sum().item()
     wanted, slow = timed(lambda: between + variance - 2 * np.trace(scipy.linalg.sqrtm(S_a @ S_b).real))
@@ -77,7 +78,7 @@ def few_samples(reference: Tensor) -> list[list[str]]:
     outer = [side @ directions for side in inner]
     wanted = general_root(*(side.numpy() for side in inner))
     _, slow = timed(lambda: general_root(*(side.numpy() for side in outer)))
-    known = Gaussian.of(moments(reference))
+    known = Gaussian.of(FeatureMoments.of(reference))
     known.root  # noqa: B018  (computed once for all samples)
     ways = {
         "rows beside rows": lambda: distance(FeatureRows(outer[0]), FeatureRows(outer[1])),
@@ -138,12 +139,14 @@ def compare_moments() -> None:
     as_numpy = rows_ND.numpy()
     ways: dict[str, Callable[[], object]] = {
         "NumPy mean and cov": lambda: (as_numpy.mean(0), np.cov(as_numpy, rowvar=False)),
-        "ours, one pass": lambda: moments(rows_ND),
-        "ours, shards merged": lambda: sum((moments(shard) for shard in shards[1:]), start=moments(shards[0])),
+        "ours, one pass": lambda: FeatureMoments.of(rows_ND),
+        "ours, shards merged": lambda: sum(
+            (FeatureMoments.of(shard) for shard in shards[1:]), start=FeatureMoments.of(shards[0])
+        ),
     }
     taken = seconds(ways, rounds=2)
-    whole = moments(rows_ND)
-    merged = sum((moments(shard) for shard in shards[1:]), start=moments(shards[0]))
+    whole = FeatureMoments.of(rows_ND)
+    merged = sum((FeatureMoments.of(shard) for shard in shards[1:]), start=FeatureMoments.of(shards[0]))
     exact = np.cov(as_numpy.astype(np.float64), rowvar=False)
     errors = {
         "ours, one pass": np.abs(whole.covariance.numpy() - exact).max() / np.abs(exact).max(),

@@ -26,10 +26,11 @@ from infra.workers import WorkerOptions
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import INCEPTION_SHA256
 from sftok.decode import ImageDecoder
-from sftok.frechet import Gaussian, moments
+from sftok.frechet import Gaussian
 from sftok.inception_fast import prepare_inception
 from sftok.inception_file import load_inception
 from sftok.measures import Reference
+from sftok.metrics import FeatureMoments
 from sftok.protocols import TORCH_FIDELITY
 from sftok.reference_file import read_statistics
 from tests.flows.small_dataset import Made, draw_images
@@ -122,7 +123,7 @@ class TestScores:
         """With images beside its statistics it also serves precision and recall."""
         images = pictures(IMAGES, 32, seed=1)
         features = features_of(network, images, "tensorflow_bilinear")
-        gaussians = [Gaussian.of(moments(part)) for part in (features.pool, features.spatial)]
+        gaussians = [Gaussian.of(FeatureMoments.of(part)) for part in (features.pool, features.spatial)]
         named = {"mu": 0, "mu_s": 1}
         arrays = {name: gaussians[at].mean.numpy() for name, at in named.items()}
         arrays |= {name.replace("mu", "sigma"): gaussians[at].covariance.numpy() for name, at in named.items()}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sftok.features import RandomFeatures
-from sftok.metrics import FeatureMoments, frechet_distance
+from sftok.frechet import frechet_distance
+from sftok.metrics import FeatureMoments
 
 
 def shapes(n: int, seed: int) -> torch.Tensor:

@@ -12,8 +12,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from sftok.frechet import Gaussian, moments, summary
+from sftok.frechet import Gaussian, summary
 from sftok.measures import Features, ImageScore, Reference, measure
+from sftok.metrics import FeatureMoments
 from sftok.protocols import ADM, CLEAN, PROTOCOLS, TORCH_FIDELITY, ScoreProtocol, random_features
 from sftok.reference_file import Statistics, read_images, read_statistics, write_statistics
 
@@ -208,7 +209,9 @@ class TestReferenceFile:
     def test_statistics_come_back_as_they_were(self, tmp_path: Path) -> None:
         whole = features(60, 8)
         assert whole.spatial is not None
-        statistics = Statistics(Gaussian.of(moments(whole.pool)), Gaussian.of(moments(whole.spatial)))
+        statistics = Statistics(
+            Gaussian.of(FeatureMoments.of(whole.pool)), Gaussian.of(FeatureMoments.of(whole.spatial))
+        )
         path = tmp_path / "reference.npz"
         path.write_bytes(write_statistics(statistics))
         again = read_statistics(path, "reference.npz")
