@@ -103,5 +103,5 @@ def _encode(work: Work) -> Result:
     return Result(made.files, made.counts, {}, pages=made.pages)
 
 
-PREPARE = Stage("prepare", "images", 1, _prepare_what, _prepare, accept=_accept_images)
+PREPARE = Stage("prepare", "images", 2, _prepare_what, _prepare, accept=_accept_images)
 ENCODE = Stage("encode", "codes", 2, _encode_what, _encode)

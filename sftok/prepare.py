@@ -7,15 +7,15 @@ number of workers, and one more image changes one file. Files, each with rows so
     val-00000-of-00004.parquet ...
     rejects.parquet                   path, reason, size
 
-Where images lie in tars or Parquet, workers first look into these (`source_containers`); then they make one shard each,
-from the whole files or ranges of files that its entries name. A shard is all that a worker holds, and the driver about
-a hundred bytes an entry. What is finished has a sidecar and is not done again.
+Where images lie in tars or Parquet, workers first look into these (`source_containers`); the entries are dealt to
+their shards (`prepare_deal`); then workers make one shard each, from the whole files or ranges of files that its
+entries name. A shard is all that a worker holds, and the driver a kilobyte for each. What is finished has a sidecar and
+is not done again.
 """
 
 import collections
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import logging
@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra import set_hash
 from infra.progress import Progress, silent
 from infra.shards import FileEntry, put, split_of
 from infra.store import Store
@@ -34,7 +34,7 @@ from infra.workers import WorkerOptions, map_shards
 from sftok.config import DataConfig
 from sftok.prepare_plan import plan_shards
 from sftok.prepare_shard import METADATA_KEY, REJECTED, ShardResult, ShardWriter
-from sftok.source_containers import BYTES, open_containers
+from sftok.source_containers import BYTES, name_classes, open_containers
 from sftok.source_entries import SPLITS, Source, values
 
 __all__ = ["METADATA_KEY", "REJECTS", "Prepared", "prepare"]
@@ -51,7 +51,7 @@ class Prepared(NamedTuple):
     """What prepare wrote: found = accepted + rejected, and accepted = train + val."""
 
     counts: dict[str, int]  # found, accepted, rejected, train, val, classes
-    content_digest: str  # of class names and every image id, sha256, label and split
+    content_digest: str  # of class names, and of the set of [image id, sha256 in hex, label, split]
     files: list[FileEntry]
 
 
@@ -77,34 +77,38 @@ def prepare(
             rejects.parquet is there nevertheless.
         TransientError: storage or workers failed.
     """
-    if source.containers:
-        source = open_containers(source, config, folder=out.at(OPENED), options=options, progress=progress)
-    jobs = plan_shards(source, config)
+    is_contained = bool(source.containers)
+    if is_contained:
+        source = open_containers(source, folder=out.at(OPENED), options=options, progress=progress)
+    plan = plan_shards(source, config, folder=out.at(OPENED), options=options, progress=progress)
+    if is_contained:
+        source = name_classes(source, plan.class_names, config)
     found, source = len(source.entries), dataclasses.replace(source, entries=())
     work = functools.partial(ShardWriter, source, config, out)
-    results = map_shards(work, jobs, options=options, progress=_of_images(progress, found))
-    del jobs
-    out.at(OPENED, BYTES).delete_tree()
-    accepted = _join(results)
+    results = map_shards(work, plan.jobs, options=options, progress=_of_images(progress, found))
+    for done in (plan.jobs.deal.folder, out.at(OPENED, BYTES)):
+        done.delete_tree()
     rejects = pa.concat_tables([result.rejects for result in results]).sort_by(
         [(name, "ascending") for name in REJECTED.names]
     )
-    assert len(accepted) + len(rejects) == found, "an entry is neither accepted nor rejected"
     files = [result.file for result in results]
+    accepted = sum(file.rows or 0 for file in files)
+    assert accepted + len(rejects) == found, "an entry is neither accepted nor rejected"
     files.append(put(out, REJECTS, _rejects_parquet(rejects), len(rejects)))
     _check_rate(source, found, rejects, config, out)
-    _check_usable(source, accepted, rejects)
+    _check_usable(source, results, rejects)
     out.at(OPENED).delete_tree()
     train = sum(file.rows or 0 for file in files if split_of(file.path) == "train")
     counts = {
         "found": found,
-        "accepted": len(accepted),
+        "accepted": accepted,
         "rejected": len(rejects),
         "train": train,
-        "val": len(accepted) - train,
+        "val": accepted - train,
         "classes": len(source.class_names or ()),
     }
-    return Prepared(counts, _content_digest(source.class_names, accepted), files)
+    images = set_hash.join(result.images for result in results)
+    return Prepared(counts, set_hash.digest(json.dumps(source.class_names).encode() + b"\n", images), files)
 
 
 def _of_images(progress: Progress, found: int) -> Progress:
@@ -114,17 +118,6 @@ def _of_images(progress: Progress, found: int) -> Progress:
         progress(found * done // total, found, figures)
 
     return listen
-
-
-def _join(results: Sequence[ShardResult]) -> pa.Table:
-    """What was accepted, with its split, by image id."""
-    tables = [
-        result.accepted.append_column(
-            "split", pa.array([split_of(result.file.path)] * len(result.accepted), pa.string())
-        )
-        for result in results
-    ]
-    return pa.concat_tables(tables).sort_by("image_id")
 
 
 def check_reject_rate(counts: Mapping[str, int], config: DataConfig, where: str) -> None:
@@ -159,18 +152,21 @@ def gist(reason: str) -> str:
     return re.sub(r"'[^']*'", "'...'", re.sub(r"[0-9]+", "N", reason))[:120]
 
 
-def _check_usable(source: Source, accepted: pa.Table, rejects: pa.Table) -> None:
+def _check_usable(source: Source, results: Sequence[ShardResult], rejects: pa.Table) -> None:
     """Refuse what nothing can be trained on or measured with."""
     example = ""
     if len(rejects):
         first = rejects.slice(0, 1).to_pylist()[0]
         example = f" (rejected: {first['path']!r}, {first['reason']})"
+    labels = {
+        split: frozenset().union(*(result.labels for result in results if split_of(result.file.path) == split))
+        for split in SPLITS
+    }
     for split in SPLITS:
-        if not pc.any(pc.equal(accepted["split"], split)).as_py():
+        if not labels[split]:
             raise ValueError(f"source {source.uri!r} has no usable image in {split}{example}: add images")
-    labels = set(pc.unique(accepted.filter(pc.equal(accepted["split"], "train"))["label"]).to_pylist())
     names = source.class_names or ()
-    missing = [name for label, name in enumerate(names) if label not in labels]
+    missing = [name for label, name in enumerate(names) if label not in labels["train"]]
     if missing and source.is_declared:
         log.warning("source %s: %d of %d classes have no image in train", source.uri, len(missing), len(names))
     elif missing:
@@ -178,15 +174,6 @@ def _check_usable(source: Source, accepted: pa.Table, rejects: pa.Table) -> None
             f"source {source.uri!r}: class {missing[0]!r} has no usable image in train{example}:"
             " add images to it, remove it, or lower data.val_fraction"
         )
-
-
-def _content_digest(class_names: Sequence[str] | None, accepted: pa.Table) -> str:
-    """Hash of class names and, by image id, of [image id, sha256 in hex, label, split]."""
-    sha256 = hashlib.sha256(json.dumps(class_names).encode() + b"\n")
-    for batch in accepted.to_batches(max_chunksize=1 << 12):
-        for image_id, digest, label, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            sha256.update(json.dumps([image_id, digest.hex(), label, split]).encode() + b"\n")
-    return sha256.hexdigest()[:32]
 
 
 def _rejects_parquet(rejects: pa.Table) -> bytes:

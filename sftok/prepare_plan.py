@@ -1,39 +1,58 @@
 """Which entry goes into which shard: by hashes of its image id, never by the order of a listing."""
 
-import hashlib
+import functools
 import logging
+import math
+import uuid
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from infra.shards import shard_name, split_of
+from infra.progress import Progress, silent
+from infra.shards import shard_name
+from infra.store import Store
+from infra.workers import WorkerOptions, map_shards
 from sftok.config import DataConfig
-from sftok.source_entries import SPLITS, Entries, Source, values
+from sftok.prepare_deal import Deal, Dealer, Gathered, Gatherer, unpacked
+from sftok.source_entries import Entries, Part, Source, parts_of
 
 log = logging.getLogger(__name__)
 
 LARGE_SHARD = 2**30  # bytes
+BIN = 2**20  # entries that a bin should hold, some 130 MB, and as much again three times while they are sorted
+MOST_BINS = 4096  # each worker reads a segment of every part
+HERE = WorkerOptions()
+_FEW = 8  # parts or bins that are not worth a worker's start
 
 
 class ShardJob(NamedTuple):
-    """The entries of one shard: a unit of work that needs nothing of the others."""
+    """One shard, and where its entries are: a unit of work that needs nothing of the others."""
 
     name: str
     split: str
-    entries: Entries
+    deal: Deal
+    file: str
+    start: int
+    end: int
+
+    @property
+    def entries(self) -> Entries:
+        """The entries of the shard, by image id: read anew at each call."""
+        if self.start == self.end:
+            return Entries.of(())
+        with self.deal.open(self.file) as file:
+            file.seek(self.start)
+            return unpacked(file.read(self.end - self.start))
 
 
 class ShardJobs(Sequence[ShardJob]):
     """One job a bucket of each split, also for empty ones; made when it is asked for."""
 
-    def __init__(self, entries: Entries, order: np.ndarray, starts: np.ndarray, names: Sequence[str]) -> None:
-        self.entries, self.order, self.starts, self.names = entries, order, starts, names
+    def __init__(self, deal: Deal, gathered: Sequence[Gathered]) -> None:
+        self.deal, self.ends = deal, [part.ends for part in gathered]
+        self.counts = {"train": deal.config.num_shards, "val": deal.config.num_val_shards}
 
     def __len__(self) -> int:
-        return len(self.names)
+        return sum(self.counts.values())
 
     @overload
     def __getitem__(self, index: int) -> ShardJob: ...
@@ -43,53 +62,86 @@ class ShardJobs(Sequence[ShardJob]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        chosen = self.order[self.starts[at] : self.starts[at + 1]]
-        return ShardJob(self.names[at], split_of(self.names[at]) or "", self.entries.take(pa.array(chosen)))
+        split, at = ("train", at) if at < self.counts["train"] else ("val", at - self.counts["train"])
+        number = at % self.deal.bins
+        within = at // self.deal.bins + (len(self.deal.shards(number)[0]) if split == "val" else 0)
+        start, end = (int(self.ends[number][within - 1]) if within else 0), int(self.ends[number][within])
+        name = shard_name(split, at, self.counts[split])
+        return ShardJob(name, split, self.deal, self.deal.bin_file(number), start, end)
 
 
-def plan_shards(source: Source, config: DataConfig) -> ShardJobs:
+class ShardPlan(NamedTuple):
+    """All jobs of a source."""
+
+    jobs: ShardJobs
+    class_names: frozenset[str]  # that entries have
+
+
+def plan_shards(
+    source: Source,
+    config: DataConfig,
+    *,
+    folder: Store,
+    options: WorkerOptions = HERE,
+    progress: Progress = silent,
+    bin_size: int = BIN,
+) -> ShardPlan:
     """Divide the entries into splits, where the source has none, and into hash buckets.
 
-    Raises:
-        ValueError: for two entries with the same image id.
+    Of entries with one image id the first is taken, by size, and the others have a problem.
+
+    Args:
+        source: opened, if it consists of containers.
+        config: shards and splits.
+        folder: gets a folder for this plan, which the jobs read from.
+        options: how wide to run.
+        progress: called with parts of a long listing.
+        bin_size: entries that a worker should hold, where the numbers of shards have divisors in common for it.
     """
-    entries = Entries.of(source.entries).sorted()
-    if (at := pc.index(entries.repeated(), True).as_py()) >= 0:
-        raise ValueError(f"source {source.uri!r} holds image id {entries[at].image_id!r} twice: image ids are unique")
-    hashes, draws = _hashes(entries)
-    is_val = _held_out(entries, draws, config) | _equals(entries.column("split"), "val")
-    shards = np.where(is_val, config.num_shards + hashes % config.num_val_shards, hashes % config.num_shards)
-    counts = {"train": config.num_shards, "val": config.num_val_shards}
-    names = [shard_name(split, index, counts[split]) for split in SPLITS for index in range(counts[split])]
-    sizes = np.bincount(shards.astype(np.int64), weights=entries.column("size").to_numpy(), minlength=len(names))
-    if sizes.max() > LARGE_SHARD:
+    parts, found = parts_of(source.entries), len(source.entries)
+    bins = _bins(found, config, bin_size)
+    place = folder.at(f"deal-{uuid.uuid4().hex[:12]}")  # two runs may list in another order
+    ways = (True, False) if source.has_names else (False,)
+    tried = (_deal(Deal(config, place, bins, by_name), parts, options, progress) for by_name in ways)
+    deal, gathered, class_names = next(way for way in tried if way is not None)
+    largest = max((part.sizes.max() for part in gathered), default=0)
+    if largest > LARGE_SHARD:
+        log.warning("a shard of %.1f GB is held in memory while it is written: raise data.num_shards", largest / 1e9)
+    return ShardPlan(ShardJobs(deal, gathered), class_names)
+
+
+def _deal(
+    deal: Deal, parts: Sequence[Part], options: WorkerOptions, progress: Progress
+) -> tuple[Deal, list[Gathered], frozenset[str]] | None:
+    """Deal all parts and gather all bins; None if entries cannot be called as they would like to be."""
+    told = progress if len(parts) > _FEW else silent
+    dealt = map_shards(functools.partial(Dealer, deal), parts, options=_wide(options, len(parts)), progress=told)
+    if not all(part.is_named for part in dealt):
+        return None
+    least = min((part.least for part in dealt if part.least is not None), default=None)
+    held_out = None if least is None or any(part.is_held_out for part in dealt) else least[1]
+    gather = functools.partial(Gatherer, deal, len(parts), held_out)
+    gathered = map_shards(gather, range(deal.bins), options=_wide(options, deal.bins))
+    if not all(part.is_unique for part in gathered):
+        return None
+    return deal, gathered, frozenset().union(*(part.class_names for part in dealt))
+
+
+def _bins(found: int, config: DataConfig, bin_size: int) -> int:
+    """As many bins as keep each small: a common divisor of both numbers of shards, so that a bin has whole shards."""
+    common = math.gcd(config.num_shards, config.num_val_shards)
+    possible = [number for number in range(1, min(common, MOST_BINS) + 1) if common % number == 0]
+    bins = next((number for number in possible if found <= number * bin_size), possible[-1])
+    if found > 64 * bins * bin_size:
         log.warning(
-            "a shard of %.1f GB is held in memory while it is written: raise data.num_shards", sizes.max() / 1e9
+            "%d entries are sorted in memory at once: give data.num_shards = %d and data.num_val_shards = %d a larger "
+            "common divisor",
+            found // bins,
+            config.num_shards,
+            config.num_val_shards,
         )
-    order = np.argsort(shards, kind="stable")
-    starts = np.searchsorted(shards[order], np.arange(len(names) + 1))
-    return ShardJobs(entries, order, starts, names)
+    return bins
 
 
-def _hashes(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
-    """Two independent draws from each image id: an integer for its bucket, a number in [0, 1) for its split."""
-    hashes, draws = np.empty(len(entries), np.uint64), np.empty(len(entries), np.float64)
-    for at, image_id in enumerate(values(entries.column("image_id"))):
-        digest = hashlib.sha256(image_id.encode()).digest()
-        hashes[at] = int.from_bytes(digest[:8], "big")
-        draws[at] = int.from_bytes(digest[8:16], "big") / 2**64
-    return hashes, draws
-
-
-def _held_out(entries: Entries, draws: np.ndarray, config: DataConfig) -> np.ndarray:
-    """The val images of a source without splits; of a small one at least the image that comes first by hash."""
-    is_free = pc.and_(pc.is_null(entries.column("split")), pc.is_null(entries.column("problem"))).to_numpy()
-    held_out: np.ndarray = is_free & (draws < config.val_fraction)
-    if is_free.any() and not held_out.any():
-        held_out[np.where(is_free, draws, np.inf).argmin()] = True
-    return held_out
-
-
-def _equals(column: pa.ChunkedArray, value: str) -> np.ndarray:
-    equal: np.ndarray = pc.fill_null(pc.equal(column, value), False).to_numpy()
-    return equal
+def _wide(options: WorkerOptions, count: int) -> WorkerOptions:
+    return options if count > _FEW else HERE

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra import set_hash
 from infra.shards import FileEntry, shard_entry, write_shard
 from infra.store import Store
 from sftok.config import DataConfig
@@ -22,7 +23,6 @@ METADATA_KEY = b"sftok"
 _REJECTS_KEY = b"sftok.rejects"
 ROWS_A_GROUP = 256  # 28 MB of ImageNet's JPEGs: one request to S3, and a bound on what a reader holds
 READERS = 8  # threads that read ahead of the decoding: on S3 an image is a request of some 20 ms
-ACCEPTED = pa.schema([("image_id", pa.large_string()), ("sha256", pa.binary(32)), ("label", pa.int64())])
 REJECTED = pa.schema([("path", pa.large_string()), ("reason", pa.large_string()), ("size", pa.int64())])
 
 
@@ -35,10 +35,11 @@ class Reject(NamedTuple):
 
 
 class ShardResult(NamedTuple):
-    """One written shard: its file, and tables of what was accepted and rejected."""
+    """One written shard: its file, and what there is to know of its images and of what was rejected."""
 
     file: FileEntry
-    accepted: pa.Table
+    images: int  # their product, as of `infra.set_hash`
+    labels: frozenset[int | None]
     rejects: pa.Table
 
 
@@ -58,7 +59,7 @@ def prepare_shard(job: ShardJob, source: Source, config: DataConfig, *, out: Sto
     if (file := shard_entry(out, job.name)) is not None:
         return _read_back(job, file, out)
     to_row = _Rows(source, config)
-    accepted: list[tuple[str, bytes, int | None]] = []
+    accepted: list[tuple[str, str, int | None]] = []
     rejects: list[Reject] = []
     rows: list[dict[str, Any]] = []
     sink = io.BytesIO()
@@ -70,7 +71,7 @@ def prepare_shard(job: ShardJob, source: Source, config: DataConfig, *, out: Sto
             except (RejectedEntryError, UnreadableImageError) as error:
                 rejects.append(Reject(entry.image_id, str(error), entry.size))
                 continue
-            accepted.append((row["image_id"], bytes.fromhex(row["sha256"]), row["label"]))
+            accepted.append((row["image_id"], row["sha256"], row["label"]))
             rows.append(row)
             if len(rows) == ROWS_A_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -80,7 +81,7 @@ def prepare_shard(job: ShardJob, source: Source, config: DataConfig, *, out: Sto
         # The shard tells what it left out, so that a run that was killed need not read its images again to know.
         writer.add_key_value_metadata({_REJECTS_KEY: json.dumps(rejects).encode()})
     file = write_shard(out, job.name, sink.getvalue(), len(accepted))
-    return ShardResult(file, _table(accepted, ACCEPTED), _table(rejects, REJECTED))
+    return _result(job, file, accepted, rejects)
 
 
 class _Rows:
@@ -134,15 +135,16 @@ def _read_back(job: ShardJob, file: FileEntry, out: Store) -> ShardResult:
     with out.open(job.name) as opened, pq.ParquetFile(opened) as parquet:
         table = parquet.read(["image_id", "sha256", "label"])
         rejects = [Reject(*reject) for reject in json.loads(parquet.metadata.metadata[_REJECTS_KEY])]
-    accepted = [(row["image_id"], bytes.fromhex(row["sha256"]), row["label"]) for row in table.to_pylist()]
-    return ShardResult(file, _table(accepted, ACCEPTED), _table(rejects, REJECTED))
+    return _result(job, file, [(row["image_id"], row["sha256"], row["label"]) for row in table.to_pylist()], rejects)
 
 
-def _table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-    )
+def _result(
+    job: ShardJob, file: FileEntry, accepted: Sequence[tuple[str, str, int | None]], rejects: Sequence[Reject]
+) -> ShardResult:
+    images = set_hash.of_items(json.dumps([*image, job.split]).encode() for image in accepted)
+    columns = list(zip(*rejects, strict=True)) or [()] * len(REJECTED)
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, REJECTED, strict=True)], REJECTED)
+    return ShardResult(file, images, frozenset(label for _, _, label in accepted), table)
 
 
 def _schema(class_names: Sequence[str] | None, split: str) -> pa.Schema:

@@ -12,9 +12,8 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.progress import Progress
@@ -22,7 +21,7 @@ from infra.shards import FileEntry, shard_entry, write_shard
 from infra.store import Store
 from infra.workers import WorkerOptions, map_shards
 from sftok.config import DataConfig
-from sftok.source_entries import POSSIBLE, Container, Entries, Entry, Source, Task, Unpacker
+from sftok.source_entries import POSSIBLE, Container, Entries, Entry, Source, Tables, Task, Unpacker
 from sftok.source_files import FolderReader, Item, beside, is_litter, locate, open_files
 from sftok.source_folder import check_exists
 from sftok.source_labels import are_numbers, names_of, no_labels
@@ -149,36 +148,39 @@ def _some(names: Sequence[str]) -> str:
 # --- what is in them
 
 
-def open_containers(
-    source: Source, config: DataConfig, *, folder: Store, options: WorkerOptions, progress: Progress
-) -> Source:
-    """Look into all containers; the source with its entries known. Those that `folder` tells of are not read again.
+def open_containers(source: Source, *, folder: Store, options: WorkerOptions, progress: Progress) -> Source:
+    """Look into all containers; the source with its entries, and without class names that are not stated yet.
 
-    Raises:
-        ValueError: there are no labels where they are required, or they cannot be understood.
+    Those that `folder` tells of are not read again.
     """
     assert source.unpack is not None
     tasks = [Task(container, number, folder) for number, container in enumerate(source.containers)]
     work = functools.partial(_Opener, source.unpack)
-    map_shards(work, tasks, options=options, progress=progress)
-    tables = (_read(folder, _name(task)) for task in tasks)
-    entries = _with_own_names(Entries.join([Entries.of(source.entries), *tables])).without_repetitions()
-    names = source.class_names
-    if names is None and config.labels != "none":
-        names = names_of(pc.unique(entries.column("class_name")).drop_null().to_pylist(), source.uri)
-        if names is None and config.labels == "required":
-            raise no_labels(source.uri, f"none of its {len(entries)} entries has one")
+    files = map_shards(work, tasks, options=options, progress=progress)
     root = folder.at(BYTES).uri if source.unpack.lays_open else source.unpack.uri
-    is_declared = source.is_declared or are_numbers(names)
+    count = sum(file.rows or 0 for file in files)
     return dataclasses.replace(
         source,
-        entries=entries,
-        class_names=names,
+        entries=Tables(source.entries, folder, [file.path for file in files], count),
         read=FolderReader(root),
-        is_declared=is_declared,
         containers=(),
         unpack=None,
+        has_names=source.unpack.lays_open,
     )
+
+
+def name_classes(source: Source, found: Iterable[str], config: DataConfig) -> Source:
+    """The source with the class names that were found in its containers, where none are stated.
+
+    Raises:
+        ValueError: there are no labels where they are required, or they cannot be understood.
+    """
+    names = source.class_names
+    if names is None and config.labels != "none":
+        names = names_of(found, source.uri)
+        if names is None and config.labels == "required":
+            raise no_labels(source.uri, f"none of its {len(source.entries)} entries has one")
+    return dataclasses.replace(source, class_names=names, is_declared=source.is_declared or are_numbers(names))
 
 
 class _Opener:
@@ -199,19 +201,6 @@ class _Opener:
 
 def _name(task: Task) -> str:
     return f"{task.number:06d}.parquet"
-
-
-def _read(folder: Store, name: str) -> Entries:
-    return Entries(pq.read_table(io.BytesIO(folder.read(name)), schema=Entries.of(()).table.schema))
-
-
-def _with_own_names(entries: Entries) -> Entries:
-    """Entries called as they would like to be, if they all would and no two the same."""
-    is_good = pc.is_null(entries.column("problem"))
-    names = entries.column("name").filter(is_good)
-    if not len(names) or names.null_count or pc.count_distinct(names).as_py() < len(names):
-        return entries
-    return entries.with_column("image_id", pc.if_else(is_good, entries.column("name"), entries.column("image_id")))
 
 
 def container_problem(container: Container, reason: str) -> Entry:

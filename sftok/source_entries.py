@@ -1,8 +1,13 @@
-"""What a listing of images is: entries, kept in columns so that a million of them fit into 150 MB, and their source."""
+"""What a listing of images is: entries in columns, a million of them in 150 MB, and their source.
+
+What is longer than that is spooled to a temporary file as it is listed, and whoever works on it takes it part by part.
+"""
 
 import hashlib
+import io
 import itertools
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +15,7 @@ from typing import Any, NamedTuple, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from infra.store import Store
 
@@ -31,6 +37,8 @@ _SCHEMA = pa.schema(
     ]
 )
 _CHUNK = 1 << 12  # entries that exist as Python objects at a time
+_PART = 1 << 18  # entries that a worker is sent at a time, 30 MB
+SPOOL_FROM = 1 << 20  # entries of a listing that is kept in a file
 
 
 class Entry(NamedTuple):
@@ -136,6 +144,123 @@ class Entries(Sequence[Entry]):
     __hash__ = None  # type: ignore[assignment]
 
 
+class Part(NamedTuple):
+    """Some of the entries of a listing: with the part, or in a Parquet file."""
+
+    number: int
+    entries: Entries | None
+    file: tuple[Store, str] | None = None
+
+    def read(self) -> Entries:
+        """The entries."""
+        if self.entries is not None:
+            return self.entries
+        assert self.file is not None
+        folder, name = self.file
+        return Entries(pq.read_table(io.BytesIO(folder.read(name)), schema=_SCHEMA))
+
+
+class Parted(Sequence[Entry], ABC):
+    """Entries that are not held in memory."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[Part]:
+        """All of them, a part at a time."""
+
+    def __iter__(self) -> Iterator[Entry]:
+        for part in self.parts:
+            yield from part.read()
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> Entries: ...
+    def __getitem__(self, index: int | slice) -> Entry | Entries:
+        if isinstance(index, slice):
+            return Entries.of(itertools.islice(self, *index.indices(len(self))))
+        return next(itertools.islice(self, range(len(self))[index], None))
+
+
+class Tables(Parted):
+    """Entries in Parquet files of a folder, and some besides."""
+
+    def __init__(self, besides: Sequence[Entry], folder: Store, names: Sequence[str], count: int) -> None:
+        """`count` is how many there are in the files."""
+        self._besides, self._folder, self._names = Entries.of(besides), folder, names
+        self._count = count + len(besides)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """One a file."""
+        tables = (Part(number, None, (self._folder, name)) for number, name in enumerate(self._names))
+        return [*tables, Part(len(self._names), self._besides)]
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class _Parts(Sequence[Part]):
+    """Parts that are made when they are asked for."""
+
+    def __init__(self, count: int, read: Callable[[int], Entries]) -> None:
+        self._count, self._read = count, read
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Part: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Part]: ...
+    def __getitem__(self, index: int | slice) -> Part | list[Part]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        return Part(at, self._read(at))
+
+
+class Spooled(Parted):
+    """Entries in a temporary file, which vanishes with them."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._file = tempfile.TemporaryFile(prefix="listing-")  # noqa: SIM115  # open as long as there is a reader
+        self._count = 0
+        following = iter(entries)
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(pa.PythonFile(self._file, "w"), _SCHEMA, options=options) as writer:
+            while len(some := Entries.of(itertools.islice(following, _PART))):
+                writer.write_batch(some.table.to_batches()[0])
+                self._count += len(some)
+        self._reader = pa.ipc.open_file(pa.PythonFile(self._file, "r"))
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """As they were written."""
+        return _Parts(self._reader.num_record_batches, self._read)
+
+    def _read(self, number: int) -> Entries:
+        return Entries(pa.Table.from_batches([self._reader.get_batch(number)]))
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def parts_of(entries: Sequence[Entry]) -> Sequence[Part]:
+    """Entries to be worked on one part after the other."""
+    if isinstance(entries, Parted):
+        return entries.parts
+    held = Entries.of(entries)
+    return _Parts(-(-len(held) // _PART), lambda at: held[at * _PART : (at + 1) * _PART])
+
+
+def collect(entries: Iterable[Entry]) -> Entries | Spooled:
+    """Entries in their order: in memory or, where they are many, in a file."""
+    following = iter(entries)
+    first = Entries.of(itertools.islice(following, SPOOL_FROM))
+    return first if len(first) < SPOOL_FROM else Spooled(itertools.chain(first, following))
+
+
 def values(column: pa.ChunkedArray) -> Iterator[Any]:
     """A column's values, few of them as Python objects at a time."""
     for batch in pa.table({"": column}).to_batches(max_chunksize=_CHUNK):
@@ -188,6 +313,7 @@ class Source:
     is_declared: bool = False  # the class names are stated somewhere, whether or not each has images
     containers: tuple[Container, ...] = ()
     unpack: Unpacker | None = None
+    has_names: bool = False  # entries may have another name that they would rather have
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sftok.config import DataConfig
-from sftok.source_entries import POSSIBLE, SPLITS, Entries, Entry, Source
+from sftok.source_entries import POSSIBLE, SPLITS, Entries, Entry, Source, collect
 from sftok.source_files import Files, FolderReader, Item, LocalFiles, is_image_name, is_utf8, open_files, visible
 from sftok.source_labels import stated_names
 
@@ -41,12 +41,13 @@ def list_folder(uri: str, config: DataConfig) -> Source:
     def all_entries() -> Iterator[Entry]:
         for part in parts:
             found = _unlabelled(files, part) if config.labels == "none" else _of_classes(files, part, config)
-            for entry in found:
-                if entry.class_name is not None:
-                    classes[part.prefix].add(entry.class_name)
-                yield entry
+            for folder in found:
+                for entry in Entries.of(folder).sorted():
+                    if entry.class_name is not None:
+                        classes[part.prefix].add(entry.class_name)
+                    yield entry
 
-    entries = Entries.of(all_entries()).sorted()
+    entries = collect(all_entries())
     if not len(entries):
         raise _empty(files.uri)
     names = None if config.labels == "none" else _check_classes(files.uri, len(entries), classes, config)
@@ -110,34 +111,43 @@ def _layout(files: Files) -> list[_Part]:
     return [_Part(f"{split}/", split) for split in present]
 
 
-def _of_classes(files: Files, part: _Part, config: DataConfig) -> Iterator[Entry]:
-    """Everything in the class folders; of what lies beside them, only what is named like an image."""
-    for item in visible(files.scan(part.prefix)):
+def _of_classes(files: Files, part: _Part, config: DataConfig) -> Iterator[Iterable[Entry]]:
+    """Everything in the class folders, one after the other; beside them, only what is named like an image."""
+    for item in _in_order(files.scan(part.prefix)):
         if not item.is_folder:
             if is_image_name(item.name):
                 beside = "not in a class folder" if config.labels == "required" else None
-                yield _entry(item, None, part.split, beside)
-            continue
-        name = item.name
-        if not is_utf8(name):
-            raise ValueError(f"the name of class folder {os.fsencode(item.path)!r} is not UTF-8: rename it")
-        inside = iter(files.walk(f"{item.path}/"))
-        first = next(inside, None)
-        if first is None and is_image_name(name):
-            yield _entry(item, None, part.split, "a folder named like an image")
-        elif first is None:
-            raise ValueError(f"class folder {item.path!r} is empty: put images into it, or remove it")
-        elif first.path == item.path:
-            yield _entry(first, None, part.split)
+                yield (_entry(item, None, part.split, beside),)
         else:
-            yield from (_entry(found, name, part.split) for found in itertools.chain([first], inside))
+            yield _of_class(files, item, part.split)
 
 
-def _unlabelled(files: Files, part: _Part) -> Iterator[Entry]:
-    """Every file, at any depth."""
-    for item in visible(files.scan(part.prefix)):
+def _of_class(files: Files, item: Item, split: str | None) -> Iterator[Entry]:
+    name = item.name
+    if not is_utf8(name):
+        raise ValueError(f"the name of class folder {os.fsencode(item.path)!r} is not UTF-8: rename it")
+    inside = iter(files.walk(f"{item.path}/"))
+    first = next(inside, None)
+    if first is None and is_image_name(name):
+        yield _entry(item, None, split, "a folder named like an image")
+    elif first is None:
+        raise ValueError(f"class folder {item.path!r} is empty: put images into it, or remove it")
+    elif first.path == item.path:
+        yield _entry(first, None, split)
+    else:
+        yield from (_entry(found, name, split) for found in itertools.chain([first], inside))
+
+
+def _unlabelled(files: Files, part: _Part) -> Iterator[Iterable[Entry]]:
+    """Every file, at any depth, one folder after the other."""
+    for item in _in_order(files.scan(part.prefix)):
         found: Iterable[Item] = files.walk(f"{item.path}/") if item.is_folder else (item,)
-        yield from (_entry(inside, None, part.split) for inside in found)
+        yield (_entry(inside, None, part.split) for inside in found)
+
+
+def _in_order(items: Iterator[Item]) -> list[Item]:
+    """As what is in them comes by path, so that all is sorted when what is in each is."""
+    return sorted(visible(items), key=lambda item: f"{item.path}/" if item.is_folder else item.path)
 
 
 def _entry(item: Item, class_name: str | None, split: str | None, problem: str | None = None) -> Entry:

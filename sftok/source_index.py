@@ -13,7 +13,7 @@ import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from sftok.config import DataConfig
-from sftok.source_entries import Entries, Entry, RejectedEntryError, Source
+from sftok.source_entries import Entries, Entry, RejectedEntryError, Source, collect
 from sftok.source_files import FolderReader, Item, beside, locate
 from sftok.source_labels import are_numbers, class_of, names_of, no_labels, stated_names
 
@@ -36,12 +36,22 @@ def list_index(uri: str, config: DataConfig) -> Source:
     reader = FolderReader(beside(uri)[0].uri)
     stated = stated_names(config)
     splits = _splits(uri, table)
-    entries = Entries.of(_entries(reader.root, table, splits, stated)).without_repetitions()
+    classes: set[str] = set()
+
+    def all_entries() -> Iterator[Entry]:
+        for entry in _entries(reader.root, table, splits, stated):
+            if entry.class_name is not None:
+                classes.add(entry.class_name)
+            yield entry
+
+    entries = collect(all_entries())
+    if isinstance(entries, Entries):
+        entries = entries.without_repetitions()  # the plan of a longer one sees to it
     if not len(entries):
         raise ValueError(f"source {uri!r} names no images: add rows")
     names = stated
     if names is None and config.labels != "none":
-        names = names_of(pc.unique(entries.column("class_name")).drop_null().to_pylist(), uri)
+        names = names_of(classes, uri)
         if names is None and config.labels == "required":
             raise no_labels(uri, f"columns {', '.join(table.column_names)}; data.label_column names another one")
     return Source(uri, entries, names, reader, is_declared=stated is not None or are_numbers(names))
@@ -143,14 +153,15 @@ def _entries(
     root: str, table: pa.Table, splits: dict[str | None, str | None], names: tuple[str, ...] | None
 ) -> Iterator[Entry]:
     """One entry a row, in the order of paths, so that each folder is listed once."""
-    ordered = table.take(pc.sort_indices(table["path"]))
+    order = pc.sort_indices(table["path"])
+    ordered = table.take(order).append_column("row", order)
     folders = _Folders(root)
     for batch in ordered.to_batches(max_chunksize=1 << 14):
-        for number, (path, label, split) in enumerate(zip(*(c.to_pylist() for c in batch.columns), strict=True)):
+        for path, label, split, row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             if split not in splits:
                 continue
             if path is None or path == "":
-                yield Entry(f"row {number}", 0, problem="the index has no path here")
+                yield Entry(f"row {row}", 0, problem="the index has no path here")
                 continue
             item, problem = folders.find(path), None
             try:

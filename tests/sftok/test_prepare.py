@@ -15,9 +15,11 @@ import pytest
 from PIL import Image
 
 from infra.store import Store
+from infra.workers import WorkerOptions
 from sftok.config import DataConfig
 from sftok.prepare import METADATA_KEY, REJECTS, Prepared, check_reject_rate, prepare
 from sftok.prepare_plan import plan_shards
+from sftok.source_entries import Entries, Spooled
 from sftok.sources import Entry, FolderReader, Source, list_source
 
 CONFIG = DataConfig(image_size=8, val_fraction=0.25, num_shards=3, num_val_shards=2)
@@ -204,9 +206,9 @@ def entries_of(count: int, split: str | None = None) -> Source:
     return Source("made up", entries, ("a",), FolderReader("/nowhere"))
 
 
-def test_the_hash_split_holds_out_its_fraction_for_good():
+def test_the_hash_split_holds_out_its_fraction_for_good(store):
     def held_out(count: int, **changes: object) -> set[str]:
-        jobs = plan_shards(entries_of(count), CONFIG.model_copy(update=changes))
+        jobs = plan_shards(entries_of(count), CONFIG.model_copy(update=changes), folder=store).jobs
         return {entry.image_id for job in jobs if job.split == "val" for entry in job.entries}
 
     first = held_out(4000)
@@ -218,20 +220,21 @@ def test_the_hash_split_holds_out_its_fraction_for_good():
     assert held_out(12) == {"a/1.png", "a/2.png", "a/5.png"}
 
 
-def test_buckets_are_balanced_and_independent_of_the_split():
+def test_buckets_are_balanced_and_independent_of_the_split(store):
     sizes = {split: [] for split in ("train", "val")}
-    for job in plan_shards(entries_of(8000), CONFIG.model_copy(update={"num_shards": 4, "num_val_shards": 4})):
+    config = CONFIG.model_copy(update={"num_shards": 4, "num_val_shards": 4})
+    for job in plan_shards(entries_of(8000), config, folder=store).jobs:
         sizes[job.split].append(len(job.entries))
     assert all(1300 < size < 1700 for size in sizes["train"])
     assert all(400 < size < 600 for size in sizes["val"])
 
 
-def test_shards_too_large_for_memory_are_told(caplog):
+def test_shards_too_large_for_memory_are_told(store, caplog):
     source = entries_of(100)
     large = tuple(entry._replace(size=2**26) for entry in source.entries)  # 6.4 GB in 3 shards
-    plan_shards(source, CONFIG)
+    plan_shards(source, CONFIG, folder=store)
     assert not caplog.text
-    plan_shards(dataclasses.replace(source, entries=large), CONFIG)
+    plan_shards(dataclasses.replace(source, entries=large), CONFIG, folder=store)
     assert "raise data.num_shards" in caplog.text
 
 
@@ -259,11 +262,15 @@ def test_a_split_without_a_usable_image_is_refused(data, store):
         run(data, store)
 
 
-def test_two_entries_of_one_id_are_refused(store):
-    source = entries_of(3)
-    twice = dataclasses.replace(source, entries=source.entries + source.entries[:1])
-    with pytest.raises(ValueError, match=r"'a/0.png' twice"):
-        prepare(twice, CONFIG, out=store)
+def test_of_two_entries_with_one_id_one_is_taken(data, store):
+    source = list_source(str(folder_of(data)))
+    again = source.entries[0]._replace(split="val"), source.entries[1]._replace(split="train")
+    prepared = prepare(dataclasses.replace(source, entries=(*source.entries, *again)), CONFIG, out=store)
+    assert (prepared.counts["found"], prepared.counts["accepted"]) == (42, 40)
+    rejects = pq.read_table(io.BytesIO(store.read(REJECTS))).to_pylist()
+    assert [(row["path"], row["reason"]) for row in rejects] == [
+        (entry.image_id, "another entry has the same name") for entry in again
+    ]
 
 
 def test_a_killed_run_reads_only_what_was_unfinished(tmp_path):
@@ -273,7 +280,7 @@ def test_a_killed_run_reads_only_what_was_unfinished(tmp_path):
     source = list_source(str(root))
     whole = Store(tmp_path / "whole")
     expected = prepare(source, CONFIG, out=whole)
-    jobs = plan_shards(source, CONFIG)
+    jobs = plan_shards(source, CONFIG, folder=Store(tmp_path / "plan")).jobs
 
     class Killed(BaseException):
         pass
@@ -382,9 +389,69 @@ def test_preparing_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_jobs_are_sent_with_their_own_entries_only():
-    jobs = plan_shards(entries_of(20_000), CONFIG.model_copy(update={"num_shards": 100, "num_val_shards": 50}))
-    assert max(len(pickle.dumps(job)) for job in jobs) < 40_000
+def test_a_job_is_a_few_bytes_whatever_the_shard_holds(store):
+    config = CONFIG.model_copy(update={"num_shards": 2, "num_val_shards": 1})
+    jobs = plan_shards(entries_of(20_000), config, folder=store).jobs
+    assert max(len(pickle.dumps(job)) for job in jobs) < 1_000
+    assert sum(len(job.entries) for job in jobs) == 20_000
+
+
+# --- long listings
+
+
+def entries_by_shard(source: Source, config: DataConfig, folder: Store, **options: object) -> dict[str, list[Entry]]:
+    return {job.name: list(job.entries) for job in plan_shards(source, config, folder=folder, **options).jobs}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("train", "val", "bins"), [(12, 8, 4), (60, 30, 30), (7, 5, 1), (6, 6, 6)])
+def test_bins_change_no_shard(store, monkeypatch, train, val, bins, workers):
+    config = CONFIG.model_copy(update={"num_shards": train, "num_val_shards": val})
+    source = entries_of(3000)
+    mixed = [entry._replace(split=(None, "train", "val")[n % 3]) for n, entry in enumerate(source.entries)]
+    source = dataclasses.replace(source, entries=(*mixed, *(entry._replace(size=9) for entry in mixed[::100])))
+    at_once = entries_by_shard(source, config, store.at("one"))
+    monkeypatch.setattr("sftok.source_entries._PART", 211)
+    options = WorkerOptions(workers=workers, cpus_per_worker=0.1)
+    dealt = entries_by_shard(source, config, store.at("other"), options=options, bin_size=1)
+    assert dealt == at_once
+    assert len([name for name in store.at("other").list() if "/bin-" in name]) == bins
+    assert len([name for name in store.at("other").list() if "/part-" in name]) == -(-3030 // 211)
+    assert sum(entry.problem is not None for entries in dealt.values() for entry in entries) == 30
+
+
+def test_one_image_of_few_is_held_out_across_bins(store, monkeypatch):
+    config = CONFIG.model_copy(update={"num_shards": 8, "num_val_shards": 8, "val_fraction": 1e-6})
+    at_once = entries_by_shard(entries_of(50), config, store.at("one"))
+    monkeypatch.setattr("sftok.source_entries._PART", 7)
+    assert entries_by_shard(entries_of(50), config, store.at("other"), bin_size=1) == at_once
+    assert sum(len(entries) for name, entries in at_once.items() if name.startswith("val")) == 1
+
+
+def test_a_long_listing_is_kept_in_a_file_and_is_the_same(tmp_path, monkeypatch):
+    for name in ("a", "a b", "a-", "a.png", "b"):
+        fill(tmp_path / "data", [f"{name}/{number}.png" for number in range(9)])
+    short = list_source(str(tmp_path / "data"))
+    assert isinstance(short.entries, Entries)
+    expected = prepare(short, CONFIG, out=Store(tmp_path / "short"))
+    monkeypatch.setattr("sftok.source_entries.SPOOL_FROM", 10)
+    monkeypatch.setattr("sftok.source_entries._PART", 4)
+    long = list_source(str(tmp_path / "data"))
+    assert isinstance(long.entries, Spooled)
+    assert (list(long.entries), long.digest, long.class_names) == (list(short.entries), short.digest, short.class_names)
+    assert (len(long.entries), long.entries[7], list(long.entries[3:6])) == (
+        45,
+        short.entries[7],
+        list(short.entries[3:6]),
+    )
+    assert prepare(long, CONFIG, out=Store(tmp_path / "long")) == expected
+    assert contents(Store(tmp_path / "long")) == contents(Store(tmp_path / "short"))
+
+
+def test_shard_numbers_without_a_common_divisor_are_told_for_many_images(store, caplog):
+    config = CONFIG.model_copy(update={"num_shards": 7, "num_val_shards": 2})
+    plan_shards(entries_of(65), config, folder=store, bin_size=1)
+    assert "give data.num_shards = 7 and data.num_val_shards = 2 a larger common divisor" in caplog.text
 
 
 def test_images_that_were_prepared_under_a_higher_rate_are_held_against_todays():

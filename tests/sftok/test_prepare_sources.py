@@ -206,7 +206,7 @@ def test_containers_are_not_read_again_after_a_kill(tmp_path, store, monkeypatch
     class Killed(BaseException):
         pass
 
-    def kill(*_: object) -> None:
+    def kill(*_: object, **__: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
