@@ -28,7 +28,7 @@ Examples:
 VERIFY_EXAMPLES = """\b
 Examples:
   sftok verify codes/1f2e
-  sftok verify codes/1f2e --inputs
+  sftok verify codes/1f2e --inputs --workers 16
   sftok verify s3://bucket/prefix/artifacts/images/1f2e3d --json
 """
 DIFF_EXAMPLES = """\b
@@ -70,6 +70,7 @@ def verify(
     *,
     store: StoreOption = None,
     inputs: Annotated[bool, typer.Option("--inputs", help="Go on through all that it was made of.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers; 0 works in this process.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Read an artifact again, every byte, and prove its counts. Exit code 1 if something is wrong."""
@@ -82,6 +83,7 @@ def verify(
                 ref,
                 store=store,
                 inputs=inputs,
+                workers=workers,
                 progress=lambda done, total, figures: display.update("verify, MiB", done, total, figures),
             )
             display.end("verify, MiB")

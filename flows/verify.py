@@ -1,38 +1,42 @@
 """`sftok verify`: an artifact, and what it was made of, read again and compared with what the manifests say."""
 
-import hashlib
+import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from infra.artifacts import MANIFEST, ArtifactRef, Manifest, files_of, folder_of, key_of, shards_of
+from infra.cluster import session
+from infra.codes import CodesInfo, load_info
 from infra.lineage import store_of
 from infra.progress import Progress, silent
 from infra.shards import SHARD, FileEntry
 from infra.store import Store
 from infra.verify import (
     Finding,
-    Ledger,
-    bucket_of,
+    RepeatedIds,
+    Shard,
     check_bytes,
     check_shard_names,
     check_sidecar,
+    id_groups,
     local_file,
     locate,
     read_manifest,
-    some,
 )
-from infra.verify_codes import CodesCheck, Labels, SamplesCheck
-from sftok.prepare import METADATA_KEY, REJECTS
+from infra.verify_codes import CodesCheck, SamplesCheck
+from infra.workers import WorkerOptions, map_shards
+from sftok.prepare_shard import METADATA_KEY
+from sftok.verify_images import UNREADABLE, ClassNames, ImagesCheck
 
 MIB = 1 << 20
-NO_CLASS = -1
+HERE = WorkerOptions()
 
 
 class Checked(NamedTuple):
@@ -80,21 +84,45 @@ class Verification(NamedTuple):
         }
 
 
+class Item(NamedTuple):
+    """A file to be checked."""
+
+    entry: FileEntry
+    images: str | None  # key of the image shard that a shard of codes was made from
+
+
+class Report(NamedTuple):
+    """What was found in a file; no tally where its bytes are wrong."""
+
+    findings: list[Finding]
+    tally: Any
+    is_intact: bool
+
+
 class ContentCheck(Protocol):
     """What is known of the files of one kind of artifact."""
 
-    def file(self, entry: FileEntry, path: Path) -> Iterator[Finding]:
-        """Check a file whose bytes are right."""
+    def file(self, entry: FileEntry, path: Path, images: str | None) -> tuple[list[Finding], Any]:
+        """Check a file whose bytes are right; also a tally of it."""
 
-    def end(self) -> Iterator[Finding]:
+    def end(self, tallies: Sequence[Any]) -> Iterator[Finding]:
         """Check what takes all files; called only if all bytes are right."""
 
-    def proven(self) -> list[str]:
+    def proven(self, tallies: Sequence[Any]) -> list[str]:
         """What holds if there are no findings."""
 
 
-def verify(text: str, *, store: str | None, inputs: bool = False, progress: Progress = silent) -> Verification:
+def verify(
+    text: str, *, store: str | None, inputs: bool = False, workers: int = 0, progress: Progress = silent
+) -> Verification:
     """Read the artifact that `text` names again, and with `inputs` all that it was made of.
+
+    Args:
+        text: kind/digest, the beginning of a digest, or a full URI.
+        store: the store, if `text` is no URI.
+        inputs: go on through all that it was made of.
+        workers: Ray workers; 0 works in this process.
+        progress: called after each file.
 
     Raises:
         ValueError: there is no such artifact, or more than one.
@@ -103,182 +131,126 @@ def verify(text: str, *, store: str | None, inputs: bool = False, progress: Prog
     waiting = [locate(place, text)]
     seen = set(waiting)
     checked: list[Checked] = []
-    while waiting:
-        kind, digest = waiting.pop(0)
-        made_of, one = check_artifact(place, kind, digest, progress=progress)
-        checked.append(one)
-        refs = [(ref.kind, ref.digest) for ref in made_of.values()] if inputs else []
-        waiting += [ref for ref in dict.fromkeys(refs) if ref not in seen]
-        seen.update(refs)
+    options = WorkerOptions(workers=workers)
+    with session() if workers else nullcontext():
+        while waiting:
+            kind, digest = waiting.pop(0)
+            made_of, one = check_artifact(place, kind, digest, options=options, progress=progress)
+            checked.append(one)
+            refs = [(ref.kind, ref.digest) for ref in made_of.values()] if inputs else []
+            waiting += [ref for ref in dict.fromkeys(refs) if ref not in seen]
+            seen.update(refs)
     return Verification(place.uri, tuple(checked))
 
 
 def check_artifact(
-    store: Store, kind: str, digest: str, *, progress: Progress = silent
+    store: Store, kind: str, digest: str, *, options: WorkerOptions = HERE, progress: Progress = silent
 ) -> tuple[Mapping[str, ArtifactRef], Checked]:
     """Read one artifact again; also what it was made of, as its manifest says."""
-    folder = folder_of(store, kind, digest)
     manifest, findings = read_manifest(store, kind, digest)
     if manifest is None:
         return {}, Checked(f"{kind}/{digest}", 0, 0, (), tuple(findings))
-    total = manifest.num_bytes
-    tick = _ticker(total, progress)
     findings += check_shard_names(store, manifest)
-    content, cannot = _content_check(store, manifest)
+    make, images, cannot = _content_check(store, manifest)
     findings += cannot
-    is_intact = True
-    for entry in files_of(store, manifest):
-        try:
-            with local_file(store, key_of(manifest, entry)) as path:
-                wrong = list(check_bytes(path, entry, tick))
-                if not wrong and content:
-                    findings += content.file(entry, path)
-        except FileNotFoundError:
-            wrong = [Finding(entry.path, "is missing")]
-        findings += wrong
-        findings += check_sidecar(folder, entry)
-        is_intact = is_intact and not wrong
-    if content and is_intact:  # sums over files that are not there would only say the same again
-        findings += content.end()
+    keys = {entry.path: key_of(images, entry) for entry in shards_of(store, images)} if images else {}
+    items = [Item(entry, keys.get(entry.path)) for entry in files_of(store, manifest)]
+    work = functools.partial(FileCheck, store, manifest, make)
+    reports = map_shards(work, items, options=options, progress=_in_mib(manifest.num_bytes, progress))
+    findings += [finding for report in reports for finding in report.findings]
+    tallies = [report.tally for report in reports if report.tally is not None]
     proven = ["bytes and SHA-256 of every file; the digest fits config and inputs"]
-    proven += content.proven() if content else []
-    return manifest.inputs, Checked(f"{kind}/{digest}", manifest.num_files, total, tuple(proven), tuple(findings))
+    if make is not None and all(report.is_intact for report in reports):  # else sums would say the same again
+        check = make()
+        with_ids = (
+            (entry, made_from or key_of(manifest, entry)) for entry, made_from in items if made_from or not images
+        )
+        shards = [Shard(entry.path, key) for entry, key in with_ids if SHARD.fullmatch(entry.path)]
+        by_hash = kind != "samples" and all(tally.is_placed for tally in tallies)
+        look = functools.partial(RepeatedIds, store, "sample" if kind == "samples" else "image")
+        for repeated in map_shards(look, id_groups(shards, by_hash=by_hash), options=options):
+            findings += repeated
+        findings += check.end(tallies)
+        proven += check.proven(tallies)
+    return manifest.inputs, Checked(
+        f"{kind}/{digest}", manifest.num_files, manifest.num_bytes, tuple(proven), tuple(findings)
+    )
 
 
-def _ticker(total: int, progress: Progress) -> Callable[[int], None]:
-    """Counts bytes and reports MiB."""
-    started, done = time.monotonic(), 0
+class FileCheck:
+    """A worker: checks one file a call."""
 
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        rate = done / max(time.monotonic() - started, 1e-9) / 1e6
-        progress(-(-done // MIB), max(-(-total // MIB), 1), {"MB_per_s": rate})
+    def __init__(self, store: Store, manifest: Manifest, make: Callable[[], ContentCheck] | None) -> None:
+        self.store, self.manifest = store, manifest
+        self.folder = folder_of(store, manifest.kind, manifest.digest)
+        self.content = make() if make is not None else None
 
-    return tick
+    def __call__(self, item: Item) -> Report:
+        """Check the bytes, and if they are right what they say."""
+        findings: list[Finding] = []
+        tally = None
+        try:
+            with local_file(self.store, key_of(self.manifest, item.entry)) as path:
+                wrong = list(check_bytes(path, item.entry))
+                if not wrong and self.content is not None:
+                    findings, tally = self.content.file(item.entry, path, item.images)
+        except FileNotFoundError:
+            wrong = [Finding(item.entry.path, "is missing")]
+        return Report([*findings, *wrong, *check_sidecar(self.folder, item.entry)], tally, not wrong)
 
 
-def _content_check(store: Store, manifest: Manifest) -> tuple[ContentCheck | None, list[Finding]]:
-    """What knows the files of this kind; for codes that takes the images they were made from."""
+def _in_mib(size: int, progress: Progress) -> Progress:
+    """Tell of files as of the MiB that they hold on average."""
+    started, mib = time.monotonic(), max(-(-size // MIB), 1)
+
+    def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
+        del figures  # shards a second
+        rate = size * done / total / max(time.monotonic() - started, 1e-9) / 1e6
+        progress(-(-mib * done // total), mib, {"MB_per_s": rate})
+
+    return listen
+
+
+def _content_check(
+    store: Store, manifest: Manifest
+) -> tuple[Callable[[], ContentCheck] | None, Manifest | None, list[Finding]]:
+    """What makes a check of such files, for codes also the images that they were made from, and what is wrong."""
+    shards = shards_of(store, manifest)
+    first = shards[0] if shards else None
     if manifest.kind == "images":
-        return ImagesCheck(manifest), []
+        return functools.partial(ImagesCheck, manifest, _class_names(store, manifest, first)), None, []
+    if manifest.kind not in ("codes", "samples"):
+        return None, None, []
+    info = _codes_info(store, manifest, first)
+    name = first.path if first else MANIFEST
     if manifest.kind == "samples":
-        return SamplesCheck(manifest), []
-    if manifest.kind != "codes":
-        return None, []
+        samples = functools.partial(SamplesCheck, manifest, info)
+        return samples, None, list(samples().check_info(name))
     ref = manifest.inputs.get("images")
     images = read_manifest(store, ref.kind, ref.digest)[0] if ref else None
     if ref is None or images is None:
         problem = f"{ref or 'what it was made from'} is not in this store: that no image is missing cannot be proven"
-        return None, [Finding(MANIFEST, problem, "name the store that holds both, or run prepare again")]
-    listed = {entry.path: key_of(images, entry) for entry in shards_of(store, images)}
-    check = CodesCheck(store, manifest, lambda name: _labels(store, listed[name]) if name in listed else None)
-    lacking = sorted(listed.keys() - {entry.path for entry in shards_of(store, manifest)})
-    return check, [Finding(name, f"is a shard of {ref} and not of the codes") for name in lacking]
+        return None, None, [Finding(MANIFEST, problem, "name the store that holds both, or run prepare again")]
+    codes = functools.partial(CodesCheck, store, manifest, info)
+    lacking = sorted({entry.path for entry in shards_of(store, images)} - {entry.path for entry in shards})
+    findings = [Finding(name, f"is a shard of {ref} and not of the codes") for name in lacking]
+    return codes, images, [*findings, *codes().check_info(name)]
 
 
-def _labels(store: Store, key: str) -> Labels | None:
-    """Image ids and labels of an image shard; the images themselves are not read."""
+def _codes_info(store: Store, manifest: Manifest, first: FileEntry | None) -> CodesInfo | None:
+    """What the first file says of the codes; None where it cannot be read, which is found with the others."""
     try:
-        with store.open(key) as opened, pq.ParquetFile(opened) as file:
-            table = file.read(["image_id", "label"])
-    except (FileNotFoundError, pa.ArrowInvalid):
+        return load_info(store, key_of(manifest, first)) if first else None
+    except (FileNotFoundError, ValueError):
         return None
-    labels = table["label"].fill_null(NO_CLASS).to_pylist()
-    return dict(zip(table["image_id"].to_pylist(), labels, strict=True))
 
 
-class ImagesCheck:
-    """accepted + rejected = found; every image whole, once, and in the shard that its id hashes to."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest, self.rejected = manifest, 0
-        self.rows = {"train": 0, "val": 0}
-        self.class_names: tuple[str, list[str] | None] | None = None
-        self.ledger = Ledger()
-
-    def file(self, entry: FileEntry, path: Path) -> Iterator[Finding]:
-        """Check one file of the artifact."""
-        match = SHARD.fullmatch(entry.path)
-        if match is None and entry.path != REJECTS:
-            return
-        try:
-            # Buffered ahead, as Arrow does by default, the whole shard would be in memory.
-            with pq.ParquetFile(path, pre_buffer=False) as file:
-                count = file.metadata.num_rows
-                if match is None:
-                    self.rejected = count
-                else:
-                    self.rows[match["split"]] = self.rows.get(match["split"], 0) + count
-                    yield from self._check_classes(entry.path, file)
-                    yield from self._check_rows(
-                        entry.path, match["split"], int(match["index"]), int(match["total"]), file
-                    )
-        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-            yield Finding(entry.path, f"is no image Parquet: {' '.join(str(error).split())}")
-            return
-        if count != entry.rows:
-            yield Finding(entry.path, f"has {count} rows, {MANIFEST} says {entry.rows}")
-
-    def end(self) -> Iterator[Finding]:
-        """What can be told only when all files were seen."""
-        for image_id, files in self.ledger.twice():
-            yield Finding(", ".join(files), f"image {image_id!r} comes twice")
-        accepted = sum(self.rows.values())
-        found = {**self.rows, "accepted": accepted, "rejected": self.rejected, "found": accepted + self.rejected}
-        for name, count in found.items():
-            if self.manifest.counts.get(name) != count:
-                yield Finding(MANIFEST, f"counts.{name} = {self.manifest.counts.get(name)}, the files have {count}")
-        digest = self._content_digest()
-        if digest != self.manifest.content_digest:
-            yield Finding(MANIFEST, f"content_digest is {self.manifest.content_digest}, the images make {digest}")
-
-    def proven(self) -> list[str]:
-        """What holds if there are no findings."""
-        accepted = sum(self.rows.values())
-        return [
-            f"found {accepted + self.rejected:,} = accepted {accepted:,} + rejected {self.rejected:,}",
-            "SHA-256 of every image's bytes; every image id once, in the shard that it hashes to; the content digest",
-        ]
-
-    def _check_classes(self, name: str, file: pq.ParquetFile) -> Iterator[Finding]:
-        names = json.loads(file.schema_arrow.metadata[METADATA_KEY])["class_names"]
-        if self.class_names is None:
-            self.class_names = name, names
-        elif names != self.class_names[1]:
-            yield Finding(name, f"its class names are not those of {self.class_names[0]}")
-
-    def _check_rows(self, name: str, split: str, index: int, total: int, file: pq.ParquetFile) -> Iterator[Finding]:
-        """The rows of a shard, a few images at a time."""
-        damaged: list[str] = []
-        astray: list[str] = []
-        unknown: list[str] = []
-        classes = len((self.class_names and self.class_names[1]) or ())
-        for batch in file.iter_batches(batch_size=16, columns=["image_id", "image.bytes", "label", "sha256"]):
-            rows = batch.drop_columns("image").to_pylist()
-            images = batch["image"].field("bytes")
-            for row, image in zip(rows, images, strict=True):
-                image_id, label = row["image_id"], row["label"]
-                # A view of Arrow's memory, not a copy; an image that is null has no bytes to be those of a hash.
-                if not image.is_valid or hashlib.sha256(image.as_buffer()).hexdigest() != row["sha256"]:
-                    damaged.append(image_id)
-                if bucket_of(image_id, total) != index:
-                    astray.append(image_id)
-                if label is not None and not 0 <= label < classes:
-                    unknown.append(image_id)
-            facts = (json.dumps([row["image_id"], row["sha256"], row["label"], split]) for row in rows)
-            self.ledger.add(name, ((row["image_id"], fact) for row, fact in zip(rows, facts, strict=True)))
-        if damaged:
-            yield Finding(name, f"{len(damaged)} images are not the bytes that their sha256 is of: {some(damaged)}")
-        if astray:
-            yield Finding(name, f"{len(astray)} images belong into another shard: {some(astray)}")
-        if unknown:
-            yield Finding(name, f"{len(unknown)} images have a label beyond {classes} class names: {some(unknown)}")
-
-    def _content_digest(self) -> str:
-        """The identity of the images, as prepare defines it: class names, then every image in the order of its id."""
-        names = self.class_names[1] if self.class_names else None
-        sha256 = hashlib.sha256(json.dumps(names).encode() + b"\n")
-        for fact in self.ledger.facts():
-            sha256.update(fact.encode() + b"\n")
-        return sha256.hexdigest()[:32]
+def _class_names(store: Store, manifest: Manifest, first: FileEntry | None) -> ClassNames:
+    """The class names of the first shard, and its name; None where it cannot be read."""
+    if first is None:
+        return None
+    try:
+        with store.open(key_of(manifest, first)) as opened, pq.ParquetFile(opened) as file:
+            return first.path, json.loads(file.schema_arrow.metadata[METADATA_KEY])["class_names"]
+    except (FileNotFoundError, *UNREADABLE):
+        return None

@@ -1,16 +1,21 @@
 """Whether an artifact is still what its manifest says: every byte is read again, in memory that does not grow with it.
 
 What is wrong is a `Finding`, one line each, never an exception: a check that stops at the first trouble hides the rest.
+Files are checked by workers, each by itself; what has to be known across files is put together from a few numbers of
+each, and an id that comes twice is looked for where ids of one hash can be.
 """
 
 import hashlib
+import math
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from infra import signing
@@ -19,10 +24,9 @@ from infra.shards import SHARD, FileEntry, shard_entry, shard_name
 from infra.store import Store
 
 CHUNK = 8 << 20  # bytes read at once
+MOST_GROUPS = 4096  # of shards whose ids are compared
 EXAMPLES = 3  # rows named in a finding
 AGAIN = "delete the artifact's folder and run again"
-
-Tick = Callable[[int], None]  # called with bytes as they are read
 
 
 class Finding(NamedTuple):
@@ -103,7 +107,7 @@ def local_file(folder: Store, name: str) -> Iterator[Path]:
         yield copy
 
 
-def check_bytes(path: Path, entry: FileEntry, tick: Tick) -> Iterator[Finding]:
+def check_bytes(path: Path, entry: FileEntry) -> Iterator[Finding]:
     """Compare size and SHA-256 with the manifest's entry."""
     sha256, size = hashlib.sha256(), 0
     try:
@@ -111,7 +115,6 @@ def check_bytes(path: Path, entry: FileEntry, tick: Tick) -> Iterator[Finding]:
             while data := file.read(CHUNK):
                 sha256.update(data)
                 size += len(data)
-                tick(len(data))
     except FileNotFoundError:
         yield Finding(entry.path, "is missing")
         return
@@ -165,25 +168,60 @@ def bucket_of(image_id: str, total: int) -> int:
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") % total
 
 
+class Shard(NamedTuple):
+    """A Parquet file with a column `image_id`."""
+
+    name: str
+    key: str  # below the store's root
+
+
+def id_groups(shards: Sequence[Shard], *, by_hash: bool) -> list[list[Shard]]:
+    """Shards among which one id can come twice; where each id is in the bucket of its hash, those are few.
+
+    Shard i of n and shard j of m have a hash in common only if i and j leave the same remainder by each common divisor.
+    """
+    places = [match for shard in shards if (match := SHARD.fullmatch(shard.name))] if by_hash else []
+    count = min(math.gcd(*(int(place["total"]) for place in places)) or 1, MOST_GROUPS)
+    groups: list[list[Shard]] = [[] for _ in range(count)]
+    for at, shard in enumerate(shards):
+        groups[int(places[at]["index"]) % count if by_hash else 0].append(shard)
+    return [group for group in groups if group]
+
+
+class RepeatedIds:
+    """A worker: finds ids that come twice in a group of shards."""
+
+    def __init__(self, store: Store, what: str) -> None:
+        self.store, self.what = store, what
+
+    def __call__(self, shards: Sequence[Shard]) -> list[Finding]:
+        """Read the column of ids again; a file on this machine's disk keeps them."""
+        ledger = Ledger()
+        for name, key in shards:
+            try:
+                with self.store.open(key) as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
+                    for batch in file.iter_batches(columns=["image_id"]):
+                        ledger.add(name, batch.column(0).to_pylist())
+            except (FileNotFoundError, pa.ArrowInvalid):
+                continue  # said where its rows are checked
+        return [Finding(", ".join(files), f"{self.what} {key!r} comes twice") for key, files in ledger.twice()]
+
+
 class Ledger:
-    """Keys of any number of rows, kept in a temporary file: who comes twice, and all of them in order."""
+    """Keys of any number of rows, kept in a temporary file: who comes twice."""
 
     def __init__(self) -> None:
         self._db = sqlite3.connect("")  # a nameless database is SQLite's own temporary file, which vanishes with it
-        self._db.execute("create table rows (key text not null, file text not null, fact text not null)")
+        self._db.execute("create table rows (key text not null, file text not null)")
 
-    def add(self, file: str, rows: Iterable[tuple[str, str]]) -> None:
-        """Note keys with a fact each."""
-        self._db.executemany("insert into rows values (?, ?, ?)", ((key, file, fact) for key, fact in rows))
+    def add(self, file: str, keys: Iterable[str]) -> None:
+        """Note keys of a file."""
+        self._db.executemany("insert into rows values (?, ?)", ((key, file) for key in keys))
 
     def twice(self) -> Iterator[tuple[str, list[str]]]:
         """Keys that came more than once, and the files that they are in."""
         query = "select key, group_concat(distinct file) from rows group by key having count(*) > 1 order by key"
         yield from ((key, sorted(files.split(","))) for key, files in self._db.execute(query))
-
-    def facts(self) -> Iterator[str]:
-        """All facts, in the order of their keys, by code point."""
-        yield from (fact for (fact,) in self._db.execute("select fact from rows order by key"))
 
 
 def twice(values: Iterable[str]) -> list[str]:

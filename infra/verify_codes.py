@@ -1,14 +1,14 @@
 """Whether code files hold what they should: every view of every image once, or classes exactly balanced.
 
-A check is fed the files of an artifact one at a time and keeps what has to be known across them: counts, and a ledger
-on disk. Its memory is that of a shard.
+A check is asked about one file at a time, in any process, and says what it found and a tally, which are put together at
+the end. Its memory is that of a shard.
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,22 +17,39 @@ from infra.artifacts import MANIFEST, Manifest, key_of
 from infra.codes import CodeRows, CodesInfo, from_parquet
 from infra.shards import SHARD, FileEntry
 from infra.store import Store
-from infra.verify import Finding, Ledger, some
+from infra.verify import Finding, bucket_of, some
 
 FAILED = "failed.parquet"
 FAILED_COLUMNS = ("image_id", "variant", "reason")
+NO_CLASS = -1
 
 Key = tuple[str, str]  # image id, variant
 Labels = Mapping[str, int]  # of the images of one shard, -1: none
 
 
+class CodesTally(NamedTuple):
+    """What there was in one file of codes."""
+
+    rows: int = 0
+    images: int = 0
+    expected: int = 0  # views
+    failed: frozenset[Key] = frozenset()  # of these views
+    is_placed: bool = True  # every image is in the shard that its id hashes to
+
+
+class SamplesTally(NamedTuple):
+    """What there was in one file of samples."""
+
+    rows: int
+    classes: Counter[int]
+
+
 class CodeFiles(ABC):
     """What codes and samples have in common: readable files of one dataset, with the rows that the manifest says."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest, self.rows = manifest, 0
-        self.info: CodesInfo | None = None
-        self.ledger = Ledger()
+    def __init__(self, manifest: Manifest, info: CodesInfo | None) -> None:
+        """`info` is that of the first file, if it can be read."""
+        self.manifest, self.info = manifest, info
 
     def read(self, entry: FileEntry, path: Path) -> Iterator[Finding | CodeRows]:
         """The file's rows, unless it cannot be read, and what is wrong with it as a file."""
@@ -43,39 +60,33 @@ class CodeFiles(ABC):
             problem = str(error).removeprefix(entry.path).removeprefix(":").strip()
             yield Finding(entry.path, " ".join(problem.split()))
             return
-        self.rows += len(rows.image_id)
         if len(rows.image_id) != entry.rows:
             yield Finding(entry.path, f"has {len(rows.image_id)} rows, {MANIFEST} says {entry.rows}")
-        if self.info is None:
-            self.info = info
-            yield from self.check_info(entry, info)
-        elif info != self.info:
+        if self.info is not None and info != self.info:
             ours, theirs = self.info.as_json(), info.as_json()
             for field in (field for field in ours if ours[field] != theirs[field]):
                 yield Finding(entry.path, f"{field} is {theirs[field]!r}, {ours[field]!r} in the files before it")
         yield rows
 
     @abstractmethod
-    def check_info(self, entry: FileEntry, info: CodesInfo) -> Iterator[Finding]:
-        """Compare the metadata with the manifest."""
+    def check_info(self, name: str) -> Iterator[Finding]:
+        """Compare the metadata of the first file with the manifest."""
 
-    def check_count(self, name: str) -> Iterator[Finding]:
+    def check_count(self, name: str, rows: int) -> Iterator[Finding]:
         """Compare the rows of all files with a count of the manifest."""
-        if self.manifest.counts.get(name) != self.rows:
-            yield Finding(MANIFEST, f"counts.{name} = {self.manifest.counts.get(name)}, the files have {self.rows}")
+        if self.manifest.counts.get(name) != rows:
+            yield Finding(MANIFEST, f"counts.{name} = {self.manifest.counts.get(name)}, the files have {rows}")
 
 
 class CodesCheck(CodeFiles):
     """rows + failed = images x variants, each (image id, variant) once, none missing and none of another image."""
 
-    def __init__(self, store: Store, manifest: Manifest, labels_of: Callable[[str], Labels | None]) -> None:
-        """Read the list of failed views; `labels_of` gives the images of an image shard, None where there is none."""
-        super().__init__(manifest)
-        self.labels_of, self.expected, self.images = labels_of, 0, 0
-        self.shards: set[str] = set()
+    def __init__(self, store: Store, manifest: Manifest, info: CodesInfo | None) -> None:
+        """Read the list of failed views."""
+        super().__init__(manifest, info)
+        self.store = store
         self.trouble: list[Finding] = []
         self.failed = self._read_failed(store)
-        self.failed_left = dict(self.failed)
         config = manifest.config.get("encode")
         encode: dict[str, Any] = config if isinstance(config, dict) else {}
         self.variants = {"train": encode.get("variants") or [], "val": encode.get("val_variants") or []}
@@ -85,56 +96,52 @@ class CodesCheck(CodeFiles):
             "image_size": manifest.config.get("image_size"),
         }
 
-    def check_info(self, entry: FileEntry, info: CodesInfo) -> Iterator[Finding]:
-        """Compare the metadata with the manifest."""
-        found = info.as_json()
+    def check_info(self, name: str) -> Iterator[Finding]:
+        """Compare the metadata of the first file with the manifest."""
+        found = self.info.as_json() if self.info else {}
         for field, expected in self.settings.items():
-            if found[field] != expected:
-                yield Finding(entry.path, f"{field} is {found[field]!r}, {MANIFEST} says {expected!r}")
+            if found and found[field] != expected:
+                yield Finding(name, f"{field} is {found[field]!r}, {MANIFEST} says {expected!r}")
 
-    def file(self, entry: FileEntry, path: Path) -> Iterator[Finding]:
-        """Check one file of the artifact."""
+    def file(self, entry: FileEntry, path: Path, images: str | None) -> tuple[list[Finding], CodesTally]:
+        """Check one file of the artifact; `images` is the key of the image shard that it was made from."""
         match = SHARD.fullmatch(entry.path)
         if match is None:
-            return
-        self.shards.add(entry.path)
-        labels = self.labels_of(entry.path)
+            return [], CodesTally()
+        labels = None if images is None else _labels(self.store, images)
         if labels is None:
-            yield Finding(entry.path, "the images it was made from have no shard of this name")
-            return
+            return [Finding(entry.path, "the images it was made from have no shard of this name")], CodesTally()
         variants = self.variants.get(match["split"], [])
-        self.images += len(labels)
-        self.expected += len(labels) * len(variants)
         expected = {(image_id, variant) for image_id in labels for variant in variants}
-        failed = expected & self.failed_left.keys()
-        for key in failed:
-            del self.failed_left[key]
+        failed = frozenset(expected & self.failed.keys())
+        findings, rows = [], 0
         for found in self.read(entry, path):
             if isinstance(found, Finding):
-                yield found
+                findings.append(found)
             else:
-                yield from self._check_rows(entry.path, found, expected, failed)
-                yield from self._check_classes(entry.path, found, labels)
-        self.ledger.add(entry.path, ((image_id, "") for image_id in labels))
+                rows = len(found.image_id)
+                findings += self._check_rows(entry.path, found, expected, failed)
+                findings += self._check_classes(entry.path, found, labels)
+        astray = [image_id for image_id in labels if bucket_of(image_id, int(match["total"])) != int(match["index"])]
+        if astray:
+            findings.append(Finding(entry.path, f"{len(astray)} images belong into another shard: {some(astray)}"))
+        return findings, CodesTally(rows, len(labels), len(expected), failed, not astray)
 
-    def end(self) -> Iterator[Finding]:
+    def end(self, tallies: Sequence[CodesTally]) -> Iterator[Finding]:
         """What can be told only when all files were seen."""
         yield from self.trouble
-        for image_id, files in self.ledger.twice():
-            yield Finding(", ".join(files), f"image {image_id!r} comes twice")
-        if self.failed_left:
-            yield Finding(FAILED, f"lists views of no image or variant of this dataset: {some(self.failed_left)}")
-        if self.rows + len(self.failed) != self.expected:
-            yield Finding(
-                MANIFEST, f"{self.rows} rows + {len(self.failed)} failed are not {self.expected} = images x variants"
-            )
-        yield from self.check_count("rows")
+        rows, expected = sum(tally.rows for tally in tallies), sum(tally.expected for tally in tallies)
+        if left := self.failed.keys() - frozenset().union(*(tally.failed for tally in tallies)):
+            yield Finding(FAILED, f"lists views of no image or variant of this dataset: {some(left)}")
+        if rows + len(self.failed) != expected:
+            yield Finding(MANIFEST, f"{rows} rows + {len(self.failed)} failed are not {expected} = images x variants")
+        yield from self.check_count("rows", rows)
 
-    def proven(self) -> list[str]:
+    def proven(self, tallies: Sequence[CodesTally]) -> list[str]:
         """What holds if there are no findings."""
-        text = (
-            f"{self.images:,} images x variants = {self.expected:,} = {self.rows:,} rows + {len(self.failed):,} failed"
-        )
+        images, expected = sum(tally.images for tally in tallies), sum(tally.expected for tally in tallies)
+        rows = sum(tally.rows for tally in tallies)
+        text = f"{images:,} images x variants = {expected:,} = {rows:,} rows + {len(self.failed):,} failed"
         codes = f"codes below {self.info.codebook_size}" if self.info else "no codes"
         return [text, f"every (image id, variant) once, none missing or foreign; classes as of the images; {codes}"]
 
@@ -156,7 +163,7 @@ class CodesCheck(CodeFiles):
         return failed
 
     @staticmethod
-    def _check_rows(name: str, rows: CodeRows, expected: set[Key], failed: set[Key]) -> Iterator[Finding]:
+    def _check_rows(name: str, rows: CodeRows, expected: set[Key], failed: frozenset[Key]) -> Iterator[Finding]:
         keys = list(zip(rows.image_id, rows.variant, strict=True))
         found = set(keys)
         if len(found) != len(keys):
@@ -177,48 +184,61 @@ class CodesCheck(CodeFiles):
             yield Finding(name, f"{len(other)} images have another class here than among the images: {some(other)}")
 
 
-class SamplesCheck(CodeFiles):
-    """Every class exactly as often as asked for, no sample id twice."""
+def _labels(store: Store, key: str) -> Labels | None:
+    """Image ids and labels of an image shard; the images themselves are not read."""
+    try:
+        with store.open(key) as opened, pq.ParquetFile(opened) as file:
+            table = file.read(["image_id", "label"])
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    labels = table["label"].fill_null(NO_CLASS).to_pylist()
+    return dict(zip(table["image_id"].to_pylist(), labels, strict=True))
 
-    def __init__(self, manifest: Manifest) -> None:
-        super().__init__(manifest)
-        self.classes: Counter[int] = Counter()
+
+class SamplesCheck(CodeFiles):
+    """Every class exactly as often as asked for."""
+
+    def __init__(self, manifest: Manifest, info: CodesInfo | None) -> None:
+        super().__init__(manifest, info)
         config = manifest.config.get("sample")
         self.per_class = config.get("per_class") if isinstance(config, dict) else None
 
-    def check_info(self, entry: FileEntry, info: CodesInfo) -> Iterator[Finding]:
-        """Compare the metadata with the manifest."""
+    def check_info(self, name: str) -> Iterator[Finding]:
+        """Compare the metadata of the first file with the manifest."""
         generator = self.manifest.inputs.get("generator")
-        noted = (info.sampling or {}).get("generator")
-        if generator is None or noted != generator.digest:
+        noted = (self.info.sampling or {}).get("generator") if self.info else None
+        if self.info and (generator is None or noted != generator.digest):
             expected = generator.digest if generator else None
-            yield Finding(entry.path, f"sampling.generator is {noted!r}, {MANIFEST} says {expected!r}")
+            yield Finding(name, f"sampling.generator is {noted!r}, {MANIFEST} says {expected!r}")
 
-    def file(self, entry: FileEntry, path: Path) -> Iterator[Finding]:
-        """Check one file of the artifact."""
-        if not SHARD.fullmatch(entry.path):
-            return
-        for found in self.read(entry, path):
-            if isinstance(found, Finding):
-                yield found
-            else:
-                self.classes.update(found.class_id.tolist())
-                self.ledger.add(entry.path, ((sample_id, "") for sample_id in found.image_id))
+    def file(self, entry: FileEntry, path: Path, images: str | None) -> tuple[list[Finding], SamplesTally]:
+        """Check one file of the artifact; samples are of no images."""
+        assert images is None
+        findings: list[Finding] = []
+        rows, classes = 0, Counter[int]()
+        if SHARD.fullmatch(entry.path):
+            for found in self.read(entry, path):
+                if isinstance(found, Finding):
+                    findings.append(found)
+                else:
+                    rows = len(found.image_id)
+                    classes.update(found.class_id.tolist())
+        return findings, SamplesTally(rows, classes)
 
-    def end(self) -> Iterator[Finding]:
+    def end(self, tallies: Sequence[SamplesTally]) -> Iterator[Finding]:
         """What can be told only when all files were seen."""
-        for sample_id, files in self.ledger.twice():
-            yield Finding(", ".join(files), f"sample {sample_id!r} comes twice")
+        classes = sum((tally.classes for tally in tallies), Counter[int]())
         names = (self.info.class_names if self.info else None) or ()
         drawn = self.manifest.config.get("classes")  # stated where they are not all
-        wanted = drawn if isinstance(drawn, list) else list(range(len(names))) if names else [-1]
-        counts = {int(str(class_id)): self.classes[int(str(class_id))] for class_id in wanted}
+        wanted = drawn if isinstance(drawn, list) else list(range(len(names))) if names else [NO_CLASS]
+        counts = {int(str(class_id)): classes[int(str(class_id))] for class_id in wanted}
         off = {class_id: count for class_id, count in counts.items() if count != self.per_class}
-        if off or self.classes.keys() - counts.keys():
+        if off or classes.keys() - counts.keys():
             shown = some(f"{names[c] if c >= 0 else 'no class'}: {n}" for c, n in off.items())
             yield Finding(MANIFEST, f"classes are not {self.per_class} times each: {shown}")
-        yield from self.check_count("samples")
+        yield from self.check_count("samples", sum(tally.rows for tally in tallies))
 
-    def proven(self) -> list[str]:
+    def proven(self, tallies: Sequence[SamplesTally]) -> list[str]:
         """What holds if there are no findings."""
-        return [f"{self.rows:,} samples, {self.per_class} of each of {len(self.classes):,} classes; no sample id twice"]
+        rows, classes = sum(tally.rows for tally in tallies), len(set().union(*(tally.classes for tally in tallies)))
+        return [f"{rows:,} samples, {self.per_class} of each of {classes:,} classes; no sample id twice"]

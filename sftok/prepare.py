@@ -158,15 +158,13 @@ def _check_usable(source: Source, results: Sequence[ShardResult], rejects: pa.Ta
     if len(rejects):
         first = rejects.slice(0, 1).to_pylist()[0]
         example = f" (rejected: {first['path']!r}, {first['reason']})"
-    labels = {
-        split: frozenset().union(*(result.labels for result in results if split_of(result.file.path) == split))
-        for split in SPLITS
-    }
     for split in SPLITS:
-        if not labels[split]:
+        if not any(result.file.rows for result in results if split_of(result.file.path) == split):
             raise ValueError(f"source {source.uri!r} has no usable image in {split}{example}: add images")
+    train = (result.labels for result in results if split_of(result.file.path) == "train")
+    labels = functools.reduce(int.__or__, train, 0)
     names = source.class_names or ()
-    missing = [name for label, name in enumerate(names) if label not in labels["train"]]
+    missing = [name for label, name in enumerate(names) if not labels >> label & 1]
     if missing and source.is_declared:
         log.warning("source %s: %d of %d classes have no image in train", source.uri, len(missing), len(names))
     elif missing:

@@ -34,8 +34,8 @@ class Deal(NamedTuple):
     by_name: bool  # image ids are the names that entries would rather have
 
     def file(self, part: int) -> str:
-        """Of a part's entries."""
-        return f"part-{part:06d}"
+        """Of a part's entries; spread over folders, for S3 serves so many requests a second for each."""
+        return f"{part % 256:02x}/part-{part:06d}"
 
     def bin_file(self, number: int) -> str:
         """Of a bin's entries, by shards."""

@@ -18,7 +18,7 @@ from sftok.source_entries import Entries, Part, Source, parts_of
 log = logging.getLogger(__name__)
 
 LARGE_SHARD = 2**30  # bytes
-BIN = 2**20  # entries that a bin should hold, some 130 MB, and as much again three times while they are sorted
+BIN = 2**18  # entries that a bin should hold, some 30 MB, and a few times that while they are sorted
 MOST_BINS = 4096  # each worker reads a segment of every part
 HERE = WorkerOptions()
 _FEW = 8  # parts or bins that are not worth a worker's start
@@ -84,7 +84,7 @@ def plan_shards(
     folder: Store,
     options: WorkerOptions = HERE,
     progress: Progress = silent,
-    bin_size: int = BIN,
+    bin_size: int | None = None,
 ) -> ShardPlan:
     """Divide the entries into splits, where the source has none, and into hash buckets.
 
@@ -99,7 +99,7 @@ def plan_shards(
         bin_size: entries that a worker should hold, where the numbers of shards have divisors in common for it.
     """
     parts, found = parts_of(source.entries), len(source.entries)
-    bins = _bins(found, config, bin_size)
+    bins = _bins(found, config, bin_size or BIN)
     place = folder.at(f"deal-{uuid.uuid4().hex[:12]}")  # two runs may list in another order
     ways = (True, False) if source.has_names else (False,)
     tried = (_deal(Deal(config, place, bins, by_name), parts, options, progress) for by_name in ways)

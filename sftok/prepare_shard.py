@@ -1,9 +1,11 @@
 """One shard: its entries are read ahead, decoded, and written with their bytes as they were; what fails is told."""
 
 import collections
+import functools
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -39,8 +41,16 @@ class ShardResult(NamedTuple):
 
     file: FileEntry
     images: int  # their product, as of `infra.set_hash`
-    labels: frozenset[int | None]
-    rejects: pa.Table
+    labels: int  # a bit for each that an image has
+    packed_rejects: bytes  # of a million shards a driver holds the results
+
+    @property
+    def rejects(self) -> pa.Table:
+        """Path, reason and size of what was rejected."""
+        rejects = json.loads(zlib.decompress(self.packed_rejects)) if self.packed_rejects else []
+        columns = list(zip(*rejects, strict=True)) or [()] * len(REJECTED)
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, REJECTED, strict=True)]
+        return pa.table(arrays, REJECTED)
 
 
 class ShardWriter:
@@ -142,9 +152,9 @@ def _result(
     job: ShardJob, file: FileEntry, accepted: Sequence[tuple[str, str, int | None]], rejects: Sequence[Reject]
 ) -> ShardResult:
     images = set_hash.of_items(json.dumps([*image, job.split]).encode() for image in accepted)
-    columns = list(zip(*rejects, strict=True)) or [()] * len(REJECTED)
-    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, REJECTED, strict=True)], REJECTED)
-    return ShardResult(file, images, frozenset(label for _, _, label in accepted), table)
+    labels = functools.reduce(int.__or__, (1 << label for _, _, label in accepted if label is not None), 0)
+    packed = zlib.compress(json.dumps(rejects).encode()) if rejects else b""
+    return ShardResult(file, images, labels, packed)
 
 
 def _schema(class_names: Sequence[str] | None, split: str) -> pa.Schema:

@@ -158,10 +158,9 @@ def open_containers(source: Source, *, folder: Store, options: WorkerOptions, pr
     work = functools.partial(_Opener, source.unpack)
     files = map_shards(work, tasks, options=options, progress=progress)
     root = folder.at(BYTES).uri if source.unpack.lays_open else source.unpack.uri
-    count = sum(file.rows or 0 for file in files)
     return dataclasses.replace(
         source,
-        entries=Tables(source.entries, folder, [file.path for file in files], count),
+        entries=Tables(source.entries, folder, files),
         read=FolderReader(root),
         containers=(),
         unpack=None,

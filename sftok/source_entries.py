@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.shards import FileEntry
 from infra.store import Store
 
 SPLITS = ("train", "val")
@@ -38,6 +39,7 @@ _SCHEMA = pa.schema(
 )
 _CHUNK = 1 << 12  # entries that exist as Python objects at a time
 _PART = 1 << 18  # entries that a worker is sent at a time, 30 MB
+_MOST_PARTS = 1 << 14  # each bin has a segment of every part
 SPOOL_FROM = 1 << 20  # entries of a listing that is kept in a file
 
 
@@ -145,19 +147,20 @@ class Entries(Sequence[Entry]):
 
 
 class Part(NamedTuple):
-    """Some of the entries of a listing: with the part, or in a Parquet file."""
+    """Some of the entries of a listing: with the part, or in Parquet files of a folder."""
 
     number: int
     entries: Entries | None
-    file: tuple[Store, str] | None = None
+    folder: Store | None = None
+    names: tuple[str, ...] = ()
 
     def read(self) -> Entries:
         """The entries."""
         if self.entries is not None:
             return self.entries
-        assert self.file is not None
-        folder, name = self.file
-        return Entries(pq.read_table(io.BytesIO(folder.read(name)), schema=_SCHEMA))
+        assert self.folder is not None
+        tables = (pq.read_table(io.BytesIO(self.folder.read(name)), schema=_SCHEMA) for name in self.names)
+        return Entries.join(map(Entries, tables))
 
 
 class Parted(Sequence[Entry], ABC):
@@ -185,16 +188,22 @@ class Parted(Sequence[Entry], ABC):
 class Tables(Parted):
     """Entries in Parquet files of a folder, and some besides."""
 
-    def __init__(self, besides: Sequence[Entry], folder: Store, names: Sequence[str], count: int) -> None:
-        """`count` is how many there are in the files."""
-        self._besides, self._folder, self._names = Entries.of(besides), folder, names
-        self._count = count + len(besides)
+    def __init__(self, besides: Sequence[Entry], folder: Store, files: Sequence[FileEntry]) -> None:
+        self._besides, self._folder, self._files = Entries.of(besides), folder, files
+        self._count = len(besides) + sum(file.rows or 0 for file in files)
 
     @property
     def parts(self) -> Sequence[Part]:
-        """One a file."""
-        tables = (Part(number, None, (self._folder, name)) for number, name in enumerate(self._names))
-        return [*tables, Part(len(self._names), self._besides)]
+        """As many files together as make a part, and last what there is besides."""
+        most = max(_PART, self._count // _MOST_PARTS)
+        parts, names, rows = list[Part](), list[str](), 0
+        for file in self._files:
+            if names and rows + (file.rows or 0) > most:
+                parts.append(Part(len(parts), None, self._folder, tuple(names)))
+                names, rows = [], 0
+            names.append(file.path)
+            rows += file.rows or 0
+        return [*parts, Part(len(parts), None, self._folder, tuple(names)), Part(len(parts) + 1, self._besides)]
 
     def __len__(self) -> int:
         return self._count

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +26,12 @@ from infra.shards import FileEntry, put, shard_entry, shard_name, write_shard
 from infra.store import Store
 from infra.verify import Ledger
 from infra.workers import WorkerOptions, map_shards
+from sftok.config import DataConfig
 from sftok.encode_groups import GROUPS
-from sftok.source_entries import Entries, Entry
+from sftok.prepare_plan import plan_shards
+from sftok.source_entries import Entry, Source, collect
+from sftok.source_files import FolderReader
+from tests.benchmarks.bench_prepare import peak_bytes
 from tests.benchmarks.table import show
 from tests.s3_server import running_server
 
@@ -33,6 +39,7 @@ SHARDS = (5_000, 20_000)
 WAITING = (2, 8, 800, 8_000)  # calls that the driver waits for at once
 ROUNDS = 20
 GROUP = 256  # images in a row group of image Parquet
+LISTED = (250_000, 1_000_000, 4_000_000)
 ENTRIES = (1_000, 10_000, 100_000)
 GROUP_SHARDS = 1_000_000 // GROUPS
 
@@ -43,7 +50,7 @@ def main() -> None:
     publishing()
     driver()
     waiting()
-    memory()
+    dealing()
     verification()
     server()
 
@@ -187,22 +194,48 @@ class Trivial:
         return FileEntry(path=name, size=1_000_000, sha256="0" * 64, rows=10_000)
 
 
-def memory() -> None:
-    """What the driver of prepare holds of every image: its entry of the listing."""
-    count = 200_000
-    ids = (f"n{n // 1300:08d}/n{n // 1300:08d}_{n}.JPEG" for n in range(count))
-    listed = Entries.of(Entry(image_id=i, size=1, version="1700000000.0", class_name=i[:9]) for i in ids)
-    show("prepare", ["", "bytes an image"], [["listing", f"{listed.table.nbytes / count:.0f}"]])
+def dealing() -> None:
+    """What prepare spends on an entry before an image is read, and whether a process holds all of them."""
+    rows = []
+    for count in LISTED:
+        command = [sys.executable, "-m", "tests.benchmarks.bench_scale", "deal", str(count)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        listing, digest, planning, megabytes, disk = json.loads(done.stdout.splitlines()[-1])
+        per_second = [f"{count / taken_here / 1e6:.2f}" for taken_here in (listing, digest, planning)]
+        rows.append([f"{count:,}", *per_second, f"{megabytes:.0f} MB", f"{disk / count:.0f}"])
+    columns = ["entries", "listed, M/s", "digest, M/s", "dealt and gathered, M/s", "peak", "bytes of disk an entry"]
+    show("prepare's listing, in one process (peak is above that of a listing of 1,000)", columns, rows)
+
+
+def deal(count: int) -> None:
+    """List, hash and deal so many made-up entries; seconds of each, the peak above a short run's, bytes written."""
+    config = DataConfig(image_size=8, num_shards=1024, num_val_shards=64)
+    with tempfile.TemporaryDirectory() as place:
+        for many in (1_000, count):
+            before, folder = peak_bytes(), Store(place).at(str(many))
+            started = time.perf_counter()
+            ids = (f"n{n // 1300:08d}/n{n // 1300:08d}_{n}.JPEG" for n in range(many))
+            made = (Entry(image_id=i, size=110_000, version=f"{17 * n}", class_name=i[:9]) for n, i in enumerate(ids))
+            source = Source("made up", collect(made), ("a",), FolderReader("/nowhere"))
+            listed = time.perf_counter()
+            assert source.digest
+            hashed = time.perf_counter()
+            plan = plan_shards(source, config, folder=folder)
+            dealt = time.perf_counter()
+            assert sum(len(job.entries) for job in plan.jobs) == many
+            disk = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    numbers = [listed - started, hashed - listed, dealt - hashed, (peak_bytes() - before) / 1e6, disk]
+    sys.stdout.write(json.dumps(numbers) + "\n")
 
 
 def verification() -> None:
     """What sftok verify spends on a byte and on a row."""
     count, block = 200_000, os.urandom(1 << 20)
     hashing = 64 / taken(lambda: [hashlib.sha256(block) for _ in range(64)]) * len(block) / 1e6
-    ledger, fact = Ledger(), "x" * 120
-    keys = [(f"n{n:08d}/n{n:08d}_{n}.JPEG", fact) for n in range(count)]
+    ledger = Ledger()
+    keys = [f"n{n:08d}/n{n:08d}_{n}.JPEG" for n in range(count)]
     adding = taken(lambda: ledger.add("train-00000-of-00512.parquet", keys))
-    asking = taken(lambda: (list(ledger.twice()), sum(1 for _ in ledger.facts())))
+    asking = taken(lambda: list(ledger.twice()))
     pages, size = (ledger._db.execute(f"pragma {name}").fetchone()[0] for name in ("page_count", "page_size"))
     cells = [
         f"{hashing:.0f}",
@@ -210,7 +243,7 @@ def verification() -> None:
         f"{count / asking / 1e6:.2f}",
         f"{pages * size / count:.0f}",
     ]
-    columns = ["", "SHA-256, MB/s", "ledger: rows in, M/s", "rows out in order, M/s", "bytes of disk a row"]
+    columns = ["", "SHA-256, MB/s", "ledger: rows in, M/s", "rows compared, M/s", "bytes of disk a row"]
     show("verify", columns, [["", *cells]])
 
 
@@ -283,4 +316,4 @@ def server() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(deal(int(sys.argv[2])) if sys.argv[1:2] == ["deal"] else main())

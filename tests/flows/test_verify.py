@@ -113,6 +113,17 @@ def test_all_that_a_run_made_is_as_it_should_be(copy, sftok):
     assert "verify, MiB: 1/1" in err, "no progress"
 
 
+def test_workers_find_the_same(copy):
+    copy.rewrite_table("images", TRAIN, images_table(copy, TRAIN, lambda rows: rows.append(rows[0])))
+    copy.folder("codes").write(VAL, b"broken")
+    copy.folder("samples").delete(SAMPLES)
+    for kind in ("samples", "codes", "images"):
+        alone = verify(str(copy.refs[kind]), store=copy.store.uri, inputs=True)
+        shared = verify(str(copy.refs[kind]), store=copy.store.uri, inputs=True, workers=2)
+        assert shared == alone
+        assert not alone.ok
+
+
 def test_without_inputs_only_the_one_named_is_read(copy):
     copy.folder("tokenizer").write("model.safetensors", b"broken")
     assert copy.verify("codes").ok
@@ -367,6 +378,7 @@ def test_an_image_in_another_shard_and_one_in_both_splits(copy):
     found = " | ".join(copy.findings("images"))
     assert f"train-00002-of-00003.parquet: 1 images belong into another shard: '{image_id}'" in found
     assert f"image '{image_id}' comes twice" in found
+    assert any(f"1 images belong into another shard: '{image_id}'" in finding for finding in copy.findings("codes"))
     counts = manifest_of(copy.store, copy.refs["images"]).counts
     assert f"counts.accepted = {counts['accepted']}, the files have {counts['accepted'] + 1}" in found
 
@@ -401,15 +413,15 @@ LARGE = """
 import re, sys
 from pathlib import Path
 import psutil
-from flows.verify import ImagesCheck
+from sftok.verify_images import ImagesCheck
 from infra.lineage import resolve
 from infra.shards import FileEntry
 from infra.store import Store
 store, ref, name, rows = Store(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-check = ImagesCheck(resolve(store, ref))
+check = ImagesCheck(resolve(store, ref), None)
 small = psutil.Process().memory_info().rss
 entry = FileEntry(path=name.name, size=0, sha256="0" * 64, rows=rows)
-print([str(finding) for finding in check.file(entry, name)])
+print([str(finding) for finding in check.file(entry, name)[0]])
 print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 - small)
 """
 

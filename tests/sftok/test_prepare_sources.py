@@ -335,3 +335,13 @@ def test_entries_of_an_imagenet_fit_into_memory():
     paths = (f"train/n01440764/n01440764_{n}.JPEG" for n in range(count))
     entries = Entries.of(Entry(path, 110_000, "1700000000000000000", "n01440764", "train") for path in paths)
     assert entries.table.nbytes / count < 200, "bytes an entry: 250 MB for ImageNet"
+
+
+@pytest.mark.parametrize("part", [1, 7, 1000])
+def test_tables_of_containers_are_dealt_in_parts(tmp_path, store, monkeypatch, part):
+    make("parquet", tmp_path / "data")
+    expected = run(str(tmp_path / "data"), store.at("whole"))
+    monkeypatch.setattr("sftok.source_entries._PART", part)
+    monkeypatch.setattr("sftok.prepare_plan.BIN", 1)
+    assert run(str(tmp_path / "data"), store.at("parts")) == expected
+    assert contents(store.at("parts")) == contents(store.at("whole"))
