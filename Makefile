@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-all lint format bench clean browser
+.PHONY: help setup demo test test-all lint format bench audit clean browser
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -42,6 +42,19 @@ format: $(READY)  ## format the code
 bench: $(READY)  ## measurements, printed as ratios
 	$(BIN)/python -m tests.benchmarks
 
+audit: $(READY)  ## bill of materials, licences and known vulnerabilities of what is installed, in build/audit
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install \
+		--quiet --disable-pip-version-check -r infra/deploy/audit-requirements.txt; }
+	mkdir -p build/audit
+	.venv-audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON \
+		-o build/audit/bill-of-materials.cdx.json $(BIN)/python
+	.venv-audit/bin/pip-licenses --python $(BIN)/python --from mixed --order license --format markdown --with-urls \
+		--output-file build/audit/licences.md
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt -f markdown \
+		-o build/audit/vulnerabilities.md || { \
+		echo "not audited, or not clean: see above; advisories come from pypi.org, or with -s osv from api.osv.dev"; \
+		exit 1; }
+
 clean:  ## remove what was built; the store is kept
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -102,7 +102,7 @@ def dry_run(request: Request) -> DryRun:
     planned: list[Planned] = []
     images: int | None = None
     costs = _costs(recipe)
-    for stage, name, needs in _table(recipe):
+    for stage, name, needs in stage_table(recipe):
         inputs = {need: known[need_name] for need, need_name in needs.items() if need_name in known}
         is_known = len(inputs) == len(needs)
         plan = plan_of(stage, job, inputs) if is_known else None
@@ -120,7 +120,7 @@ def dry_run(request: Request) -> DryRun:
     return DryRun(recipe.name, store.uri, request.source, images, tuple(planned))
 
 
-def _table(recipe: Recipe) -> list[tuple[Stage, str, dict[str, str]]]:
+def stage_table(recipe: Recipe) -> list[tuple[Stage, str, dict[str, str]]]:
     """Every stage of the run, what it is called, and what it is made of; as flows.pipeline has it."""
     teacher = {} if recipe.teacher.origin == "imported" else {"images": "images"}
     start = {} if recipe.align.from_scratch else {"tokenizer": "warm_up"}

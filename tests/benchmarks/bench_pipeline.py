@@ -1,8 +1,8 @@
 """What the pipeline adds to encoding: images/s of prepare and encode beside a bare loop, and memory as datasets grow.
 
-The model is a small SFTok at 64 px, images are JPEGs of 64 px in a folder. The bare loop has its images as floats in
-memory, in the same micro-batches, with one thread a process, in as many processes as there are workers.
-`python -m tests.benchmarks pipeline --full` goes to a million rows.
+The model is a small SFTok at 64 px, which prepare and decoding weigh on, and with `--full` SFTok-B at 256 px; images
+are JPEGs in a folder. The bare loop has its images as floats in memory, in the same micro-batches, with one thread a
+process, in as many processes as there are workers. `python -m tests.benchmarks pipeline --full` goes to a million rows.
 """
 
 import functools
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import psutil
@@ -43,16 +43,30 @@ from tests.benchmarks.table import percent, show
 
 T = TypeVar("T")
 
-IMAGES, MICRO_BATCH, SIZE = 3_072, 32, subjects.SMALL_SIZE
-SHARDS, VAL_SHARDS = 12, 4
+SHARDS, VAL_SHARDS = 4, 2  # few: the last micro-batch of each is filled up
 ROWS = (10_000, 100_000)
 ROWS_A_SHARD = 5_000
 STUB_SIZE = 16
 
 
+class Case(NamedTuple):
+    """A model, and as many images as take it a minute or so."""
+
+    name: str
+    images: int
+    size: int
+    micro_batch: int
+    build: Callable[[], SFTok]
+
+
+SMALL = Case("SFTok of 10.6 M parameters", 3_072, subjects.SMALL_SIZE, 32, subjects.small_tokenizer)
+BASE = Case("SFTok-B", 512, subjects.B_SIZE, 8, subjects.sftok_b)
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as place:
-        speed(Path(place))
+    for case in (SMALL, BASE) if "--full" in sys.argv else (SMALL,):
+        with tempfile.TemporaryDirectory() as place:
+            speed(Path(place), case)
     for workers in (0, 1):
         grow(workers, (*ROWS, 1_000_000) if "--full" in sys.argv else ROWS)
 
@@ -60,26 +74,26 @@ def main() -> None:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def speed(place: Path) -> None:
+def speed(place: Path, case: Case) -> None:
     """Bare loop, encode, and prepare and encode; what starts only once (Ray, processes, the model) told apart."""
-    data = draw(place / "data")
-    model = subjects.small_tokenizer()
+    data = draw(place / "data", case)
+    model = case.build()
     save_tokenizer(model, Store(place / "tokenizer"))
     rows = []
     for workers in (1, 2):
         with session(num_cpus=workers):
             store, options = Store(place / f"store-{workers}"), WorkerOptions(workers=workers)
             map_shards(nothing, ["x"], options=options)  # Ray is started once a run, whatever the dataset
-            before = bare(place, workers)
-            prepared, preparing = timed(functools.partial(prepared_images, store, data, options))
-            job = job_of(store, prepared, place / "tokenizer", SIZE, MICRO_BATCH, model.config)
+            before = bare(place, workers, case)
+            prepared, preparing = timed(functools.partial(prepared_images, store, data, options, case.size))
+            job = job_of(store, prepared, place / "tokenizer", case.size, case.micro_batch, model.config)
             start = started(job, options)
             made, encoding = timed(functools.partial(encode, job, prepared, options=options))
-            after = bare(place, workers)
-        assert made.counts["rows"] == IMAGES
+            after = bare(place, workers, case)
+        assert made.counts["rows"] == case.images
         reference = (before + after) / 2  # of a shared machine: around what is compared
-        pure = IMAGES / (encoding - start)
-        both = IMAGES / (encoding - start + preparing)
+        pure = case.images / (encoding - start)
+        both = case.images / (encoding - start + preparing)
         figures = [f"{reference:.0f}", f"{pure:.0f}", percent(pure / reference), f"{both:.0f}"]
         spread = percent(abs(before - after) / reference)
         rows.append([f"{workers}", *figures, percent(both / reference), f"{start:.1f}", spread])
@@ -94,15 +108,15 @@ def speed(place: Path) -> None:
         "bare drift",
     ]
     show(
-        f"pipeline: {IMAGES:,} images of {SIZE} px, SFTok of 10.6 M parameters, micro-batch {MICRO_BATCH}",
+        f"pipeline: {case.images:,} images of {case.size} px, {case.name}, fp32, micro-batch {case.micro_batch}",
         columns,
         rows,
     )
 
 
-def draw(folder: Path) -> Path:
-    pictures = (subjects.pictures(256, SIZE) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for number in range(IMAGES):
+def draw(folder: Path, case: Case) -> Path:
+    pictures = (subjects.pictures(256, case.size) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for number in range(case.images):
         path = folder / f"class {number % 4}" / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.roll(pictures[number % 256], number // 256, 1)).save(path, quality=90)
@@ -113,8 +127,8 @@ def nothing() -> Callable[[str], str]:
     return str
 
 
-def prepared_images(store: Store, data: Path, options: WorkerOptions) -> Manifest:
-    config = DataConfig(image_size=SIZE, num_shards=SHARDS, num_val_shards=VAL_SHARDS)
+def prepared_images(store: Store, data: Path, options: WorkerOptions, size: int) -> Manifest:
+    config = DataConfig(image_size=size, num_shards=SHARDS, num_val_shards=VAL_SHARDS)
     plan = Plan(kind="images", version=1, config={})
     made = prepare(list_source(str(data)), config, out=store.at(plan.prefix), options=options)
     return publish(store, plan, files=made.files, counts=made.counts, metrics={}, seconds=0)
@@ -131,31 +145,31 @@ def idle(job: EncodeJob) -> Callable[[str], str]:
     return str
 
 
-def bare(place: Path, processes: int) -> float:
+def bare(place: Path, processes: int, case: Case) -> float:
     """Images/s of the model alone, in so many processes at once."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     running = [
-        context.Process(target=loop, args=(str(place / "tokenizer"), barrier, results)) for _ in range(processes)
+        context.Process(target=loop, args=(str(place / "tokenizer"), case, barrier, results)) for _ in range(processes)
     ]
     for process in running:
         process.start()
     seconds = [results.get() for _ in running]
     for process in running:
         process.join()
-    return processes * IMAGES / 2 / max(seconds)
+    return processes * case.images / 2 / max(seconds)
 
 
-def loop(tokenizer: str, barrier: threading.Barrier, results: "multiprocessing.Queue[float]") -> None:
+def loop(tokenizer: str, case: Case, barrier: threading.Barrier, results: "multiprocessing.Queue[float]") -> None:
     from sftok.artifacts import load_tokenizer
 
     torch.set_num_threads(1)
     encoder = prepare_encoder(load_tokenizer(Store(tokenizer)))
-    parts = subjects.pictures(256, SIZE).split(MICRO_BATCH)
+    parts = subjects.pictures(256, case.size).split(case.micro_batch)
     encoder(parts[0])
     barrier.wait()
     began = time.perf_counter()
-    for number in range(IMAGES // 2 // MICRO_BATCH):
+    for number in range(case.images // 2 // case.micro_batch):
         encoder(parts[number % len(parts)])
     results.put(time.perf_counter() - began)
 

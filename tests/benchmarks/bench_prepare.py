@@ -1,8 +1,6 @@
-"""Preparing images: images/s by workers, decoding and resizing beside PIL and torchvision, and the driver's memory."""
+"""Preparing images: images/s by workers, and decoding and resizing beside PIL and torchvision."""
 
 import io
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,6 @@ from tests.benchmarks.table import seconds, show, times
 IMAGES = 4_000
 SIZE = (500, 375)  # the commonest of ImageNet
 CONFIG = DataConfig(image_size=256, num_shards=16, num_val_shards=2)
-FEW, MANY = 2_000, 20_000
 DISTINCT = 60  # images that are copied under other names
 
 
@@ -35,7 +32,6 @@ def main() -> None:
         jpegs = [jpeg(number) for number in range(DISTINCT)]
         preparing(Path(folder), jpegs)
         decoding(jpegs)
-        memory(Path(folder))
 
 
 def jpeg(number: int) -> bytes:
@@ -116,41 +112,6 @@ def torchvision_way(data: bytes) -> torch.Tensor:
     return tv.center_crop(tv.resize(decoded(data), [256], tv.InterpolationMode.BICUBIC, antialias=True), [256, 256])
 
 
-def memory(folder: Path) -> None:
-    """The driver's peak with few and with many tiny images, each in a process of its own with one worker."""
-    rows, peaks = [], {}
-    for count in (FEW, MANY):
-        command = [sys.executable, "-m", "tests.benchmarks.bench_prepare", "driver", str(folder), str(count)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks[count], before = json.loads(done.stdout.splitlines()[-1])
-        rows.append([f"{count:,} images", f"{peaks[count] / 1e6:.0f} MB", f"{(peaks[count] - before) / 1e6:.0f} MB"])
-    growth = (peaks[MANY] - peaks[FEW]) / (MANY - FEW)
-    show("driver with 1 worker", ["", "peak", "above a run of 18"], rows)
-    sys.stdout.write(f"{growth:.0f} bytes an image more\n\n")
-
-
-def driver(folder: Path, count: int) -> None:
-    """Prepare so many tiny images, and write the peak resident size and that before, in bytes."""
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), "red").save(file, "PNG")
-    for number in range(count):
-        path = folder / f"tiny-{count}/{number % 10}/n01440764_{number:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file.getvalue())
-    with session():
-        warm = folder / f"warm-{count}"
-        for label in "ab":
-            (warm / label).mkdir(parents=True)
-            for number in range(9):
-                (warm / label / f"{number}.png").write_bytes(file.getvalue())
-        options = WorkerOptions(workers=1)
-        prepare(list_source(str(warm)), CONFIG, out=Store(folder / f"warm-out-{count}"), options=options)
-        before = peak_bytes()
-        prepare(list_source(str(folder / f"tiny-{count}")), CONFIG, out=Store(folder / f"out-{count}"), options=options)
-        peak = peak_bytes()
-    sys.stdout.write(json.dumps([peak, before]) + "\n")
-
-
 def peak_bytes() -> int:
     """The largest resident size of this process so far; getrusage would tell that of the parent that started it."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
@@ -158,7 +119,4 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["driver"]:
-        driver(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        main()
+    main()

@@ -48,7 +48,15 @@ def until(what: Callable[[], Any], patience: float, why: str) -> Any:
 class Serving:
     """One `sftok serve`, and what it says."""
 
-    def __init__(self, folder: Path, *, arguments: Sequence[str] = (), api_url: str = "", **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        arguments: Sequence[str] = (),
+        api_url: str = "",
+        fakes: bool = True,
+        **environment: str,
+    ) -> None:
         self.port = free_port()
         self.url = api_url or f"http://127.0.0.1:{self.port}/api"
         self.store = folder / "store"
@@ -57,7 +65,7 @@ class Serving:
         (folder / "site" / "sitecustomize.py").write_text(FAKES)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RAY_", "SFTOK_"))}
         clean |= {
-            "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([*([str(folder / "site")] if fakes else []), str(ROOT)]),
             "SFTOK_HOME": str(folder / "home"),
             "PREFECT_HOME": str(folder / "client"),
             "OMP_NUM_THREADS": "1",

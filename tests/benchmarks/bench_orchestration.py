@@ -1,0 +1,100 @@
+"""What Prefect, Ray and the bookkeeping cost: the whole `digits` run beside its bare library calls in one process.
+
+The bare calls are those of the run's stages, one after the other, each artifact published so that the next can be made
+of it. `--tiny` takes `digits_tiny`, which is nearly all orchestration. Also: the time that `sftok --help` takes.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.benchmarks.table import percent, show
+
+LIMIT_SHARE, LIMIT_SECONDS = 0.15, 20.0
+ROUNDS = 7
+SFTOK = [sys.executable, "-c", "from flows import cli; cli.main()"]
+
+
+def main() -> None:
+    recipe = "digits_tiny" if "--tiny" in sys.argv else "digits"
+    with tempfile.TemporaryDirectory() as place:
+        environment = {**os.environ, "SFTOK_HOME": f"{place}/home"}
+        environment.pop("PREFECT_API_URL", None)
+        command = [sys.executable, "-m", "tests.benchmarks.bench_orchestration", "bare", recipe, f"{place}/bare"]
+        bare = json.loads(output(command, environment))
+        started = time.perf_counter()
+        record = json.loads(output([*SFTOK, "run", recipe, "--store", f"{place}/run", "--json"], environment))
+        wall = time.perf_counter() - started
+        started = time.perf_counter()
+        output([*SFTOK, "run", recipe, "--store", f"{place}/run", "--json"], environment)
+        again = time.perf_counter() - started
+    rows = [[name, f"{taken:.1f}", f"{record['stages'][name]['seconds']:.1f}"] for name, taken in bare.items()]
+    library = sum(bare.values())
+    cost, limit = wall - library, max(LIMIT_SHARE * library, LIMIT_SECONDS)
+    rows += [
+        ["all, wall time", f"{library:.1f}", f"{wall:.1f}"],
+        ["orchestration", "", f"{cost:.1f} ({percent(cost / library)}; at most {limit:.0f})"],
+        ["the same run again", "", f"{again:.1f}"],
+    ]
+    show(f"{recipe}: bare library calls, and the run", ["stage", "bare s", "run s"], rows)
+    taken = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        output([*SFTOK, "--help"], environment)
+        taken.append(time.perf_counter() - started)
+    middle = f"{statistics.median(taken):.2f}"
+    show("sftok --help", ["", "shortest s", "median s"], [["in a new process", f"{min(taken):.2f}", middle]])
+
+
+def output(command: list[str], environment: dict[str, str]) -> str:
+    """What a process writes to its standard output."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def bare(name: str, root: str) -> None:
+    """Every stage of a recipe by its library call; seconds of each."""
+    from flows import stages
+    from flows.dry_run import stage_table
+    from flows.recipe_files import load_recipe
+    from flows.stage import Job, Work, plan_of
+    from infra.artifacts import ArtifactRef, folder_of, publish, ref_of
+    from infra.progress import silent
+    from infra.store import Store
+    from infra.workers import WorkerOptions
+
+    recipe, store = load_recipe(name), Store(Path(root))
+    job = Job(recipe, store, recipe.source, WorkerOptions())
+    known: dict[str, ArtifactRef] = {}
+    seconds: dict[str, float] = {}
+    for stage, called, needs in stage_table(recipe):
+        started = time.perf_counter()
+        plan = plan_of(stage, job, {need: known[of] for need, of in needs.items()})
+        made = stages.run(stage, Work(job, plan, folder_of(store, plan.kind, plan.digest), silent))
+        manifest = publish(
+            store,
+            plan,
+            files=made.files,
+            counts=made.counts,
+            metrics=made.metrics,
+            seconds=0,
+            content_digest=made.content_digest,
+            pages=made.pages,
+        )
+        known[called] = ref_of(store, manifest)
+        seconds[stage.name] = time.perf_counter() - started
+    sys.stdout.write(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bare"]:
+        bare(*sys.argv[2:])
+    else:
+        main()
