@@ -26,6 +26,7 @@ from infra.training import (
     autocast,
     generator_of,
     over_micro_batches,
+    seed_torch,
     train_loop,
 )
 
@@ -59,7 +60,7 @@ def train_generator(
     space = space_of(info)
     check_rows(train, space, "training")
     check_rows(val, space, "held-out")
-    torch.manual_seed(run.seed)
+    seed_torch(run.seed, run.device)
     network = build_generator(model, space)
     network.initialise()
     network.to(run.device)

@@ -16,6 +16,7 @@ from infra.training import (
     mean_over_ranks,
     over_micro_batches,
     picture_grid,
+    seed_torch,
     train_loop,
 )
 from sftok.artifacts import save_tokenizer
@@ -52,7 +53,7 @@ def train_alignment(
     """
     if not isinstance(start, SFTok) and config.replacement != "none" and not config.from_scratch:
         raise ValueError("alignment begins with a warmed-up tokenizer: run warm_up first, or set from_scratch = true")
-    torch.manual_seed(run.seed)
+    seed_torch(run.seed, run.device)
     model = start if isinstance(start, SFTok) else SFTok(start, teacher.config, image_size, pixels=False)
     if not isinstance(start, SFTok):
         model.initialise()

@@ -16,6 +16,7 @@ from infra.training import (
     mean_over_ranks,
     over_micro_batches,
     picture_grid,
+    seed_torch,
     train_loop,
 )
 from sftok.artifacts import save_tokenizer
@@ -48,7 +49,7 @@ def train_fine_tune(
         run: where to write.
         weights: reads pretrained weights.
     """
-    torch.manual_seed(run.seed)
+    seed_torch(run.seed, run.device)
     training = config.training
     model = with_pixel_decoder(start, teacher).to(run.device).requires_grad_(False)
     assert model.pixel_decoder is not None

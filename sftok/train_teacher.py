@@ -19,6 +19,7 @@ from infra.training import (
     mean_over_ranks,
     over_micro_batches,
     picture_grid,
+    seed_torch,
     train_loop,
 )
 from sftok.artifacts import save_teacher
@@ -39,7 +40,7 @@ def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Ru
         run: where to write.
         weights: reads pretrained weights.
     """
-    torch.manual_seed(run.seed)
+    seed_torch(run.seed, run.device)
     training = config.training
     model = Teacher(config.model).to(torch.device(run.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     set_up([model.encoder, model.decoder], training)
