@@ -14,6 +14,7 @@ is checked like one of the command line, dead runs are marked (`flows.zombies`),
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from prefect import flow
@@ -25,7 +26,7 @@ from prefect.states import Cancelled, Completed
 
 from flows import data_watch, notify, overlap, zombies
 from flows.encode_request import check_encode_request
-from flows.history import PastRun, latest, records
+from flows.history import PastRun, is_evaluated, latest, records
 from flows.notify import GateFailedError
 from flows.parameters import (
     BenchmarkParameters,
@@ -154,7 +155,10 @@ def check_data(parameters: CheckDataParameters) -> State[Any]:
 
 @flow(name="benchmark-report", flow_run_name=_named("benchmark"), **HOOKS)
 def benchmark_report(parameters: BenchmarkParameters) -> State[Any]:
-    """Measure a run, report it against an earlier one, and fail if a figure became worse than it may."""
+    """Measure a run, report it against an earlier one, and fail if a figure became worse than it may.
+
+    One that was not evaluated is gone on with, as soon as no other run of its recipe is under way.
+    """
     from flows import benchmark
 
     place = Store(parameters.store or Settings().store)
@@ -164,8 +168,10 @@ def benchmark_report(parameters: BenchmarkParameters) -> State[Any]:
         return Completed(name="Skipped", message=f"there are no runs in {place.uri} yet")
     run = parameters.run or _to_measure(found)
     gate = parameters.gate and any(one.run == run and _has_gate(one) for one in found)
+    unfinished = next((one for one in found if one.run == run and not is_evaluated(one)), None)
     try:
-        made = benchmark.benchmark.fn(run=run, store=place.uri, against=parameters.against, gate=gate)
+        with overlap.held(unfinished.recipe.name, place, overlap="wait") if unfinished else nullcontext():
+            made = benchmark.benchmark.fn(run=run, store=place.uri, against=parameters.against, gate=gate)
     except benchmark.GateFailedError as error:
         raise GateFailedError(str(error)) from error
     asked = "the gate is passed" if gate else "no gate was asked"

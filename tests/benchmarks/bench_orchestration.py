@@ -25,6 +25,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         environment = {**os.environ, "SFTOK_HOME": f"{place}/home"}
         environment.pop("PREFECT_API_URL", None)
+        first = server_start(Path(place, "home"))  # on a new home it makes its database
+        then = server_start(Path(place, "home"))
         command = [sys.executable, "-m", "tests.benchmarks.bench_orchestration", "bare", recipe, f"{place}/bare"]
         bare = json.loads(output(command, environment))
         started = time.perf_counter()
@@ -40,6 +42,8 @@ def main() -> None:
         ["all, wall time", f"{library:.1f}", f"{wall:.1f}"],
         ["orchestration", "", f"{cost:.1f} ({percent(cost / library)}; at most {limit:.0f})"],
         ["the same run again", "", f"{again:.1f}"],
+        ["of these, the server's start", "", f"{then:.1f}"],
+        ["its start on a new home, once", "", f"{first:.1f}"],
     ]
     show(f"{recipe}: bare library calls, and the run", ["stage", "bare s", "run s"], rows)
     taken = []
@@ -49,6 +53,19 @@ def main() -> None:
         taken.append(time.perf_counter() - started)
     middle = f"{statistics.median(taken):.2f}"
     show("sftok --help", ["", "shortest s", "median s"], [["in a new process", f"{min(taken):.2f}", middle]])
+
+
+def server_start(home: Path) -> float:
+    """Seconds until a temporary Prefect server answers."""
+    from flows.server import start_server
+
+    started = time.perf_counter()
+    server = start_server(home)
+    try:
+        server.wait()
+        return time.perf_counter() - started
+    finally:
+        server.stop()
 
 
 def output(command: list[str], environment: dict[str, str]) -> str:
