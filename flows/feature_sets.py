@@ -1,7 +1,7 @@
 """Inception features of many images: one file for each shard, taken by Ray workers, resumed by shards, and kept.
 
-Of real images they are what samples are compared with; of samples, what is compared. Whoever scores alike finds them
-again: an artifact `features` is named by its images, the extractor's hash, the resize and the precision.
+Of real images they are what others are compared with; of samples and reconstructions, what is compared. Whoever scores
+alike finds them again: an artifact `features` is named by images, the extractor's hash, the resize and the precision.
 """
 
 import functools
@@ -35,6 +35,7 @@ from sftok.stored_images import StoredImages
 
 VERSION = 1  # raised by hand when the same config gives other features
 BATCH = 64  # images in memory at once
+SHOWN = "center"  # the view that is reconstructed
 
 
 class Shard(NamedTuple):
@@ -58,6 +59,8 @@ class Decoding:
     config: DecodingConfig
     micro_batch: int
     seed: int
+    variant: str | None = None
+    """the view whose codes are looked at; None: all."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,20 @@ class ShardFeatures:
         """Take the features of a shard; one that is done is not done again."""
         if (done := shard_entry(self.job.out, shard.name)) is not None:
             return done
-        parts = [features_of(self.network, images, self.job.resize) for images in self._images(shard)]
-        return write_shard(self.job.out, shard.name, save(_tensors(joined(parts))), shard.rows)
+        made = joined(features_of(self.network, images, self.job.resize) for images in self._images(shard))
+        return write_shard(self.job.out, shard.name, save(_tensors(made)), len(made))
 
     def _images(self, shard: Shard) -> Iterator[Tensor]:
         if self.decoder is None or self.job.decoding is None:
             yield from StoredImages(self.job.store, {shard.key: shard.rows}, self.job.image_size).split(BATCH)
             return
         _, rows = read_codes(self.job.store, [shard.key])
-        codes = torch.from_numpy(rows.codes.astype("int64"))
+        wanted = self.job.decoding.variant
+        chosen = [at for at, variant in enumerate(rows.variant) if wanted in (None, variant)]
+        codes, ids = torch.from_numpy(rows.codes.astype("int64"))[chosen], [rows.image_id[at] for at in chosen]
         size = -(-BATCH // self.job.decoding.micro_batch) * self.job.decoding.micro_batch
         for at in range(0, len(codes), size):
-            ids = rows.image_id[at : at + size]
-            yield self.decoder(codes[at : at + size], ids, self.job.decoding.config).images
+            yield self.decoder(codes[at : at + size], ids[at : at + size], self.job.decoding.config).images
 
 
 def features_of(network: PreparedInception, images: Tensor, how: Resize) -> Features:
@@ -121,14 +125,14 @@ def joined(parts: Iterable[Features]) -> Features:
     return Features(torch.cat(pool), torch.cat(spatial), torch.cat(logits))
 
 
-def of_real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol) -> Manifest:
-    """Features of the training images, found or taken.
+def of_real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, split: str = "train") -> Manifest:
+    """Features of the training images, or of those that are held out, found or taken.
 
     Raises:
         ValueError: the network's weights are not there, or are others.
     """
     inputs = {"images": work.ref("images")}
-    return _find_or_take(work, config, protocol, {"split": "train"}, inputs, work.rows("images", "train"), None)
+    return _find_or_take(work, config, protocol, {"split": split}, inputs, work.rows("images", split), None)
 
 
 def of_samples(work: Work, config: ScoresConfig, protocol: ScoreProtocol) -> Manifest:
@@ -137,18 +141,44 @@ def of_samples(work: Work, config: ScoresConfig, protocol: ScoreProtocol) -> Man
     Raises:
         ValueError: the network's weights are not there, or are others.
     """
+    decoding = _decoding(work, work.recipe.decoding)
+    return _of_codes(work, config, protocol, {}, ("samples", work.rows("samples", "sample")), decoding)
+
+
+def of_reconstructions(work: Work, config: ScoresConfig, protocol: ScoreProtocol, num_steps: int) -> Manifest:
+    """Features of the held-out images' reconstructions in so many decoding steps, found or taken.
+
+    Raises:
+        ValueError: the network's weights are not there, or are others.
+    """
+    decoding = _decoding(work, work.recipe.decoding.model_copy(update={"num_steps": num_steps}), SHOWN)
+    return _of_codes(work, config, protocol, {"variant": SHOWN}, ("codes", work.rows("codes", "val")), decoding)
+
+
+def _decoding(work: Work, config: DecodingConfig, variant: str | None = None) -> Decoding:
     recipe = work.recipe
-    decoding = Decoding(
-        work.folder("tokenizer"), work.folder("teacher"), recipe.decoding, recipe.encode.micro_batch, recipe.seed
-    )
+    tokenizer, teacher = work.folder("tokenizer"), work.folder("teacher")
+    return Decoding(tokenizer, teacher, config, recipe.encode.micro_batch, recipe.seed, variant)
+
+
+def _of_codes(
+    work: Work,
+    config: ScoresConfig,
+    protocol: ScoreProtocol,
+    which: dict[str, JsonValue],
+    codes: tuple[str, dict[str, int]],
+    decoding: Decoding,
+) -> Manifest:
+    name, rows = codes
     what: dict[str, JsonValue] = {
-        "decoding": recipe.decoding.as_json(),
-        "micro_batch": recipe.encode.micro_batch,
-        "seed": recipe.seed,
+        **which,
+        "decoding": decoding.config.as_json(),
+        "micro_batch": decoding.micro_batch,
+        "seed": decoding.seed,
         "threads": work.job.workers.threads_per_worker,
     }
-    inputs = {name: work.ref(name) for name in ("samples", "tokenizer", "teacher")}
-    return _find_or_take(work, config, protocol, what, inputs, work.rows("samples", "sample"), decoding)
+    inputs = {each: work.ref(each) for each in (name, "tokenizer", "teacher")}
+    return _find_or_take(work, config, protocol, what, inputs, rows, decoding)
 
 
 def feature_shards(store: Store, made: Manifest) -> Iterator[Features]:
@@ -182,7 +212,7 @@ def _find_or_take(
     job = FeatureJob(store, out, config.inception, protocol.resize, config.precision, size, decoding)
     shards = [Shard(key, count) for key, count in rows.items() if count]
     files = map_shards(functools.partial(ShardFeatures, job), shards, options=work.job.workers)
-    counts = {"images": sum(shard.rows for shard in shards)}
+    counts = {"images": sum(file.rows or 0 for file in files)}
     return publish(store, plan, files=files, counts=counts, metrics={}, seconds=0)
 
 

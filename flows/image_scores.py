@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flows.feature_sets import feature_shards, features_of, joined, of_samples
+from flows.feature_sets import (
+    feature_shards,
+    features_of,
+    joined,
+    of_real_images,
+    of_reconstructions,
+    of_samples,
+)
 from flows.recipe import ScoresConfig
 from flows.reference import real_images
 from flows.report_data import Measure, Protocol
@@ -36,6 +43,8 @@ class Scorer(NamedTuple):
     num_samples: int | None
     features: Callable[[], Features] | None = None
     """of all samples, where workers take them; None: they are taken of the images given."""
+    pairs: Callable[[int], tuple[Features, Features]] | None = None
+    """of all reconstructions in so many steps and of their originals; None: as `features`."""
     seed: int = 0
 
     def reconstruction(
@@ -47,7 +56,15 @@ class Scorer(NamedTuple):
             ValueError: there are too few images.
         """
         protocol = self._at(len(images))
-        features, real = (features_of(self.network, some, self.resize) for some in (images, originals))
+        if self.pairs:
+            features, real = self.pairs(num_steps)
+        else:
+            features, real = (features_of(self.network, some, self.resize) for some in (images, originals))
+        if not len(features) == len(real) == len(images):
+            raise ValueError(
+                f"features of {len(features)} reconstructions and {len(real)} originals, of {len(images)} images: "
+                "delete the folders of features and evaluate again"
+            )
         reference = Reference.of(real, protocol, "the held-out images themselves")
         scores = measure(protocol, features, reference)
         return measures_of(scores, "reconstruction", f"@{num_steps}", {**facts, "num_steps": num_steps})
@@ -98,7 +115,14 @@ def scorer_of(work: Work) -> Scorer | None:
     def features() -> Features:
         return joined(feature_shards(work.job.store, of_samples(work, config, protocol)))
 
-    return Scorer(protocol, prepared, protocol.resize, reference, config.num_samples, features, seed=work.recipe.seed)
+    def pairs(num_steps: int) -> tuple[Features, Features]:
+        made = of_reconstructions(work, config, protocol, num_steps)
+        real = of_real_images(work, config, protocol, "val")
+        return joined(feature_shards(work.job.store, made)), joined(feature_shards(work.job.store, real))
+
+    return Scorer(
+        protocol, prepared, protocol.resize, reference, config.num_samples, features, pairs, seed=work.recipe.seed
+    )
 
 
 class ReferenceFile(NamedTuple):

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from flows.server import health
-from tests.flows.serving_process import ROOT, free_port, until
+from tests.flows.serving_process import ROOT, command_of, free_port, until
 
 PATIENCE = 90.0  # seconds
 PASSWORD = "postgres-secret"  # of a database that lasts as long as the test
@@ -61,12 +61,27 @@ class Process:
         return (self.folder / "log").read_text(errors="replace")[-3000:]
 
 
+class Database:
+    """A PostgreSQL server's database."""
+
+    def __init__(self, binaries: Path, port: int) -> None:
+        self.binaries, self.port = binaries, port
+        self.url = f"postgresql+asyncpg://prefect:{PASSWORD}@127.0.0.1:{port}/postgres"
+
+    def dump(self) -> bytes:
+        """All that is in it."""
+        command = [str(self.binaries / "pg_dump"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "prefect", "postgres"]
+        environment = plain_environment(PGPASSWORD=PASSWORD)
+        return subprocess.run(command, check=True, capture_output=True, env=environment).stdout
+
+
 @contextmanager
-def postgres() -> Iterator[str]:
-    """A new database on a free port of loopback, as the URL that Prefect takes; skips where PostgreSQL is missing."""
-    initdb = shutil.which("initdb") or next(map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
-    if initdb is None:
+def postgres() -> Iterator[Database]:
+    """A new database on a free port; skips where PostgreSQL is not installed."""
+    found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if found is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    binaries = Path(found).resolve().parent
     user = "nobody" if os.getuid() == 0 else None  # it refuses to run as root
     folder, port = Path(tempfile.mkdtemp(prefix="sftok-postgres-")), free_port()
     try:
@@ -76,19 +91,29 @@ def postgres() -> Iterator[str]:
                 shutil.chown(path, user)
         data = str(folder / "data")
         subprocess.run(
-            [initdb, "-D", data, "-U", "prefect", "-A", "scram-sha-256", f"--pwfile={folder}/password", "-N"],
+            [
+                str(binaries / "initdb"),
+                "-D",
+                data,
+                "-U",
+                "prefect",
+                "-A",
+                "scram-sha-256",
+                f"--pwfile={folder}/password",
+                "-N",
+            ],
             check=True,
             capture_output=True,
             user=user,
             cwd=folder,
         )
         settings = [f"port={port}", "listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
-        command = [str(Path(initdb).with_name("postgres")), "-D", data, *(f"--{setting}" for setting in settings)]
+        command = [str(binaries / "postgres"), "-D", data, *(f"--{setting}" for setting in settings)]
         server = Process(command, folder, plain_environment(), user)
         server.start()
         try:
             until(lambda: "ready to accept connections" in server.said(), PATIENCE, server.said)
-            yield f"postgresql+asyncpg://prefect:{PASSWORD}@127.0.0.1:{port}/postgres"
+            yield Database(binaries, port)
         finally:
             server.kill()
     finally:
@@ -143,7 +168,7 @@ class RayNodes:
     def workers(self) -> list[psutil.Process]:
         """Actors at work on any node."""
         found = [one for node in [self.head, *self.nodes] for one in node.family()]
-        return [one for one in found if _title(one).startswith("ray::_Actor")]
+        return [one for one in found if command_of(one).startswith("ray::_Actor")]
 
     def kill(self) -> None:
         """End all of it."""
@@ -162,11 +187,4 @@ class RayNodes:
 
 def raylet(node: Process) -> psutil.Process:
     """The process that stands for a machine: without it Ray takes the machine for lost."""
-    return next(one for one in node.family() if Path(_title(one).partition(" ")[0]).name == "raylet")
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    return next(one for one in node.family() if Path(command_of(one).partition(" ")[0]).name == "raylet")

@@ -45,6 +45,14 @@ def until(what: Callable[[], Any], patience: float, why: str) -> Any:
     return found
 
 
+def command_of(process: psutil.Process) -> str:
+    """Its command line; none of one that has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 class Serving:
     """One `sftok serve`, and what it says."""
 
@@ -92,7 +100,7 @@ class Serving:
     def children(self) -> list[psutil.Process]:
         """The processes of runs under way."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in family if "prefect.engine" in one.cmdline()]
+        return [one for one in family if "prefect.engine" in command_of(one)]
 
     def stop(self) -> int:
         """End it as a service manager does; its exit code."""

@@ -438,3 +438,25 @@ def test_the_nightly_report_waits_for_a_first_run(prefect_api, store) -> None:
     from flows.parameters import BenchmarkParameters
 
     assert benchmark_report(BenchmarkParameters(store=store.uri), return_state=True).name == "Skipped"
+
+
+def test_the_nightly_report_of_an_unfinished_run_holds_its_recipe(run_deployed, fakes, store, monkeypatch) -> None:
+    from flows import benchmark, overlap
+    from flows.deploy import benchmark_report
+    from flows.parameters import BenchmarkParameters
+
+    fakes.failures["evaluate"] = [ValueError("no memory")]
+    assert run_deployed(seed=6).is_failed()
+    finish, tried = benchmark._evaluated, []
+
+    def looked(*given: Any) -> str:
+        with pytest.raises(overlap.OverlapError), overlap.held("digits", store, overlap="cancel"):
+            pass
+        tried.append(given)
+        return finish(*given)
+
+    monkeypatch.setattr(benchmark, "_evaluated", looked)
+    benchmark_report(BenchmarkParameters(store=store.uri), return_state=True)
+    assert len(tried) == 1
+    with overlap.held("digits", store, overlap="cancel"):
+        pass

@@ -33,6 +33,7 @@ from sftok.measures import Reference
 from sftok.metrics import FeatureMoments
 from sftok.protocols import TORCH_FIDELITY
 from sftok.reference_file import read_statistics
+from sftok.stored_images import StoredImages
 from tests.flows.small_dataset import Made, draw_images
 from tests.sftok.random_inception import RandomInception, pictures, write
 
@@ -237,6 +238,38 @@ class TestReference:
         assert len(found) == manifest_of(made.store, samples).counts["samples"] > 4, "more than a shard holds"
         torch.testing.assert_close(found.pool, expected.pool)
         torch.testing.assert_close(found.logits, expected.logits)
+
+    def test_reconstructions_are_looked_at_by_workers_as_in_one_process(self, made: Made) -> None:
+        """Decoded with their own noise and at the recipe's micro-batch, without the views besides the center."""
+        tokenizer, teacher = made.tokenizer(0), made.teacher()
+        images = made.run(stages.PREPARE)
+        inputs = {"images": images, "codes": made.run(stages.ENCODE, images=images, tokenizer=tokenizer)}
+        plan = plan_of(stages.EVALUATE, made.job, {**inputs, "tokenizer": tokenizer, "teacher": teacher})
+        work = Work(made.job, plan, folder_of(made.store, plan.kind, plan.digest), silent)
+        scorer = scorer_of(work)
+        assert scorer is not None
+        _, rows = read_codes(made.store, work.keys("codes", "val"))
+        chosen = [at for at, variant in enumerate(rows.variant) if variant == "center"]
+        decoder = ImageDecoder(
+            load_tokenizer(work.folder("tokenizer")),
+            load_teacher(work.folder("teacher")),
+            micro_batch=work.recipe.encode.micro_batch,
+            seed=work.recipe.seed,
+        )
+        codes, ids = torch.from_numpy(rows.codes.astype("int64"))[chosen], [rows.image_id[at] for at in chosen]
+        originals = StoredImages(made.store, work.rows("images", "val"), work.recipe.data.image_size).load().images
+        for num_steps in (1, 3):
+            decoding = work.recipe.decoding.model_copy(update={"num_steps": num_steps})
+            decoded = decoder(codes, ids, decoding).images
+            found, real = scorer.pairs(num_steps)
+            expected = features_of(scorer.network, decoded, scorer.resize)
+            torch.testing.assert_close(found.pool, expected.pool)
+            alone = features_of(scorer.network, originals, scorer.resize).pool  # in another order than by shards
+            torch.testing.assert_close(real.pool[real.pool[:, 0].argsort()], alone[alone[:, 0].argsort()])
+        few = scorer._replace(pairs=lambda _: (found.rows(torch.arange(1)), real))
+        many = pictures(30, 32, seed=0)
+        with pytest.raises(ValueError, match=r"features of 1 reconstructions and \d originals, of 30 images: delete"):
+            few.reconstruction(many, many, 1, {})
 
     def test_missing_weights_are_told_before_anything_is_trained(self, store: Store) -> None:
         recipe = load_recipe("digits", overrides=["evaluate.scores.protocol=torch_fidelity"])

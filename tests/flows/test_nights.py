@@ -19,7 +19,7 @@ from flows.server import prefect_server
 from infra.artifacts import verify as verify_manifest
 from infra.inventory import manifests
 from infra.store import Store
-from tests.flows.cluster import PASSWORD, RAY_TOKEN, PrefectServer, RayNodes, postgres, raylet
+from tests.flows.cluster import PASSWORD, RAY_TOKEN, Database, PrefectServer, RayNodes, postgres, raylet
 from tests.flows.serving_process import Serving, until
 from tests.s3_server import Instance, running_instance
 
@@ -35,8 +35,8 @@ RUN_SECONDS = 300.0
 class Team:
     """The servers, and what was done to them."""
 
-    def __init__(self, folder: Path, s3: Instance, prefect: PrefectServer, ray: RayNodes) -> None:
-        self.folder, self.s3, self.prefect, self.ray = folder, s3, prefect, ray
+    def __init__(self, folder: Path, database: Database, s3: Instance, prefect: PrefectServer, ray: RayNodes) -> None:
+        self.folder, self.database, self.s3, self.prefect, self.ray = folder, database, s3, prefect, ray
         self.store = Store("s3://artifacts/nights")
         self.faults: list[str] = []
         arguments = ["--recipe", RECIPE, "--store", self.store.uri, "--workers", "2", "--pipeline-cron", "* * * * *"]
@@ -105,7 +105,7 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Team]:
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "client"))
         prefect, ray = (
-            PrefectServer(tmp_path / "prefect", database),
+            PrefectServer(tmp_path / "prefect", database.url),
             RayNodes(tmp_path / "ray", **s3.server.environment),
         )
         prefect.start()
@@ -114,7 +114,7 @@ def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Team]:
             for _ in range(2):
                 ray.add()
             prefect.ready()
-            team = Team(tmp_path, s3, prefect, ray)
+            team = Team(tmp_path, database, s3, prefect, ray)
             team.serving.wait()
             with prefect_server(tmp_path, api_url=prefect.url):
                 yield team
@@ -231,11 +231,14 @@ def is_whole(store: Store, manifest: Any) -> bool:
 
 
 def no_secret_was_written(team: Team) -> None:
-    """Neither into the store, nor into any log or file of the client's."""
+    """Neither into the store, nor into Prefect's database, nor into any log or file of the client's."""
     secrets = [PASSWORD, RAY_TOKEN, team.s3.server.secret_key]
     for name in team.store.list():
         data = team.store.read(name)
         assert not [secret for secret in secrets if secret.encode() in data], name
+    database = team.database.dump()
+    assert b"digits_tiny" in database, "runs are in it"
+    assert not [secret for secret in secrets if secret.encode() in database]
     for log in [team.serving.log, team.folder / "prefect/log", *team.folder.glob("client/**/*")]:
         if os.path.isfile(log):
             text = Path(log).read_bytes()
