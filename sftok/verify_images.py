@@ -20,6 +20,8 @@ from sftok.prepare_shard import METADATA_KEY
 
 UNREADABLE = (pa.ArrowException, KeyError, TypeError, ValueError, OSError)
 
+OF_A_SET = 2  # version of images from which on the content digest is of a set
+
 ClassNames = tuple[str, list[str] | None] | None  # with the file that they are of
 
 
@@ -68,7 +70,7 @@ class ImagesCheck:
         names = self.class_names[1] if self.class_names else None
         product = set_hash.join(tally.product for tally in tallies)
         digest = set_hash.digest(json.dumps(names).encode() + b"\n", product)
-        if digest != self.manifest.content_digest:
+        if digest != self.manifest.content_digest and self.manifest.version >= OF_A_SET:
             yield Finding(MANIFEST, f"content_digest is {self.manifest.content_digest}, the images make {digest}")
 
     def proven(self, tallies: Sequence[ImagesTally]) -> list[str]:
@@ -76,7 +78,12 @@ class ImagesCheck:
         counts = self._counts(tallies)
         return [
             f"found {counts['found']:,} = accepted {counts['accepted']:,} + rejected {counts['rejected']:,}",
-            "SHA-256 of every image's bytes; every image id once, in the shard that it hashes to; the content digest",
+            "SHA-256 of every image's bytes; every image id once, in the shard that it hashes to"
+            + (
+                "; the content digest"
+                if self.manifest.version >= OF_A_SET
+                else "; not the content digest, once a list's"
+            ),
         ]
 
     @staticmethod

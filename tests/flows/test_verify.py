@@ -369,6 +369,18 @@ def test_a_label_that_was_changed_is_seen_by_the_content_digest(copy):
     assert f"{TRAIN}: 1 images have a label beyond 2 class names" in copy.findings("images")[0]
 
 
+def test_the_content_digest_of_an_earlier_version_is_not_called_wrong(copy):
+    """It was of a sorted list; those artifacts are as whole as ever, and nothing new is made of them."""
+    manifest = manifest_of(copy.store, copy.refs["images"])
+    plan = manifest.plan.model_copy(update={"version": 1})
+    earlier = manifest.model_copy(update={"version": 1, "digest": plan.digest, "content_digest": "0" * 32})
+    shutil.copytree(copy.folder("images").path, folder_of(copy.store, "images", plan.digest).path)
+    folder_of(copy.store, "images", plan.digest).write(MANIFEST, earlier.model_dump_json().encode())
+    (found,) = verify(f"images/{plan.digest}", store=copy.store.uri).artifacts
+    assert found.findings == ()
+    assert any("not the content digest" in line for line in found.proven)
+
+
 def test_an_image_in_another_shard_and_one_in_both_splits(copy):
     first = copy.table("images", TRAIN)
     second = copy.table("images", "train-00002-of-00003.parquet")
