@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from infra.errors import TransientError
 from infra.store import Store
 from infra.workers import WorkerOptions
 from sftok.config import DataConfig
@@ -464,3 +465,11 @@ def test_images_that_were_prepared_under_a_higher_rate_are_held_against_todays()
     check_reject_rate(
         {"found": 999, "rejected": 900}, config, "images/1"
     )  # small sources are for their owners to judge
+
+
+def test_a_plan_whose_files_are_gone_is_made_again(store):
+    """Another run of the same source has finished and cleared up: the next attempt finds its images."""
+    jobs = plan_shards(entries_of(9), CONFIG, folder=store).jobs
+    jobs.deal.folder.delete_tree()
+    with pytest.raises(TransientError, match="another run prepared the same images"):
+        [job.entries for job in jobs]
