@@ -155,6 +155,8 @@ class RayNodes:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         }
+        # Of its own: Ray leaves the address of a cluster there, and whoever starts one later would join this one.
+        self.scratch = tempfile.mkdtemp(prefix="ray-")  # short: sockets are in it
         port = self.address.partition(":")[2]
         self.head = self._node("head", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
         self.nodes: list[Process] = []
@@ -174,11 +176,13 @@ class RayNodes:
         """End all of it."""
         for node in [*self.nodes, self.head]:
             node.kill()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _node(self, name: str, *arguments: str) -> Process:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
         memory = ["--object-store-memory=134217728", "--disable-usage-stats"]
-        environment = plain_environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **self.environment, **self.given)
+        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_TMPDIR": self.scratch}
+        environment = plain_environment(**own, **self.environment, **self.given)
         node = Process([*command, *memory, *arguments], self.folder / name, environment)
         node.start()
         until(lambda: "Ray runtime started" in node.said(), PATIENCE, node.said)
