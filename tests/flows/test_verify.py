@@ -117,11 +117,11 @@ def test_workers_find_the_same(copy):
     copy.rewrite_table("images", TRAIN, images_table(copy, TRAIN, lambda rows: rows.append(rows[0])))
     copy.folder("codes").write(VAL, b"broken")
     copy.folder("samples").delete(SAMPLES)
-    for kind in ("samples", "codes", "images"):
-        alone = verify(str(copy.refs[kind]), store=copy.store.uri, inputs=True)
-        shared = verify(str(copy.refs[kind]), store=copy.store.uri, inputs=True, workers=2)
-        assert shared == alone
-        assert not alone.ok
+    alone = verify(str(copy.refs["samples"]), store=copy.store.uri, inputs=True)
+    shared = verify(str(copy.refs["samples"]), store=copy.store.uri, inputs=True, workers=2)
+    assert shared == alone
+    broken = [artifact.ref.partition("/")[0] for artifact in alone.artifacts if artifact.findings]
+    assert broken == ["samples", "codes", "images"]
 
 
 def test_without_inputs_only_the_one_named_is_read(copy):

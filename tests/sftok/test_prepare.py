@@ -404,8 +404,10 @@ def entries_by_shard(source: Source, config: DataConfig, folder: Store, **option
     return {job.name: list(job.entries) for job in plan_shards(source, config, folder=folder, **options).jobs}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("train", "val", "bins"), [(12, 8, 4), (60, 30, 30), (7, 5, 1), (6, 6, 6)])
+@pytest.mark.parametrize(
+    ("train", "val", "bins", "workers"),
+    [(12, 8, 4, 0), (60, 30, 30, 0), pytest.param(60, 30, 30, 2, marks=pytest.mark.slow), (7, 5, 1, 0), (6, 6, 6, 0)],
+)
 def test_bins_change_no_shard(store, monkeypatch, train, val, bins, workers):
     config = CONFIG.model_copy(update={"num_shards": train, "num_val_shards": val})
     source = entries_of(3000)
