@@ -38,7 +38,7 @@ HOW = frozenset(
 class Listing:
     """Hands the source that an attempt has listed to name its artifact on to the call that reads the images.
 
-    One listing at most is held, some hundred bytes an image, until it is taken; other processes get an empty holder.
+    One listing at most is held, in memory or a temporary file, until it is taken; other processes get an empty holder.
     """
 
     def __init__(self) -> None:

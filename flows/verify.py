@@ -16,12 +16,13 @@ from infra.cluster import session
 from infra.codes import CodesInfo, load_info
 from infra.lineage import store_of
 from infra.progress import Progress, silent
-from infra.shards import SHARD, FileEntry
+from infra.shards import FileEntry
 from infra.store import Store
 from infra.verify import (
     Finding,
     RepeatedIds,
     Shard,
+    Tick,
     check_bytes,
     check_shard_names,
     check_sidecar,
@@ -155,17 +156,17 @@ def check_artifact(
     findings += cannot
     keys = {entry.path: key_of(images, entry) for entry in shards_of(store, images)} if images else {}
     items = [Item(entry, keys.get(entry.path)) for entry in files_of(store, manifest)]
-    work = functools.partial(FileCheck, store, manifest, make)
-    reports = map_shards(work, items, options=options, progress=_in_mib(manifest.num_bytes, progress))
+    tell = _Tell(manifest.num_bytes, progress)
+    by_bytes, by_files = (tell.read, silent) if options.workers == 0 else (_nobody, tell.files)
+    work = functools.partial(FileCheck, store, manifest, make, by_bytes)
+    reports = map_shards(work, items, options=options, progress=by_files)
     findings += [finding for report in reports for finding in report.findings]
     tallies = [report.tally for report in reports if report.tally is not None]
     proven = ["bytes and SHA-256 of every file; the digest fits config and inputs"]
     if make is not None and all(report.is_intact for report in reports):  # else sums would say the same again
         check = make()
-        with_ids = (
-            (entry, made_from or key_of(manifest, entry)) for entry, made_from in items if made_from or not images
-        )
-        shards = [Shard(entry.path, key) for entry, key in with_ids if SHARD.fullmatch(entry.path)]
+        own = {entry.path: key_of(manifest, entry) for entry in shards_of(store, manifest)}
+        shards = [Shard(name, keys[name] if images else key) for name, key in own.items() if not images or name in keys]
         by_hash = kind != "samples" and all(tally.is_placed for tally in tallies)
         look = functools.partial(RepeatedIds, store, "sample" if kind == "samples" else "image")
         for repeated in map_shards(look, id_groups(shards, by_hash=by_hash), options=options):
@@ -180,8 +181,9 @@ def check_artifact(
 class FileCheck:
     """A worker: checks one file a call."""
 
-    def __init__(self, store: Store, manifest: Manifest, make: Callable[[], ContentCheck] | None) -> None:
-        self.store, self.manifest = store, manifest
+    def __init__(self, store: Store, manifest: Manifest, make: Callable[[], ContentCheck] | None, tick: Tick) -> None:
+        """`tick` is called with bytes as they are read, where it is this process that reads them."""
+        self.store, self.manifest, self.tick = store, manifest, tick
         self.folder = folder_of(store, manifest.kind, manifest.digest)
         self.content = make() if make is not None else None
 
@@ -191,7 +193,7 @@ class FileCheck:
         tally = None
         try:
             with local_file(self.store, key_of(self.manifest, item.entry)) as path:
-                wrong = list(check_bytes(path, item.entry))
+                wrong = list(check_bytes(path, item.entry, self.tick))
                 if not wrong and self.content is not None:
                     findings, tally = self.content.file(item.entry, path, item.images)
         except FileNotFoundError:
@@ -199,16 +201,31 @@ class FileCheck:
         return Report([*findings, *wrong, *check_sidecar(self.folder, item.entry)], tally, not wrong)
 
 
-def _in_mib(size: int, progress: Progress) -> Progress:
-    """Tell of files as of the MiB that they hold on average."""
-    started, mib = time.monotonic(), max(-(-size // MIB), 1)
+class _Tell:
+    """Tells of MiB: as bytes are read here, or, where workers read them, as of those that files hold on average."""
 
-    def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
-        del figures  # shards a second
-        rate = size * done / total / max(time.monotonic() - started, 1e-9) / 1e6
-        progress(-(-mib * done // total), mib, {"MB_per_s": rate})
+    def __init__(self, size: int, progress: Progress) -> None:
+        self.size, self.progress = size, progress
+        self.started, self.done = time.monotonic(), 0
 
-    return listen
+    def read(self, count: int) -> None:
+        """So many bytes more."""
+        self._tell(self.done + count)
+
+    def files(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """So many files."""
+        del figures  # files a second
+        self._tell(self.size * done // total)
+
+    def _tell(self, done: int) -> None:
+        self.done = done
+        rate = done / max(time.monotonic() - self.started, 1e-9) / 1e6
+        self.progress(-(-done // MIB), max(-(-self.size // MIB), 1), {"MB_per_s": rate})
+
+
+def _nobody(count: int) -> None:
+    """Another process cannot be told."""
+    del count
 
 
 def _content_check(

@@ -1,7 +1,9 @@
 """Files of an artifact: the entries that tell of them, and shards, which are done when their sidecar exists."""
 
 import hashlib
+import math
 import re
+from collections.abc import Iterable
 from typing import TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError
@@ -33,6 +35,15 @@ def shard_name(split: str, index: int, total: int) -> str:
     """Where in an artifact's folder a shard is: more than 4,096 of a split are spread over 256 folders, by hash."""
     name = f"{split}-{index:05d}-of-{total:05d}.parquet"
     return name if total <= SPREAD_FROM else f"{hashlib.sha256(name.encode()).hexdigest()[:2]}/{name}"
+
+
+def common_divisors(totals: Iterable[int], most: int) -> list[int]:
+    """Numbers up to `most` that divide all of these, rising; 1 if there are none.
+
+    Shard i of n and shard j of m hold a hash in common only if i and j leave the same remainder by each of them.
+    """
+    common = math.gcd(*totals) or 1
+    return [number for number in range(1, min(common, most) + 1) if common % number == 0]
 
 
 def split_of(path: str) -> str | None:

@@ -6,10 +6,9 @@ each, and an id that comes twice is looked for where ids of one hash can be.
 """
 
 import hashlib
-import math
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +19,13 @@ from pydantic import ValidationError
 
 from infra import signing
 from infra.artifacts import MANIFEST, ROOT, Manifest, files_of, folder_of, shards_of
-from infra.shards import SHARD, FileEntry, shard_entry, shard_name
+from infra.shards import SHARD, FileEntry, common_divisors, shard_entry, shard_name
 from infra.store import Store
 
 CHUNK = 8 << 20  # bytes read at once
 MOST_GROUPS = 4096  # of shards whose ids are compared
 EXAMPLES = 3  # rows named in a finding
+Tick = Callable[[int], None]  # called with bytes as they are read
 AGAIN = "delete the artifact's folder and run again"
 
 
@@ -107,7 +107,7 @@ def local_file(folder: Store, name: str) -> Iterator[Path]:
         yield copy
 
 
-def check_bytes(path: Path, entry: FileEntry) -> Iterator[Finding]:
+def check_bytes(path: Path, entry: FileEntry, tick: Tick) -> Iterator[Finding]:
     """Compare size and SHA-256 with the manifest's entry."""
     sha256, size = hashlib.sha256(), 0
     try:
@@ -115,6 +115,7 @@ def check_bytes(path: Path, entry: FileEntry) -> Iterator[Finding]:
             while data := file.read(CHUNK):
                 sha256.update(data)
                 size += len(data)
+                tick(len(data))
     except FileNotFoundError:
         yield Finding(entry.path, "is missing")
         return
@@ -176,16 +177,15 @@ class Shard(NamedTuple):
 
 
 def id_groups(shards: Sequence[Shard], *, by_hash: bool) -> list[list[Shard]]:
-    """Shards among which one id can come twice; where each id is in the bucket of its hash, those are few.
-
-    Shard i of n and shard j of m have a hash in common only if i and j leave the same remainder by each common divisor.
-    """
-    places = [match for shard in shards if (match := SHARD.fullmatch(shard.name))] if by_hash else []
-    count = min(math.gcd(*(int(place["total"]) for place in places)) or 1, MOST_GROUPS)
+    """Shards among which one id can come twice; where each id is in the bucket of its hash, those are few."""
+    if not by_hash:
+        return [list(shards)]
+    places = [match for shard in shards if (match := SHARD.fullmatch(shard.name))]
+    count = common_divisors((int(place["total"]) for place in places), MOST_GROUPS)[-1]
     groups: list[list[Shard]] = [[] for _ in range(count)]
-    for at, shard in enumerate(shards):
-        groups[int(places[at]["index"]) % count if by_hash else 0].append(shard)
-    return [group for group in groups if group]
+    for shard, place in zip(shards, places, strict=True):
+        groups[int(place["index"]) % count].append(shard)
+    return groups
 
 
 class RepeatedIds:

@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.artifacts import MANIFEST, Manifest, key_of
-from infra.codes import CodeRows, CodesInfo, from_parquet
+from infra.codes import NO_CLASS, CodeRows, CodesInfo, from_parquet
 from infra.shards import SHARD, FileEntry
 from infra.store import Store
 from infra.verify import Finding, bucket_of, some
 
 FAILED = "failed.parquet"
 FAILED_COLUMNS = ("image_id", "variant", "reason")
-NO_CLASS = -1
 
 Key = tuple[str, str]  # image id, variant
 Labels = Mapping[str, int]  # of the images of one shard, -1: none
@@ -65,7 +64,7 @@ class CodeFiles(ABC):
         if self.info is not None and info != self.info:
             ours, theirs = self.info.as_json(), info.as_json()
             for field in (field for field in ours if ours[field] != theirs[field]):
-                yield Finding(entry.path, f"{field} is {theirs[field]!r}, {ours[field]!r} in the files before it")
+                yield Finding(entry.path, f"{field} is {theirs[field]!r}, {ours[field]!r} in the first file")
         yield rows
 
     @abstractmethod

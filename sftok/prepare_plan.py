@@ -2,13 +2,12 @@
 
 import functools
 import logging
-import math
 import uuid
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 from infra.progress import Progress, silent
-from infra.shards import shard_name
+from infra.shards import common_divisors, shard_name
 from infra.store import Store
 from infra.workers import WorkerOptions, map_shards
 from sftok.config import DataConfig
@@ -129,8 +128,7 @@ def _deal(
 
 def _bins(found: int, config: DataConfig, bin_size: int) -> int:
     """As many bins as keep each small: a common divisor of both numbers of shards, so that a bin has whole shards."""
-    common = math.gcd(config.num_shards, config.num_val_shards)
-    possible = [number for number in range(1, min(common, MOST_BINS) + 1) if common % number == 0]
+    possible = common_divisors((config.num_shards, config.num_val_shards), MOST_BINS)
     bins = next((number for number in possible if found <= number * bin_size), possible[-1])
     if found > 64 * bins * bin_size:
         log.warning(

@@ -38,14 +38,17 @@ def test_a_large_file_is_hashed_in_little_memory(store: Store) -> None:
     sha256, block = hashlib.sha256(), bytes(1 << 20)
     for _ in range(200):
         sha256.update(block)
+    seen: list[int] = []
     entry = FileEntry(path="large.bin", size=size, sha256=sha256.hexdigest())
     tracemalloc.start()
     try:
-        assert not list(check_bytes(folder.path / "large.bin", entry))
+        assert not list(check_bytes(folder.path / "large.bin", entry, seen.append))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 40 << 20
+    assert sum(seen) == size
+    assert len(seen) > 10, "progress should be seen while it reads"
 
 
 def test_a_ledger_finds_what_comes_twice() -> None:
@@ -67,6 +70,17 @@ def test_one_id_of_both_splits_is_in_one_group(train: int, val: int, hashed: int
     both = {shard_name("train", hashed % train, train), shard_name("val", hashed % val, val)}
     assert any(both <= {shard.name for shard in group} for group in groups)
     assert id_groups(shards, by_hash=False) == [shards]
+
+
+def test_groups_are_few_and_still_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a number of groups that is no divisor: ids would be compared with the wrong shards."""
+    monkeypatch.setattr("infra.verify.MOST_GROUPS", 4)
+    shards = [Shard(shard_name(split, i, n), "") for split, n in (("train", 12), ("val", 6)) for i in range(n)]
+    groups = id_groups(shards, by_hash=True)
+    assert len(groups) == 3
+    for hashed in range(12):
+        both = {shard_name("train", hashed, 12), shard_name("val", hashed % 6, 6)}
+        assert any(both <= {shard.name for shard in group} for group in groups)
 
 
 def test_buckets_are_the_published_rule() -> None:
@@ -127,7 +141,7 @@ def test_a_store_far_away_is_read_once_to_a_file_that_goes_away(s3_store: Store)
     folder = s3_store.at("x")
     entry = put(folder, "data.bin", b"data" * 1000)
     with local_file(folder, "data.bin") as path:
-        assert not list(check_bytes(path, entry))
+        assert not list(check_bytes(path, entry, lambda _: None))
     assert not path.exists()
     with pytest.raises(FileNotFoundError), local_file(folder, "none.bin"):
         pass
