@@ -9,8 +9,8 @@ number of workers, and one more image changes one file. Files, each with rows so
 
 Where images lie in tars or Parquet, workers first look into these (`source_containers`); the entries are dealt to
 their shards (`prepare_deal`); then workers make one shard each, from the whole files or ranges of files that its
-entries name. A shard is all that a worker holds, and the driver two kilobytes for each. What is finished has a sidecar and
-is not done again.
+entries name. A shard is all that a worker holds, and the driver two kilobytes for each. What is finished has a sidecar
+and is not done again.
 """
 
 import collections
