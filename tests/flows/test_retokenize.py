@@ -159,6 +159,7 @@ class TestRequests:
             EncodeConfig(variants=views)
 
 
+@pytest.mark.slow
 def test_the_command_imports_encodes_and_finds(home, tmp_path, data) -> None:
     """In processes of their own, with a temporary server; the tokenizer is an imported one."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_", "SFTOK_"))}

@@ -223,6 +223,7 @@ def test_own_images_run_and_what_is_no_image_is_listed(tmp_path: Path) -> None:
     assert "<b>cats</b>" not in page
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_a_run_on_s3_ends_with_the_same_bytes(reference: Reference, s3_env: S3Server, s3_store: Store) -> None:
     result = reference.runner.run(s3_store.uri, "--workers", "2", **s3_env.environment)

@@ -219,7 +219,7 @@ class TestProcesses:
     @pytest.mark.parametrize(
         ("moment", "number"),
         [
-            ("starts", signal.SIGINT),
+            pytest.param("starts", signal.SIGINT, marks=pytest.mark.slow),
             ("works", signal.SIGINT),
             ("works", signal.SIGKILL),
             pytest.param("works", signal.SIGTERM, marks=pytest.mark.slow),
