@@ -147,8 +147,8 @@ class SampleConfig(Config):
     precision: SamplePrecision = Field("fp32", description="of weights and matrix products")
     compile: bool = Field(
         False,
-        description="compile the step with torch.compile, a minute before the first sample: for CUDA, where it is "
-        "captured as a graph too; on CPUs what is done without is faster",
+        description="compile the step as one graph, which takes up to a minute before a worker's first sample: for "
+        "CUDA, where it is captured too, and for autoregressive bf16 on CPUs; all else is faster there without",
     )
 
     @model_validator(mode="after")

@@ -24,12 +24,15 @@ NORM_EPSILON = 1e-6
 
 
 class Cache(NamedTuple):
-    """Keys and values of all positions seen so far, of static size."""
+    """Keys and values of all positions seen so far, of static size.
 
-    keys: Tensor
-    """(layers, B, H, N, D)."""
-    values: Tensor
-    """(layers, B, H, N, D)."""
+    A tensor a layer: of one for all of them, a compiled step copies the whole at each layer.
+    """
+
+    keys: tuple[Tensor, ...]
+    """(B, H, N, D) a layer."""
+    values: tuple[Tensor, ...]
+    """(B, H, N, D) a layer."""
 
 
 class Place(NamedTuple):
@@ -223,9 +226,11 @@ class Generator(nn.Module):
 
     def empty_cache(self, batch: int) -> Cache:
         """Room for the keys and values of `batch` sequences."""
-        shape = (self.config.layers, batch, self.config.heads, self.space.num_tokens, self.cos.shape[-1])
-        like = self.code_embed.weight
-        return Cache(like.new_zeros(shape), like.new_zeros(shape))
+        shape = (batch, self.config.heads, self.space.num_tokens, self.cos.shape[-1])
+        keys, values = (
+            tuple(self.code_embed.weight.new_zeros(shape) for _ in range(self.config.layers)) for _ in range(2)
+        )
+        return Cache(keys, values)
 
     def step(self, x_BW: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) of the code that is drawn at `position` of the order; shapes do not depend on the position.
@@ -238,18 +243,18 @@ class Generator(nn.Module):
         Raises:
             ValueError: the cache is of other sizes.
         """
-        wanted = (len(x_BW), self.space.num_tokens)
-        if (cache.keys.shape[1], cache.keys.shape[3]) != wanted:
+        wanted, there = (len(x_BW), self.space.num_tokens), cache.keys[0].shape[::2]
+        if there != wanted:
             raise ValueError(
-                f"the cache holds {cache.keys.shape[1]} sequences of {cache.keys.shape[3]} codes, not {wanted[0]} of "
-                f"{wanted[1]}: make it with empty_cache({wanted[0]})"
+                f"the cache holds {there[0]} sequences of {there[1]} codes, not {wanted[0]} of {wanted[1]}: make it "
+                f"with empty_cache({wanted[0]})"
             )
         unseen_N = torch.arange(wanted[1], device=x_BW.device) > position
         place = Place(position, self.cos[position][None], self.sin[position][None], unseen_N)
         if self.target_positions is not None:
             x_BW = x_BW + self.target_positions(position)
         x_B1W = x_BW[:, None]
-        for i, block in enumerate(self.blocks):
+        for block, keys_BHND, values_BHND in zip(self.blocks, *cache, strict=True):
             assert isinstance(block, Block)
-            x_B1W = block.step(x_B1W, place, cache.keys[i], cache.values[i])
+            x_B1W = block.step(x_B1W, place, keys_BHND, values_BHND)
         return self.logits(x_B1W)[:, 0]

@@ -275,6 +275,14 @@ def test_the_prepared_sampler_draws_the_same(precision: str) -> None:
     assert (found == wanted).float().mean() >= (1.0 if precision == "fp32" else 0.5)
 
 
+@pytest.mark.slow
+def test_the_compiled_sampler_draws_the_same() -> None:
+    model = masked()
+    config = SampleConfig(cfg_scale=3.0, cfg_schedule="linear", num_steps=4)
+    found = prepare_sampler(model, config.model_copy(update={"compile": True}))(CLASSES, uniform(3, 4, 2, 6))
+    assert torch.equal(found, sample_masked(model, CLASSES, uniform(3, 4, 2, 6), config))
+
+
 def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
     config, numbers = SampleConfig(cfg_scale=2.0, num_steps=3), uniform(4, 3, 2, 6)
     sampler, classes = prepare_sampler(masked(), config), torch.tensor([0, 1, 2, 0])

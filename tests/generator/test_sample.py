@@ -3,17 +3,20 @@
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor.exc import InvalidCxxCompiler
 
+from generator.compiled import compiled
 from generator.config import SampleConfig
 from generator.fast_sample import prepare_sampler, typed_copy
 from generator.filters import LIKELIEST, draw, filter_logits, guidance_scales, guide, invert, nucleus_floor
 from generator.model import CodeSpace, Generator
 from generator.sample import advance_of, sample
-from tests.generator.small import SPACE, autoregressive, uniform
+from tests.generator.small import SPACE, autoregressive, masked, uniform
 
 RANDOM = {"kind": "annealed", "start_step": 1, "end_step": 2}
 VARIANTS: dict[str, dict[str, object]] = {
@@ -236,10 +239,35 @@ def test_without_classes_everything_is_of_the_null_class() -> None:
 @pytest.mark.parametrize("changes", [{}, {"cfg_scale": 2.0, "top_k": 8, "top_p": 0.9, "temperature": 0.9}])
 def test_the_whole_step_is_one_graph(changes: dict[str, object]) -> None:
     """Compiled with fullgraph, for all positions at once; the same codes come out."""
-    model, classes = autoregressive(), torch.tensor([0, 1, 2, 3])
-    compiled = prepare_sampler(model, SampleConfig.model_validate({**changes, "compile": True}))
+    model, classes = autoregressive(qk_norm=True, order=RANDOM), torch.tensor([0, 1, 2, 3])
+    sampler = prepare_sampler(model, SampleConfig.model_validate({**changes, "compile": True}))
     plain = sample(model, classes, uniform(4, 6), SampleConfig.model_validate(changes))
-    assert torch.equal(compiled(classes, uniform(4, 6)), plain)
+    assert torch.equal(sampler(classes, uniform(4, 6)), plain)
+
+
+@pytest.mark.slow
+def test_compiled_functions_of_the_same_code_keep_their_own_weights() -> None:
+    """Of more of them than PyTorch compiles again, and when another of the same shape was called before."""
+
+    def function_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        return lambda x: layer(x).relu()
+
+    layers, x = [nn.Linear(8, 8) for _ in range(10)], torch.randn(4, 8)
+    functions = [compiled(function_of(layer), x.device) for layer in layers]
+    with torch.inference_mode():
+        for _ in range(2):
+            for function, layer in zip(functions, layers, strict=True):
+                assert torch.allclose(function(x), layer(x).relu(), atol=1e-5)
+
+
+def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    for model in (autoregressive(), masked()):
+        with pytest.raises(ValueError, match=r"^compile = True needs a C\+\+ compiler.* install g\+\+"):
+            prepare_sampler(model, SampleConfig(compile=True))
 
 
 @torch.no_grad()
@@ -266,15 +294,15 @@ def test_one_graph_serves_all_positions() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_captured_cuda_graph_draws_the_same(compiled: bool) -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_captured_cuda_graph_draws_the_same(is_compiled: bool) -> None:
     from generator.cuda_graph import Captured
     from generator.sample import Sampler
 
     model, classes = autoregressive().cuda(), torch.tensor([0, 1, 2, 3])
-    config = SampleConfig(cfg_scale=2.0, top_k=8, top_p=0.9, compile=compiled)
+    config = SampleConfig(cfg_scale=2.0, top_k=8, top_p=0.9, compile=is_compiled)
     plain = sample(model, classes, uniform(4, 6), config)
-    if compiled:
+    if is_compiled:
         captured = prepare_sampler(model, config)
     else:
         captured = Sampler(model, config.model_copy(update={"top_p": 1.0}))
