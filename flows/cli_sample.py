@@ -43,7 +43,7 @@ Examples:
   sftok sample --generator generator/1f2e --grid samples.png
   sftok sample --generator 1f2e --classes 0-9,12 --per-class 16 --cfg-scale 2 --images samples
   sftok sample --generator 1f2e --classes 'tench, Tinca tinca' --classes goldfish --seed 7 --json
-  sftok sample --generator 1f2e --per-class 50 --precision bf16 --workers 16 --npz samples.npz
+  sftok sample --generator 1f2e --per-class 50 --precision bf16 --compile --npz samples.npz
 """
 
 
@@ -64,6 +64,13 @@ def sample(
     top_p: Annotated[float, typer.Option(max=1, help="Keep the most likely codes of this probability.")] = 1.0,
     num_steps: Annotated[int, typer.Option(min=1, help="Passes of a masked generator.")] = 8,
     precision: Annotated[PrecisionOption, typer.Option(help="Of the generator's products.")] = PrecisionOption.fp32,
+    compile_step: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the step, up to a minute a worker; for GPUs, and for bf16 of autoregressive ones.",
+        ),
+    ] = False,
     micro_batch: Annotated[int, typer.Option(min=1, help="Samples drawn, and decoded, at once.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     workers: Annotated[
@@ -105,6 +112,7 @@ def sample(
                 top_p=top_p,
                 num_steps=num_steps,
                 precision=precision.value,
+                compile=compile_step,
                 micro_batch=micro_batch,
             )
             outputs = Outputs(*(Path(path).expanduser() if path else None for path in (images, grid, npz)))

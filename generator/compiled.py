@@ -5,6 +5,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from infra.compiler import check_compiler
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -25,15 +27,8 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
     )
     if device.type != "cpu":
         return graph
-    # Imported here: a second that only those who compile have to wait.
-    from torch._inductor import config, cpp_builder
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        need = "compile = True needs a C++ compiler, and there is none"
-        raise ValueError(f"{need}: install g++, or leave it False") from error
+    check_compiler(device)
+    from torch._inductor import config
 
     def frozen(*args: P.args, **kwargs: P.kwargs) -> T:
         # The global setting, since tracing looks at it before any options are.

@@ -16,6 +16,7 @@ from generator.masked import MaskedGenerator
 from generator.model import Generator
 from generator.objectives import draw_view, held_out_losses, training_loss
 from infra.codes import CodesInfo
+from infra.compiler import compile_in_place
 from infra.learner import Best, Learner, Plan
 from infra.speed import Effort
 from infra.training import (
@@ -66,7 +67,7 @@ def train_generator(
     network.to(run.device)
     network.recompute(config.activation_checkpointing)
     if config.compile:
-        network.compile()
+        compile_in_place(network)
     learner = Learner(network.named_parameters(), Plan.of(config, run.ranks))
     best = Best(learner, "val_nll", higher=False) if config.keep == "best" else None
     stream = TrainCodes(train, space, seed=run.seed, batch_size=config.batch_size, class_dropout=config.class_dropout)

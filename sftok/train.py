@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from infra.compiler import compile_in_place
 from infra.pretrained import PretrainedConfig
 from infra.schedule import TrainingConfig
 from infra.store import Store
@@ -96,7 +97,7 @@ def set_up(networks: Iterator[nn.Module] | list[nn.Module], config: TrainingConf
             if callable(recompute := getattr(module, "recompute", None)):
                 recompute(config.activation_checkpointing)
         if config.compile:
-            network.compile()
+            compile_in_place(network)
 
 
 def share_used(codes: Tensor, size: int, run: Run) -> float:

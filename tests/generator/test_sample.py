@@ -16,6 +16,7 @@ from generator.fast_sample import prepare_sampler, typed_copy
 from generator.filters import LIKELIEST, draw, filter_logits, guidance_scales, guide, invert, nucleus_floor
 from generator.model import CodeSpace, Generator
 from generator.sample import advance_of, sample
+from infra.compiler import compile_in_place
 from tests.generator.small import SPACE, autoregressive, masked, uniform
 
 RANDOM = {"kind": "annealed", "start_step": 1, "end_step": 2}
@@ -265,9 +266,12 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
         raise InvalidCxxCompiler
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    refused = pytest.raises(ValueError, match=r"^compile = True needs a C\+\+ compiler.* install g\+\+")
     for model in (autoregressive(), masked()):
-        with pytest.raises(ValueError, match=r"^compile = True needs a C\+\+ compiler.* install g\+\+"):
+        with refused:
             prepare_sampler(model, SampleConfig(compile=True))
+        with refused:
+            compile_in_place(model)
 
 
 @torch.no_grad()
