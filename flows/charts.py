@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.report_data import FinalAgreement, Histogram, LossCurve, Measure, StepMeasures, SweepRow
+from flows.report_data import FinalAgreement, GeneratorFit, Histogram, LossCurve, Measure, StepMeasures, SweepRow
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 20, 24
@@ -52,6 +52,15 @@ class SweepChart(NamedTuple):
     seconds: str  # what drawing an image took, in words; empty where that is not known
     curves: list[Curve]
     ticks: list[Tick]
+    summary: str  # the drawing in words
+
+
+class FitChart(NamedTuple):
+    """Nats a held-out code by its position: of the generator, and of the frequencies that it is held against."""
+
+    curves: list[Curve]
+    ticks: list[Tick]
+    marks: list[Point]  # the first and the last position
     summary: str  # the drawing in words
 
 
@@ -166,6 +175,38 @@ def _loss_chart(curve: LossCurve) -> LineChart:
         path="M" + " L".join(f"{point.x:g} {point.y:g}" for point in points),
         ticks=marks,
         summary=f"{curve.losses[0]:.3g} at step {curve.steps[0]:,}, {curve.losses[-1]:.3g} at step {curve.steps[-1]:,}",
+    )
+
+
+def fit_chart(fit: GeneratorFit) -> FitChart:
+    """Two curves over the positions of a sequence, counted from 1."""
+    lines = {"generator": fit.by_position, "class and position alone": fit.frequency_by_position}
+    values = [value for line in lines.values() for value in line]
+    ticks = nice_ticks(min(values), max(values))
+    low, high = min(*values, ticks[0]), max(*values, ticks[-1])
+    inner, width = WIDTH - _LEFT - _RIGHT, max(fit.positions[-1] - fit.positions[0], 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM), 2)
+
+    def curve(name: str, line: Sequence[float]) -> Curve:
+        points = [
+            Point(
+                round(_LEFT + inner * (place - fit.positions[0]) / width, 2), y(value), str(place + 1), f"{value:.2f}"
+            )
+            for place, value in zip(fit.positions, line, strict=True)
+        ]
+        return Curve(name, "M" + " L".join(f"{point.x:g} {point.y:g}" for point in points), points)
+
+    curves = [curve(name, line) for name, line in lines.items()]
+    ends = [curves[0].points[0], curves[0].points[-1]]
+    return FitChart(
+        curves=curves,
+        ticks=[Tick(y(tick), f"{tick:g}") for tick in ticks],
+        marks=ends if len(fit.positions) > 1 else ends[:1],
+        summary="; ".join(
+            f"{c.name}: {c.points[0].text} at the first position, {c.points[-1].text} at the last" for c in curves
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from pydantic import JsonValue, ValidationError
 from flows.evidence import EVALUATION, PICTURES
 from flows.report import build_report
 from flows.report_data import EvaluationReport, ReportData, StageRow
-from flows.run_facts import loss_curves, rate_of, rejects_of
+from flows.run_facts import fit_of, loss_curves, rate_of, rejects_of
 from flows.runs import REPORT_FILES
 from flows.stage import Result, Work
 from flows.sweep import read_sweep
@@ -72,6 +72,7 @@ def report_data(store: Store, evaluation: Manifest, told: Told) -> ReportData:
         sweep=read_sweep(folder, evaluation),
         images={path.removeprefix(PICTURES): folder.read(path) for path in pictures},
         losses=loss_curves(store, {name: made[name] for name in ORDER if name in made}),
+        fit=fit_of(made["train_generator"]) if "train_generator" in made else None,
         rejects=rejects_of(store, made["prepare"]),
         config=told.config,
         versions=evaluation.versions,

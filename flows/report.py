@@ -10,7 +10,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import JsonValue
 
 from flows import published
-from flows.charts import HEIGHT, WIDTH, agreement_charts, histogram_areas, loss_charts, show, step_charts, sweep_charts
+from flows.charts import (
+    HEIGHT,
+    WIDTH,
+    agreement_charts,
+    fit_chart,
+    histogram_areas,
+    loss_charts,
+    show,
+    step_charts,
+    sweep_charts,
+)
 from flows.page_script import SCRIPT, SCRIPT_HASH
 from flows.report_data import ConfusionMatrix, EvaluationReport, Measure, Protocol, ReportData
 
@@ -94,6 +104,7 @@ def _view(data: ReportData) -> dict[str, object]:
         "areas": histogram_areas(generation.distances),
         "sweeps": sweep_charts(data.sweep),
         "losses": loss_charts(data.losses),
+        "fit": fit_chart(data.fit) if data.fit else None,
         "agreement": agreement_charts(report.reconstruction.agreement) if report.reconstruction.agreement else (),
         "usage": histogram_areas(report.reconstruction.usage) if report.reconstruction.usage else (),
         "slider": [step.num_steps for step in report.reconstruction.by_steps],

@@ -187,6 +187,20 @@ class LossCurve(Config):
     losses: tuple[FiniteFloat, ...]
 
 
+class GeneratorFit(Config):
+    """Nats a held-out code, to the generator and to a model of class and position alone."""
+
+    generator: str = Field(
+        description="autoregressive: given the codes before; masked: given those that are not hidden"
+    )
+    nll: FiniteFloat
+    top1: FiniteFloat = Field(ge=0, le=1, description="share of codes that the generator holds likeliest")
+    positions: tuple[int, ...]
+    by_position: tuple[FiniteFloat, ...]
+    frequency_nll: FiniteFloat = Field(description="under the frequencies of training codes of its class and position")
+    frequency_by_position: tuple[FiniteFloat, ...]
+
+
 class Rejects(Config):
     """Entries of the source that are no images, by reason."""
 
@@ -224,6 +238,7 @@ class ReportData(Config):
     evaluation: EvaluationReport
     sweep: tuple[SweepRow, ...] = Field(default=(), description="generators side by side, at every setting")
     losses: tuple[LossCurve, ...] = Field(default=(), description="of each training")
+    fit: GeneratorFit | None = Field(default=None, description="of the generator to held-out codes")
     rejects: tuple[Rejects, ...] = Field(default=(), description="commonest first")
     comparison: Comparison | None = Field(default=None, description="with an earlier run, where there is one")
     gate: GateResult | None = Field(default=None, description="what the regression gate said, where it was asked")

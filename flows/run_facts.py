@@ -5,12 +5,13 @@ from collections.abc import Mapping
 
 import pyarrow.parquet as pq
 
-from flows.report_data import LossCurve, Rejects
+from flows.report_data import GeneratorFit, LossCurve, Rejects
 from infra.artifacts import Manifest, folder_of
 from infra.store import Store
 from sftok.prepare import REJECTS, gist
 
 LOG = "log.jsonl"
+VAL_NLL = "val_nll/"  # and a position
 POINTS = 160  # of a drawn curve
 REASONS = 8  # of rejects that are told
 DONE = {  # what a stage did, by its counts
@@ -37,6 +38,25 @@ def loss_curves(store: Store, made: Mapping[str, Manifest]) -> tuple[LossCurve, 
             steps, losses = tuple(int(row["step"]) for row in kept), tuple(float(row["loss"]) for row in kept)
             curves.append(LossCurve(stage=stage, steps=steps, losses=losses))
     return tuple(curves)
+
+
+def fit_of(manifest: Manifest) -> GeneratorFit | None:
+    """How likely held-out codes are to a generator, where its training measured that and what to hold it against."""
+    found = manifest.metrics
+    if not {"val_nll", "val_top1", "frequency_nll"} <= found.keys():
+        return None
+    keys = {int(name.removeprefix(VAL_NLL)): name for name in found if name.startswith(VAL_NLL)}
+    positions, model = sorted(keys), manifest.config["generator"]
+    assert isinstance(model, dict)
+    return GeneratorFit(
+        generator=str(model["kind"]),
+        nll=found["val_nll"],
+        top1=found["val_top1"],
+        positions=tuple(positions),
+        by_position=tuple(found[keys[place]] for place in positions),
+        frequency_nll=found["frequency_nll"],
+        frequency_by_position=tuple(found[f"frequency_nll/{keys[place].removeprefix(VAL_NLL)}"] for place in positions),
+    )
 
 
 def rate_of(manifest: Manifest) -> str:

@@ -12,6 +12,7 @@ from generator.artifacts import build_generator, save_generator
 from generator.config import GeneratorConfig, GeneratorTrainingConfig, MaskedConfig
 from generator.data import CodeData, TrainCodes, check_rows, space_of, with_null
 from generator.flops import training_flops
+from generator.frequencies import frequency_nll
 from generator.masked import MaskedGenerator
 from generator.model import Generator
 from generator.objectives import draw_view, held_out_losses, training_loss
@@ -109,7 +110,11 @@ def train_generator(
         **_kept(end, best),
         **end.speed,
     }
-    files = save_generator(network, info, run.out) if run.ranks.is_first else []
+    if not run.ranks.is_first:
+        return TrainResult(end.files, {"steps": config.steps}, metrics)
+    frequency_N = frequency_nll(train, val, space)
+    metrics |= {"frequency_nll": frequency_N.mean().item()} | _by_position("frequency_nll", frequency_N)
+    files = save_generator(network, info, run.out)
     return TrainResult([*files, *end.files], {"steps": config.steps}, metrics)
 
 
@@ -139,15 +144,17 @@ def held_out_figures(network: Generator | MaskedGenerator, data: CodeData, run: 
         sums_3N += torch.stack([part.double().sum(0) for part in found])
     loss_N, right_N, count_N = run.ranks.total(sums_3N).cpu()
     nll = float(loss_N.sum() / count_N.sum())
-    digits = len(str(len(loss_N) - 1))
-    by_position = {
-        f"val_nll/{place:0{digits}d}": float(loss_N[place] / count_N[place])
-        for place in range(len(loss_N))
-        if count_N[place]
-    }
     return {
         "val_nll": nll,
         "val_perplexity": math.exp(nll),
         "val_top1": float(right_N.sum() / count_N.sum()),
-        **by_position,
+        **_by_position("val_nll", loss_N / count_N),
+    }
+
+
+def _by_position(name: str, figure_N: Tensor) -> dict[str, float]:
+    """A figure of every position that has one, in the order of the names."""
+    digits = len(str(len(figure_N) - 1))
+    return {
+        f"{name}/{place:0{digits}d}": value for place, value in enumerate(figure_N.tolist()) if not math.isnan(value)
     }

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from flows.charts import nice_ticks, show, step_charts, sweep_charts
+from flows.charts import fit_chart, nice_ticks, show, step_charts, sweep_charts
 from flows.compare import compare
 from flows.compared import GateResult
 from flows.evaluation import evaluate
@@ -14,6 +14,7 @@ from flows.report import build_report, confused, duration, markdown_text, tiles
 from flows.report_data import (
     ConfusionMatrix,
     FinalAgreement,
+    GeneratorFit,
     LossCurve,
     Measure,
     Protocol,
@@ -54,6 +55,17 @@ SWEEP = tuple(
 )
 
 
+FIT = GeneratorFit(  # the third position was never hidden
+    generator="autoregressive",
+    nll=2.625,
+    top1=0.25,
+    positions=(0, 1, 3),
+    by_position=(3.5, 2.5, 1.5),
+    frequency_nll=3.75,
+    frequency_by_position=(4.0, 3.5, 3.75),
+)
+
+
 def make_data(**changes) -> ReportData:
     names = changes.pop("class_names", None)
     report, images = evaluate(digits_inputs(class_names=names), EvaluateConfig(class_reader=True), seed=0)
@@ -90,6 +102,7 @@ def make_data(**changes) -> ReportData:
             LossCurve(stage="align", steps=(10, 20, 30), losses=(3.0, 2.0, 1.0)),
             LossCurve(stage="teacher", steps=(1, 500), losses=(5.0, 0.01)),
         ),
+        "fit": FIT,
         "rejects": (Rejects(reason="not an image in a known format", count=2, example=HOSTILE[1]),),
         "comparison": compare("now", report, HOSTILE[0], report, same_images=True),
         "gate": GateResult(against=HOSTILE[0], passed=False, held=3, losses=(f"psnr {HOSTILE[0]}: worse",)),
@@ -244,6 +257,32 @@ def test_charts_are_true_to_the_values(data):
         assert [point.x_label for point in chart.points] == ["1", "2", "4", "8"]
         order = sorted(range(4), key=lambda i: column[i].value)
         assert [heights[i] for i in order] == sorted(heights)
+
+
+def test_held_out_codes_are_held_against_frequencies_in_every_form(page):
+    assert json.loads(page.json)["fit"]["frequency_nll"] == 3.75
+    assert "| the autoregressive generator | 2.625 |\n| frequencies of class and position | 3.750 |" in page.markdown
+    assert "<b>2.625 nats</b> a code to the autoregressive generator" in page.html
+    (label,) = [
+        svg["aria-label"] for svg in Tags(page.html).all("svg") if svg["aria-label"].startswith("Nats a held-out code")
+    ]
+    assert "generator: 3.50 at the first position, 1.50 at the last" in label
+    without = build_report(make_data(fit=None))
+    assert "Held-out codes" not in without.html
+    assert "Held-out codes" not in without.markdown
+    masked = build_report(make_data(fit=FIT.model_copy(update={"generator": "masked"})))
+    assert "Of hidden codes given the others" in masked.html
+
+
+def test_the_fit_is_drawn_where_it_was_measured():
+    chart = fit_chart(FIT)
+    generator, frequencies = chart.curves
+    assert [point.y for point in generator.points] == sorted(point.y for point in generator.points)  # likelier is lower
+    assert generator.points[0].x == frequencies.points[0].x
+    assert generator.points[2].x - generator.points[1].x == pytest.approx(2 * (generator.points[1].x - 40), abs=0.03)
+    assert [mark.x_label for mark in chart.marks] == ["1", "4"]
+    one = {"positions": (0,), "by_position": (3.5,), "frequency_by_position": (4.0,)}
+    assert len(fit_chart(FIT.model_copy(update=one)).marks) == 1
 
 
 def test_the_sweep_stands_side_by_side_in_every_form(page):

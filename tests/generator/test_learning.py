@@ -63,5 +63,6 @@ def test_held_out_codes_are_likelier_than_by_class_and_position(data: Store) -> 
     model, run = GeneratorConfig(width=48, layers=2, heads=2, ffn_width=96, dropout=0.0), Run(data.at("made"), seed=0)
     found = train_generator(CodeData.of(train), CodeData.of(held_out), info, model, training, run=run).metrics
     assert found["val_nll"] < entropy - MARGIN
+    assert entropy < found["frequency_nll"] < unigram_nll(train, held_out, CODES)  # a better prior, held against too
     assert found["val_nll/0"] == pytest.approx(np.log(LEVELS), abs=0.15)  # nothing tells the first code
     assert found["val_nll/7"] < 1.0  # the others follow from those before them
