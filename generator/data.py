@@ -85,18 +85,26 @@ class TrainCodes:
 
     def batch(self, step: int) -> CodeBatch:
         """The batch of `step` (from 0); batches run across the borders of epochs."""
-        rows = torch.tensor([self._row(step * self.batch_size + i) for i in range(self.batch_size)])
+        rows = self._rows(step * self.batch_size, self.batch_size)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "class_dropout", step))
         is_dropped = torch.rand(self.batch_size, generator=generator) < self.class_dropout
         classes = with_null(self.data.classes[rows], self.space).masked_fill(is_dropped, self.space.null_class)
         return CodeBatch(classes, self.data.codes[rows].long())
 
-    def _row(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.data.codes))
+    def _rows(self, first: int, count: int) -> Tensor:
+        """Rows at `count` places of the endless sequence of epochs."""
+        parts, last = [], first + count
+        while first < last:
+            epoch, place = divmod(first, len(self.data.codes))
+            parts.append(self._epoch_order(epoch)[place : place + last - first])
+            first += len(parts[-1])
+        return torch.cat(parts)
+
+    def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
             self._epoch, self._order = epoch, torch.randperm(len(self.data.codes), generator=generator).int()
-        return int(self._order[place])
+        return self._order
 
 
 def with_null(classes_B: Tensor, space: CodeSpace) -> Tensor:
