@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flows.sampling import Sampled
     from generator.config import SampleConfig
 
+SHARD = 256  # rows, or as many more as fill the last micro-batch
 NAMED = 5  # classes named on the terminal, at most
 
 
@@ -59,10 +60,15 @@ def sample(
     cfg_schedule: Annotated[
         ScheduleOption, typer.Option(help="How guidance grows over codes or steps.")
     ] = ScheduleOption.constant,
+    cfg_power: Annotated[float, typer.Option(help="Of power_cosine: the greater, the later it grows.")] = 1.0,
     temperature: Annotated[float, typer.Option(min=0, help="Of the draw; 0 takes the most likely code.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely codes; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(max=1, help="Keep the most likely codes of this probability.")] = 1.0,
     num_steps: Annotated[int, typer.Option(min=1, help="Passes of a masked generator.")] = 8,
+    annealing: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="a b: a masked generator's logits are divided by a + b * (1 - step / steps).", metavar="A B"),
+    ] = None,
     precision: Annotated[PrecisionOption, typer.Option(help="Of the generator's products.")] = PrecisionOption.fp32,
     compile_step: Annotated[
         bool,
@@ -107,13 +113,16 @@ def sample(
                 per_class=per_class,
                 cfg_scale=cfg_scale,
                 cfg_schedule=cfg_schedule.value,
+                cfg_power=cfg_power,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
                 num_steps=num_steps,
+                annealing=annealing,
                 precision=precision.value,
                 compile=compile_step,
                 micro_batch=micro_batch,
+                samples_per_shard=-(-SHARD // micro_batch) * micro_batch,
             )
             outputs = Outputs(*(Path(path).expanduser() if path else None for path in (images, grid, npz)))
             width, choice = (store, workers, gpus_per_worker), Choice(tokenizer, any_tokenizer)

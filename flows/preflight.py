@@ -53,6 +53,7 @@ def check_request(
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
     if is_run:
         check_weights(chosen)
+        check_compilers(chosen)
     check_ranks(chosen, ranks)
     source = data or chosen.source
     if not source:
@@ -107,6 +108,18 @@ def default_gpus() -> float:
     from infra.training import default_device
 
     return 1.0 if default_device() == "cuda" else 0.0
+
+
+def check_compilers(recipe: Recipe) -> None:
+    """Refuse to compile where there is no compiler, before hours of other stages."""
+    import torch
+
+    from infra.compiler import check_compiler
+    from infra.training import default_device
+
+    trained = (recipe.teacher, recipe.warm_up, recipe.align, recipe.fine_tune)
+    if recipe.sample.compile or recipe.train_generator.compile or any(stage.training.compile for stage in trained):
+        check_compiler(torch.device(default_device()))
 
 
 def check_weights(recipe: Recipe) -> None:

@@ -183,6 +183,11 @@ class Recipe(Config):
     gate: GateConfig = GateConfig()
 
     @model_validator(mode="after")
+    def _samples_fit_the_generator(self) -> Self:
+        self.sample.fit(self.generator.kind)
+        return self
+
+    @model_validator(mode="after")
     def _image_divides(self) -> Self:
         for what, side in (
             ("tokenizer.patch_size", self.tokenizer.patch_size),

@@ -19,10 +19,11 @@ from flows.stage import Job, Result, Work, plan_of
 from flows.stages_generator import TRAIN_GENERATOR
 from generator.artifacts import load_generator
 from generator.config import GeneratorKind, SampleConfig
-from generator.fast_sample import prepare_sampler
+from generator.fast_sample import Prepared
 from generator.generate import Wanted, draw_samples
 from generator.masked import MaskedGenerator
 from generator.model import Generator
+from generator.space import CodeSpace
 from infra.artifacts import Manifest, find, folder_of, manifest_of, publish
 from infra.checkpoint import CHECKPOINTS, Checkpoints
 from infra.progress import silent
@@ -48,7 +49,8 @@ class Swept(NamedTuple):
 
     name: str
     """its kind; a second one of the same kind is called so."""
-    model: Generator | MaskedGenerator
+    model: Prepared
+    space: CodeSpace
     config: SampleConfig
     """what of the sampling stays as it is."""
     temperatures: tuple[float, ...]
@@ -62,7 +64,7 @@ def with_sweep(work: Work, measured: Result) -> Result:
     reader, decoder, points, seconds = _reader(work), _decoder(work), [], []
     for swept in _generators(work):
         for config in _settings(work, swept):
-            codes, wanted, taken = _drawn(work, swept.model, config)
+            codes, wanted, taken = _drawn(work, swept, config)
             images = decoder(codes, [each.sample_id for each in wanted], work.recipe.decoding).images
             classes = torch.tensor([each.class_id for each in wanted])
             points.append(
@@ -101,15 +103,20 @@ def _generators(work: Work) -> Iterator[Swept]:
     ref = manifest_of(store, work.ref("samples")).inputs["generator"]
     model, _ = load_generator(folder_of(store, ref.kind, ref.digest))
     first = model.config.kind
-    yield Swept(first, model.to(default_device()), sample, temperatures[first])
+    yield Swept(first, _prepared(model, sample), model.space, sample, temperatures[first])
     if sweep.generator is None:
         return
     manifest = _second(work)
     model, _ = load_generator(folder_of(store, manifest.kind, manifest.digest))
     kind = model.config.kind
     name = kind if kind != first else f"{kind}, the second"
-    config = SampleConfig(precision=sample.precision, compile=sample.compile, micro_batch=sample.micro_batch)
-    yield Swept(name, model.to(default_device()), config, temperatures[kind])
+    same = ("precision", "compile", "micro_batch", "samples_per_shard")
+    config = SampleConfig.model_validate({setting: getattr(sample, setting) for setting in same})
+    yield Swept(name, _prepared(model, config), model.space, config, temperatures[kind])
+
+
+def _prepared(model: Generator | MaskedGenerator, config: SampleConfig) -> Prepared:
+    return Prepared(model.to(default_device()), config.precision, compile=config.compile)
 
 
 def _second(work: Work) -> Manifest:
@@ -132,7 +139,7 @@ def _second(work: Work) -> Manifest:
 def _settings(work: Work, swept: Swept) -> Iterator[SampleConfig]:
     """Every temperature with every guidance, in equal micro-batches so that none is filled up."""
     sweep = work.recipe.evaluate.sweep
-    count = sweep.per_class * max(swept.model.space.num_classes, 1)
+    count = sweep.per_class * max(swept.space.num_classes, 1)
     parts = -(-count // swept.config.micro_batch)
     fixed = {"per_class": sweep.per_class, "micro_batch": -(-count // parts)}
     for temperature in swept.temperatures:
@@ -140,10 +147,10 @@ def _settings(work: Work, swept: Swept) -> Iterator[SampleConfig]:
             yield swept.config.model_copy(update={**fixed, "temperature": temperature, "cfg_scale": cfg_scale})
 
 
-def _drawn(work: Work, model: Generator | MaskedGenerator, config: SampleConfig) -> tuple[Tensor, list[Wanted], float]:
+def _drawn(work: Work, swept: Swept, config: SampleConfig) -> tuple[Tensor, list[Wanted], float]:
     """Codes (B, N) of every class equally often, what they are samples of, and the seconds that drawing them takes."""
-    sampler = prepare_sampler(model, config)
-    wanted = [Wanted(c, i) for c in range(model.space.num_classes) for i in range(config.per_class)]
+    sampler = swept.model.sampler(config)
+    wanted = [Wanted(c, i) for c in range(swept.space.num_classes) for i in range(config.per_class)]
     seconds = []
     for _ in range(DRAWS):
         began = time.perf_counter()

@@ -1,6 +1,7 @@
 """Generators in the store: safetensors weights beside a config.json, and back into a module."""
 
 from generator.config import AnyGeneratorConfig, GeneratorConfig, MaskedConfig
+from generator.data import space_of
 from generator.masked import MaskedGenerator
 from generator.model import Generator
 from generator.space import CodeSpace
@@ -36,7 +37,6 @@ def load_generator(folder: Store) -> tuple[Generator | MaskedGenerator, CodesInf
         ValueError: the config or the weights are not a generator's.
     """
     config = load_config(folder, GeneratorFile)
-    space = CodeSpace(config.codes.codebook_size, config.codes.num_tokens, len(config.codes.class_names or ()))
-    model = build_generator(config.generator, space)
+    model = build_generator(config.generator, space_of(config.codes))
     load_weights(model, folder)
     return model, config.codes

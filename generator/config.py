@@ -117,11 +117,14 @@ class GeneratorTrainingConfig(TrainingConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
 
+LEAST_TEMPERATURE = 1e-6
+
+
 class SampleConfig(Config):
     """How codes are drawn. Guidance is uncond + scale * (cond - uncond): scale 1 is conditional only."""
 
     per_class: PositiveInt = Field(50, description="samples of every class")
-    cfg_scale: float = Field(1.0, ge=0, description="guidance; 1 is conditional only, 0 unconditional only")
+    cfg_scale: float = Field(1.0, ge=0, le=1000, description="guidance; 1 is conditional only, 0 unconditional only")
     cfg_schedule: GuidanceSchedule = Field(
         "constant", description="how the scale grows from 1 at the first code or step towards cfg_scale"
     )
@@ -143,7 +146,9 @@ class SampleConfig(Config):
     micro_batch: PositiveInt = Field(
         64, description="samples drawn at once; fixed, since products of other shapes round otherwise"
     )
-    samples_per_shard: PositiveInt = Field(256, description="rows a sample shard")
+    samples_per_shard: PositiveInt = Field(
+        256, description="rows a sample shard; a multiple of micro_batch, or its last one is filled up"
+    )
     precision: SamplePrecision = Field("fp32", description="of weights and matrix products")
     compile: bool = Field(
         False,
@@ -152,15 +157,16 @@ class SampleConfig(Config):
     )
 
     @model_validator(mode="after")
+    def _temperature_divides(self) -> Self:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"temperature = {self.temperature} is too small to divide by: give 0 for likeliest codes")
+        return self
+
+    @model_validator(mode="after")
     def _annealing_is_positive(self) -> Self:
         if self.annealing is not None and (self.annealing[0] <= 0 or self.annealing[1] < 0):
             raise ValueError(f"annealing = {self.annealing} divides by 0 or less: give a > 0 and b >= 0")
         return self
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether rows without a class are computed beside those with one."""
-        return self.cfg_scale != 1
 
     def fit(self, kind: GeneratorKind) -> None:
         """Refuse settings that a generator of this kind would ignore.

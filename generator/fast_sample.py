@@ -22,7 +22,7 @@ from generator.cuda_graph import Captured
 from generator.masked import MaskedGenerator
 from generator.masked_sample import MaskedSampler
 from generator.model import NORM_EPSILON, Block, Generator
-from generator.sample import Sampler
+from generator.sample import Advance, Sampler, guides
 from infra.packed import PackedLinear
 
 DTYPES: dict[SamplePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,22 +35,51 @@ def prepare_sampler(model: Generator | MaskedGenerator, config: SampleConfig) ->
     Raises:
         ValueError: the config has settings of the other kind of generator, or asks for a compiler that is missing.
     """
-    dtype, on_cpu = DTYPES[config.precision], model.device.type == "cpu"
-    if isinstance(model, MaskedGenerator):
-        config.fit("masked")
-        twin = packed_copy(model, dtype) if on_cpu and not config.compile else typed_copy(model, dtype)
-        if config.compile:
-            twin.forward = compiled(twin.forward, model.device)  # type: ignore[method-assign]
-        return MaskedSampler(twin, config)
-    config.fit("autoregressive")
-    if on_cpu and not config.compile:
-        return Sampler(PackedGenerator(model, dtype), config)
-    sampler = Sampler(typed_copy(model, dtype), config)
-    if config.compile:
-        sampler.advance = compiled(sampler.advance, model.device)
-        if not on_cpu:
-            sampler.advance = Captured(sampler.advance)
-    return sampler
+    config.fit(model.config.kind)
+    return Prepared(model, config.precision, compile=config.compile).sampler(config)
+
+
+class Prepared:
+    """A generator prepared for samplers of many settings, which share its weights and, compiled, its graphs.
+
+    A graph is never freed, nor are its weights; there is one for all scales of guidance.
+    """
+
+    def __init__(self, model: Generator | MaskedGenerator, precision: SamplePrecision, *, compile: bool) -> None:
+        """Copy its weights.
+
+        Raises:
+            ValueError: a compiler is missing.
+        """
+        dtype, is_packed = DTYPES[precision], model.device.type == "cpu" and not compile
+        self.precision, self.compile, self.device = precision, compile, model.device
+        self.network: PackedGenerator | Generator | MaskedGenerator
+        if isinstance(model, MaskedGenerator):
+            self.network = packed_copy(model, dtype) if is_packed else typed_copy(model, dtype)
+            if compile:
+                self.network.forward = compiled(self.network.forward, self.device)  # type: ignore[method-assign]
+        else:
+            self.network = PackedGenerator(model, dtype) if is_packed else typed_copy(model, dtype)
+        self.graphs: dict[tuple[object, ...], Advance] = {}
+
+    def sampler(self, config: SampleConfig) -> Sampler | MaskedSampler:
+        """A sampler with the precision and compilation of this preparation.
+
+        Raises:
+            ValueError: the config has others, or settings of the other kind of generator, or a compiler is missing.
+        """
+        if (config.precision, config.compile) != (self.precision, self.compile):
+            raise ValueError(f"prepared for {self.precision}, compile = {self.compile}: prepare it again for others")
+        if isinstance(self.network, MaskedGenerator):
+            return MaskedSampler(self.network, config)
+        sampler = Sampler(self.network, config)
+        if self.compile:
+            key = (guides(config, self.network.space), config.temperature, config.top_k, config.top_p)
+            if key not in self.graphs:
+                graph = compiled(sampler.advance, self.device)
+                self.graphs[key] = graph if self.device.type == "cpu" else Captured(graph)
+            sampler.advance = self.graphs[key]
+        return sampler
 
 
 def typed_copy(model: M, dtype: torch.dtype) -> M:

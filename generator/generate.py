@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from generator.artifacts import load_generator
+from generator.artifacts import GeneratorFile, load_generator
 from generator.config import SampleConfig
+from generator.data import space_of
 from generator.fast_sample import prepare_sampler
 from generator.masked_sample import MaskedSampler
 from generator.sample import Sampler
@@ -23,6 +24,7 @@ from infra.progress import Progress, silent
 from infra.shards import FileEntry, shard_entry, shard_name, write_shard
 from infra.store import Store
 from infra.training import default_device, seed_of
+from infra.weights import load_config
 from infra.workers import WorkerOptions, map_shards
 
 VARIANT = "sample"
@@ -144,7 +146,16 @@ def share_changed(
 
 
 def generate(job: SampleJob, *, options: WorkerOptions, progress: Progress = silent) -> list[FileEntry]:
-    """Draw all shards; entries in the order of the shards."""
-    model, _ = load_generator(job.generator)
-    shards = plan_shards(model.space, job.config, job.classes)
-    return map_shards(functools.partial(ShardSampler, job), shards, options=options, progress=progress)
+    """Draw all shards; entries in the order of the shards.
+
+    Raises:
+        ValueError: a shard that was there has another number of samples than it should.
+    """
+    space = space_of(load_config(job.generator, GeneratorFile).codes)
+    shards = plan_shards(space, job.config, job.classes)
+    files = map_shards(functools.partial(ShardSampler, job), shards, options=options, progress=progress)
+    for file, shard in zip(files, shards, strict=True):
+        if file.rows != (wanted := len(shard.wanted)):
+            there = f"{job.out.uri}/{file.path} has {file.rows} samples of {wanted}"
+            raise ValueError(f"{there}: delete it and its .json file, and run again")
+    return files

@@ -116,8 +116,8 @@ class MaskedSampler:
 
 
 def guided(network: Predicts, class_B: Tensor, ids_BN: Tensor, scale: float) -> Tensor:
-    """Logits (B, N, V) in float32 with guidance, as one batch twice as large; at scale 1 without."""
-    if scale == 1:
+    """Logits (B, N, V) in float32 with guidance, as one batch twice as large; at scale 1 or without classes none."""
+    if scale == 1 or not network.space.num_classes:
         return network(class_B, ids_BN).float()
     rows = torch.cat([class_B, torch.full_like(class_B, network.space.null_class)])
     cond_BNV, uncond_BNV = network(rows, ids_BN.repeat(2, 1)).float().chunk(2)

@@ -250,7 +250,9 @@ class Generator(nn.Module):
                 f"with empty_cache({wanted[0]})"
             )
         unseen_N = torch.arange(wanted[1], device=x_BW.device) > position
-        place = Place(position, self.cos[position][None], self.sin[position][None], unseen_N)
+        # Indexed with `position` itself, the host would wait for it: no CUDA graph could be captured.
+        cos, sin = (table.index_select(0, position[None]) for table in (self.cos, self.sin))
+        place = Place(position, cos, sin, unseen_N)
         if self.target_positions is not None:
             x_BW = x_BW + self.target_positions(position)
         x_B1W = x_BW[:, None]

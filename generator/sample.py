@@ -73,7 +73,8 @@ class Sampler:
     def _draw(self, class_B: Tensor, uniform_BN: Tensor) -> Tensor:
         space = self.network.space
         scales = uniform_BN.new_tensor(guidance_scales(self.config, space.num_tokens), dtype=torch.float32)
-        rows_R = torch.cat([class_B, torch.full_like(class_B, space.null_class)]) if self.config.is_guided else class_B
+        is_guided = guides(self.config, space)
+        rows_R = torch.cat([class_B, torch.full_like(class_B, space.null_class)]) if is_guided else class_B
         cache, x_RW = self.network.empty_cache(len(rows_R)), self.network.class_embed(rows_R)
         codes = []
         for place, position in enumerate(torch.arange(space.num_tokens, device=class_B.device)):
@@ -81,6 +82,11 @@ class Sampler:
             codes.append(code_B)
         drawn_BN = torch.stack(codes, dim=1)
         return torch.empty_like(drawn_BN).index_copy_(1, self.network.order, drawn_BN)
+
+
+def guides(config: SampleConfig, space: CodeSpace) -> bool:
+    """Whether rows without a class are computed beside those with one; where there are no classes they are the same."""
+    return config.cfg_scale != 1 and space.num_classes > 0
 
 
 def advance_of(network: Steps, config: SampleConfig) -> Advance:
@@ -94,7 +100,7 @@ def advance_of(network: Steps, config: SampleConfig) -> Advance:
         x_RW: Tensor, position: Tensor, uniform_B: Tensor, scale: Tensor, cache: Cache
     ) -> tuple[Tensor, Tensor]:
         logits_RV = network.step(x_RW, position, cache).float()
-        if not config.is_guided:
+        if not guides(config, network.space):
             code_B = draw(logits_RV, uniform_B, config)
             return code_B, network.code_embed(code_B)
         cond_BV, uncond_BV = logits_RV.chunk(2)

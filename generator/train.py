@@ -112,9 +112,9 @@ def train_generator(
     }
     if not run.ranks.is_first:
         return TrainResult(end.files, {"steps": config.steps}, metrics)
+    files = save_generator(network, info, run.out)
     frequency_N = frequency_nll(train, val, space)
     metrics |= {"frequency_nll": frequency_N.mean().item()} | _by_position("frequency_nll", frequency_N)
-    files = save_generator(network, info, run.out)
     return TrainResult([*files, *end.files], {"steps": config.steps}, metrics)
 
 

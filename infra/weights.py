@@ -42,13 +42,17 @@ def load_weights(model: nn.Module, folder: Store) -> None:
     """Fill a network, freeze it and put it in evaluation mode.
 
     Raises:
-        ValueError: missing, unexpected or misshapen weights, or a damaged file.
+        ValueError: missing, unexpected or misshapen weights, some that are not finite, or a damaged file.
     """
     try:
-        model.load_state_dict(load(folder.read(WEIGHTS)), strict=True)
+        weights = load(folder.read(WEIGHTS))
+        model.load_state_dict(weights, strict=True)
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{folder.uri}/{WEIGHTS} does not hold the weights that {CONFIG} describes: {reason}"
         ) from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder.uri}/{WEIGHTS}: {name} has values that are not finite: train it again")
     model.requires_grad_(False).eval()

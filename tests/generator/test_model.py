@@ -6,12 +6,14 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from generator.artifacts import build_generator, load_generator, save_generator
-from generator.config import GENERATORS, AnyGeneratorConfig, GeneratorConfig, MaskedConfig
+from generator.config import GENERATORS, AnyGeneratorConfig, GeneratorConfig, MaskedConfig, SampleConfig
 from generator.fast_sample import PackedGenerator
 from generator.model import CodeSpace, Generator
 from generator.objectives import draw_view, held_out_losses, training_loss
+from generator.sample import advance_of
 from infra.codes import CodesInfo
 from infra.store import Store
 from tests.generator.small import SPACE, autoregressive
@@ -208,6 +210,30 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 def test_codes_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^5 codes a sequence, but the generator has 6$"):
         autoregressive()(torch.tensor([0]), torch.zeros(1, 5, dtype=torch.long))
+
+
+class Dispatched(TorchDispatchMode):
+    """The operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "order": RANDOM}])
+def test_no_step_waits_for_a_value_on_the_host(changes: dict[str, object]) -> None:
+    """Which no CUDA graph can hold: a position that is used as a number would be read back."""
+    network, config = autoregressive(**changes), SampleConfig(cfg_scale=2.0, top_k=5, top_p=0.9)
+    advance, cache = advance_of(network, config), network.empty_cache(4)
+    x_RW, uniform_B = network.class_embed(torch.tensor([0, 1, 3, 3])), torch.rand(2, dtype=torch.float64)
+    with torch.no_grad(), Dispatched() as seen:
+        advance(x_RW, torch.tensor(0), uniform_B, torch.tensor(2.0), cache)
+    assert "aten.mm.default" in seen.names
+    assert [name for name in seen.names if "_local_scalar_dense" in name or "nonzero" in name] == []
 
 
 @pytest.mark.parametrize("packed", [False, True])
