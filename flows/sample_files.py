@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import JsonValue
 from torch import Tensor
 
 from flows.gallery import png
 
+UNFINISHED = ".unfinished.json"  # in a folder of pictures, some of which are missing
 GAP = 4  # pixels between pictures of a contact sheet
 
 
@@ -81,7 +84,38 @@ def writing(outputs: Outputs, *, count: int, size: int, rows: Mapping[str, Seque
 
 def _write_pictures(folder: Path, part: Part) -> None:
     for sample_id, image in zip(part.sample_ids, part.images, strict=True):
-        picture_file(folder, sample_id).write_bytes(png(image))
+        if not (file := picture_file(folder, sample_id)).exists():
+            write_whole(file, png(image))
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file that has its name once it is complete."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(data)
+        partial.rename(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_begun(folder: Path, settings: JsonValue) -> bool:
+    """Whether pictures of these settings were begun in a folder and not finished: what is there goes on."""
+    try:
+        found: JsonValue = json.loads((folder / UNFINISHED).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return found == settings
+
+
+@contextlib.contextmanager
+def begun(folder: Path | None, settings: JsonValue) -> Iterator[None]:
+    """Note in a folder what its pictures are of, as long as some are missing."""
+    if folder is None:
+        yield
+        return
+    write_whole(folder / UNFINISHED, json.dumps(settings).encode())
+    yield
+    (folder / UNFINISHED).unlink()
 
 
 @contextlib.contextmanager
@@ -127,7 +161,7 @@ def sheet_writer(file: Path, rows: Mapping[str, Sequence[str]]) -> Iterator[Take
 
     yield take
     pictures = {title: [kept[sample_id] for sample_id in row] for title, row in rows.items()}
-    file.write_bytes(png(labelled_sheet(pictures)))
+    write_whole(file, png(labelled_sheet(pictures)))
 
 
 def labelled_sheet(rows: dict[str, list[Tensor]]) -> Tensor:

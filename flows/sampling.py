@@ -17,8 +17,8 @@ from flows.class_choice import chosen_classes
 from flows.gallery import name_of
 from flows.imports import Found, find_artifact, new_files
 from flows.preflight import check_ray
-from flows.sample_files import Outputs, Part, check_names, picture_file, writing
-from flows.sample_tokenizer import Choice, decoding_models
+from flows.sample_files import Outputs, Part, begun, check_names, is_begun, picture_file, writing
+from flows.sample_tokenizer import Choice, DecodingModels, decoding_models
 from flows.stages_generator import SAMPLE
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
@@ -76,6 +76,30 @@ class Request(NamedTuple):
     classes: tuple[int, ...] | None
     """class ids in order; None: all, or the generator has none."""
     options: WorkerOptions
+
+    @property
+    def models(self) -> DecodingModels:
+        """What makes images of the samples; raises ValueError where the store has no such thing."""
+        return decoding_models(self.found, self.job.choice)
+
+    @property
+    def pictures(self) -> dict[str, Path]:
+        """Files of the folder of pictures, by the ids of the samples."""
+        folder = self.job.outputs.folder
+        wanted = [] if folder is None else [each for shard in self.wanted for each in shard]
+        return {each.sample_id: picture_file(folder, each.sample_id) for each in wanted if folder is not None}
+
+    @property
+    def settings(self) -> dict[str, JsonValue]:
+        """What decides the pixels."""
+        models = self.models
+        return {
+            "samples": self.plan.digest,
+            "tokenizer": models.tokenizer.digest,
+            "teacher": None if models.teacher is None else models.teacher.digest,
+            "decode_steps": self.job.decode_steps,
+            "micro_batch": self.job.config.micro_batch,
+        }
 
     @property
     def wanted(self) -> list[tuple[Wanted, ...]]:
@@ -143,7 +167,7 @@ def check(job: Job) -> Request:
     request = request._replace(options=options)
     check_names(job.outputs)
     if any(job.outputs) or job.choice != Choice():
-        decoding_models(found, job.choice)
+        request.models  # noqa: B018  # refuses
     if find(found.store, request.plan) is None:
         check_ray(Settings().ray_address)
         found.store.check()
@@ -158,9 +182,11 @@ def _width(shards: int) -> int:
 
 
 def _files(request: Request) -> list[Path]:
-    """All files that will be written."""
+    """All files that must not be there, or whose folders are to be made."""
     folder, sheet, npz = request.job.outputs
-    pictures = [] if folder is None else [picture_file(folder, w.sample_id) for shard in request.wanted for w in shard]
+    pictures = list(request.pictures.values())
+    if folder is not None and is_begun(folder, request.settings):
+        pictures = [file for file in pictures if not file.exists()]
     return pictures + [file for file in (sheet, npz) if file is not None]
 
 
@@ -211,8 +237,14 @@ def _write_images(request: Request, manifest: Manifest, progress: Progress) -> N
     folder, sheet, npz = request.job.outputs
     count = sum(map(len, request.wanted))
     shown = sheet_rows(request) if sheet is not None else {}
-    needed = None if folder or npz else {sample_id for row in shown.values() for sample_id in row}
-    with writing(request.job.outputs, count=count, size=request.info.image_size, rows=shown) as take:
+    needed = None
+    if not npz:
+        missing = {sample_id for sample_id, file in request.pictures.items() if not file.exists()}
+        needed = missing.union(*shown.values())
+    with (
+        begun(folder, request.settings),
+        writing(request.job.outputs, count=count, size=request.info.image_size, rows=shown) as take,
+    ):
         done, total = 0, count if needed is None else len(needed)
         for part in decoded(request, manifest, needed):
             take(part)
@@ -232,7 +264,7 @@ def decoded(request: Request, manifest: Manifest, needed: set[str] | None = None
     """
     store, size, job = request.found.store, request.job.config.micro_batch, request.job
     decoding = DecodingConfig(num_steps=job.decode_steps)
-    decoder = decoding_models(request.found, job.choice).decoder(micro_batch=size, seed=job.seed)
+    decoder = request.models.decoder(micro_batch=size, seed=job.seed)
     missing = None if needed is None else set(needed)
     for entry in shards_of(request.found.store, manifest):
         if missing is not None and not missing:

@@ -1,5 +1,6 @@
 """`sftok sample` on a toy generator: which samples, the artifact that they are, their images in three kinds."""
 
+import errno
 import json
 import tracemalloc
 import weakref
@@ -12,7 +13,7 @@ import torch
 import typer
 from PIL import Image
 
-from flows import cli_sample
+from flows import cli_sample, sample_files
 from flows.class_choice import chosen_classes
 from flows.sample_files import GAP, Part, labelled_sheet, npz_writer
 from flows.sampling import SHEET_SAMPLES, Job, check, decoded
@@ -116,6 +117,7 @@ def test_samples_are_a_balanced_artifact_that_is_found_again(
     assert Counter(classes.tolist()) == {0: 3, 2: 3, 3: 3}
     assert len(set(ids)) == 9
     assert info.sampling is not None
+    assert info.sampling["samples_per_shard"] == 256
     noted = [info.sampling[name] for name in ("generator", "seed", "classes", "cfg_scale")]
     assert noted == [generator.digest, 5, [0, 2, 3], 1.5]
     assert first == {
@@ -304,6 +306,37 @@ def test_pictures_are_never_overwritten(
     assert f"{mine} exists" in refused(capsys, generator, store, "--per-class", 3, "--images", tmp_path / "out")
     assert [file for file in (tmp_path / "out").rglob("*") if file.is_file()] == [mine]
     assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("also", [(), ("--npz",)])
+def test_pictures_that_were_interrupted_go_on(
+    also: tuple[str, ...], store: Store, generator: ArtifactRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A full disk at the seventh: the same command leaves those that are there alone and makes the others."""
+    folder = tmp_path / "out"
+    arguments = ["--per-class", 3, "--micro-batch", 4, "--images", folder, *also]
+    arguments += [tmp_path / "all.npz"] if also else []
+    whole = sample_files.write_whole
+
+    def full(file: Path, data: bytes) -> None:
+        if file.suffix == ".png" and len(list(folder.rglob("*.png"))) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(file, data)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sample_files, "write_whole", full)
+        assert "No space left" in refused(capsys, generator, store, *arguments, code=1)
+    begun = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.rglob("*.png")}
+    assert len(begun) == 6
+    assert all(Image.open(file).size == (SIZE, SIZE) for file in begun)
+    # Of other settings they are somebody's pictures.
+    assert "exists: name another" in refused(capsys, generator, store, *arguments, "--decode-steps", 2)
+    assert sample(capsys, generator, store, *arguments)["images"] == str(folder)
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in begun} == begun
+    assert len(list(folder.rglob("*.png"))) == 12
+    assert not [file for file in folder.rglob("*") if file.name.startswith(".")]
+    assert "exists: name another" in refused(capsys, generator, store, *arguments)  # finished
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

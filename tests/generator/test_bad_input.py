@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from flows.recipe_files import load_recipe
+from generator.artifacts import load_generator, save_generator
 from generator.config import GeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
 from generator.fast_sample import PackedGenerator, prepare_sampler
@@ -173,11 +175,37 @@ def test_a_cache_that_is_too_short(packed: bool) -> None:
 
 
 def test_a_shard_of_samples_that_was_damaged(store: Store) -> None:
-    """A shard whose sidecar is not its own is not taken for finished."""
-    from generator.artifacts import save_generator
-
+    """A shard whose sidecar says nothing, or is another one's, is not taken for finished."""
     save_generator(autoregressive(), INFO, store.at("generator"))
     job = SampleJob(store.at("generator"), store.at("out"), SampleConfig(per_class=2, micro_batch=3), 0, "g")
     (entry,) = generate(job, options=WorkerOptions())
-    job.out.write(f"{entry.path}.json", b"{")
-    assert entry.path in refused(lambda: generate(job, options=WorkerOptions()))
+    for sidecar in (b"{", entry.model_copy(update={"path": "other.parquet"}).model_dump_json().encode()):
+        job.out.write(f"{entry.path}.json", sidecar)
+        said = refused(lambda: generate(job, options=WorkerOptions()))
+        assert entry.path in said
+        assert "delete" in said
+
+
+def test_weights_that_are_not_finite(store: Store) -> None:
+    """Every code would be drawn as 0."""
+    model = autoregressive()
+    with torch.no_grad():
+        model.norm_out.weight[3] = torch.nan
+    save_generator(model, INFO, store)
+    assert "norm_out.weight has values that are not finite" in refused(lambda: load_generator(store))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("cfg_scale", float("inf")), ("cfg_scale", 1e9), ("temperature", 1e-40)]
+)
+def test_settings_that_would_draw_nothing_but_the_first_code(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=setting):
+        SampleConfig.model_validate({setting: value})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting"), [("digits_maskgit", "sample.top_k=5"), ("digits", "sample.num_steps=4")]
+)
+def test_settings_of_the_other_kind_are_refused_before_anything_is_trained(recipe: str, setting: str) -> None:
+    said = refused(lambda: load_recipe(recipe, overrides=[setting]))
+    assert f"{setting.split('.')[1].replace('=', ' = ')} means nothing to a generator that is" in said

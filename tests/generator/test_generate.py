@@ -1,5 +1,6 @@
 """Sample shards: balanced, and the same for any number of workers and restarts."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -12,7 +13,9 @@ from generator.data import space_of
 from generator.fast_sample import prepare_sampler
 from generator.generate import SampleJob, Wanted, generate, share_changed
 from generator.model import Generator
+from infra.cluster import session
 from infra.codes import CodesInfo, read_codes
+from infra.shards import write_shard
 from infra.store import Store
 from infra.workers import WorkerOptions
 from tests.generator.small import autoregressive, masked
@@ -56,6 +59,26 @@ def test_a_restart_does_only_what_is_missing(job: SampleJob) -> None:
     generate(job, options=WorkerOptions())
     assert job.out.read(lost) == before[lost]
     assert job.out.read(kept) == b"not looked at again"
+
+
+@pytest.mark.slow
+def test_workers_change_no_byte(job: SampleJob, store: Store) -> None:
+    """Three shards by two workers, and by none."""
+    alone = generate(job, options=WorkerOptions())
+    with session(None, 2):
+        other = dataclasses.replace(job, out=store.at("other"))
+        assert generate(other, options=WorkerOptions(workers=2)) == alone
+    assert len(alone) == 3
+    assert all(job.out.read(file.path) == other.out.read(file.path) for file in alone)
+
+
+def test_a_shard_of_another_length_is_refused(job: SampleJob) -> None:
+    """Whoever draws: the pipeline's stage as well as the command."""
+    first, *_ = generate(job, options=WorkerOptions())
+    job.out.delete(f"{first.path}.json")
+    write_shard(job.out, first.path, job.out.read(first.path), 4)
+    with pytest.raises(ValueError, match=rf"{first.path} has 4 samples of 5: delete it and its .json file"):
+        generate(job, options=WorkerOptions())
 
 
 def test_another_seed_draws_other_samples(job: SampleJob, store: Store) -> None:

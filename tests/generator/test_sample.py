@@ -12,10 +12,10 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from generator.compiled import compiled
 from generator.config import SampleConfig
-from generator.fast_sample import prepare_sampler, typed_copy
+from generator.fast_sample import Prepared, prepare_sampler, typed_copy
 from generator.filters import LIKELIEST, draw, filter_logits, guidance_scales, guide, invert, nucleus_floor
 from generator.model import CodeSpace, Generator
-from generator.sample import advance_of, sample
+from generator.sample import Sampler, advance_of, sample
 from infra.compiler import compile_in_place
 from tests.generator.small import SPACE, autoregressive, masked, uniform
 
@@ -234,6 +234,43 @@ def test_a_sampler_leaves_the_model_as_it_is(model: Generator) -> None:
 def test_without_classes_everything_is_of_the_null_class() -> None:
     model = autoregressive(space=SPACE._replace(num_classes=0))
     assert sample(model, torch.tensor([0, 0]), uniform(2, 6), SampleConfig()).shape == (2, 6)
+
+
+def test_guidance_of_a_generator_without_classes_costs_nothing() -> None:
+    """Both halves would be the same rows."""
+    model, rows = autoregressive(space=SPACE._replace(num_classes=0)), []
+    sampler = prepare_sampler(model, SampleConfig(cfg_scale=3.0))
+    step = sampler.advance
+    sampler.advance = lambda x, *rest: (rows.append(len(x)), step(x, *rest))[1]
+    found = sampler(torch.tensor([0, 0]), uniform(2, 6))
+    assert torch.equal(found, sample(model, torch.tensor([0, 0]), uniform(2, 6), SampleConfig()))
+    assert rows == [2] * 6
+
+
+def test_all_scales_of_guidance_share_a_graph() -> None:
+    prepared = Prepared(autoregressive(), "bf16", compile=True)
+
+    def graph(**changes: float) -> object:
+        sampler = prepared.sampler(SampleConfig.model_validate({"precision": "bf16", "compile": True, **changes}))
+        assert isinstance(sampler, Sampler)
+        return sampler.advance
+
+    assert graph(cfg_scale=2.0) is graph(cfg_scale=3.0, cfg_schedule="linear")
+    assert len({graph(), graph(cfg_scale=2.0), graph(temperature=0.5), graph(top_k=3)}) == 4
+    with pytest.raises(ValueError, match="prepared for bf16, compile = True: prepare it again for others"):
+        prepared.sampler(SampleConfig())
+
+
+@pytest.mark.slow
+def test_a_compiled_step_in_bf16_is_nearly_that_of_the_modules() -> None:
+    """The same at nearly every code, and bitwise the same in any order."""
+    model, config = autoregressive(), SampleConfig(cfg_scale=2.0, precision="bf16", compile=True)
+    sampler, order = prepare_sampler(model, config), torch.randperm(48)
+    classes, numbers = torch.arange(48) % 3, uniform(48, 6)
+    found = sampler(classes, numbers)
+    plain = sample(typed_copy(model, torch.bfloat16), classes, numbers, config)
+    assert (found == plain).float().mean() > 0.8
+    assert torch.equal(sampler(classes[order], numbers[order]), found[order])
 
 
 @pytest.mark.slow
