@@ -4,6 +4,7 @@ Shapes: B sequences, N codes a sequence, V codebook size.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,6 +72,35 @@ def train_generator(
         compile_in_place(network)
     learner = Learner(network.named_parameters(), Plan.of(config, run.ranks))
     best = Best(learner, "val_nll", higher=False) if config.keep == "best" else None
+    step = training_step(network, learner, train, config, run)
+
+    def validate(_: int) -> Validation:
+        with learner.averaged():
+            return Validation(held_out_figures(network, val, run), {})
+
+    tokens, flops = config.batch_size * space.num_tokens, config.batch_size * training_flops(model, space)
+    effort = Effort({"tokens": tokens}, flops, config.precision)
+    end = train_loop({"model": learner}, step, config, run=run, validate=validate, best=best, effort=effort)
+    network.load_state_dict(learner.ema)
+    metrics = {
+        "train_loss": end.figures["loss"],
+        "grad_norm": end.figures["grad_norm"],
+        **_kept(end, best),
+        **end.speed,
+    }
+    if not run.ranks.is_first:
+        return TrainResult(end.files, {"steps": config.steps}, metrics)
+    files = save_generator(network, info, run.out)
+    frequency_N = frequency_nll(train, val, space)
+    metrics |= {"frequency_nll": frequency_N.mean().item()} | _by_position("frequency_nll", frequency_N)
+    return TrainResult([*files, *end.files], {"steps": config.steps}, metrics)
+
+
+def training_step(
+    network: Generator | MaskedGenerator, learner: Learner, train: CodeData, config: GeneratorTrainingConfig, run: Run
+) -> Callable[[int], dict[str, float]]:
+    """A step of the training, from its number to what is logged of it: the loss, and what the learner says."""
+    model, space = network.config, network.space
     stream = TrainCodes(train, space, seed=run.seed, batch_size=config.batch_size, class_dropout=config.class_dropout)
 
     def step(step: int) -> dict[str, float]:
@@ -96,26 +126,7 @@ def train_generator(
 
         return over_micro_batches(part, step, config.micro_batches, run=run) | learner.update(step)
 
-    def validate(_: int) -> Validation:
-        with learner.averaged():
-            return Validation(held_out_figures(network, val, run), {})
-
-    tokens, flops = config.batch_size * space.num_tokens, config.batch_size * training_flops(model, space)
-    effort = Effort({"tokens": tokens}, flops, config.precision)
-    end = train_loop({"model": learner}, step, config, run=run, validate=validate, best=best, effort=effort)
-    network.load_state_dict(learner.ema)
-    metrics = {
-        "train_loss": end.figures["loss"],
-        "grad_norm": end.figures["grad_norm"],
-        **_kept(end, best),
-        **end.speed,
-    }
-    if not run.ranks.is_first:
-        return TrainResult(end.files, {"steps": config.steps}, metrics)
-    files = save_generator(network, info, run.out)
-    frequency_N = frequency_nll(train, val, space)
-    metrics |= {"frequency_nll": frequency_N.mean().item()} | _by_position("frequency_nll", frequency_N)
-    return TrainResult([*files, *end.files], {"steps": config.steps}, metrics)
+    return step
 
 
 def _kept(end: LoopEnd, best: Best | None) -> dict[str, float]:
