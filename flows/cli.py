@@ -12,6 +12,7 @@ from flows import (
     cli_catalogue,
     cli_data,
     cli_encode,
+    cli_generator,
     cli_report,
     cli_sample,
     cli_serve,
@@ -269,6 +270,7 @@ cli_ablation.register(app)
 cli_catalogue.register(app)
 cli_data.register(app)
 cli_encode.register(app)
+cli_generator.register(app)
 cli_report.register(app)
 cli_sample.register(app)
 cli_serve.register(app)

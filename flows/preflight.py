@@ -12,6 +12,7 @@ from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from flows.server import health
 from infra.pretrained import WEIGHTS_ROOT
+from infra.schedule import TrainingConfig
 from infra.settings import Settings
 from infra.store import Store
 from sftok.config import AdversarialConfig
@@ -53,7 +54,11 @@ def check_request(
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
     if is_run:
         check_weights(chosen)
-        check_compilers(chosen)
+        trained = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
+        tokenizer = any(stage.training.compile for stage in trained)
+        check_compilers(
+            tokenizer=tokenizer, train_generator=chosen.train_generator.compile, sample=chosen.sample.compile
+        )
     check_ranks(chosen, ranks)
     source = data or chosen.source
     if not source:
@@ -110,15 +115,14 @@ def default_gpus() -> float:
     return 1.0 if default_device() == "cuda" else 0.0
 
 
-def check_compilers(recipe: Recipe) -> None:
-    """Refuse to compile where there is no compiler, before hours of other stages."""
-    import torch
+def check_compilers(**wanted: bool) -> None:
+    """Refuse to compile what is wanted so where there is no compiler, before hours of other stages."""
+    if any(wanted.values()):
+        import torch
 
-    from infra.compiler import check_compiler
-    from infra.training import default_device
+        from infra.compiler import check_compiler
+        from infra.training import default_device
 
-    trained = (recipe.teacher, recipe.warm_up, recipe.align, recipe.fine_tune)
-    if recipe.sample.compile or recipe.train_generator.compile or any(stage.training.compile for stage in trained):
         check_compiler(torch.device(default_device()))
 
 
@@ -185,11 +189,16 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
     if recipe.teacher.origin == "trained":
         training["teacher.training"] = recipe.teacher.training
     for name, config in training.items():
-        if config.micro_batches % ranks:
-            raise ValueError(
-                f"{name}: {config.micro_batches} micro-batches a step do not divide by --ranks {ranks}; set "
-                f"{name}.micro_batch so that batch_size = {config.batch_size} holds a multiple of {ranks} of them"
-            )
+        check_share(name, config, ranks)
+
+
+def check_share(name: str, config: TrainingConfig, ranks: int) -> None:
+    """Refuse a number of ranks that cannot share a step of one training."""
+    if config.micro_batches % ranks:
+        raise ValueError(
+            f"{name}: {config.micro_batches} micro-batches a step do not divide by --ranks {ranks}; set "
+            f"{name}.micro_batch so that batch_size = {config.batch_size} holds a multiple of {ranks} of them"
+        )
 
 
 def check_home(home: Path) -> None:

@@ -31,6 +31,7 @@ HOW = frozenset(
         "log_every",
         "activation_checkpointing",
         "uri",
+        "any_tokenizer",
     }
 )
 

@@ -22,7 +22,10 @@ def _train_generator(work: Work) -> Result:
     info, train = share_codes(work.job.store, work.keys("codes", "train"), work.ranks, run.device)
     val_info, val = share_codes(work.job.store, work.keys("codes", "val"), work.ranks, run.device)
     codes = work.ref("codes")
-    check_tokenizer(manifest_of(work.job.store, codes).inputs.get("tokenizer"), codes, {"train": info, "val": val_info})
+    if not recipe.train_generator.any_tokenizer:
+        check_tokenizer(
+            manifest_of(work.job.store, codes).inputs.get("tokenizer"), codes, {"train": info, "val": val_info}
+        )
     model, training = recipe.generator, recipe.train_generator
     return Result(*train_generator(CodeData.of(train), CodeData.of(val), info, model, training, run=run))
 
@@ -38,7 +41,8 @@ def check_tokenizer(tokenizer: ArtifactRef | None, codes: ArtifactRef, splits: M
         if info.tokenizer != said:
             raise ValueError(
                 f"{codes}: its {split} shards hold codes of tokenizer/{info.tokenizer}, its manifest says "
-                f"tokenizer/{said}: codes of two tokenizers do not mix; delete that folder and encode again"
+                f"tokenizer/{said}: codes of two tokenizers do not mix; delete that folder and encode again, or set "
+                "train_generator.any_tokenizer=true if they mean the same"
             )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from infra.config import Config
 from infra.schedule import TrainingConfig
@@ -115,6 +115,9 @@ class GeneratorTrainingConfig(TrainingConfig):
         0.1, ge=0, lt=1, description="share of labels replaced by the null class, for guidance"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    any_tokenizer: bool = Field(
+        False, description="take codes though they are another tokenizer's than their manifest says"
+    )
 
 
 LEAST_TEMPERATURE = 1e-6
@@ -122,6 +125,8 @@ LEAST_TEMPERATURE = 1e-6
 
 class SampleConfig(Config):
     """How codes are drawn. Guidance is uncond + scale * (cond - uncond): scale 1 is conditional only."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     per_class: PositiveInt = Field(50, description="samples of every class")
     cfg_scale: float = Field(1.0, ge=0, le=1000, description="guidance; 1 is conditional only, 0 unconditional only")

@@ -81,8 +81,7 @@ class Plan(Config):
 class Manifest(Config):
     """manifest.json: its existence says that the artifact is complete."""
 
-    # The best possible PSNR is infinite; JSON has no word for it.
-    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # the best possible PSNR is infinite; JSON has no word for it
 
     schema_version: Literal[1] = 1
     kind: str = Kind

@@ -4,9 +4,9 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 
 class Config(BaseModel):
-    """A frozen pydantic model in which an unknown key is an error, and a number that is not finite."""
+    """A frozen pydantic model in which an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def as_json(self) -> dict[str, JsonValue]:
         """The config as plain JSON values, in field order; what a digest is made from."""

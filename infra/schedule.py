@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from infra.config import Config
 
@@ -11,6 +11,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 class OptimizerConfig(Config):
     """AdamW with a linear warm-up and a cosine decay, gradient clipping and an average of the weights."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     lr: float = Field(1e-4, gt=0, description="learning rate after the warm-up")
     end_lr: float = Field(1e-5, ge=0, description="learning rate at the last step")
@@ -25,6 +27,8 @@ class OptimizerConfig(Config):
 
 class LoopConfig(Config):
     """How long a loop runs and how often it saves and logs."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     steps: PositiveInt = Field(description="optimizer steps")
     checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")

@@ -10,57 +10,19 @@ from flows import stages
 from flows.recipe_files import load_recipe
 from flows.stage import Work, plan_of
 from generator.artifacts import load_generator
-from infra.artifacts import ArtifactRef, Plan, folder_of, manifest_of
+from infra.artifacts import Plan, folder_of, manifest_of
 from infra.cluster import session
-from infra.codes import CodeRows, CodesInfo, to_parquet
+from infra.codes import CodeRows, to_parquet
 from infra.progress import silent
 from infra.shards import put
 from infra.store import Store
+from tests.flows.small_codes import OTHER, TINY, TOKENIZER, codes, info, names
 from tests.flows.small_dataset import Made, Result
-
-TINY = [
-    "generator.width=16", "generator.layers=1", "generator.heads=2", "generator.ffn_width=16",
-    "train_generator.steps=3", "train_generator.batch_size=8", "train_generator.optimizer.warmup_steps=1",
-    "train_generator.validate_every=1", "train_generator.log_every=1",
-]  # fmt: skip
-TOKENIZER, OTHER = "a" * 32, "b" * 32
-
-
-def info(tokenizer: str) -> CodesInfo:
-    return CodesInfo(
-        tokenizer=tokenizer,
-        codebook_size=16,
-        num_tokens=4,
-        image_size=8,
-        assignment="nearest",
-        precision="fp32",
-        class_names=("a", "b"),
-    )
 
 
 @pytest.fixture
 def made(store: Store, tmp_path) -> Made:
     return Made(store, tmp_path, *TINY)
-
-
-def codes(made: Made, shards: dict[str, str], tokenizer: str | None = TOKENIZER) -> ArtifactRef:
-    """A code artifact whose shards say that they are of the tokenizers given, and its manifest of `tokenizer`."""
-    inputs = {} if tokenizer is None else {"tokenizer": ArtifactRef(kind="tokenizer", digest=tokenizer, uri="")}
-    plan = Plan(kind="codes", version=1, config={"shards": dict(shards)}, inputs=inputs)
-    folder = folder_of(made.store, plan.kind, plan.digest)
-    random, files = np.random.default_rng(0), []
-    for name, of in shards.items():
-        values = random.integers(0, 16, (12, 4)).astype(np.uint16)
-        rows = CodeRows(
-            [f"{name}-{i:02d}" for i in range(12)], np.arange(12, dtype=np.int32) % 2, ["center"] * 12, values
-        )
-        files.append(put(folder, name, to_parquet(info(of), rows), 12))
-    return made.publish(plan, Result(files, {}, {}))
-
-
-def names(train: str, second: str, val: str) -> dict[str, str]:
-    train_names = [f"train-{i:05d}-of-00002.parquet" for i in range(2)]
-    return {train_names[0]: train, train_names[1]: second, "val-00000-of-00001.parquet": val}
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, None])
@@ -81,6 +43,16 @@ def test_codes_of_another_tokenizer_than_the_manifest_says_are_refused(made: Mad
         ValueError, match=rf"train shards hold codes of tokenizer/{OTHER}, its manifest says .*{TOKENIZER}"
     ):
         made.run(stages.TRAIN_GENERATOR, codes=codes(made, names(OTHER, OTHER, OTHER)))
+
+
+def test_codes_of_another_tokenizer_are_taken_where_told_to(store: Store, tmp_path) -> None:
+    """The same artifact as of codes whose manifest is right: the switch says who is to blame, not what is made."""
+    told = Made(store, tmp_path, *TINY, "train_generator.any_tokenizer=true")
+    ref = codes(told, names(OTHER, OTHER, OTHER))
+    _, of = load_generator(folder_of(store, "generator", told.run(stages.TRAIN_GENERATOR, codes=ref).digest))
+    assert of.tokenizer == OTHER
+    plans = [plan_of(stages.TRAIN_GENERATOR, made.job, {"codes": ref}) for made in (told, Made(store, tmp_path, *TINY))]
+    assert plans[0].digest == plans[1].digest
 
 
 def test_splits_of_two_tokenizers_are_refused(made: Made) -> None:

@@ -1,0 +1,52 @@
+"""What `sftok train-generator` was asked for, checked before a server starts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flows.imports import find_artifact
+from flows.preflight import check_compilers, check_home, check_ray, check_share
+from flows.recipe_files import load_recipe
+from flows.recipes import Recipe
+from flows.server import health
+from infra.artifacts import ArtifactRef
+from infra.settings import Settings
+from infra.store import Store
+
+SECTIONS = ("generator", "train_generator")  # of a recipe, that decide a generator of codes that are there
+SINGLE = ("seed", "threads")
+
+
+class GeneratorRequest(NamedTuple):
+    """A generator's training that can begin."""
+
+    recipe: Recipe
+    store: Store
+    codes: ArtifactRef
+    ranks: int
+    settings: Settings
+
+
+def check_generator_request(
+    recipe: str, *, codes: str, store: str | None, overrides: Sequence[str], ranks: int, seed: int | None
+) -> GeneratorRequest:
+    """Turn what the user asked for into a request, the store last: checking it writes to it.
+
+    Raises:
+        ValueError: one line that names what is wrong and the remedy.
+    """
+    settings = Settings()
+    for override in overrides:
+        section = override.partition("=")[0].strip()
+        if section not in SINGLE and section.partition(".")[0] not in SECTIONS:
+            allowed = ", ".join((*SECTIONS, *SINGLE))
+            raise ValueError(f"--set {override}: the codes are there already; only {allowed} can be set")
+    chosen = load_recipe(recipe, overrides=overrides, seed=seed)
+    check_share("train_generator", chosen.train_generator, ranks)
+    check_compilers(train_generator=chosen.train_generator.compile)
+    found = find_artifact(codes, store, "codes")
+    check_home(settings.home)
+    if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
+        raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
+    check_ray(settings.ray_address)
+    found.store.check()
+    return GeneratorRequest(chosen, found.store, found.ref, ranks, settings)
