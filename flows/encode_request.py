@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.imports import Found, find_artifact
-from flows.preflight import check_home, check_ray
+from flows.preflight import check_servers
 from flows.recipe_files import load_recipe
 from flows.recipes import EncodeConfig, Recipe
-from flows.server import health
 from infra.artifacts import ROOT, ArtifactRef
 from infra.settings import Settings
 from infra.store import Store
@@ -62,10 +61,7 @@ def check_encode_request(
     dataset = find_dataset(encode, tokenizer=tokenizer, data=data, store=store, overrides=overrides)
     if dataset.images is None:
         check_source(data, dataset.recipe.data)
-    check_home(settings.home)
-    if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
-        raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
-    check_ray(settings.ray_address)
+    check_servers(settings)
     dataset.store.check()
     width = min(2, os.cpu_count() or 1) if workers is None else workers
     return EncodeRequest(dataset, WorkerOptions(workers=width, gpus_per_worker=gpus_per_worker), settings)

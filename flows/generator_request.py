@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.imports import find_artifact
-from flows.preflight import check_compilers, check_home, check_ray, check_share
+from flows.preflight import check_compilers, check_servers, check_share
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
-from flows.server import health
 from infra.artifacts import ArtifactRef
 from infra.settings import Settings
 from infra.store import Store
@@ -44,9 +43,6 @@ def check_generator_request(
     check_share("train_generator", chosen.train_generator, ranks)
     check_compilers(train_generator=chosen.train_generator.compile)
     found = find_artifact(codes, store, "codes")
-    check_home(settings.home)
-    if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
-        raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
-    check_ray(settings.ray_address)
+    check_servers(settings)
     found.store.check()
     return GeneratorRequest(chosen, found.store, found.ref, ranks, settings)

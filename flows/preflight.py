@@ -100,12 +100,21 @@ def check_rerun(run: str, *, store: str | None) -> Request:
 
 def _check_places(chosen: Recipe, place: Store, settings: Settings) -> None:
     """The servers that a run needs, and its store."""
+    check_servers(settings)
+    place.check()
+    check_scores(chosen, place)
+
+
+def check_servers(settings: Settings) -> None:
+    """Refuse a home that cannot be written to, and a Prefect server or Ray cluster that is named and does not answer.
+
+    Raises:
+        ValueError: saying which, and the remedy.
+    """
     check_home(settings.home)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
         raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
     check_ray(settings.ray_address)
-    place.check()
-    check_scores(chosen, place)
 
 
 def default_gpus() -> float:
