@@ -4,10 +4,9 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.preflight import check_home, check_ranks, check_ray, check_weights, default_gpus
+from flows.preflight import check_ranks, check_servers, check_weights, default_gpus
 from flows.recipe import Recipe
 from flows.recipes_ablation import Ablation, load_ablation
-from flows.server import health
 from infra.settings import Settings
 from infra.store import Store
 from sftok.config import NO_ADVERSARY
@@ -48,10 +47,7 @@ def check_ablation_request(
     if not source:
         raise ValueError(f"ablation {plan.name} has no images of its own: give a folder of them with --data")
     check_source(source, base.data)
-    check_home(settings.home)
-    if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
-        raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
-    check_ray(settings.ray_address)
+    check_servers(settings)
     place = Store(store or settings.store)
     place.check()
     width = min(2, os.cpu_count() or 1) if workers is None else workers
