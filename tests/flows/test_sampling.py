@@ -167,6 +167,7 @@ def test_a_class_is_drawn_the_same_alone_and_among_others(
     assert codes[0] == codes[1]
 
 
+@pytest.mark.slow
 def test_workers_change_no_byte(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Shards in a store of their own for each, and the images decoded from them."""
     written = []
