@@ -147,6 +147,8 @@ def _config(**settings: Any) -> "SampleConfig":
         return SampleConfig(**settings)
     except ValidationError as refused:
         first = refused.errors()[0]
+        if not first["loc"]:  # of a whole config: it names the setting itself
+            raise ValueError(f"--{first['msg'].removeprefix('Value error, ')}") from refused
         option = "--" + "-".join(map(str, first["loc"])).replace("_", "-")
         raise ValueError(f"{option} {first['input']}: {first['msg'][:1].lower()}{first['msg'][1:]}") from refused
 

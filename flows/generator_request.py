@@ -41,7 +41,7 @@ def check_generator_request(
             raise ValueError(f"--set {override}: the codes are there already; only {allowed} can be set")
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
     check_share("train_generator", chosen.train_generator, ranks)
-    check_compilers(train_generator=chosen.train_generator.compile)
+    check_compilers(chosen.train_generator)
     found = find_artifact(codes, store, "codes")
     check_servers(settings)
     found.store.check()

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from flows.server import health
+from generator.config import SampleConfig
 from infra.pretrained import WEIGHTS_ROOT
 from infra.schedule import TrainingConfig
 from infra.settings import Settings
@@ -54,11 +55,8 @@ def check_request(
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
     if is_run:
         check_weights(chosen)
-        trained = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
-        tokenizer = any(stage.training.compile for stage in trained)
-        check_compilers(
-            tokenizer=tokenizer, train_generator=chosen.train_generator.compile, sample=chosen.sample.compile
-        )
+        stages = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
+        check_compilers(*(stage.training for stage in stages), chosen.train_generator, chosen.sample)
     check_ranks(chosen, ranks)
     source = data or chosen.source
     if not source:
@@ -124,9 +122,9 @@ def default_gpus() -> float:
     return 1.0 if default_device() == "cuda" else 0.0
 
 
-def check_compilers(**wanted: bool) -> None:
-    """Refuse to compile what is wanted so where there is no compiler, before hours of other stages."""
-    if any(wanted.values()):
+def check_compilers(*configs: TrainingConfig | SampleConfig) -> None:
+    """Refuse what is to be compiled where there is no compiler, before hours of other stages."""
+    if any(config.compile for config in configs):
         import torch
 
         from infra.compiler import check_compiler

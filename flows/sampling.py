@@ -167,7 +167,7 @@ def check(job: Job) -> Request:
     request = request._replace(options=options)
     check_names(job.outputs)
     if any(job.outputs) or job.choice != Choice():
-        request.models  # noqa: B018  # refuses
+        decoding_models(found, job.choice)
     if find(found.store, request.plan) is None:
         check_ray(Settings().ray_address)
         found.store.check()

@@ -110,8 +110,7 @@ def _generators(work: Work) -> Iterator[Swept]:
     model, _ = load_generator(folder_of(store, manifest.kind, manifest.digest))
     kind = model.config.kind
     name = kind if kind != first else f"{kind}, the second"
-    same = ("precision", "compile", "micro_batch", "samples_per_shard")
-    config = SampleConfig.model_validate({setting: getattr(sample, setting) for setting in same})
+    config = SampleConfig(precision=sample.precision, compile=sample.compile, micro_batch=sample.micro_batch)
     yield Swept(name, _prepared(model, config), model.space, config, temperatures[kind])
 
 

@@ -191,6 +191,9 @@ def test_masked_generators_and_those_without_classes(store: Store, capsys: pytes
     masked = a_generator(store, tokenizer, masked=True)
     assert sample(capsys, masked, store, "--num-steps", 3)["count"] == 12
     assert "top_k = 5 means nothing to a generator that is masked" in refused(capsys, masked, store, "--top-k", 5)
+    assert sample(capsys, masked, store, "--num-steps", 3, "--annealing", 0.5, 0.8)["state"] == "Completed"
+    said = refused(capsys, masked, store, "--annealing", 0, 1)
+    assert said == "sftok: --annealing = (0.0, 1.0) divides by 0 or less: give a > 0 and b >= 0"
     plain = a_generator(store, tokenizer, names=None)
     made = sample(capsys, plain, store)
     assert (made["count"], made["classes"]) == (3, [])

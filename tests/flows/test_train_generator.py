@@ -11,6 +11,7 @@ import pytest
 from flows import preflight
 from flows.generator_request import check_generator_request
 from generator.artifacts import load_generator
+from generator.config import SampleConfig
 from infra.artifacts import ArtifactRef, folder_of
 from infra.store import Store
 from tests.flows.small_codes import TINY, TOKENIZER, codes, names
@@ -64,7 +65,7 @@ def test_a_missing_compiler_is_said_before_anything_starts(
         raise ValueError("compile = True needs a C++ compiler")
 
     monkeypatch.setattr("infra.compiler.check_compiler", missing)
-    preflight.check_compilers(sample=False)
+    preflight.check_compilers(SampleConfig())
     with pytest.raises(ValueError, match="needs a C"):
         check(store, ref, "train_generator.compile=true")
 
