@@ -151,19 +151,32 @@ class Learner:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
             self.ema[name].copy_(tensors[f"ema.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                # Moments take the parameter's memory layout: the fused step walks both side by side.
-                self.optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"].clone(),
-                    "exp_avg": torch.empty_like(parameter).copy_(tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(tensors[f"exp_avg_sq.{name}"]),
-                }
+        self._load_optimizer(tensors)
         if self.plan.is_scaled:
             state = self.scaler.state_dict()
             scale, tracker = tensors["scaler.scale"].item(), int(tensors["scaler._growth_tracker"])
             self.scaler.load_state_dict({**state, "scale": scale, "_growth_tracker": tracker})
 
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hand the optimizer its state: it places each tensor as it would have made it, `step` too.
 
+        Where `step` belongs depends on the device and on the kind of step that is taken there, so a checkpoint of one
+        device can be read on another.
+        """
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        state = {}
+        for index, parameter in enumerate(trained):
+            if f"exp_avg.{names[parameter]}" in tensors:
+                saved = {key: tensors[f"{key}.{names[parameter]}"] for key in _STATE}
+                # Moments take the parameter's memory layout: the fused step walks both side by side.
+                moments = {key: torch.empty_like(parameter).copy_(saved[key]) for key in ("exp_avg", "exp_avg_sq")}
+                state[index] = {"step": saved["step"].clone(), **moments}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, a parameter
 _SCALER = ("scale", "_growth_tracker")
 
 

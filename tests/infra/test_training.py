@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import infra.learner
 from infra.learner import Best, Learner, Plan, learning_rate
 from infra.schedule import LoopConfig, OptimizerConfig, TrainingConfig
 from infra.store import Store
@@ -105,6 +106,42 @@ def test_a_gradient_that_is_not_finite_stops_too() -> None:
     with pytest.raises(FloatingPointError, match="the norm of the gradient is"):
         made.update(0)
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_checkpoint_holds_is_put_where_its_parameter_lies(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused step refuses a `step` that was left on the CPU: no run on a GPU could go on from a checkpoint."""
+    monkeypatch.setattr(infra.learner, "FUSED_DEVICES", (device,))
+    first = learner(conv := nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last))
+    first.backward(conv(torch.ones(1, 3, 4, 4)).square().mean())
+    first.update(0)
+    made = learner(nn.Conv2d(3, 4, 3, device=device).to(memory_format=torch.channels_last))
+    best = Best(made, "val_loss", higher=False)
+    made.load(first.tensors())
+    best.load(Best(first, "val_loss", higher=False).tensors())
+    for name, parameter in made.parameters.items():
+        beside = [made.ema[name], best.weights[name], *made.optimizer.state[parameter].values()]
+        assert len(beside) == 5
+        assert {tensor.device for tensor in beside} == {parameter.device}
+        assert {t.stride() for t in beside if t.ndim} == {parameter.stride()}
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_restored_optimizer_goes_on_as_the_first(is_fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infra.learner, "FUSED_DEVICES", ("cpu",) if is_fused else ())
+    whole, parts = linear(), linear()
+    first, second = learner(whole), learner(linear())
+    for step in range(4):
+        first.backward(whole(torch.ones(1, 3)).square().mean())
+        first.update(step)
+        if step == 1:
+            second = learner(parts)
+            second.load(first.tensors())
+        if step >= 2:
+            second.backward(parts(torch.ones(1, 3)).square().mean())
+            second.update(step)
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
 
 
 def test_half_precision_leaves_an_overflow_out_and_lowers_the_scale() -> None:
