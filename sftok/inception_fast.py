@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infra.packed import can_pack
 from sftok.inception import (
     POOLS,
     SPATIAL_BLOCK,
@@ -45,11 +46,7 @@ class FoldedConv:
         self.stride, self.padding, self.dtype = list(layer.conv.stride), list(layer.layer.padding), dtype
         self.weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
         self.bias = bias.to(device, dtype)
-        self.is_packed = (
-            device.type == "cpu"
-            and torch.backends.mkldnn.is_available()
-            and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
+        self.is_packed = device.type == "cpu" and can_pack(dtype)
         self.packed_for: torch.Size | None = None
 
     def __call__(self, x_BChw: Tensor, *, relu: bool = True) -> Tensor:

@@ -1,12 +1,15 @@
 """The prepared tokenizer: the modules' numbers whatever the batch, and blocks that compute what is kept alone."""
 
 import pickle
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra import packed
 from infra.codes import CodesInfo
 from infra.packed import PackedLinear
 from infra.store import Store
@@ -23,6 +26,7 @@ from tests.sftok.tiny import SIZE, TEACHER, TOKENIZER, tokenizer
 WIDE = TransformerConfig(width=96, layers=3, heads=3, init_std=0.1)
 CONFIG = TOKENIZER.model_copy(update={"encoder": WIDE, "decoder": WIDE, "codebook_size": 4096})
 STEPS = DecodingConfig(num_steps=4)
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def model(*, pixels: bool = False, legacy: bool = False) -> SFTok:
@@ -184,20 +188,50 @@ def test_a_job_names_its_precision(store: Store) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_linear_layers_are_linear_layers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the weights laid out for oneDNN, and where there is no oneDNN."""
+    """With the weights laid out for oneDNN where it has the type, and where there is no oneDNN."""
     torch.manual_seed(0)
     layer, x, residual = nn.Linear(40, 24), torch.randn(3, 5, 40), torch.randn(3, 5, 24)
     with torch.no_grad():
         wanted = [layer(x), F.gelu(layer(x)), residual + layer(x)]
+    # Of bfloat16, CPUs without AVX-512 know nothing: the plain product is what they have.
+    has_type = ONEDNN and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     for is_available in (True, False):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda is_there=is_available: is_there)
-        packed = PackedLinear(layer.weight, layer.bias, dtype)
-        assert packed.is_packed or not is_available
+        made = PackedLinear(layer.weight, layer.bias, dtype)
+        assert made.is_packed == (is_available and has_type)
         given = x.to(dtype)
-        found = [packed(given), packed.gelu(given), packed.plus(given, residual)]
+        found = [made(given), made.gelu(given), made.plus(given, residual)]
         assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
         for one, other in zip(found, wanted, strict=True):
             assert torch.allclose(one.float(), other, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.fixture
+def tried_anew() -> Iterator[None]:
+    """What oneDNN can do is tried once a process; here it is to change."""
+    packed._multiplies.cache_clear()
+    yield
+    packed._multiplies.cache_clear()
+
+
+@pytest.mark.usefixtures("tried_anew")
+@pytest.mark.parametrize("lacks", ["_reorder_linear_weight", "_linear_pointwise"])
+@pytest.mark.parametrize("error", [AttributeError("no such operation"), RuntimeError("not of this type")])
+def test_a_build_without_the_operations_multiplies_plainly(
+    lacks: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch for other processors may say that oneDNN is there and have none of this."""
+
+    def missing(*_: object) -> None:
+        raise error
+
+    operations = {"_reorder_linear_weight": lambda *_: None, "_linear_pointwise": lambda *_: None, lacks: missing}
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**operations))
+    layer, x = nn.Linear(40, 24), torch.randn(3, 40)
+    plain = PackedLinear(layer.weight, layer.bias, torch.float32)
+    assert not plain.is_packed
+    assert torch.equal(plain(x), layer(x))
 
 
 @pytest.mark.parametrize("keep", [slice(-3, None), slice(1, 8)])
