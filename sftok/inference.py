@@ -1,8 +1,8 @@
 """The tokenizer prepared for encoding and decoding: the modules' numbers, computed the way that suits the machine.
 
-On CUDA the modules run as they are, under autocast. On CPUs their linear layers run through weights that are laid out
-for oneDNN once (2.3 times as fast as `F.linear` in float32), with the GELU or the residual added on the way out.
-Nothing is compiled: eager operations that are fused like this reach what compiled ones do, and cost a tiny job nothing.
+On CPUs linear layers run through weights that are laid out for oneDNN once (2.3 times as fast as `F.linear` in
+float32), with the GELU or the residual added on the way out: eager operations that are fused like this reach what
+compiled ones do, and cost a tiny job nothing. On CUDA weights are cast once, and the encoder's blocks can be compiled.
 
 Shapes: B images, S sequence positions, N latent tokens, P proxy positions, V proxy codes, W width, H heads,
 D channels a head or of a code.
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.packed import PackedLinear
+from sftok.cast_transformer import CastTransformer
 from sftok.config import Assignment, DecodingConfig
 from sftok.decoder import decode_steps
 from sftok.model import SFTok
@@ -83,21 +84,40 @@ class PackedTransformer:
 
 
 class PreparedEncoder:
-    """Images to codes. Holds the weights as they were when it was made, and the model's small modules themselves."""
+    """Images to codes. Holds the weights as they were when it was made, and the model's small modules themselves.
 
-    def __init__(self, model: SFTok, precision: InferencePrecision) -> None:
-        self.model, self.precision = model, precision
+    Products are computed in the type of the precision; norms, the residual stream and the quantizer in float32, and
+    what stands before and after the blocks too, except that on CUDA patches are embedded in the precision's type.
+    """
+
+    def __init__(
+        self, model: SFTok, precision: InferencePrecision, *, compile: bool = False, is_packed: bool | None = None
+    ) -> None:
+        """Prepare the weights; `is_packed` is how CPUs do it unless they compile, None what suits the device.
+
+        Raises:
+            ValueError: a compiler is missing.
+        """
+        self.model, self.precision, self.dtype = model, precision, DTYPES[precision]
         self.device = model.quantizer.embedding.device
         self.num_tokens = model.config.num_latent_tokens
         with torch.no_grad():
             self.codebook_KD = model.quantizer.codebook().float()
-        self.is_packed = self.device.type == "cpu"
+        self.is_packed = self.device.type == "cpu" and not compile if is_packed is None else is_packed
+        convolution, transformer = model.encoder.patch_embed, model.encoder.transformer
+        self.patch_size = model.config.patch_size
+        self.patch_embed: Callable[[Tensor], Tensor]
+        self.transformer: Callable[[Tensor, slice], Tensor]
         if self.is_packed:
-            convolution = model.encoder.patch_embed
-            self.patch_size = model.config.patch_size
             # In float32 whatever the precision: one percent of the work, and the rounding of pixels would reach all.
             self.patch_embed = PackedLinear(convolution.weight.flatten(1), convolution.bias, torch.float32)
-            self.transformer = PackedTransformer(model.encoder.transformer, DTYPES[precision])
+            self.transformer = PackedTransformer(transformer, self.dtype)
+        else:
+            assert convolution.bias is not None
+            self.weight = convolution.weight.detach().flatten(1).to(self.dtype, copy=True)
+            self.bias = convolution.bias.detach().to(self.dtype, copy=True)
+            self.patch_embed = self._embed
+            self.transformer = CastTransformer(transformer, self.dtype, compile=compile)
 
     @torch.inference_mode()
     def __call__(self, images_B3HW: Tensor, assignment: Assignment = "nearest") -> Tensor:
@@ -114,11 +134,12 @@ class PreparedEncoder:
     def latents(self, images_B3HW: Tensor) -> Tensor:
         """The encoder's output before quantization, z (B, N, D)."""
         encoder = self.model.encoder
-        if not self.is_packed:
-            with autocast(self.device, self.precision):
-                return encoder(images_B3HW)
         patches_BPW = self.patch_embed(to_patches(images_B3HW, self.patch_size))
         return encoder.read_out(self.transformer(encoder.sequence(patches_BPW), encoder.kept))
+
+    def _embed(self, patches_BPC: Tensor) -> Tensor:
+        """Flattened patches to (B, P, W) float32; on CUDA a float32 product would take as long as two blocks."""
+        return F.linear(patches_BPC.to(self.dtype), self.weight, self.bias).float()
 
 
 class PreparedDecoder:
@@ -205,13 +226,18 @@ def autocast(device: torch.device, precision: InferencePrecision) -> AbstractCon
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def prepare_encoder(model: SFTok, precision: str = "fp32") -> PreparedEncoder:
+def prepare_encoder(model: SFTok, precision: str = "fp32", *, compile: bool = False) -> PreparedEncoder:
     """Prepare a tokenizer for encoding on the device that it is on; once a worker.
 
+    Args:
+        model: the tokenizer.
+        precision: arithmetic of the products, fp32 or bf16.
+        compile: whether its blocks are compiled; for CUDA, and for batches of one size.
+
     Raises:
-        ValueError: there is no such precision.
+        ValueError: there is no such precision, or a compiler is missing.
     """
-    return PreparedEncoder(model, _checked(precision))
+    return PreparedEncoder(model, _checked(precision), compile=compile)
 
 
 def prepare_decoder(model: SFTok, teacher: Teacher | None, precision: str = "fp32") -> PreparedDecoder:

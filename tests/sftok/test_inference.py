@@ -1,5 +1,6 @@
 """The prepared tokenizer: the modules' numbers whatever the batch, and blocks that compute what is kept alone."""
 
+import functools
 import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,10 +15,17 @@ from infra.codes import CodesInfo
 from infra.packed import PackedLinear
 from infra.store import Store
 from sftok.artifacts import save_tokenizer
+from sftok.cast_transformer import CastTransformer
 from sftok.config import AugmentConfig, DecodingConfig, TransformerConfig
 from sftok.decode import ImageDecoder
 from sftok.encode import EncodeJob, ShardEncoder, encode_batches, encode_images
-from sftok.inference import PRECISIONS, InferencePrecision, prepare_decoder, prepare_encoder
+from sftok.inference import (
+    PRECISIONS,
+    InferencePrecision,
+    PreparedEncoder,
+    prepare_decoder,
+    prepare_encoder,
+)
 from sftok.model import SFTok
 from sftok.proxy import Teacher
 from sftok.transformer import Transformer, attend, initialise
@@ -99,6 +107,64 @@ def test_bf16_is_computed_in_bf16_and_stays_close() -> None:
     far = distance_gap(made, images) > 0.02
     assert far.any()
     assert torch.equal(prepare_encoder(made, "bf16")(images)[far], made.encode(images).codes[far])
+
+
+# --- weights that are cast, as on CUDA -------------------------------------------------------------------------------
+
+
+def cast(made: SFTok, precision: InferencePrecision = "fp32", *, compile: bool = False) -> PreparedEncoder:
+    return PreparedEncoder(made, precision, compile=compile, is_packed=False)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_cast_float32_codes_are_the_models(legacy: bool) -> None:
+    made, images = model(legacy=legacy), pictures(16)
+    encoder = cast(made)
+    with torch.no_grad():
+        assert torch.allclose(encoder.latents(images), made.encoder(images), atol=1e-5)
+    differ = encoder(images) != made.encode(images).codes
+    assert (distance_gap(made, images)[differ] < 1e-5).all()
+    assert differ.float().mean() < 0.01
+
+
+def test_cast_bf16_rounds_as_the_packed_one() -> None:
+    """Norms and the residual stream in float32: their rounding would at least double the error."""
+    made, images = model(), pictures(16)
+    with torch.no_grad():
+        exact = made.encoder(images)
+        errors = [
+            ((encoder.latents(images) - exact).norm() / exact.norm()).item()
+            for encoder in (prepare_encoder(made, "bf16"), cast(made, "bf16"))
+        ]
+    assert 1e-4 < errors[1] < 1.5 * errors[0]
+
+
+def test_cast_weights_are_copies() -> None:
+    made, images = model(), pictures(2)
+    encoder = cast(made)
+    before = encoder(images)
+    with torch.no_grad():
+        for parameter in made.encoder.transformer.blocks.parameters():
+            parameter.zero_()
+    assert torch.equal(encoder(images), before)
+
+
+def test_blocks_are_compiled_into_one_graph_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three at any depth: the first block, those between, the last one. What a graph becomes is not asked here."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    traced = functools.partialmethod(nn.Module.compile, backend="eager")
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    monkeypatch.setattr("sftok.cast_transformer.check_compiler", lambda device: None)
+    deep, x = Transformer(WIDE.model_copy(update={"layers": 6})), torch.randn(4, 11, 96)
+    initialise(deep, 0.1)
+    eager, compiled = CastTransformer(deep, torch.float32), CastTransformer(deep, torch.float32, compile=True)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.allclose(compiled(x, slice(-3, None)), eager(x, slice(-3, None)), atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_sinkhorn_is_assigned_as_in_training() -> None:
@@ -290,8 +356,14 @@ def test_cuda_computes_what_the_cpu_does() -> None:
     proxy, logits = cpu_decoder.predict_proxy(codes, STEPS)
     rendered = cpu_decoder.render(proxy, logits)
     made = made.cuda()
-    assert (prepare_encoder(made)(images).cpu() == on_cpu).float().mean() > 0.98
-    assert prepare_encoder(made, "bf16")(images).shape == on_cpu.shape
+    with torch.no_grad():
+        latents = made.encoder(images.cuda())
+    for compile in (False, True):
+        encoder = prepare_encoder(made, compile=compile)
+        assert torch.allclose(encoder.latents(images.cuda()), latents, atol=1e-4)
+        assert (encoder(images).cpu() == on_cpu).float().mean() > 0.98
+        rounded = prepare_encoder(made, "bf16", compile=compile).latents(images.cuda())
+        assert 1e-4 < ((rounded - latents).norm() / latents.norm()).item() < 0.02
     for precision, tolerance in (("fp32", 1e-2), ("bf16", 0.1)):
         decoder = prepare_decoder(made, None, precision)
         decoder.predict_proxy(codes, STEPS)
