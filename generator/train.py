@@ -98,12 +98,12 @@ def train_generator(
 
 def training_step(
     network: Generator | MaskedGenerator, learner: Learner, train: CodeData, config: GeneratorTrainingConfig, run: Run
-) -> Callable[[int], dict[str, float]]:
+) -> Callable[[int], dict[str, Tensor | float]]:
     """A step of the training, from its number to what is logged of it: the loss, and what the learner says."""
     model, space = network.config, network.space
     stream = TrainCodes(train, space, seed=run.seed, batch_size=config.batch_size, class_dropout=config.class_dropout)
 
-    def step(step: int) -> dict[str, float]:
+    def step(step: int) -> dict[str, Tensor | float]:
         whole, size = stream.batch(step), config.batch_size // config.micro_batches
         views = draw_view(
             model, config.batch_size, space.num_tokens, step=step, generator=generator_of(run.seed, "view", step)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from infra.faults import Faults
 from infra.ranks import ALONE, Ranks
 from infra.schedule import OptimizerConfig, TrainingConfig
-
-FUSED_DEVICES = ("cpu", "cuda")
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -40,6 +39,8 @@ class Plan:
     """backward passes a step, over all ranks."""
     is_scaled: bool = False
     """whether losses are scaled, as half precision needs."""
+    may_skip: bool = False
+    """whether a step that is not finite is left out instead of ending the training; scaled losses imply it."""
     ranks: Ranks = ALONE
 
     @classmethod
@@ -68,49 +69,46 @@ class Learner:
         self.parameters = dict(parameters)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = self._optimizer(is_decayed)
-        device = next(iter(self.parameters.values())).device.type
-        self.scaler = torch.amp.GradScaler(device, enabled=plan.is_scaled)
+        device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.is_scaled)
+        self.faults = Faults(device, are_skipped=plan.is_scaled or plan.may_skip)
+        self._loss = torch.zeros((), device=device)
 
     def _optimizer(self, is_decayed: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
         config = self.plan.optimizer
         decayed = [p for n, p in self.parameters.items() if is_decayed(n, p)]
         plain = [p for n, p in self.parameters.items() if not is_decayed(n, p)]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        device = next(iter(self.parameters.values())).device.type
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=device in FUSED_DEVICES)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss to that of the step.
-
-        Raises:
-            FloatingPointError: the loss is not finite; nothing was changed.
-        """
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()}")
+        """Add the gradient of one micro-batch's mean loss to that of the step."""
+        self._loss += loss.detach()
         self.scaler.scale(loss / self.plan.micro_batches).backward()
 
-    def update(self, step: int) -> dict[str, float]:
+    def update(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step on the added gradients; the learning rate and the gradient's norm before clipping.
 
-        Raises:
-            FloatingPointError: the gradient is not finite; nothing was changed. Where losses are scaled, such a step is
-                left out and the scale lowered instead.
+        A step whose loss or gradient is not finite changes no weight and no moment; `faults` tells of it. Where losses
+        are scaled, the scale is lowered then.
         """
         trained = list(self.parameters.values())
-        self.plan.ranks.totals_([p.grad for p in trained if p.grad is not None])
+        # All ranks must leave out the same steps, so each knows of the others' losses.
+        self.plan.ranks.totals_([*(p.grad for p in trained if p.grad is not None), self._loss])
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(trained, self.plan.optimizer.grad_clip))
-        if not math.isfinite(norm) and not self.plan.is_scaled:
-            raise FloatingPointError(f"the norm of the gradient is {norm}")
+        norm = nn.utils.clip_grad_norm_(trained, self.plan.optimizer.grad_clip)
         local = step - self.plan.start
         rate = learning_rate(self.plan.optimizer, local + 1, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.scaler.step(self.optimizer)
+        # The fused step itself looks at the flag: the host need not know it.
+        self.optimizer.found_inf = self.faults.note(step, self._loss, norm).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._loss.zero_()
         self._average(local)
-        return {"lr": rate, "grad_norm": norm}
+        return {"lr": rate, "grad_norm": norm, **self.faults.figures}
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
@@ -143,7 +141,7 @@ class Learner:
         weights = {f"weight.{n}": p.detach() for n, p in self.parameters.items()}
         scale = self.scaler.state_dict()
         scaler = {f"scaler.{key}": torch.tensor(scale[key], dtype=torch.float64) for key in _SCALER if key in scale}
-        return weights | {f"ema.{n}": t for n, t in self.ema.items()} | moments | scaler
+        return weights | {f"ema.{n}": t for n, t in self.ema.items()} | moments | scaler | self.faults.tensors()
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -152,6 +150,8 @@ class Learner:
             parameter.copy_(tensors[f"weight.{name}"])
             self.ema[name].copy_(tensors[f"ema.{name}"])
         self._load_optimizer(tensors)
+        if "skipped_steps" in tensors:
+            self.faults.load(tensors["skipped_steps"])
         if self.plan.is_scaled:
             state = self.scaler.state_dict()
             scale, tracker = tensors["scaler.scale"].item(), int(tensors["scaler._growth_tracker"])

@@ -21,13 +21,14 @@ from torch import Tensor
 from infra.checkpoint import CHECKPOINTS, Checkpoints
 from infra.events import FOLDER as EVENTS
 from infra.events import Events
-from infra.learner import Best
+from infra.learner import Best, Learner
 from infra.progress import Progress, silent
 from infra.ranks import ALONE, Ranks
 from infra.schedule import LoopConfig, Precision
 from infra.shards import FileEntry, put
 from infra.speed import Clock, Effort, peak_flops
 from infra.store import Store
+from infra.transfer import fetch
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,10 @@ def autocast(precision: Precision, device: str) -> AbstractContextManager[object
 
 def over_micro_batches(
     work: Callable[[int], Mapping[str, Tensor]], step: int, parts: int, *, run: Run
-) -> dict[str, float]:
-    """Call `work` for every micro-batch of a step that is this rank's; the means over those of all ranks.
+) -> dict[str, Tensor]:
+    """Call `work` for every micro-batch of a step that is this rank's; the means over those of all ranks, float64.
+
+    Figures stay on the device, so that the host goes on while it computes.
 
     Args:
         work: from the number of the micro-batch, in [0, parts), to scalar figures; adds to the gradients.
@@ -135,20 +138,21 @@ def over_micro_batches(
         parts: micro-batches of the step.
         run: seed and ranks.
     """
-    sums: dict[str, Tensor] = {}
+    names: list[str] = []
+    sums: Tensor | None = None
     for part in run.ranks.share(parts):
         seed_torch(seed_of(run.seed, "step", step, part), run.device)
-        for name, value in work(part).items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double().cpu()
-    names = sorted(sums)
-    totals = run.ranks.total(torch.stack([sums[name] for name in names]).to(run.device)).tolist()
-    means = {name: total / parts for name, total in zip(names, totals, strict=True)}
-    return {name: means[name] for name in sums}
+        figures = work(part)
+        names = names or list(figures)
+        row = torch.stack([figures[name].detach().double() for name in names])
+        sums = row if sums is None else sums + row
+    assert sums is not None
+    return dict(zip(names, (run.ranks.total(sums) / parts).unbind(), strict=True))
 
 
 def train_loop(
     saved: Mapping[str, Saved],
-    train_step: Callable[[int], Mapping[str, float]],
+    train_step: Callable[[int], Mapping[str, Tensor | float]],
     config: LoopConfig,
     *,
     run: Run,
@@ -160,7 +164,9 @@ def train_loop(
 
     Args:
         saved: what checkpoints hold: the learners, and what else the loop's state is.
-        train_step: does one step and returns figures to log; draws all randomness from generators seeded by the step.
+        train_step: does one step and returns figures to log, best on the device: they are fetched where a line is
+            logged, and there alone the host waits for the device. Draws all randomness from generators seeded by the
+            step.
         config: length and intervals.
         run: where to write.
         validate: called every `validate_every` steps and after the last one; its figures are logged.
@@ -171,19 +177,25 @@ def train_loop(
         The last step's figures, the log and the last pictures.
 
     Raises:
-        FloatingPointError: a loss or a gradient is not finite; names the step.
+        FloatingPointError: a loss or a gradient was not finite; names the step. Found out where figures are fetched,
+            which is before every checkpoint and validation.
     """
     torch.set_num_threads(run.threads)
     saved = {**saved, "best": best} if best is not None else saved
     checkpoints = Checkpoints(run.out.at(CHECKPOINTS), keep=config.keep_checkpoints)
     first, lines = _resume(saved, checkpoints)
     book = _Book(run, lines, first, effort or Effort())
+    watched = [part for part in saved.values() if isinstance(part, Learner)]
     for step in range(first, config.steps):
-        with book.clock.step():
-            seen = _figures(train_step, step)
         done = step + 1
         is_last = done == config.steps
         is_validated = is_last or _falls_on(done, config.validate_every)
+        is_logged = is_validated or _falls_on(done, config.log_every)
+        is_saved = _falls_on(done, config.checkpoint_every) and not is_last
+        with book.clock.step():
+            figures = train_step(step)
+            # The first step's too: what it takes to choose and compile kernels is then in its time alone.
+            seen = _fetched(figures, watched, step) if is_logged or is_saved or step == first else {}
         if is_validated:
             found = validate(done)
             seen |= found.figures
@@ -191,22 +203,23 @@ def train_loop(
             if best is not None:
                 best.offer(found.figures)
                 seen[f"best_{best.metric}"] = best.best
-        if is_validated or _falls_on(done, config.log_every):
+        if is_logged:
             book.note(done, config.steps, seen)
-        if _falls_on(done, config.checkpoint_every) and not is_last:
+        if is_saved:
             book.save(done, checkpoints, saved)
     if best is not None:
         best.restore()
     return LoopEnd(book.lines[-1], book.close(config.steps), book.lines, book.clock.figures())
 
 
-def _figures(train_step: Callable[[int], Mapping[str, float]], step: int) -> dict[str, float]:
-    try:
-        return dict(train_step(step))
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"step {step}: {error}; lower the learning rate, or look for a broken image or code in its batch"
-        ) from error
+def _fetched(figures: Mapping[str, Tensor | float], watched: Sequence[Learner], step: int) -> dict[str, float]:
+    """A step's figures, once all learners have been found to be well."""
+    seen, told = fetch(figures, [learner.faults.told for learner in watched])
+    for learner in watched:
+        size = len(learner.faults.told)
+        learner.faults.check(step, told[:size])
+        told = told[size:]
+    return seen
 
 
 def _falls_on(step: int, interval: int) -> bool:

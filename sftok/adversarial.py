@@ -52,7 +52,9 @@ class LeCam:
     def end_step(self, total: Callable[[Tensor], Tensor]) -> None:
         """Move the averages by what the step has seen; `total` sums a tensor over all ranks."""
         *means, count = total(self._sums)
-        self.averages.lerp_(torch.stack(means) / count, 1 - self.decay)
+        seen = torch.stack(means) / count
+        # A step that half precision overflowed in is left out, here too.
+        self.averages.copy_(torch.where(seen.isfinite().all(), self.averages.lerp(seen, 1 - self.decay), self.averages))
         self._sums.zero_()
 
 
@@ -149,7 +151,7 @@ class Adversary:
     @torch.autocast("cuda", enabled=False)
     def discriminator_loss(
         self, reals_B3HW: Tensor, fakes_B3HW: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss of one micro-batch, and figures to log; no gradient reaches the images.
 
         Args:
@@ -162,8 +164,8 @@ class Adversary:
         hinge = hinge_discriminator(real_logits, fake_logits)
         lecam = self.lecam.loss(real_logits, fake_logits)
         loss = hinge + self.config.lecam_weight * lecam
-        figures = torch.stack([loss.detach(), real_logits.mean(), fake_logits.mean(), lecam]).tolist()
-        return loss, dict(zip(("d_loss", "d_real", "d_fake", "lecam"), figures, strict=True))
+        figures = {"d_loss": loss, "d_real": real_logits.mean(), "d_fake": fake_logits.mean(), "lecam": lecam}
+        return loss, {name: figure.detach() for name, figure in figures.items()}
 
     def _seen(self, images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
         """Images as the discriminator sees them."""

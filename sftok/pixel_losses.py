@@ -63,9 +63,9 @@ class PixelLosses:
         assert self.learner is not None
         loss, figures = self.adversary.discriminator_loss(reals, fakes, self._noise("discriminator", step, part))
         self.learner.backward(loss)
-        return {name: torch.as_tensor(value) for name, value in figures.items()}
+        return figures
 
-    def update(self, step: int) -> dict[str, float]:
+    def update(self, step: int) -> dict[str, Tensor | float]:
         """One step of the discriminator on the gradients of the step's micro-batches."""
         if self.adversary is None or self.learner is None or not self.adversary.is_active(step):
             return {}
@@ -89,6 +89,7 @@ def _learner(adversary: Adversary, config: PixelStageConfig, run: Run) -> Learne
         adversary.steps,
         start=config.adversarial.start_step,
         micro_batches=config.training.micro_batches,
+        may_skip=config.training.precision == "fp16",  # its images come out of half precision
         ranks=run.ranks,
     )
     return Learner(adversary.named_parameters(), plan)

@@ -64,7 +64,7 @@ def train_alignment(
     learner = Learner(model.named_parameters(), Plan.of(training, run.ranks))
     stream, held_out = images.stream(run, training), images.held_out(run)
 
-    def step(step: int) -> dict[str, float]:
+    def step(step: int) -> dict[str, Tensor | float]:
         def part(part: int) -> dict[str, Tensor]:
             batch = stream.batch(step, part)
             losses = alignment_losses(

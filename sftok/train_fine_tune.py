@@ -62,7 +62,7 @@ def train_fine_tune(
     pixels = PixelLosses.of(config, model.image_size, run=run, weights=weights)
     stream, held_out = images.stream(run, training), images.held_out(run)
 
-    def step(step: int) -> dict[str, float]:
+    def step(step: int) -> dict[str, Tensor | float]:
         def part(part: int) -> dict[str, Tensor]:
             batch, masks = stream.batch(step, part), generator_of(run.seed, "mask", step, part)
             reconstruction = fine_tune_pass(model, batch, config, masks)

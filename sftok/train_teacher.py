@@ -49,7 +49,7 @@ def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Ru
     pixels = PixelLosses.of(config, held_out.shape[-1], run=run, weights=weights)
     restart = CodebookRestart(model, config, run)
 
-    def step(step: int) -> dict[str, float]:
+    def step(step: int) -> dict[str, Tensor | float]:
         if restart.is_due(step):
             restart.replace(step, stream.batch(step, 0))
 
