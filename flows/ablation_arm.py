@@ -33,12 +33,11 @@ def _arm_what(job: Job) -> dict[str, JsonValue]:
 def _arm(work: Work) -> Result:
     import torch
 
-    from infra.training import default_device
     from sftok.alignment_metrics import AlignmentMeter
     from sftok.artifacts import load_teacher, load_tokenizer
     from sftok.features import RandomFeatures
 
-    recipe, device = work.recipe, default_device()
+    recipe, device = work.recipe, work.job.device
     torch.set_num_threads(recipe.threads)
     meter = AlignmentMeter(
         load_tokenizer(work.folder("tokenizer")).to(device),

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.preflight import check_ranks, check_servers, check_weights, default_gpus
+from flows.preflight import check_ranks, check_servers, check_weights, on_device
 from flows.recipe import Recipe
 from flows.recipes_ablation import Ablation, load_ablation
 from infra.settings import Settings
@@ -43,6 +43,8 @@ def check_ablation_request(
     base = plan.base
     check_weights(_without_fine_tuning(base))
     check_ranks(base, ranks)
+    settled, each = on_device(base, gpus=gpus, ranks=ranks, settings=settings)
+    plan = plan.on(settled.compute.device)
     source = data or base.source
     if not source:
         raise ValueError(f"ablation {plan.name} has no images of its own: give a folder of them with --data")
@@ -51,7 +53,7 @@ def check_ablation_request(
     place = Store(store or settings.store)
     place.check()
     width = min(2, os.cpu_count() or 1) if workers is None else workers
-    return AblationRequest(plan, place, source, width, ranks, default_gpus() if gpus is None else gpus, settings)
+    return AblationRequest(plan, place, source, width, ranks, each, settings)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -20,10 +20,13 @@ from flows import (
     cli_weights,
 )
 from flows.cli_common import (
+    AnewOption,
+    DeviceOption,
     JsonOption,
     Refused,
     StoreOption,
     VerboseOption,
+    device_override,
     fail_if,
     one_line_refusals,
     one_line_termination,
@@ -100,6 +103,8 @@ def run(
     ranks: Annotated[
         int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
     ] = 1,
+    device: DeviceOption = None,
+    anew: AnewOption = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what each stage would do and take; nothing is trained or written.")
@@ -114,6 +119,7 @@ def run(
         overrides = list(set_ or ())
         if max_reject_rate is not None:
             overrides.append(f"data.max_reject_rate={max_reject_rate}")
+        overrides += device_override(device)
         request = check_request(
             recipe,
             data=data,
@@ -124,6 +130,7 @@ def run(
             seed=seed,
             gpus=gpus_per_worker,
             is_run=not dry_run,
+            anew=anew,
         )
         if dry_run:
             from flows.dry_run import dry_run as plan
@@ -155,6 +162,7 @@ def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]"
             workers=request.workers,
             ranks=request.ranks,
             gpus_per_worker=request.gpus_per_worker,
+            anew=request.anew,
         )
 
     title = f"run {name}: recipe {request.recipe.name}, store {request.store.uri}"

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli_common import (
+    DeviceOption,
     JsonOption,
     StoreOption,
     VerboseOption,
+    device_override,
     fail_if,
     one_line_refusals,
     one_line_termination,
@@ -57,6 +59,7 @@ def ablation(
         float | None, typer.Option(min=0, help="GPUs of a Ray worker. [default: 1 where there are GPUs]")
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Training processes; they share a step.")] = 1,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -68,7 +71,7 @@ def ablation(
             name,
             data=data,
             store=store,
-            overrides=set_ or (),
+            overrides=[*(set_ or ()), *device_override(device)],
             seeds=seeds,
             workers=workers,
             ranks=ranks,

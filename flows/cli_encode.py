@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli_common import (
+    AnewOption,
+    DeviceOption,
     JsonOption,
     StoreOption,
     VerboseOption,
+    device_override,
     fail_if,
     one_line_refusals,
     one_line_termination,
@@ -35,6 +38,7 @@ class AssignmentOption(StrEnum):
 class PrecisionOption(StrEnum):
     """Arithmetic of the encoder."""
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -66,19 +70,24 @@ def encode(
         AssignmentOption, typer.Option(help="sinkhorn balances within a micro-batch, as published.")
     ] = AssignmentOption.nearest,
     precision: Annotated[
-        PrecisionOption, typer.Option(help="bf16 is about twice as fast and changes some codes.")
-    ] = PrecisionOption.fp32,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+        PrecisionOption, typer.Option(help="bf16 changes some codes. auto: fp32 on CPUs, bf16 on CUDA.")
+    ] = PrecisionOption.auto,
+    micro_batch: Annotated[int, typer.Option(min=0, help="Images encoded at once. 0: 64 on CPUs, 256 on CUDA.")] = 0,
     workers: Annotated[
         int | None,
         typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
     ] = None,
     gpus_per_worker: Annotated[
-        float, typer.Option(min=0, help="GPUs a worker; at 0.5 one reads and writes while the other encodes.")
-    ] = 0.0,
+        float | None,
+        typer.Option(min=0, help="GPUs of a Ray worker; 0.5 lets two share one. [default: 1 where there are GPUs]"),
+    ] = None,
+    device: DeviceOption = None,
+    anew: AnewOption = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting of data or augment; repeatable."),
+        typer.Option(
+            "--set", metavar="SECTION.FIELD=VALUE", help="Change a setting of data, augment or compute; repeatable."
+        ),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -100,16 +109,17 @@ def encode(
             )
         except ValidationError as refused:
             raise ValueError(refused.errors()[0]["msg"].removeprefix("Value error, ")) from refused
+        overrides = [*(set_ or ()), *device_override(device)]
         request = check_encode_request(
             config,
             tokenizer=tokenizer,
             data=data,
             store=store,
-            overrides=set_ or (),
+            overrides=overrides,
             workers=workers,
             gpus_per_worker=gpus_per_worker,
         )
-        record, error = _run(request, config, set_ or [], verbose=verbose)
+        record, error = _run(request, config, overrides, anew=anew, verbose=verbose)
     shown = _as_json(record, request, error)
     if as_json:
         typer.echo(json.dumps(shown))
@@ -123,7 +133,7 @@ def _listed(options: list[str]) -> tuple[str, ...]:
 
 
 def _run(
-    request: "EncodeRequest", config: "EncodeConfig", overrides: list[str], *, verbose: bool
+    request: "EncodeRequest", config: "EncodeConfig", overrides: list[str], *, anew: bool, verbose: bool
 ) -> "tuple[RunRecord, str | None]":
     """The record of a run, and what stopped it."""
     from flows.command_run import FlowRun, run_flow
@@ -141,9 +151,10 @@ def _run(
             store=wanted.store.uri,
             tokenizer=str(wanted.tokenizer),
             data=wanted.source,
-            overrides=overrides,
+            overrides=request.settled(overrides),
             workers=options.workers,
             gpus_per_worker=options.gpus_per_worker,
+            anew=anew,
         )
 
     title = f"run {name}: {wanted.tokenizer} on {wanted.source}, store {wanted.store.uri}"

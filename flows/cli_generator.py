@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli_common import (
+    DeviceOption,
     JsonOption,
     StoreOption,
     VerboseOption,
+    device_override,
     fail_if,
     one_line_refusals,
     one_line_termination,
@@ -47,10 +49,13 @@ def train_generator(
     ranks: Annotated[
         int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
     ] = 1,
+    device: DeviceOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting of generator or train_generator."),
+        typer.Option(
+            "--set", metavar="SECTION.FIELD=VALUE", help="Change a setting of generator, train_generator or compute."
+        ),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -59,9 +64,8 @@ def train_generator(
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from flows.generator_request import check_generator_request
 
-        request = check_generator_request(
-            recipe, codes=codes, store=store, overrides=set_ or (), ranks=ranks, seed=seed
-        )
+        overrides = [*(set_ or ()), *device_override(device)]
+        request = check_generator_request(recipe, codes=codes, store=store, overrides=overrides, ranks=ranks, seed=seed)
         record, error = _run(request, verbose=verbose)
     shown = _as_json(record, request, error)
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli_common import Failed, JsonOption, StoreOption, one_line_refusals
+from flows.cli_common import AnewOption, DeviceOption, Failed, JsonOption, StoreOption, one_line_refusals
 from flows.console import log_lines_above, logging_on_stderr, stdout_for_results
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class ScheduleOption(StrEnum):
 class PrecisionOption(StrEnum):
     """Arithmetic of the generator."""
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -69,15 +70,22 @@ def sample(
         tuple[float, float] | None,
         typer.Option(help="a b: a masked generator's logits are divided by a + b * (1 - step / steps).", metavar="A B"),
     ] = None,
-    precision: Annotated[PrecisionOption, typer.Option(help="Of the generator's products.")] = PrecisionOption.fp32,
+    precision: Annotated[
+        PrecisionOption, typer.Option(help="Of the generator's products. auto: fp32 on CPUs, bf16 on CUDA.")
+    ] = PrecisionOption.auto,
     compile_step: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--compile",
-            help="Compile the step, up to a minute a worker; for GPUs, and for bf16 of autoregressive ones.",
+            "--compile/--no-compile",
+            help="Compile the step, up to a minute a worker; for GPUs, and for bf16 of autoregressive ones. "
+            "[default: on CUDA]",
         ),
-    ] = False,
-    micro_batch: Annotated[int, typer.Option(min=1, help="Samples drawn, and decoded, at once.")] = 64,
+    ] = None,
+    micro_batch: Annotated[
+        int, typer.Option(min=0, help="Samples drawn, and decoded, at once. 0: 64 on CPUs, 256 on CUDA.")
+    ] = 0,
+    device: DeviceOption = None,
+    anew: AnewOption = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     workers: Annotated[
         int | None,
@@ -104,6 +112,7 @@ def sample(
     with stdout_for_results(), logging_on_stderr(verbose=False):
         with one_line_refusals():
             from flows.progress import on_stderr
+            from flows.recipes import ComputeConfig
             from flows.sample_files import Outputs
             from flows.sample_tokenizer import Choice
             from flows.sampling import Job, check
@@ -122,11 +131,13 @@ def sample(
                 precision=precision.value,
                 compile=compile_step,
                 micro_batch=micro_batch,
-                samples_per_shard=-(-SHARD // micro_batch) * micro_batch,
+                samples_per_shard=-(-SHARD // (micro_batch or SHARD)) * (micro_batch or SHARD),
             )
             outputs = Outputs(*(Path(path).expanduser() if path else None for path in (images, grid, npz)))
             width, choice = (store, workers, gpus_per_worker), Choice(tokenizer, any_tokenizer)
-            request = check(Job(generator, config, seed, classes or (), outputs, decode_steps, *width, choice))
+            compute = ComputeConfig(device=device.value if device else "auto")
+            asked = Job(generator, config, seed, classes or (), outputs, decode_steps, *width, choice, compute, anew)
+            request = check(asked)
         try:
             with on_stderr() as display, log_lines_above(display):
                 made = run(request, lambda stage: functools.partial(display.update, stage))

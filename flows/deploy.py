@@ -102,7 +102,7 @@ def retokenize(parameters: RetokenizeParameters) -> State[Any]:
         store=wanted.store.uri,
         overrides=wanted.overrides,
         workers=parameters.workers,
-        gpus_per_worker=parameters.gpus_per_worker,
+        gpus_per_worker=parameters.gpus_per_worker or None,
     )
     run = _begin(wanted.store)
     options = request.options
@@ -117,7 +117,7 @@ def retokenize(parameters: RetokenizeParameters) -> State[Any]:
                 store=wanted.store.uri,
                 tokenizer=wanted.tokenizer,
                 data=wanted.data,
-                overrides=wanted.overrides,
+                overrides=request.settled(wanted.overrides),
                 workers=options.workers,
                 gpus_per_worker=options.gpus_per_worker,
             )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.imports import Found, find_artifact
-from flows.preflight import check_servers
+from flows.preflight import check_servers, on_device
 from flows.recipe_files import load_recipe
 from flows.recipes import EncodeConfig, Recipe
 from infra.artifacts import ROOT, ArtifactRef
@@ -19,7 +19,7 @@ from sftok.config import AugmentConfig
 from sftok.sources import check_source
 from sftok.views import variant_name
 
-SECTIONS = ("data", "augment")  # of a recipe, beside `encode`, that decide codes and are not the tokenizer's
+SECTIONS = ("data", "augment", "compute")  # of a recipe, beside `encode`, that decide codes and are not the tokenizer's
 _IMAGES = re.compile(r"images/[0-9a-f]{4,}")
 
 
@@ -41,6 +41,10 @@ class EncodeRequest(NamedTuple):
     options: WorkerOptions
     settings: Settings
 
+    def settled(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides that the dataset was found by, with the device that was chosen since."""
+        return [*overrides, f"compute.device={self.dataset.recipe.compute.device}"]
+
 
 def check_encode_request(
     encode: EncodeConfig,
@@ -50,7 +54,7 @@ def check_encode_request(
     store: str | None,
     overrides: Sequence[str],
     workers: int | None,
-    gpus_per_worker: float,
+    gpus_per_worker: float | None,
 ) -> EncodeRequest:
     """Turn what the user asked for into a request, the store last: checking it writes to it.
 
@@ -59,12 +63,14 @@ def check_encode_request(
     """
     settings = Settings()
     dataset = find_dataset(encode, tokenizer=tokenizer, data=data, store=store, overrides=overrides)
+    recipe, gpus = on_device(dataset.recipe, gpus=gpus_per_worker, settings=settings)
+    dataset = dataset._replace(recipe=recipe)
     if dataset.images is None:
         check_source(data, dataset.recipe.data)
     check_servers(settings)
     dataset.store.check()
     width = min(2, os.cpu_count() or 1) if workers is None else workers
-    return EncodeRequest(dataset, WorkerOptions(workers=width, gpus_per_worker=gpus_per_worker), settings)
+    return EncodeRequest(dataset, WorkerOptions(workers=width, gpus_per_worker=gpus), settings)
 
 
 def find_dataset(

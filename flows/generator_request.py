@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.imports import find_artifact
-from flows.preflight import check_compilers, check_servers, check_share
+from flows.preflight import check_compilers, check_servers, check_share, on_device
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from infra.artifacts import ArtifactRef
 from infra.settings import Settings
 from infra.store import Store
 
-SECTIONS = ("generator", "train_generator")  # of a recipe, that decide a generator of codes that are there
+SECTIONS = ("generator", "train_generator", "compute")  # of a recipe, that decide a generator of codes that are there
 SINGLE = ("seed", "threads")
 
 
@@ -41,7 +41,8 @@ def check_generator_request(
             raise ValueError(f"--set {override}: the codes are there already; only {allowed} can be set")
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
     check_share("train_generator", chosen.train_generator, ranks)
-    check_compilers(chosen.train_generator)
+    chosen, _ = on_device(chosen, gpus=None, ranks=ranks, settings=settings)
+    check_compilers(chosen.train_generator, device=chosen.compute.device, settings=settings)
     found = find_artifact(codes, store, "codes")
     check_servers(settings)
     found.store.check()

@@ -32,12 +32,13 @@ def full_pipeline(
     workers: Annotated[int, Field(ge=0, description="Ray workers; 0 does everything in one process")] = 2,
     gpus_per_worker: Annotated[float, Field(ge=0, description="GPUs a worker; 0.5 lets two share one")] = 0.0,
     ranks: Annotated[int, Field(ge=1, description="training processes, which share a step's micro-batches")] = 1,
+    anew: Annotated[bool, Field(description="give up shards that another kind of device began")] = False,
 ) -> RunRecord:
     """Run every stage that is not done yet; the stages' artifacts and the record of the run are in `store`."""
     place = Store(store)
     options = WorkerOptions(workers=workers, gpus_per_worker=gpus_per_worker)
     journal = start_journal(recipe, store=place, source=source, run=run, workers=workers)
-    this = Run(Job(recipe, place, source, options, run, ranks, Listing()), journal)
+    this = Run(Job(recipe, place, source, options, run, ranks, Listing(), anew), journal)
     with journal.kept(), session(Settings().ray_address, max(workers, ranks)):
         images = tasks.prepare(this)
         teacher = tasks.teacher(this, images=images)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from flows.devices import choose_device
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from flows.server import health
@@ -31,6 +32,7 @@ class Request(NamedTuple):
     ranks: int
     gpus_per_worker: float
     settings: Settings
+    anew: bool = False
 
 
 def check_request(
@@ -44,6 +46,7 @@ def check_request(
     seed: int | None,
     gpus: float | None = None,
     is_run: bool = True,
+    anew: bool = False,
 ) -> Request:
     """Turn what the user asked for into a request, the store last: checking it writes to it.
 
@@ -55,9 +58,12 @@ def check_request(
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
     if is_run:
         check_weights(chosen)
-        stages = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
-        check_compilers(*(stage.training for stage in stages), chosen.train_generator, chosen.sample)
     check_ranks(chosen, ranks)
+    chosen, gpus = on_device(chosen, gpus=gpus, ranks=ranks, settings=settings, is_run=is_run)
+    if is_run:
+        stages = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
+        trainings = (*(stage.training for stage in stages), chosen.train_generator)
+        check_compilers(*trainings, chosen.sample, device=chosen.compute.device, settings=settings)
     source = data or chosen.source
     if not source:
         raise ValueError(f"recipe {chosen.name} has no images of its own: give a folder of them with --data")
@@ -66,7 +72,21 @@ def check_request(
     width = min(2, os.cpu_count() or 1) if workers is None else workers
     if is_run:
         _check_places(chosen, place, settings)
-    return Request(chosen, place, source, width, ranks, default_gpus() if gpus is None else gpus, settings)
+    return Request(chosen, place, source, width, ranks, gpus, settings, anew)
+
+
+def on_device(
+    recipe: Recipe, *, gpus: float | None, settings: Settings, ranks: int = 1, is_run: bool = True
+) -> tuple[Recipe, float]:
+    """The recipe with its device chosen and all settled that depends on it, and the GPUs of each worker.
+
+    Raises:
+        ValueError: GPUs are asked for where there are none.
+    """
+    device, each = choose_device(
+        recipe.compute, gpus=gpus, ray_address=settings.ray_address, ranks=ranks, is_run=is_run
+    )
+    return recipe.on(device), each
 
 
 def check_rerun(run: str, *, store: str | None) -> Request:
@@ -93,7 +113,8 @@ def check_rerun(run: str, *, store: str | None) -> Request:
     check_weights(record.recipe)
     check_source(record.source, record.recipe.data)
     _check_places(record.recipe, place, settings)
-    return Request(record.recipe, place, record.source, record.workers, 1, default_gpus(), settings)
+    recipe, gpus = on_device(record.recipe, gpus=None, settings=settings)
+    return Request(recipe, place, record.source, record.workers, 1, gpus, settings)
 
 
 def _check_places(chosen: Recipe, place: Store, settings: Settings) -> None:
@@ -115,22 +136,17 @@ def check_servers(settings: Settings) -> None:
     check_ray(settings.ray_address)
 
 
-def default_gpus() -> float:
-    """A GPU a worker where this machine has any: workers without one would compute on its processor."""
-    from infra.training import default_device
+def check_compilers(*configs: TrainingConfig | SampleConfig, device: str, settings: Settings) -> None:
+    """Refuse what is to be compiled where there is no compiler, before hours of other stages.
 
-    return 1.0 if default_device() == "cuda" else 0.0
-
-
-def check_compilers(*configs: TrainingConfig | SampleConfig) -> None:
-    """Refuse what is to be compiled where there is no compiler, before hours of other stages."""
-    if any(config.compile for config in configs):
+    The machines of a cluster that is joined are not looked at: what is missing there, their workers say.
+    """
+    if any(config.compile for config in configs) and not settings.ray_address:
         import torch
 
         from infra.compiler import check_compiler
-        from infra.training import default_device
 
-        check_compiler(torch.device(default_device()))
+        check_compiler(torch.device(device))
 
 
 def check_weights(recipe: Recipe) -> None:

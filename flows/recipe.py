@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -16,6 +17,7 @@ from pydantic import (
 from flows.gate import GateConfig
 from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from infra.config import Config
+from infra.device import DeviceChoice, NumericsConfig
 from infra.pretrained import PretrainedConfig
 from sftok.config import (
     INCEPTION_SHA256,
@@ -39,8 +41,12 @@ class EncodeConfig(Config):
     )
     val_variants: tuple[str, ...] = Field(("center",), description="views of a held-out image")
     assignment: Assignment = "nearest"
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the encoder; bf16 changes some codes")
-    micro_batch: PositiveInt = Field(64, description="images encoded at once; fixed, the last one padded")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="arithmetic of the encoder; bf16 changes some codes; auto: fp32 on CPUs, bf16 on CUDA"
+    )
+    micro_batch: NonNegativeInt = Field(
+        0, description="images encoded at once; fixed, the last one padded; 0: 64 on CPUs, 256 on CUDA"
+    )
     ten_crop_resize: float = Field(
         TEN_CROP_RESIZE,
         gt=1,
@@ -52,6 +58,15 @@ class EncodeConfig(Config):
     @classmethod
     def _ten_crop_stands_for_ten(cls, views: tuple[str, ...]) -> tuple[str, ...]:
         return expanded(views)
+
+    def on(self, device: str) -> Self:
+        """Settle what depends on the device: precision and micro-batch."""
+        is_cuda = device.startswith("cuda")
+        settled = {
+            "micro_batch": self.micro_batch or (256 if is_cuda else 64),
+            "precision": ("bf16" if is_cuda else "fp32") if self.precision == "auto" else self.precision,
+        }
+        return self.model_copy(update=settled)
 
     @property
     def has_crops(self) -> bool:
@@ -157,6 +172,21 @@ class EvaluateConfig(Config):
         return self
 
 
+class ComputeConfig(NumericsConfig):
+    """Where a run computes, and how."""
+
+    device: DeviceChoice = Field(
+        "auto",
+        description="cpu, or cuda: a GPU for each worker and rank; auto: cuda where the machine, or the Ray cluster "
+        "that is joined, has one. What is computed on CUDA has digests of its own",
+    )
+
+    @property
+    def numerics(self) -> NumericsConfig:
+        """The arithmetic alone."""
+        return NumericsConfig(**self.model_dump(include=set(NumericsConfig.model_fields)))
+
+
 class Recipe(Config):
     """Everything that decides what is computed, from images to report."""
 
@@ -166,6 +196,7 @@ class Recipe(Config):
     threads: PositiveInt = Field(
         2, description="threads of a training process; sums round differently with another number"
     )
+    compute: ComputeConfig = ComputeConfig()
     source: str = Field("", description="images to use where --data is not given; empty: --data is required")
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
@@ -181,6 +212,16 @@ class Recipe(Config):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
+
+    def on(self, device: str) -> Self:
+        """Settle the device, and what depends on it."""
+        settled = {
+            "compute": self.compute.model_copy(update={"device": device}),
+            "encode": self.encode.on(device),
+            "decoding": self.decoding.on(device),
+            "sample": self.sample.on(device),
+        }
+        return self.model_copy(update=settled)
 
     @model_validator(mode="after")
     def _samples_fit_the_generator(self) -> Self:

@@ -6,7 +6,7 @@ Those for two cores stand here, those of ImageNet in `recipes_imagenet`; what a 
 from typing import NamedTuple
 
 from flows.gate import GateConfig
-from flows.recipe import EncodeConfig, EvaluateConfig, Recipe, SweepConfig
+from flows.recipe import ComputeConfig, EncodeConfig, EvaluateConfig, Recipe, SweepConfig
 from flows.recipes_imagenet import (
     imagenet256_ar_b,
     imagenet256_ar_l,
@@ -36,7 +36,7 @@ from sftok.config import (
     TransformerConfig,
 )
 
-__all__ = ["RECIPES", "EncodeConfig", "EvaluateConfig", "Recipe", "SweepConfig"]
+__all__ = ["RECIPES", "ComputeConfig", "EncodeConfig", "EvaluateConfig", "Recipe", "SweepConfig"]
 
 
 def _optimizer(lr: float, warmup_steps: int) -> OptimizerConfig:

@@ -78,6 +78,11 @@ class Ablation(Config):
         """The recipe that is the same in every arm, under the ablation's name."""
         return self.arms[0].recipe.model_copy(update={"name": self.name, "description": self.description})
 
+    def on(self, device: str) -> "Ablation":
+        """Settle the device of every arm, and what depends on it."""
+        arms = (arm.model_copy(update={"recipe": arm.recipe.on(device)}) for arm in self.arms)
+        return self.model_copy(update={"arms": tuple(arms)})
+
     @field_validator("seeds")
     @classmethod
     def _some_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ def _imagenet256(name: str, size: str, description: str, generator: _Generator) 
         fine_tune=FineTuneStageConfig(
             training=pixels, perceptual_weight=1, adversarial=AdversarialConfig(weight=0.5, kind="dino")
         ),
-        encode=EncodeConfig(variants=("center", "flip"), micro_batch=8),
+        encode=EncodeConfig(variants=("center", "flip")),
         generator=generator.model,
         train_generator=generator.training,
         sample=generator.sample,

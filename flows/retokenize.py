@@ -28,12 +28,13 @@ def retokenize(
     overrides: Annotated[Sequence[str], Field(description="section.field=value of data and augment")] = (),
     workers: Annotated[int, Field(ge=0, description="Ray workers; 0 does everything in one process")] = 2,
     gpus_per_worker: Annotated[float, Field(ge=0, description="GPUs a worker; 0.5 lets two share one")] = 0.0,
+    anew: Annotated[bool, Field(description="give up shards that another kind of device began")] = False,
 ) -> RunRecord:
     """Encode a dataset; of one that was encoded before in another version, only the shards that changed."""
     wanted = find_dataset(encode, tokenizer=tokenizer, data=data, store=store, overrides=overrides)
     options = WorkerOptions(workers=workers, gpus_per_worker=gpus_per_worker)
     journal = start_journal(wanted.recipe, store=wanted.store, source=data, run=run, workers=workers)
-    this = Run(Job(wanted.recipe, wanted.store, data, options, run, listing=Listing()), journal)
+    this = Run(Job(wanted.recipe, wanted.store, data, options, run, listing=Listing(), anew=anew), journal)
     with journal.kept(), session(Settings().ray_address, workers):
         images = wanted.images or tasks.prepare(this)
         tasks.encode(this, images=images, tokenizer=wanted.tokenizer)

@@ -14,11 +14,14 @@ import torch
 from pydantic import JsonValue
 
 from flows.class_choice import chosen_classes
+from flows.devices import choose_device
 from flows.gallery import name_of
 from flows.imports import Found, find_artifact, new_files
 from flows.preflight import check_ray
+from flows.recipes import ComputeConfig
 from flows.sample_files import Outputs, Part, begun, check_names, is_begun, picture_file, writing
 from flows.sample_tokenizer import Choice, DecodingModels, decoding_models
+from flows.stage import computed, give_up_others
 from flows.stages_generator import SAMPLE
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
@@ -39,7 +42,6 @@ from infra.cluster import session
 from infra.codes import CodesInfo, read_codes
 from infra.progress import Progress
 from infra.settings import Settings
-from infra.training import default_device
 from infra.weights import load_config
 from infra.workers import WorkerOptions
 from sftok.config import DecodingConfig
@@ -61,9 +63,12 @@ class Job(NamedTuple):
     store: str | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
-    """None: one where this machine has any, since workers without one would compute on its processor."""
+    """None: one on CUDA."""
     choice: Choice = Choice()
     """of the tokenizer that makes images of the samples."""
+    compute: ComputeConfig = ComputeConfig()
+    anew: bool = False
+    """whether samples that another kind of device began are given up."""
 
 
 class Request(NamedTuple):
@@ -113,6 +118,7 @@ class Request(NamedTuple):
         some: dict[str, JsonValue] = {} if self.classes is None else {"classes": list(self.classes)}
         config = {"sample": self.job.config.as_json(), "seed": self.job.seed, **some}
         config["threads"] = self.options.threads_per_worker
+        config |= computed(self.job.compute)
         return Plan(kind=SAMPLE.kind, version=SAMPLE.version, config=config, inputs={"generator": self.found.ref})
 
 
@@ -159,17 +165,20 @@ def check(job: Job) -> Request:
     file = load_config(found.folder, GeneratorFile)
     job.config.fit(file.generator.kind)
     classes = chosen_classes(job.classes, file.codes.class_names or (), str(found.ref))
+    address = Settings().ray_address
+    device, gpus = choose_device(job.compute, gpus=job.gpus_per_worker, ray_address=address)
+    job = job._replace(
+        config=job.config.on(device), compute=job.compute.model_copy(update={"device": device}), gpus_per_worker=gpus
+    )
     request = Request(job, found, file.codes, classes, WorkerOptions())
     width = _width(len(request.wanted)) if job.workers is None else job.workers
-    own = 1.0 if default_device() == "cuda" else 0.0
-    gpus = own if job.gpus_per_worker is None else job.gpus_per_worker
     options = WorkerOptions(workers=width, gpus_per_worker=gpus)
     request = request._replace(options=options)
     check_names(job.outputs)
     if any(job.outputs) or job.choice != Choice():
         decoding_models(found, job.choice)
     if find(found.store, request.plan) is None:
-        check_ray(Settings().ray_address)
+        check_ray(address)
         found.store.check()
     new_files(_files(request))
     return request
@@ -222,8 +231,12 @@ def _draw(request: Request, progress: Progress) -> Manifest:
         seed=request.job.seed,
         identity=request.found.ref.digest,
         classes=request.classes,
+        device=request.job.compute.device,
+        numerics=request.job.compute.numerics,
     )
     with session(Settings().ray_address, request.options.workers):
+        if request.job.anew:
+            give_up_others(out, request.job.compute, request.options)
         files = generate(job, options=request.options, progress=progress)
     counts = {"shards": len(files), "samples": sum(file.rows or 0 for file in files)}
     return publish(store, plan, files=files, counts=counts, metrics={}, seconds=time.monotonic() - began)

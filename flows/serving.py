@@ -142,7 +142,9 @@ def plan(options: ServeOptions) -> list[Planned]:
         )
         again = RetokenizeParameters(
             **same,
-            overrides=tuple(one for one in options.overrides if one.split(".")[0] in ("data", "augment", "encode")),
+            overrides=tuple(
+                one for one in options.overrides if one.split(".")[0] in ("data", "augment", "encode", "compute")
+            ),
             gpus_per_worker=options.gpus_per_worker or 0.0,
         )
         check = CheckDataParameters(retokenize=again, deployment=f"retokenize/{name}")

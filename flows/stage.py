@@ -1,13 +1,16 @@
 """What a stage is: the config and inputs that identify its artifact, and the one library call that makes it."""
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from flows.recipes import Recipe
+from flows.recipes import ComputeConfig, Recipe
 from infra.artifacts import ArtifactRef, Manifest, Plan, files_of, folder_of, key_of, manifest_of
 from infra.config import Config
+from infra.made_on import decisive, said, shards_begun_on
 from infra.pages import Page
 from infra.progress import Progress
 from infra.ranks import ALONE, Ranks
@@ -17,7 +20,10 @@ from infra.workers import WorkerOptions
 
 if TYPE_CHECKING:
     from infra.training import Run
+    from sftok.config import DecodingConfig
     from sftok.source_entries import Source
+
+log = logging.getLogger(__name__)
 
 Refs = Mapping[str, ArtifactRef]
 
@@ -34,6 +40,7 @@ HOW = frozenset(
         "any_tokenizer",
     }
 )
+CPU = "cpu"
 
 
 class Listing:
@@ -72,6 +79,20 @@ class Job(NamedTuple):
     run: str = ""
     ranks: int = 1
     listing: Listing | None = None  # between the parts of an attempt; without it each lists the source itself
+    anew: bool = False  # give up shards that were begun on another kind of device
+
+    @property
+    def device(self) -> str:
+        """Where its stages compute: "cpu" or "cuda"."""
+        return self.recipe.compute.device
+
+    def settled(self) -> "Job":
+        """The job with its device chosen, and what depends on it; who has looked at the cluster has done so before."""
+        from infra.device import default_device
+
+        chosen = self.recipe.compute.device
+        recipe = self.recipe.on(default_device() if chosen == "auto" else chosen)
+        return self if recipe == self.recipe else self._replace(recipe=recipe)
 
 
 class Result(NamedTuple):
@@ -129,11 +150,13 @@ class Stage(NamedTuple):
     what: Callable[[Job], dict[str, JsonValue]]
     call: Callable[[Work], Result]
     is_trained: bool = False  # by as many ranks as the job has
+    is_measured: bool = False  # by one process, where a GPU is if the job has any
     accept: Callable[[Job, Manifest], None] | None = None  # refuses what was made under other conditions
 
 
 def plan_of(stage: Stage, job: Job, inputs: Refs) -> Plan:
     """Identify the artifact that `stage` makes of `inputs`."""
+    job = job.settled()
     return Plan(kind=stage.kind, version=stage.version, config=stage.what(job), inputs=dict(inputs))
 
 
@@ -160,9 +183,49 @@ def seeded(job: Job) -> dict[str, JsonValue]:
     return {"seed": job.recipe.seed, "threads": job.recipe.threads}
 
 
+def computed(compute: ComputeConfig) -> dict[str, JsonValue]:
+    """What decides the rounding of a stage that computes on a GPU; nothing on CPUs, as it always was."""
+    return {} if compute.device == CPU else {"compute": compute.as_json()}
+
+
+def decoding_what(config: "DecodingConfig") -> dict[str, JsonValue]:
+    """What decides how codes are decoded; fp32 goes without saying, as it always did."""
+    what = config.as_json()
+    if what["precision"] == "fp32":
+        del what["precision"]
+    return what
+
+
+def worker_facts(compute: ComputeConfig, options: WorkerOptions) -> dict[str, str]:
+    """Facts of the device that workers compute on; asks one of them where this process may differ."""
+    from infra.device import device_facts
+    from infra.settings import Settings
+    from infra.workers import map_shards
+
+    ask = functools.partial(device_facts, compute.device, compute.numerics)
+    if options.workers == 0 or (compute.device == CPU and not Settings().ray_address):
+        return ask()
+    one = options.model_copy(update={"workers": 1})
+    return map_shards(functools.partial(_asking, ask), [None], options=one)[0]
+
+
+def _asking(ask: Callable[[], dict[str, str]]) -> Callable[[None], dict[str, str]]:
+    return lambda _: ask()
+
+
+def give_up_others(out: Store, compute: ComputeConfig, options: WorkerOptions) -> None:
+    """Delete the unfinished shards in an artifact's folder that another kind of device than the workers' has begun."""
+    begun = shards_begun_on(out)
+    if begun is None or begun == (own := decisive(worker_facts(compute, options))):
+        return
+    log.warning("%s was begun on %s; it is made anew on %s", out.uri, said(begun), said(own))
+    out.delete_tree()
+
+
 def training_run(work: Work) -> "Run":
     """Where and how a training goes on."""
-    from infra.training import Run, default_device
+    from infra.training import Run
 
     recipe = work.recipe
-    return Run(work.out, recipe.seed, recipe.threads, default_device(), work.progress, work.ranks)
+    device, numerics = work.job.device, recipe.compute.numerics
+    return Run(work.out, recipe.seed, recipe.threads, device, work.progress, work.ranks, numerics)

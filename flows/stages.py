@@ -6,12 +6,13 @@ inside the calls, so that the command line starts fast.
 
 import functools
 
-from flows.stage import Job, Result, Stage, Work
+from flows.stage import CPU, Job, Result, Stage, Work
 from flows.stages_generator import SAMPLE, TRAIN_GENERATOR
 from flows.stages_images import ENCODE, PREPARE
 from flows.stages_report import EVALUATE, REPORT
 from flows.stages_tokenizer import ALIGN, FINE_TUNE, TEACHER, WARM_UP
 from infra.artifacts import Plan
+from infra.made_on import note
 from infra.progress import Progress
 from infra.ranks import Ranks, run_ranks
 from infra.store import Store
@@ -31,6 +32,9 @@ __all__ = [
     "run",
 ]
 
+# Of a GPU, reserved by the process that measures: it is placed where one is, and leaves its workers the rest.
+MEASURING = 0.01
+
 STAGES = {
     stage.name: stage
     for stage in (PREPARE, TEACHER, WARM_UP, ALIGN, FINE_TUNE, ENCODE, TRAIN_GENERATOR, SAMPLE, EVALUATE, REPORT)
@@ -38,12 +42,25 @@ STAGES = {
 
 
 def run(stage: Stage, work: Work) -> Result:
-    """Make the artifact's files in `work.out`; nothing is published yet."""
-    if not stage.is_trained or work.job.ranks == 1:
+    """Make the artifact's files in `work.out`; nothing is published yet.
+
+    What is trained or measured on a GPU has a process of its own, which leaves the card empty for the next stage.
+    """
+    if not (stage.is_trained or stage.is_measured):
         return stage.call(work)
-    this = functools.partial(_in_rank, stage.name, work.job, work.plan, work.out)
-    return run_ranks(this, work.job.ranks, progress=work.progress)
+    job = work.job
+    if stage.is_measured and job.device != CPU and job.workers.gpus_per_worker:
+        left = max(job.workers.gpus_per_worker - MEASURING, MEASURING)
+        job = job._replace(workers=job.workers.model_copy(update={"gpus_per_worker": left}))
+    this = functools.partial(_in_process, stage.name, job, work.plan, work.out)
+    gpus = 0.0 if job.device == CPU else 1.0 if stage.is_trained else MEASURING
+    return run_ranks(this, job.ranks if stage.is_trained else 1, gpus=gpus, progress=work.progress)
 
 
-def _in_rank(name: str, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
+def _in_process(name: str, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
+    from infra.device import device_facts, use_numerics
+
+    numerics = job.recipe.compute.numerics
+    use_numerics(numerics, job.device)
+    note(out, device_facts(job.device, numerics))
     return STAGES[name].call(Work(job, plan, out, progress, ranks))

@@ -4,13 +4,19 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, seeded, training_run, what_of
+from flows.stage import Job, Result, Stage, Work, computed, give_up_others, seeded, training_run, what_of
 from infra.artifacts import ArtifactRef, manifest_of
 from infra.codes import CodesInfo
 
 
 def _train_generator_what(job: Job) -> dict[str, JsonValue]:
-    return {"generator": job.recipe.generator.as_json(), **what_of(job.recipe.train_generator), **seeded(job)}
+    recipe = job.recipe
+    return {
+        "generator": recipe.generator.as_json(),
+        **what_of(recipe.train_generator),
+        **seeded(job),
+        **computed(recipe.compute),
+    }
 
 
 def _train_generator(work: Work) -> Result:
@@ -48,18 +54,27 @@ def check_tokenizer(tokenizer: ArtifactRef | None, codes: ArtifactRef, splits: M
 
 def _sample_what(job: Job) -> dict[str, JsonValue]:
     threads = job.workers.threads_per_worker
-    return {"sample": job.recipe.sample.as_json(), "seed": job.recipe.seed, "threads": threads}
+    return {
+        "sample": job.recipe.sample.as_json(),
+        "seed": job.recipe.seed,
+        "threads": threads,
+        **computed(job.recipe.compute),
+    }
 
 
 def _sample(work: Work) -> Result:
     from generator.generate import SampleJob, generate
 
+    if work.job.anew:
+        give_up_others(work.out, work.recipe.compute, work.job.workers)
     job = SampleJob(
         generator=work.folder("generator"),
         out=work.out,
         config=work.recipe.sample,
         seed=work.recipe.seed,
         identity=work.ref("generator").digest,
+        device=work.job.device,
+        numerics=work.recipe.compute.numerics,
     )
     files = generate(job, options=work.job.workers, progress=work.progress)
     return Result(files, {"shards": len(files), "samples": sum(file.rows or 0 for file in files)}, {})

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, shards, what_of
+from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, what_of, worker_facts
 from infra.artifacts import Manifest, manifest_of, shards_of
 from infra.errors import TransientError
+from infra.made_on import decisive, said
 
 if TYPE_CHECKING:
     from sftok.sources import Source
@@ -66,6 +67,7 @@ def _encode_what(job: Job) -> dict[str, JsonValue]:
         "preprocessing": PREPROCESSING,
         "augment": job.recipe.augment.as_json(),
         "threads": job.workers.threads_per_worker,
+        **computed(job.recipe.compute),
     }
 
 
@@ -87,6 +89,9 @@ def _encode(work: Work) -> Result:
         precision=config.precision,
         class_names=ImageSet.of(work.folder("images"), paths).class_names,
     )
+    if work.job.anew:
+        give_up_others(work.out, work.recipe.compute, work.job.workers)
+    facts = worker_facts(work.recipe.compute, work.job.workers)
     without_images = work.plan.model_copy(update={"inputs": {"tokenizer": work.ref("tokenizer")}})
     job = EncodeJob(
         images=work.folder("images"),
@@ -96,8 +101,10 @@ def _encode(work: Work) -> Result:
         variants={"train": config.variants, "val": config.val_variants},
         augment=work.recipe.augment,
         micro_batch=config.micro_batch,
-        reuse=Reuse(work.job.store, work.plan.prefix, without_images.digest),
+        reuse=Reuse(work.job.store, work.plan.prefix, f"{without_images.digest} on {said(decisive(facts))}"),
         ten_crop_resize=config.ten_crop_resize,
+        device=work.job.device,
+        numerics=work.recipe.compute.numerics,
     )
     made = encode(job, images, options=work.job.workers, progress=work.progress)
     return Result(made.files, made.counts, {}, pages=made.pages)

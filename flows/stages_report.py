@@ -2,17 +2,18 @@
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, seeded, what_of
+from flows.stage import Job, Result, Stage, Work, computed, decoding_what, seeded, what_of
 
 
 def _evaluate_what(job: Job) -> dict[str, JsonValue]:
     recipe = job.recipe
     return {
         "evaluate": what_of(recipe.evaluate),
-        "decoding": recipe.decoding.as_json(),
+        "decoding": decoding_what(recipe.decoding),
         "image_size": recipe.data.image_size,
         "micro_batch": recipe.encode.micro_batch,
         **seeded(job),
+        **computed(recipe.compute),
     }
 
 
@@ -24,7 +25,9 @@ def _evaluate(work: Work) -> Result:
 
 
 def _report_what(job: Job) -> dict[str, JsonValue]:
-    return {"recipe": job.recipe.as_json()}
+    recipe = job.recipe.as_json()
+    del recipe["compute"]
+    return {"recipe": {**recipe, "decoding": decoding_what(job.recipe.decoding), **computed(job.recipe.compute)}}
 
 
 def _report(work: Work) -> Result:
@@ -34,5 +37,5 @@ def _report(work: Work) -> Result:
 
 
 # Version 2: features are summed batch by batch, which changes the last digits of their distances.
-EVALUATE = Stage("evaluate", "evaluation", 2, _evaluate_what, _evaluate)
+EVALUATE = Stage("evaluate", "evaluation", 2, _evaluate_what, _evaluate, is_measured=True)
 REPORT = Stage("report", "report", 1, _report_what, _report)

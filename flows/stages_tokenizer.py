@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, seeded, shards, training_run, what_of
+from flows.stage import Job, Result, Stage, Work, computed, seeded, shards, training_run, what_of
 from infra.artifacts import manifest_of, shards_of
 from infra.config import Config
 from infra.pretrained import read_pretrained
@@ -25,6 +25,7 @@ def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
         "preprocessing": PREPROCESSING,
         "augment": job.recipe.augment.as_json(),
         **seeded(job),
+        **computed(job.recipe.compute),
     }
 
 

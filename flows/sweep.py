@@ -26,10 +26,11 @@ from generator.model import Generator
 from generator.space import CodeSpace
 from infra.artifacts import Manifest, find, folder_of, manifest_of, publish
 from infra.checkpoint import CHECKPOINTS, Checkpoints
+from infra.device import device_facts
+from infra.made_on import note
 from infra.progress import silent
 from infra.shards import put
 from infra.store import Store
-from infra.training import default_device
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.class_agreement import ClassReader, accuracy, thumbnails
 from sftok.decode import ImageDecoder
@@ -103,7 +104,7 @@ def _generators(work: Work) -> Iterator[Swept]:
     ref = manifest_of(store, work.ref("samples")).inputs["generator"]
     model, _ = load_generator(folder_of(store, ref.kind, ref.digest))
     first = model.config.kind
-    yield Swept(first, _prepared(model, sample), model.space, sample, temperatures[first])
+    yield Swept(first, _prepared(model, sample, work.job.device), model.space, sample, temperatures[first])
     if sweep.generator is None:
         return
     manifest = _second(work)
@@ -111,11 +112,11 @@ def _generators(work: Work) -> Iterator[Swept]:
     kind = model.config.kind
     name = kind if kind != first else f"{kind}, the second"
     config = SampleConfig(precision=sample.precision, compile=sample.compile, micro_batch=sample.micro_batch)
-    yield Swept(name, _prepared(model, config), model.space, config, temperatures[kind])
+    yield Swept(name, _prepared(model, config, work.job.device), model.space, config, temperatures[kind])
 
 
-def _prepared(model: Generator | MaskedGenerator, config: SampleConfig) -> Prepared:
-    return Prepared(model.to(default_device()), config.precision, compile=config.compile)
+def _prepared(model: Generator | MaskedGenerator, config: SampleConfig, device: str) -> Prepared:
+    return Prepared(model.to(device), config.arithmetic, compile=bool(config.compile))
 
 
 def _second(work: Work) -> Manifest:
@@ -128,6 +129,7 @@ def _second(work: Work) -> Manifest:
         return found
     log.info("sweep: training the second generator, which the store has none like")
     began, out = time.monotonic(), folder_of(store, plan.kind, plan.digest)
+    note(out, device_facts(job.device, job.recipe.compute.numerics))
     made = TRAIN_GENERATOR.call(Work(job, plan, out, silent))
     taken = round(time.monotonic() - began, 3)
     manifest = publish(store, plan, files=made.files, counts=made.counts, metrics=made.metrics, seconds=taken)
@@ -159,12 +161,13 @@ def _drawn(work: Work, swept: Swept, config: SampleConfig) -> tuple[Tensor, list
 
 
 def _decoder(work: Work) -> ImageDecoder:
-    recipe, device = work.recipe, default_device()
+    recipe, device = work.recipe, work.job.device
     teacher, model = (
         load_teacher(work.folder("teacher")).to(device),
         load_tokenizer(work.folder("tokenizer")).to(device),
     )
-    return ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed)
+    precision = recipe.decoding.arithmetic
+    return ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed, precision=precision)
 
 
 def _reader(work: Work) -> ClassReader:

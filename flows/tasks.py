@@ -131,6 +131,7 @@ def find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[Artifac
 
 
 def _attempt(stage: Stage, job: Job, inputs: dict[str, ArtifactRef]) -> tuple[str, ArtifactRef]:
+    job = job.settled()
     plan = plan_of(stage, job, inputs)
     if (found := artifacts.find(job.store, plan)) is not None:
         if stage.accept is not None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from infra.config import Config
 from infra.schedule import TrainingConfig
@@ -148,17 +148,22 @@ class SampleConfig(Config):
     annealing: tuple[float, float] | None = Field(
         None, description="(a, b): divide the logits of step s of S by a + b * (1 - s / S); masked only"
     )
-    micro_batch: PositiveInt = Field(
-        64, description="samples drawn at once; fixed, since products of other shapes round otherwise"
+    micro_batch: NonNegativeInt = Field(
+        0,
+        description="samples drawn at once; fixed, since products of other shapes round otherwise; "
+        "0: 64 on CPUs, 256 on CUDA",
     )
     samples_per_shard: PositiveInt = Field(
         256, description="rows a sample shard; a multiple of micro_batch, or its last one is filled up"
     )
-    precision: SamplePrecision = Field("fp32", description="of weights and matrix products")
-    compile: bool = Field(
-        False,
+    precision: SamplePrecision | Literal["auto"] = Field(
+        "auto", description="of weights and matrix products; auto: fp32 on CPUs, bf16 on CUDA"
+    )
+    compile: bool | None = Field(
+        None,
         description="compile the step as one graph, which takes up to a minute before a worker's first sample: for "
-        "CUDA, where it is captured too, and for autoregressive bf16 on CPUs; all else is faster there without",
+        "CUDA, where it is captured too, and for autoregressive bf16 on CPUs; all else is faster there without. "
+        "Not given: on CUDA, and not on CPUs",
     )
 
     @model_validator(mode="after")
@@ -172,6 +177,22 @@ class SampleConfig(Config):
         if self.annealing is not None and (self.annealing[0] <= 0 or self.annealing[1] < 0):
             raise ValueError(f"annealing = {self.annealing} divides by 0 or less: give a > 0 and b >= 0")
         return self
+
+    def on(self, device: str) -> Self:
+        """Settle what depends on the device ("cpu", "cuda", "cuda:1"): precision, compilation and micro-batch."""
+        is_cuda = device.startswith("cuda")
+        settled = {
+            "micro_batch": self.micro_batch or (256 if is_cuda else 64),
+            "precision": ("bf16" if is_cuda else "fp32") if self.precision == "auto" else self.precision,
+            "compile": is_cuda if self.compile is None else self.compile,
+        }
+        return self.model_copy(update=settled)
+
+    @property
+    def arithmetic(self) -> SamplePrecision:
+        """The precision, once it is settled."""
+        assert self.precision != "auto", "SampleConfig.on(device) settles it"
+        return self.precision
 
     def fit(self, kind: GeneratorKind) -> None:
         """Refuse settings that a generator of this kind would ignore.

@@ -36,7 +36,8 @@ def prepare_sampler(model: Generator | MaskedGenerator, config: SampleConfig) ->
         ValueError: the config has settings of the other kind of generator, or asks for a compiler that is missing.
     """
     config.fit(model.config.kind)
-    return Prepared(model, config.precision, compile=config.compile).sampler(config)
+    config = config.on(model.device.type)
+    return Prepared(model, config.arithmetic, compile=bool(config.compile)).sampler(config)
 
 
 class Prepared:
@@ -68,6 +69,7 @@ class Prepared:
         Raises:
             ValueError: the config has others, or settings of the other kind of generator, or a compiler is missing.
         """
+        config = config.on(self.device.type)
         if (config.precision, config.compile) != (self.precision, self.compile):
             raise ValueError(f"prepared for {self.precision}, compile = {self.compile}: prepare it again for others")
         if isinstance(self.network, MaskedGenerator):

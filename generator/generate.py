@@ -20,10 +20,12 @@ from generator.masked_sample import MaskedSampler
 from generator.sample import Sampler
 from generator.space import CodeSpace
 from infra.codes import NO_CLASS, CodeRows, to_parquet
+from infra.device import IEEE, NumericsConfig, default_device, device_facts, use_numerics
+from infra.made_on import begin_shards
 from infra.progress import Progress, silent
 from infra.shards import FileEntry, shard_entry, shard_name, write_shard
 from infra.store import Store
-from infra.training import default_device, seed_of
+from infra.training import seed_of
 from infra.weights import load_config
 from infra.workers import WorkerOptions, map_shards
 
@@ -62,6 +64,9 @@ class SampleJob:
     """digest of the generator, noted in the samples."""
     classes: tuple[int, ...] | None = None
     """which classes to draw, each once; None: all of them, or without classes the null class."""
+    device: str | None = None
+    """where to compute; None: on a GPU where a worker has one."""
+    numerics: NumericsConfig = IEEE
 
 
 def plan_shards(space: CodeSpace, config: SampleConfig, classes: Sequence[int] | None = None) -> list[SampleShard]:
@@ -88,11 +93,14 @@ class ShardSampler:
     """A worker: holds the generator, draws one shard a call."""
 
     def __init__(self, job: SampleJob) -> None:
-        self.job = job
+        self.job, device = job, job.device or default_device()
+        use_numerics(job.numerics, device)
+        begin_shards(job.out, device_facts(device, job.numerics))
+        self.config = job.config.on(device)
         model, info = load_generator(job.generator)
         self.space = model.space
-        self.sampler = prepare_sampler(model.to(default_device()), job.config)
-        settings = {"generator": job.identity, "seed": job.seed, **job.config.as_json()}
+        self.sampler = prepare_sampler(model.to(device), self.config)
+        settings = {"generator": job.identity, "seed": job.seed, **self.config.as_json()}
         if job.classes is not None:
             settings["classes"] = list(job.classes)
         self.info = info.model_copy(update={"sampling": settings})
@@ -102,7 +110,7 @@ class ShardSampler:
         done = shard_entry(self.job.out, shard.name)
         if done is not None:
             return done
-        codes_BN = draw_samples(self.sampler, shard.wanted, self.job.config.micro_batch, seed=self.job.seed)
+        codes_BN = draw_samples(self.sampler, shard.wanted, self.config.micro_batch, seed=self.job.seed)
         classes = [w.class_id if w.class_id < self.space.num_classes else NO_CLASS for w in shard.wanted]
         rows = CodeRows(
             image_id=[w.sample_id for w in shard.wanted],

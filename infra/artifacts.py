@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, JsonValue, PositiveInt
 
 from infra import provenance, signing
 from infra.config import Config
+from infra.made_on import made_on
 from infra.pages import PAGE_ENTRIES, Page, PagedEntries, write_pages
 from infra.shards import SHARD, FileEntry, read_record
 from infra.store import Store
@@ -99,6 +100,11 @@ class Manifest(Config):
     created_at: str = Field(description="ISO 8601, UTC")
     seconds: float = Field(description="wall time of the stage")
     hardware: dict[str, str]
+    made_on: tuple[dict[str, str], ...] = Field(
+        (),
+        exclude_if=lambda devices: not devices,  # manifests of what no device computed stay as they always were
+        description="facts of the devices that computed it (infra.device), in no particular order",
+    )
     command: str = Field(description="command line without secrets")
     signature: str | None = Field(
         None, exclude_if=lambda signature: signature is None, description="HMAC of all the rest (infra.signing)"
@@ -219,6 +225,7 @@ def publish(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
         hardware=provenance.hardware(),
+        made_on=made_on(folder),
         command=provenance.command(),
     )
     manifest = manifest.model_copy(update={"signature": signing.signature(manifest.signed_bytes)})

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -107,6 +107,37 @@ class Session:
 
 _current: Session | None = None
 _lock = threading.Lock()
+
+
+def wait(ray: Any, calls: Sequence[Any], *, timeout: float, count: int = 1) -> tuple[list[Any], list[Any]]:
+    """Wait until `count` of the calls are done or the time is up; an interrupt comes out as itself.
+
+    Ray waits in compiled code, which turns an exception of a signal's handler into a SystemError that it caused.
+    """
+    try:
+        done: tuple[list[Any], list[Any]] = ray.wait(list(calls), num_returns=count, timeout=timeout)
+    except SystemError as error:
+        raise (error.__cause__ or error.__context__ or error) from None
+    return done
+
+
+def node_address() -> str:
+    """The address of this Ray process's machine that other machines reach it at; a host name may mean a loopback."""
+    import ray.util
+
+    address: str = ray.util.get_node_ip_address()
+    return address
+
+
+def cluster_gpus(address: str) -> float:
+    """GPUs that the machines of a running Ray cluster have now.
+
+    Raises:
+        ValueError: it cannot be reached.
+    """
+    with session(address) as connection:
+        ray = connection.connect(cpus=0, gpus=0, processes=1)
+        return float(sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]))
 
 
 @contextmanager

@@ -1,17 +1,18 @@
 """Data-parallel training: the same work in several processes that share each step's micro-batches.
 
 Ranks are actors on Ray, one per GPU or group of cores. If one is lost, all are started again, and the work goes on from
-its own last checkpoint. With one rank there is no Ray and no process group.
+its own last checkpoint. One rank on CPUs works in this process; on a GPU it has a process of its own, which leaves the
+card's memory when it is done.
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from infra.cluster import Session, one_line, session
+from infra.cluster import Session, node_address, one_line, session, wait
 from infra.errors import TransientError
 from infra.progress import Progress, silent
 
@@ -92,24 +93,26 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
-def run_ranks(work: Callable[[Ranks, Progress], R], count: int, *, progress: Progress = silent) -> R:
+def run_ranks(work: Callable[[Ranks, Progress], R], count: int, *, gpus: float = 0.0, progress: Progress = silent) -> R:
     """Call `work` in `count` ranks and return what the first one returns.
 
     Args:
         work: importable (it is sent to other processes); repeatable, since a lost rank means that all begin again.
-        count: how many ranks; each gets a core, and a GPU where Ray has so many.
+        count: how many ranks; each gets a core.
+        gpus: GPUs that each of them gets; without any, one rank works in this process.
         progress: called with what the first rank reports.
 
     Raises:
         Exception: what the work raised, as itself.
+        ValueError: Ray has fewer GPUs.
         TransientError: ranks were lost again and again, or Ray did not start.
     """
-    if count == 1:
+    if count == 1 and not gpus:
         return work(ALONE, progress)
     with session(num_cpus=max(os.cpu_count() or 1, count)) as connection:
         for attempt in range(RESTARTS + 1):
             try:
-                result: R = _Group(connection, work, count).run(progress)
+                result: R = _Group(connection, work, count, gpus).run(progress)
                 return result
             except _LostRankError as error:
                 if attempt == RESTARTS:
@@ -131,17 +134,17 @@ class _Rank:
 
     def open_store(self) -> tuple[str, int]:
         """Where the ranks meet: an address of this process."""
-        import socket
-
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        host = socket.gethostbyname(socket.gethostname())
+        host = node_address()
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return host, int(self._store.port)
 
-    def run(self, work: Callable[[Ranks, Progress], R], ranks: Ranks, place: tuple[str, int]) -> R | None:
+    def run(
+        self, work: Callable[[Ranks, Progress], R], ranks: Ranks, place: tuple[str, int] | None, backend: str
+    ) -> R | None:
         """The work; its result from the first rank alone."""
-        with process_group(ranks, place, self._store):
+        with nullcontext() if place is None else process_group(ranks, place, self._store, backend=backend):
             result = work(ranks, self._listen if ranks.is_first else silent)
         return result if ranks.is_first else None
 
@@ -154,15 +157,13 @@ class _Rank:
 
 
 @contextmanager
-def process_group(ranks: Ranks, place: tuple[str, int], store: Any = None) -> Iterator[None]:
-    """Join the group of all ranks at `place`, NCCL where there are GPUs, else gloo; leave it in the end."""
-    import torch
+def process_group(ranks: Ranks, place: tuple[str, int], store: Any = None, *, backend: str = "gloo") -> Iterator[None]:
+    """Join the group of all ranks at `place`; leave it in the end."""
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host, port = place
     meeting = store or TCPStore(host, port, is_master=False)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=meeting, rank=ranks.rank, world_size=ranks.size)
     try:
         yield
@@ -173,9 +174,11 @@ def process_group(ranks: Ranks, place: tuple[str, int], store: Any = None) -> It
 class _Group:
     """The actors of one attempt."""
 
-    def __init__(self, connection: Session, work: Callable[[Ranks, Progress], Any], count: int) -> None:
-        self.ray = connection.connect(cpus=1, gpus=0, processes=count)
-        gpus = 1 if self.ray.cluster_resources().get("GPU", 0) >= count else 0
+    def __init__(
+        self, connection: Session, work: Callable[[Ranks, Progress], Any], count: int, gpus: float = 0.0
+    ) -> None:
+        self.ray = connection.connect(cpus=1, gpus=gpus, processes=count)
+        self.backend = "nccl" if gpus else "gloo"
         remote = self.ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(_Rank)
         self.work = work
         self.actors = [remote.remote() for _ in range(count)]
@@ -188,12 +191,12 @@ class _Group:
                 self.ray.kill(actor)
 
     def _run(self, progress: Progress) -> Any:
-        place = self._get(self.actors[0].open_store.remote())
         count = len(self.actors)
-        calls = [a.run.remote(self.work, Ranks(rank, count), place) for rank, a in enumerate(self.actors)]
+        place = None if count == 1 else self._get(self.actors[0].open_store.remote())
+        calls = [a.run.remote(self.work, Ranks(rank, count), place, self.backend) for rank, a in enumerate(self.actors)]
         pending, last = list(calls), None
         while pending:
-            ready, pending = self.ray.wait(pending, num_returns=1, timeout=WAIT_SECONDS)
+            ready, pending = wait(self.ray, pending, timeout=WAIT_SECONDS)
             if pending and (seen := self._seen()) is not None and seen != last:
                 last = seen
                 progress(*seen)
@@ -213,7 +216,7 @@ class _Group:
         deadline = time.monotonic() + GRACE_SECONDS
         pending = calls
         while pending and time.monotonic() < deadline:
-            _, pending = self.ray.wait(pending, num_returns=len(pending), timeout=WAIT_SECONDS)
+            _, pending = wait(self.ray, pending, count=len(pending), timeout=WAIT_SECONDS)
         done = [call for call in calls if call not in pending]
         errors = [error for call in done if (error := self._error(call)) is not None]
         lost = next((e for e in errors if not isinstance(e, self.ray.exceptions.RayTaskError)), None)

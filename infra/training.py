@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from infra.checkpoint import CHECKPOINTS, Checkpoints
+from infra.device import IEEE, NumericsConfig, use_numerics
+from infra.device import default_device as default_device
 from infra.events import FOLDER as EVENTS
 from infra.events import Events
 from infra.learner import Best, Learner
@@ -56,6 +58,7 @@ class Run:
     device: str = "cpu"
     progress: Progress = field(default=silent)
     ranks: Ranks = ALONE
+    numerics: NumericsConfig = IEEE
 
 
 class TrainResult(NamedTuple):
@@ -90,11 +93,6 @@ class LoopEnd(NamedTuple):
     def validation(self) -> dict[str, float]:
         """What the last validation found."""
         return {name: value for name, value in self.figures.items() if name.startswith("val_")}
-
-
-def default_device() -> str:
-    """Where to compute: cuda if this process may use a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def seed_of(*parts: object) -> int:
@@ -181,6 +179,7 @@ def train_loop(
             which is before every checkpoint and validation.
     """
     torch.set_num_threads(run.threads)
+    use_numerics(run.numerics, run.device)
     saved = {**saved, "best": best} if best is not None else saved
     checkpoints = Checkpoints(run.out.at(CHECKPOINTS), keep=config.keep_checkpoints)
     first, lines = _resume(saved, checkpoints)

@@ -146,6 +146,21 @@ class DecodingConfig(Config):
     temperature: float = Field(
         0.0, ge=0, description="Gumbel noise at the first step, falling to 0; 0 is deterministic"
     )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="of the decoder's and the pixel decoder's products; auto: fp32 on CPUs, bf16 on CUDA",
+    )
+
+    @property
+    def arithmetic(self) -> Literal["fp32", "bf16"]:
+        """The precision, once it is settled."""
+        assert self.precision != "auto", "DecodingConfig.on(device) settles it"
+        return self.precision
+
+    def on(self, device: str) -> Self:
+        """Settle what depends on the device: the precision."""
+        precision = "bf16" if device.startswith("cuda") else "fp32"
+        return self.model_copy(update={"precision": precision}) if self.precision == "auto" else self
 
 
 class AdversarialConfig(Config):

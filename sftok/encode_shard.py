@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from infra.codes import CodeRows, CodesInfo, to_parquet
+from infra.device import IEEE, NumericsConfig, default_device, device_facts, use_numerics
 from infra.errors import TransientError
+from infra.made_on import begin_shards
 from infra.reuse import Reuse
 from infra.shards import FileEntry, shard_entry, split_of, write_shard
 from infra.store import Store
-from infra.training import default_device
 from sftok.artifacts import load_tokenizer
 from sftok.config import Assignment, AugmentConfig
 from sftok.data import FailedImage, ImageRows, decoded_chunks, variant_images
@@ -47,6 +48,9 @@ class EncodeJob:
     """the shards of other versions of the dataset; None: each is encoded."""
     ten_crop_resize: float = TEN_CROP_RESIZE
     """side of the square that ten crops are cut from, over the image size."""
+    device: str | None = None
+    """where to compute; None: on a GPU where a worker has one."""
+    numerics: NumericsConfig = IEEE
 
     def variants_of(self, name: str) -> tuple[str, ...]:
         """The views of the images of a shard."""
@@ -69,8 +73,11 @@ class ShardEncoder:
 
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
+        device = job.device or default_device()
+        use_numerics(job.numerics, device)
+        begin_shards(job.out, device_facts(device, job.numerics))
         with _full_memory_passes():
-            model = load_tokenizer(job.tokenizer).to(default_device())
+            model = load_tokenizer(job.tokenizer).to(device)
             self.encoder = prepare_encoder(model, job.info.precision)
 
     def __call__(self, images: FileEntry) -> CodeShard:
