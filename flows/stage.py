@@ -84,14 +84,14 @@ class Job(NamedTuple):
     @property
     def device(self) -> str:
         """Where its stages compute: "cpu" or "cuda"."""
-        return self.recipe.compute.device
-
-    def settled(self) -> "Job":
-        """The job with its device chosen, and what depends on it; who has looked at the cluster has done so before."""
         from infra.device import default_device
 
         chosen = self.recipe.compute.device
-        recipe = self.recipe.on(default_device() if chosen == "auto" else chosen)
+        return default_device() if chosen == "auto" else chosen
+
+    def settled(self) -> "Job":
+        """The job with its device chosen, and what depends on it; who has looked at the cluster has done so before."""
+        recipe = self.recipe.on(self.device)
         return self if recipe == self.recipe else self._replace(recipe=recipe)
 
 
@@ -116,8 +116,8 @@ class Work(NamedTuple):
 
     @property
     def recipe(self) -> Recipe:
-        """The run's recipe."""
-        return self.job.recipe
+        """The run's recipe, settled for its device."""
+        return self.job.settled().recipe
 
     def folder(self, name: str) -> Store:
         """The folder of the input called `name`."""

@@ -143,7 +143,7 @@ def test_samples_of_all_classes_are_those_of_the_pipeline(
     store: Store, generator: ArtifactRef, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against an identity of its own for what a run has drawn already."""
-    config = SampleConfig(per_class=3, micro_batch=4)
+    config = SampleConfig(per_class=3, micro_batch=4).on("cpu")
     what = {"sample": config.as_json(), "seed": 0, "threads": 1}  # as flows.stages identifies them
     plan = Plan(kind="samples", version=SAMPLE.version, config=what, inputs={"generator": generator})
     folder = folder_of(store, plan.kind, plan.digest)

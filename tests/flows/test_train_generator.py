@@ -13,6 +13,7 @@ from flows.generator_request import check_generator_request
 from generator.artifacts import load_generator
 from generator.config import SampleConfig
 from infra.artifacts import ArtifactRef, folder_of
+from infra.settings import Settings
 from infra.store import Store
 from tests.flows.small_codes import TINY, TOKENIZER, codes, names
 from tests.flows.small_dataset import Made
@@ -65,7 +66,7 @@ def test_a_missing_compiler_is_said_before_anything_starts(
         raise ValueError("compile = True needs a C++ compiler")
 
     monkeypatch.setattr("infra.compiler.check_compiler", missing)
-    preflight.check_compilers(SampleConfig())
+    preflight.check_compilers(SampleConfig().on("cpu"), device="cpu", settings=Settings())
     with pytest.raises(ValueError, match="needs a C"):
         check(store, ref, "train_generator.compile=true")
 
