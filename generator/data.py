@@ -12,6 +12,10 @@ from torch import Tensor
 from generator.space import CodeSpace
 from infra.codes import CodeArrays, CodeRows, CodesInfo
 from infra.training import seed_of
+from infra.transfer import send
+
+RESIDENT = 8 * 2**30  # bytes of rows up to which they are kept on the GPU that trains
+_SIGNED = {torch.uint16: (torch.int16, 0xFFFF), torch.uint32: (torch.int32, 0xFFFFFFFF)}
 
 
 class CodeBatch(NamedTuple):
@@ -74,36 +78,58 @@ def check_rows(data: CodeData, space: CodeSpace, split: str) -> None:
 
 
 class TrainCodes:
-    """Training batches: every row once an epoch, variants mixed, order and dropped labels drawn from the seed."""
+    """Training batches: every row once an epoch, variants mixed, order and dropped labels drawn from the seed.
 
-    def __init__(self, data: CodeData, space: CodeSpace, *, seed: int, batch_size: int, class_dropout: float) -> None:
+    A GPU holds all rows, unless they are too many, and gathers a batch by itself: only its rows' numbers are sent.
+    """
+
+    def __init__(
+        self,
+        data: CodeData,
+        space: CodeSpace,
+        *,
+        seed: int,
+        batch_size: int,
+        class_dropout: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not len(data.codes):
             raise ValueError("the code dataset has no training rows")
-        self.data, self.space, self.seed, self.batch_size = data, space, seed, batch_size
+        size = sum(tensor.numel() * tensor.element_size() for tensor in (data.classes, data.codes))
+        self._home = device if size <= RESIDENT else "cpu"
+        # Not every device can gather unsigned integers: their bits are kept as signed ones.
+        signed, self._bits = _SIGNED.get(data.codes.dtype, (data.codes.dtype, 0))
+        self._classes, self._codes = data.classes.to(self._home), data.codes.view(signed).to(self._home)
+        self.space, self.seed, self.batch_size, self.device = space, seed, batch_size, device
         self.class_dropout = class_dropout
         self._epoch, self._order = -1, torch.empty(0)
 
     def batch(self, step: int) -> CodeBatch:
-        """The batch of `step` (from 0); batches run across the borders of epochs."""
-        rows = self._rows(step * self.batch_size, self.batch_size)
+        """The batch of `step` (from 0), on the device; batches run across the borders of epochs."""
+        rows = send(self._rows(step * self.batch_size, self.batch_size), self._home)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "class_dropout", step))
         is_dropped = torch.rand(self.batch_size, generator=generator) < self.class_dropout
-        classes = with_null(self.data.classes[rows], self.space).masked_fill(is_dropped, self.space.null_class)
-        return CodeBatch(classes, self.data.codes[rows].long())
+        classes, codes = self._classes[rows], self._codes[rows].long()
+        if self._bits:
+            codes &= self._bits
+        if self._home != self.device:
+            classes, codes = send(classes, self.device), send(codes, self.device)
+        classes = with_null(classes, self.space).masked_fill(send(is_dropped, self.device), self.space.null_class)
+        return CodeBatch(classes, codes)
 
     def _rows(self, first: int, count: int) -> Tensor:
         """Rows at `count` places of the endless sequence of epochs."""
         parts, last = [], first + count
         while first < last:
-            epoch, place = divmod(first, len(self.data.codes))
+            epoch, place = divmod(first, len(self._codes))
             parts.append(self._epoch_order(epoch)[place : place + last - first])
             first += len(parts[-1])
-        return torch.cat(parts)
+        return torch.cat(parts).long()
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.data.codes), generator=generator).int()
+            self._epoch, self._order = epoch, torch.randperm(len(self._codes), generator=generator).int()
         return self._order
 
 

@@ -32,6 +32,7 @@ from infra.training import (
     seed_torch,
     train_loop,
 )
+from infra.transfer import send
 
 VALIDATION_BATCH = 256
 
@@ -101,7 +102,14 @@ def training_step(
 ) -> Callable[[int], dict[str, Tensor | float]]:
     """A step of the training, from its number to what is logged of it: the loss, and what the learner says."""
     model, space = network.config, network.space
-    stream = TrainCodes(train, space, seed=run.seed, batch_size=config.batch_size, class_dropout=config.class_dropout)
+    stream = TrainCodes(
+        train,
+        space,
+        seed=run.seed,
+        batch_size=config.batch_size,
+        class_dropout=config.class_dropout,
+        device=run.device,
+    )
 
     def step(step: int) -> dict[str, Tensor | float]:
         whole, size = stream.batch(step), config.batch_size // config.micro_batches
@@ -111,13 +119,13 @@ def training_step(
 
         def part(part: int) -> dict[str, Tensor]:
             rows = slice(part * size, (part + 1) * size)
-            view_BN = views[rows].to(run.device) if views is not None else None
+            view_BN = send(views[rows], run.device) if views is not None else None
             network.train()
             with autocast(config.precision, run.device):
                 loss = training_loss(
                     network,
-                    whole.classes[rows].to(run.device),
-                    whole.codes[rows].to(run.device),
+                    whole.classes[rows],
+                    whole.codes[rows],
                     view_BN,
                     label_smoothing=config.label_smoothing,
                 )

@@ -68,3 +68,8 @@ class TrainingConfig(LoopConfig):
     def micro_batches(self) -> int:
         """Forward passes a step, over all ranks."""
         return self.batch_size // (self.micro_batch or self.batch_size)
+
+    @property
+    def at_once(self) -> int:
+        """Images or sequences a forward pass, in validations too."""
+        return self.micro_batch or self.batch_size

@@ -5,36 +5,31 @@ weights, the optimizer's moments, the averages and the number of the step: a res
 """
 
 import hashlib
-import io
-import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from infra.book import Book
 from infra.checkpoint import CHECKPOINTS, Checkpoints
 from infra.device import IEEE, NumericsConfig, use_numerics
 from infra.device import default_device as default_device
-from infra.events import FOLDER as EVENTS
-from infra.events import Events
 from infra.learner import Best, Learner
+from infra.memory import full_memory
 from infra.progress import Progress, silent
 from infra.ranks import ALONE, Ranks
-from infra.schedule import LoopConfig, Precision
-from infra.shards import FileEntry, put
-from infra.speed import Clock, Effort, peak_flops
+from infra.schedule import LoopConfig, Precision, TrainingConfig
+from infra.shards import FileEntry
+from infra.speed import Effort
 from infra.store import Store
 from infra.transfer import fetch
 
 log = logging.getLogger(__name__)
 
-LOG, PICTURES = "log.jsonl", "pictures"
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -177,38 +172,48 @@ def train_loop(
     Raises:
         FloatingPointError: a loss or a gradient was not finite; names the step. Found out where figures are fetched,
             which is before every checkpoint and validation.
+        ValueError: memory ran out.
     """
     torch.set_num_threads(run.threads)
     use_numerics(run.numerics, run.device)
     saved = {**saved, "best": best} if best is not None else saved
     checkpoints = Checkpoints(run.out.at(CHECKPOINTS), keep=config.keep_checkpoints)
     first, lines = _resume(saved, checkpoints)
-    book = _Book(run, lines, first, effort or Effort())
+    book = Book(run, lines, first, effort or Effort())
     watched = [part for part in saved.values() if isinstance(part, Learner)]
-    for step in range(first, config.steps):
-        done = step + 1
-        is_last = done == config.steps
-        is_validated = is_last or _falls_on(done, config.validate_every)
-        is_logged = is_validated or _falls_on(done, config.log_every)
-        is_saved = _falls_on(done, config.checkpoint_every) and not is_last
-        with book.clock.step():
-            figures = train_step(step)
-            # The first step's too: what it takes to choose and compile kernels is then in its time alone.
-            seen = _fetched(figures, watched, step) if is_logged or is_saved or step == first else {}
-        if is_validated:
-            found = validate(done)
-            seen |= found.figures
-            book.show(done, found.pictures)
-            if best is not None:
-                best.offer(found.figures)
-                seen[f"best_{best.metric}"] = best.best
-        if is_logged:
-            book.note(done, config.steps, seen)
-        if is_saved:
-            book.save(done, checkpoints, saved)
+    with full_memory(_remedy(config)):
+        for step in range(first, config.steps):
+            done = step + 1
+            is_last = done == config.steps
+            is_validated = is_last or _falls_on(done, config.validate_every)
+            is_logged = is_validated or _falls_on(done, config.log_every)
+            is_saved = _falls_on(done, config.checkpoint_every) and not is_last
+            with book.clock.step():
+                figures = train_step(step)
+                # The first step's too: what it takes to choose and compile kernels is then in its time alone.
+                seen = _fetched(figures, watched, step) if is_logged or is_saved or step == first else {}
+            if is_validated:
+                found = validate(done)
+                seen |= found.figures
+                book.show(done, found.pictures)
+                if best is not None:
+                    best.offer(found.figures)
+                    seen[f"best_{best.metric}"] = best.best
+            if is_logged:
+                book.note(done, config.steps, seen)
+            if is_saved:
+                book.save(done, checkpoints, saved)
     if best is not None:
         best.restore()
     return LoopEnd(book.lines[-1], book.close(config.steps), book.lines, book.clock.figures())
+
+
+def _remedy(config: LoopConfig) -> str:
+    if not isinstance(config, TrainingConfig):
+        return "train on less at once"
+    whole = f" (the whole batch of {config.batch_size})" if not config.micro_batch else ""
+    recompute = "" if config.activation_checkpointing else ", or set training.activation_checkpointing = true"
+    return f"training.micro_batch = {config.micro_batch}{whole}: set it to fewer rows than {config.at_once}{recompute}"
 
 
 def _fetched(figures: Mapping[str, Tensor | float], watched: Sequence[Learner], step: int) -> dict[str, float]:
@@ -239,60 +244,6 @@ def _resume(saved: Mapping[str, Saved], checkpoints: Checkpoints) -> tuple[int, 
     return found.step, [dict(line) for line in lines]  # type: ignore[arg-type]
 
 
-class _Book:
-    """What a loop writes down; of several ranks the first one writes, and the others wait where they must."""
-
-    def __init__(self, run: Run, lines: list[dict[str, float]], first: int, effort: Effort) -> None:
-        self.run, self.lines, self.first = run, lines, first
-        is_measured = effort.flops > 0 and run.ranks.is_first
-        peak = peak_flops(run.device, effort.precision) if is_measured else None
-        self.clock = Clock(effort, None if peak is None else peak * run.ranks.size)
-        self._events = Events(run.out.at(EVENTS))
-        self._pictures: dict[str, bytes] = {}
-        self._began = time.perf_counter()
-
-    def note(self, done: int, total: int, seen: Mapping[str, float]) -> None:
-        """Log the figures of a step."""
-        self.lines.append({"step": float(done), **seen})
-        if not self.run.ranks.is_first:
-            return
-        # Figures of a place, such as val_nll/07, are for the files: a line on a terminal has no room for them.
-        shown = {name: value for name, value in seen.items() if "/" not in name}
-        log.info("%s", json.dumps({"event": "step", "step": done, **{k: round(v, 6) for k, v in shown.items()}}))
-        speed = {"steps_per_s": (done - self.first) / (time.perf_counter() - self._began)}
-        self._events.figures(done, {**seen, **speed, **self.clock.figures()})
-        self.run.progress(done, total, {**shown, **speed})
-
-    def show(self, done: int, pictures: Mapping[str, Tensor]) -> None:
-        """Keep the pictures of a validation beside the artifact, and the last ones for it."""
-        if not self.run.ranks.is_first:
-            return
-        for name, image in pictures.items():
-            self._pictures[name] = _png(image)
-            self._events.picture(done, name, image)
-            self.run.out.at(PICTURES).write(f"{name}-{done:09d}.png", self._pictures[name])
-
-    def save(self, done: int, checkpoints: Checkpoints, saved: Mapping[str, Saved]) -> None:
-        """Write a checkpoint, and the log so far for those who watch."""
-        if self.run.ranks.is_first:
-            tensors = {f"{name}/{k}": t for name, part in saved.items() for k, t in part.tensors().items()}
-            checkpoints.save(done, tensors, {"lines": [dict(line) for line in self.lines]})
-            self.run.out.write(LOG, self._text())
-            self._events.flush(done)
-        self.run.ranks.wait()
-
-    def close(self, done: int) -> list[FileEntry]:
-        """Write the log and the last pictures as files of the artifact."""
-        if not self.run.ranks.is_first:
-            return []
-        self._events.flush(done)
-        pictures = [put(self.run.out, f"{name}.png", data) for name, data in sorted(self._pictures.items())]
-        return [put(self.run.out, LOG, self._text()), *pictures]
-
-    def _text(self) -> bytes:
-        return "".join(json.dumps(line) + "\n" for line in self.lines).encode()
-
-
 def picture_grid(rows: Sequence[Tensor]) -> Tensor:
     """Rows of images, float in [0, 1] (n, 3, H, W) each, as one picture uint8 (3, rows * H, n * W)."""
     strips = [(row.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu() for row in rows]
@@ -304,9 +255,3 @@ def mean_over_ranks(values: Iterable[Tensor], run: Run) -> float:
     flat = torch.cat([torch.zeros(0), *(v.detach().double().flatten().cpu() for v in values)]).double().to(run.device)
     total, count = run.ranks.total(torch.stack([flat.sum(), flat.new_tensor(len(flat))])).tolist()
     return float(total / count)
-
-
-def _png(image: Tensor) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
-    return file.getvalue()

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 
+def pinned(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor where it can be copied to `device` while the host goes on: in pinned memory, for CUDA."""
+    return tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+
+
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on `device`; on CUDA by way of pinned memory, so that the host goes on while it is copied."""
-    if torch.device(device).type != "cuda":
-        return tensor.to(device)
+    """A CPU tensor on `device`; the host goes on while it is copied."""
     # Pinned memory is the caching allocator's: it is not handed out again before the copy has been made.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 def fetch(figures: Mapping[str, Tensor | float], beside: Sequence[Tensor] = ()) -> tuple[dict[str, float], list[float]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infra.transfer import send
+
 DRAWS = 7  # an image: two of translation, three of colour, two of cutout
 
 
@@ -44,7 +46,7 @@ def diff_augment(images_B3HW: Tensor, generator: torch.Generator, strengths: Str
     Returns:
         (B, 3, H, W), not clamped, as published: clamping would end the gradient where a change leaves [0, 1].
     """
-    draws_BS = torch.rand(len(images_B3HW), DRAWS, generator=generator).to(images_B3HW.device)
+    draws_BS = send(torch.rand(len(images_B3HW), DRAWS, generator=generator), images_B3HW.device)
     shift_B2, colour_B3, centre_B2 = draws_BS.split((2, 3, 2), dim=1)
     x_B3HW = translate(images_B3HW, shift_B2, strengths.translation)
     x_B3HW = recolour(x_B3HW, 2 * colour_B3 - 1, strengths)

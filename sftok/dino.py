@@ -156,4 +156,26 @@ def dino_view(images_B3SS: Tensor, generator: torch.Generator) -> Tensor:
     top, left = torch.randint(room + 1, (2,), generator=generator).tolist()
     if is_cut:
         return images_B3SS[:, :, top : top + SIZE, left : left + SIZE]
-    return F.interpolate(images_B3SS, size=(SIZE, SIZE), mode="area")
+    return shrink(images_B3SS)
+
+
+def shrink(images_B3SS: Tensor, *, by_products: bool | None = None) -> Tensor:
+    """Images to 224 pixels a side, each the mean of those that it covers.
+
+    Args:
+        images_B3SS: float (B, 3, S, S), S above 224.
+        by_products: compute it as two matrix products; None: on CUDA, where the gradient of the pooling is added up in
+            any order and no two runs are alike.
+    """
+    if not (images_B3SS.is_cuda if by_products is None else by_products):
+        return F.interpolate(images_B3SS, size=(SIZE, SIZE), mode="area")
+    matrix_S = _covered(images_B3SS.shape[2], images_B3SS.device)
+    return matrix_S @ images_B3SS @ matrix_S.T
+
+
+def _covered(side: int, device: torch.device) -> Tensor:
+    """Weights (224, side) of the pixels that each pixel of a shrunk image is the mean of, along one axis."""
+    place_1S, to_S1 = torch.arange(side, device=device), torch.arange(SIZE, device=device)[:, None]
+    first_S1, last_S1 = to_S1 * side // SIZE, -(-(to_S1 + 1) * side // SIZE)
+    covered_SS = ((place_1S >= first_S1) & (place_1S < last_S1)).float()
+    return covered_SS / covered_SS.sum(1, keepdim=True)

@@ -1,6 +1,7 @@
 """What the training of the teacher and of the tokenizer's stages share: images in, held-out figures out."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from infra.compiler import compile_in_place
 from infra.pretrained import PretrainedConfig
 from infra.schedule import TrainingConfig
 from infra.store import Store
-from infra.training import Run
+from infra.training import Run, picture_grid
+from infra.transfer import pinned, send
 from sftok.config import AugmentConfig
 from sftok.data import ImageBatch, ImageRows, ImageSet, TrainImages
 from sftok.preprocess import to_float
@@ -47,14 +49,14 @@ class TrainingImages:
 
     def stream(self, run: Run, config: TrainingConfig) -> "Stream":
         """Micro-batches as a function of step and part."""
-        parts = config.micro_batches
+        parts, own = config.micro_batches, run.ranks.share(config.micro_batches)
         if isinstance(self.train, StoredShards):
             streamed = StreamedImages(
                 self.train, self.augment, seed=run.seed, batch_size=config.batch_size, parts=parts
             )
-            return Stream(streamed.batch, run.device)
+            return Stream(streamed.batch, run.device, own)
         images = TrainImages(self.train, self.augment, seed=run.seed, batch_size=config.batch_size)
-        return Stream(lambda step, part: images.batch(step, rank=part, ranks=parts), run.device)
+        return Stream(lambda step, part: images.batch(step, rank=part, ranks=parts), run.device, own)
 
     def held_out(self, run: Run) -> Tensor:
         """This rank's share of the images to validate on, float (n, 3, S, S)."""
@@ -65,16 +67,58 @@ class TrainingImages:
         return to_float(images[ranks.rank :: ranks.size]).to(run.device)
 
 
-@dataclass(frozen=True)
 class Stream:
-    """Training images on the device: the same for a step and part, whichever rank asks."""
+    """Training images on the device: the same for a step and part, whichever rank asks.
 
-    make: Callable[[int, int], ImageBatch]
-    device: str
+    Beside a GPU the next micro-batch is made in a thread meanwhile.
+    """
+
+    def __init__(
+        self, make: Callable[[int, int], ImageBatch], device: str, parts: range, *, is_ahead: bool | None = None
+    ) -> None:
+        """Take how micro-batches are made, where they are wanted, and which of a step's are this rank's."""
+        self.make, self.device, self.parts = make, device, parts
+        self.is_ahead = torch.device(device).type == "cuda" if is_ahead is None else is_ahead
+        self._maker = ThreadPoolExecutor(1, "stream-ahead")
+        self._next: tuple[tuple[int, int], Future[Tensor]] | None = None
 
     def batch(self, step: int, part: int) -> Tensor:
         """Micro-batch `part` of a step, float (b, 3, S, S)."""
-        return self.make(step, part).images.to(self.device)
+        if not self.is_ahead:
+            return send(self._made(step, part), self.device)
+        if self._next is None or self._next[0] != (step, part):
+            self._next = (step, part), self._maker.submit(self._made, step, part)
+        images = self._next[1].result()
+        following = (step, part + 1) if part + 1 in self.parts else (step + 1, self.parts.start)
+        self._next = following, self._maker.submit(self._made, *following)
+        return send(images, self.device)
+
+    def _made(self, step: int, part: int) -> Tensor:
+        return pinned(self.make(step, part).images, self.device)
+
+
+def in_passes(
+    work: Callable[[Tensor], tuple[dict[str, Tensor], list[Tensor]]], images: Tensor, at_once: int
+) -> tuple[dict[str, list[Tensor]], Tensor]:
+    """Call `work` for held-out images, no more at once than a training's pass has.
+
+    Args:
+        work: from float images (n, 3, S, S) to what it found of them, by name, and rows of images to show.
+        images: all of them.
+        at_once: images a call.
+
+    Returns:
+        What was found, by name, one entry a call; and a picture of the first images' rows.
+    """
+    found: dict[str, list[Tensor]] = {}
+    shown: list[list[Tensor]] = []
+    for some in images.split(at_once):
+        figures, rows = work(some)
+        for name, figure in figures.items():
+            found.setdefault(name, []).append(figure)
+        if len(shown) * at_once < PICTURES:
+            shown.append(rows)
+    return found, picture_grid([torch.cat(row)[:PICTURES] for row in zip(*shown, strict=True)])
 
 
 def first_rows(images: ImageSet, rows: Mapping[str, int], split: str, image_size: int, count: int) -> ImageRows:

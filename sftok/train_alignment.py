@@ -15,10 +15,10 @@ from infra.training import (
     generator_of,
     mean_over_ranks,
     over_micro_batches,
-    picture_grid,
     seed_torch,
     train_loop,
 )
+from infra.transfer import send
 from sftok.artifacts import save_tokenizer
 from sftok.config import AlignmentStageConfig, DecodingConfig, TokenizerConfig
 from sftok.decoder import Decoder, decode_steps, random_mask
@@ -26,7 +26,7 @@ from sftok.losses import proxy_loss
 from sftok.metrics import psnr
 from sftok.model import SFTok
 from sftok.proxy import Teacher
-from sftok.train import PICTURES, TrainingImages, set_up, share_used
+from sftok.train import TrainingImages, in_passes, set_up, share_used
 
 
 def train_alignment(
@@ -77,7 +77,7 @@ def train_alignment(
 
     def validate(_: int) -> Validation:
         with learner.averaged():
-            return _validate(model, teacher, held_out, run)
+            return _validate(model, teacher, held_out, training.at_once, run)
 
     best = Best(learner, "val_agreement_8", higher=True) if training.keep == "best" else None
     end = train_loop({"model": learner}, step, training, run=run, validate=validate, best=best)
@@ -124,9 +124,9 @@ def decoder_inputs(
     if config.replacement == "self_forcing":
         guide_BP = self_prediction(decoder, z_q, config.guide_steps)
         replaced_BP = torch.rand(proxy_BP.shape, generator=generator) < config.replace_prob
-        given_BP = torch.where(replaced_BP.to(proxy_BP.device), guide_BP, proxy_BP)
-    hidden_BP = random_mask(proxy_BP.shape, generator, config.mask_schedule, config.mask_power).to(proxy_BP.device)
-    return given_BP.masked_fill(hidden_BP, decoder.mask_id)
+        given_BP = torch.where(send(replaced_BP, proxy_BP.device), guide_BP, proxy_BP)
+    hidden_BP = random_mask(proxy_BP.shape, generator, config.mask_schedule, config.mask_power)
+    return given_BP.masked_fill(send(hidden_BP, proxy_BP.device), decoder.mask_id)
 
 
 @torch.no_grad()
@@ -136,15 +136,21 @@ def self_prediction(decoder: Decoder, z_q: Tensor, num_steps: int = 1) -> Tensor
 
 
 @torch.no_grad()
-def _validate(model: SFTok, teacher: Teacher, images: Tensor, run: Run) -> Validation:
+def _validate(model: SFTok, teacher: Teacher, images: Tensor, at_once: int, run: Run) -> Validation:
     """Share of proxy codes predicted right on held-out images in one step and in eight, codebook usage, pictures."""
-    proxy_BP, codes_BN = teacher.encode(images), model.encode(images).codes
-    figures = {"val_code_usage": share_used(codes_BN, model.config.codebook_size, run)}
-    rows = [images[:PICTURES], teacher.decode(proxy_BP[:PICTURES])]
-    for num_steps in (1, 8):
-        predicted_BP, _ = model.predict_proxy(codes_BN, DecodingConfig(num_steps=num_steps))
-        decoded = teacher.decode(predicted_BP)
-        figures[f"val_agreement_{num_steps}"] = mean_over_ranks([predicted_BP == proxy_BP], run)
-        figures[f"val_psnr_{num_steps}"] = mean_over_ranks([psnr(decoded, images)], run)
-        rows.append(decoded[:PICTURES])
-    return Validation(figures, {"reconstructions": picture_grid(rows)})
+
+    def work(images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        proxy_BP, codes_BN = teacher.encode(images), model.encode(images).codes
+        figures, rows = {"codes": codes_BN}, [images, teacher.decode(proxy_BP)]
+        for num_steps in (1, 8):
+            predicted_BP, _ = model.predict_proxy(codes_BN, DecodingConfig(num_steps=num_steps))
+            decoded = teacher.decode(predicted_BP)
+            figures[f"val_agreement_{num_steps}"] = predicted_BP == proxy_BP
+            figures[f"val_psnr_{num_steps}"] = psnr(decoded, images)
+            rows.append(decoded)
+        return figures, rows
+
+    found, picture = in_passes(work, images, at_once)
+    usage = share_used(torch.cat(found.pop("codes")), model.config.codebook_size, run)
+    means = {name: mean_over_ranks(values, run) for name, values in found.items()}
+    return Validation({"val_code_usage": usage, **means}, {"reconstructions": picture})

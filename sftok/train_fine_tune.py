@@ -15,10 +15,10 @@ from infra.training import (
     generator_of,
     mean_over_ranks,
     over_micro_batches,
-    picture_grid,
     seed_torch,
     train_loop,
 )
+from infra.transfer import send
 from sftok.artifacts import save_tokenizer
 from sftok.config import DecodingConfig, FineTuneStageConfig
 from sftok.decoder import random_mask
@@ -26,7 +26,7 @@ from sftok.metrics import psnr
 from sftok.model import SFTok
 from sftok.pixel_losses import PixelLosses
 from sftok.proxy import Teacher
-from sftok.train import PICTURES, TrainingImages, Weights, set_up
+from sftok.train import TrainingImages, Weights, in_passes, set_up
 from sftok.train_alignment import self_prediction
 
 
@@ -75,11 +75,14 @@ def train_fine_tune(
 
     @torch.no_grad()
     def validate(_: int) -> Validation:
-        with learner.averaged():
-            proxy_BP, logits_BPV = model.predict_proxy(model.encode(held_out).codes, DecodingConfig())
+        def work(images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+            proxy_BP, logits_BPV = model.predict_proxy(model.encode(images).codes, DecodingConfig())
             decoded = model.render(proxy_BP, logits_BPV, None)
-        figures = {"val_psnr": mean_over_ranks([psnr(decoded, held_out)], run)}
-        return Validation(figures, {"reconstructions": picture_grid([held_out[:PICTURES], decoded[:PICTURES]])})
+            return {"val_psnr": psnr(decoded, images)}, [images, decoded]
+
+        with learner.averaged():
+            found, picture = in_passes(work, held_out, training.at_once)
+        return Validation({"val_psnr": mean_over_ranks(found["val_psnr"], run)}, {"reconstructions": picture})
 
     best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
     end = train_loop({"model": learner, **pixels.saved()}, step, training, run=run, validate=validate, best=best)
@@ -102,6 +105,6 @@ def fine_tune_pass(model: SFTok, images: Tensor, config: FineTuneStageConfig, ma
         with torch.no_grad():
             z_q = model.encode(images, config.assignment).z_q
         guide_BP = self_prediction(model.decoder, z_q, config.guide_steps)
-        hidden_BP = random_mask(guide_BP.shape, masks, config.mask_schedule, config.mask_power).to(images.device)
-        logits_BPV = model.decoder(guide_BP.masked_fill(hidden_BP, model.decoder.mask_id), z_q)
+        hidden_BP = random_mask(guide_BP.shape, masks, config.mask_schedule, config.mask_power)
+        logits_BPV = model.decoder(guide_BP.masked_fill(send(hidden_BP, images.device), model.decoder.mask_id), z_q)
         return model.soft_decode(logits_BPV.float()).float()

@@ -18,7 +18,6 @@ from infra.training import (
     generator_of,
     mean_over_ranks,
     over_micro_batches,
-    picture_grid,
     seed_torch,
     train_loop,
 )
@@ -28,7 +27,7 @@ from sftok.losses import vq_loss
 from sftok.metrics import psnr
 from sftok.pixel_losses import PixelLosses
 from sftok.proxy import Teacher
-from sftok.train import PICTURES, TrainingImages, Weights, set_up, share_used
+from sftok.train import TrainingImages, Weights, in_passes, set_up, share_used
 
 
 def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Run, weights: Weights) -> TrainResult:
@@ -69,14 +68,18 @@ def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Ru
 
     @torch.no_grad()
     def validate(_: int) -> Validation:
-        with learner.averaged():
-            codes = model.encode(held_out)
+        def work(images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+            codes = model.encode(images)
             decoded = model.decode(codes)
+            return {"codes": codes, "val_psnr": psnr(decoded, images)}, [images, decoded]
+
+        with learner.averaged():
+            found, picture = in_passes(work, held_out, training.at_once)
         figures = {
-            "val_psnr": mean_over_ranks([psnr(decoded, held_out)], run),
-            "val_code_usage": share_used(codes, config.model.codebook_size, run),
+            "val_psnr": mean_over_ranks(found["val_psnr"], run),
+            "val_code_usage": share_used(torch.cat(found["codes"]), config.model.codebook_size, run),
         }
-        return Validation(figures, {"reconstructions": picture_grid([held_out[:PICTURES], decoded[:PICTURES]])})
+        return Validation(figures, {"reconstructions": picture})
 
     saved: dict[str, Saved] = {"model": learner, "restart": restart, **pixels.saved()}
     best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
@@ -134,7 +137,8 @@ def spread_out(latents_MC: Tensor, kept_VC: Tensor, count: int, generator: torch
     picked = []
     for uniform in torch.rand(count, generator=generator, dtype=torch.float64).tolist():
         weight_M = torch.ones_like(nearest_M) if nearest_M.isinf().all() else nearest_M
-        cumulative_M = weight_M.double().cumsum(0)
+        # Added up on the CPU, always in the same order; the host has to wait for the index anyway.
+        cumulative_M = weight_M.double().cpu().cumsum(0)
         index = int(torch.searchsorted(cumulative_M, uniform * cumulative_M[-1]).clamp(max=len(latents_MC) - 1))
         picked.append(latents_MC[index])
         nearest_M = torch.minimum(nearest_M, (latents_MC - latents_MC[index]).square().sum(1))

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+import generator.data
 from generator.artifacts import build_generator, load_generator
 from generator.config import AnnealedOrder, GeneratorConfig, GeneratorTrainingConfig, MaskedConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
 from generator.flops import training_flops
 from generator.generate import SampleJob, generate
 from generator.objectives import random_mask
+from generator.space import CodeSpace
 from generator.train import VALIDATION_BATCH, held_out_figures, train_generator
 from infra.codes import CodeRows, CodesInfo, read_codes
 from infra.schedule import OptimizerConfig
@@ -133,7 +135,7 @@ def test_the_log_has_every_figure_and_the_artifact_the_last_ones(
 
     shown = []
     run = Run(store, seed=0, progress=lambda done, total, figures: shown.append(dict(figures)))
-    with caplog.at_level(logging.INFO, logger="infra.training"):
+    with caplog.at_level(logging.INFO, logger="infra.book"):
         result = train(store, config(20, validate_every=10), run)
     lines = [json.loads(line) for line in store.read("log.jsonl").decode().splitlines()]
     held_out = {"val_nll", "val_perplexity", "val_top1", *(f"val_nll/{place}" for place in range(4))}
@@ -176,6 +178,26 @@ def test_every_row_comes_once_an_epoch_and_labels_are_dropped_as_often_as_asked(
     dropped = torch.cat([batch.classes for batch in batches]) == 2
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert torch.equal(stream.batch(7).codes, batches[7].codes)  # any step, in any order
+
+
+def test_rows_that_a_gpu_has_no_room_for_come_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = data(50)
+    streams = []
+    for resident in (generator.data.RESIDENT, 0):
+        monkeypatch.setattr(generator.data, "RESIDENT", resident)
+        streams.append(TrainCodes(rows, space_of(INFO), seed=0, batch_size=16, class_dropout=0.5, device="cpu"))
+    for step in range(5):
+        for here, there in zip(*(stream.batch(step) for stream in streams), strict=True):
+            assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
+def test_codes_beyond_half_of_their_type_are_what_they_were(dtype: torch.dtype) -> None:
+    """They are kept as signed integers, which every device can gather."""
+    codes = torch.tensor([[0, 1, 40_000, 65_535]] * 4)
+    space = CodeSpace(codebook_size=65_536, num_tokens=4, num_classes=2)
+    stream = TrainCodes(CodeData(torch.zeros(4), codes.to(dtype)), space, seed=0, batch_size=4, class_dropout=0.0)
+    assert torch.equal(stream.batch(0).codes, codes)
 
 
 def test_unlabelled_rows_train_the_null_class() -> None:

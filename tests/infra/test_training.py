@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,35 @@ def test_half_precision_stops_where_nothing_but_overflows_comes() -> None:
         made.update(step)
     with pytest.raises(FloatingPointError, match=rf"step 39: .* in the last {SKIPPED_IN_A_ROW} steps, all left out"):
         told(made, 39)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Tried"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate memory: you tried"),
+    ],
+)
+def test_memory_that_runs_out_is_told_with_the_setting_to_lower(error: Exception, said: str, store: Store) -> None:
+    made = learner(linear())
+
+    def step(_: int) -> dict[str, Tensor | float]:
+        raise error
+
+    config = TrainingConfig(steps=2, batch_size=128, optimizer=OPTIMIZER)
+    with pytest.raises(ValueError, match=re.escape(said)) as found:
+        loop(store, step, made, config)
+    assert "training.micro_batch = 0 (the whole batch of 128): set it to fewer rows than 128" in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_other_errors_of_a_step_stay_what_they_are(store: Store) -> None:
+    def step(_: int) -> dict[str, Tensor | float]:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        loop(store, step, learner(linear()), LoopConfig(steps=2))
 
 
 class NoReading(TorchDispatchMode):

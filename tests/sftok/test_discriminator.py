@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sftok.dino import Dino, check_dino_size, dino_view, load_dino
+from sftok.dino import Dino, check_dino_size, dino_view, load_dino, shrink
 from sftok.discriminator import (
     BatchNormLocal,
     DinoDiscriminator,
@@ -289,3 +289,9 @@ def test_images_too_small_for_the_patches_are_refused() -> None:
     with pytest.raises(ValueError, match=r"image_size = 16 .*layers = 3: at least 24"):
         PatchDiscriminator(8, 3)(torch.rand(1, 3, 16, 32))
     check_patch_size(24, 3)
+
+
+@pytest.mark.parametrize("size", [225, 256, 300, 448])
+def test_shrinking_by_products_is_the_mean_of_the_pixels_covered(size: int) -> None:
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(shrink(images, by_products=True), shrink(images, by_products=False), atol=1e-6)

@@ -10,10 +10,11 @@ from torch import Tensor
 from infra.pretrained import PretrainedConfig
 from infra.schedule import OptimizerConfig
 from infra.store import Store
-from infra.training import Run, TrainResult
+from infra.training import Run, TrainResult, picture_grid
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import NO_ADVERSARY, AdversarialConfig, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
 from sftok.proxy import Teacher
+from sftok.train import Stream, in_passes
 from sftok.train_alignment import decoder_inputs, self_prediction, train_alignment
 from sftok.train_fine_tune import train_fine_tune
 from sftok.train_teacher import CodebookRestart, spread_out, train_teacher
@@ -271,6 +272,29 @@ def test_a_compiled_stage_learns_the_same(store: Store) -> None:
         run_align(Run(store.at(name), seed=0), 2, compile=compiled)
     assert losses(store.at("compiled")) == pytest.approx(losses(store.at("eager")), rel=1e-3)
     load_tokenizer(store.at("compiled"))  # its weights have their own names
+
+
+def test_micro_batches_made_ahead_are_those_that_are_asked_for() -> None:
+    """Also where part 0 is asked for once more, as a restart of the teacher's codes does, or the loop begins late."""
+    shown, run, config = images(), RUN, training(9, micro_batch=3)
+    plain = shown.stream(run, config)
+    ahead = Stream(plain.make, "cpu", range(2, 4), is_ahead=True)
+    for step, part in [(5, 0), (5, 2), (5, 3), (6, 2), (6, 3), (7, 0), (7, 2)]:
+        assert torch.equal(ahead.batch(step, part), plain.batch(step, part))
+
+
+def test_a_validation_sees_no_more_at_once_than_a_pass_of_the_training() -> None:
+    sizes = []
+
+    def work(some: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        sizes.append(len(some))
+        return {"mean": some.mean((1, 2, 3))}, [some, 1 - some]
+
+    held_out = images().held_out(RUN)
+    found, picture = in_passes(work, held_out, 5)
+    assert sizes == [5, 5, 2]
+    assert torch.equal(torch.cat(found["mean"]), held_out.mean((1, 2, 3)))
+    assert torch.equal(picture, picture_grid([held_out[:8], 1 - held_out[:8]]))
 
 
 def test_bf16_learns_too(store: Store) -> None:
