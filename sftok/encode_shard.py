@@ -4,8 +4,6 @@ Shapes: B images, N latent tokens.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ from infra.codes import CodeRows, CodesInfo, to_parquet
 from infra.device import IEEE, NumericsConfig, default_device, device_facts, use_numerics
 from infra.errors import TransientError
 from infra.made_on import begin_shards
+from infra.memory import full_memory
 from infra.reuse import Reuse
 from infra.shards import FileEntry, shard_entry, split_of, write_shard
 from infra.store import Store
@@ -29,6 +28,8 @@ from sftok.model import SFTok
 from sftok.views import TEN_CROP_RESIZE, has_crops, ten_crop_side
 
 _FAILED_KEY = "sftok.failed"
+# A full memory says nothing about the images: it is the worker's trouble, and trying again may help.
+_REMEDY = "use fewer workers or a smaller encode.micro_batch"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class ShardEncoder:
         device = job.device or default_device()
         use_numerics(job.numerics, device)
         begin_shards(job.out, device_facts(device, job.numerics))
-        with _full_memory_passes():
+        with full_memory(_REMEDY, TransientError):
             model = load_tokenizer(job.tokenizer).to(device)
             self.encoder = prepare_encoder(model, job.info.precision)
 
@@ -89,7 +90,7 @@ class ShardEncoder:
         """
         if (done := finished_shard(self.job, images)) is not None:
             return done
-        with _full_memory_passes():
+        with full_memory(_REMEDY, TransientError):
             rows, failed = self._encode(images)
             notes = {_FAILED_KEY: json.dumps(failed, separators=(",", ":"), ensure_ascii=False)} if failed else None
             data = to_parquet(self.job.info, rows, notes)
@@ -172,16 +173,3 @@ def _read_failed(folder: Store, name: str) -> list[FailedImage]:
     with folder.open(name) as file, pq.ParquetFile(file) as parquet:
         told = (parquet.schema_arrow.metadata or {}).get(_FAILED_KEY.encode(), b"[]")
     return [FailedImage(*image) for image in json.loads(told)]
-
-
-@contextmanager
-def _full_memory_passes() -> Iterator[None]:
-    """A full memory says nothing about the images: it is the worker's trouble, and trying again may help."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # of torch, CUDA's is a class of its own and the CPU's a message
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
-            raise
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise TransientError(f"memory ran out ({said}); use fewer workers or a smaller encode.micro_batch") from error
