@@ -13,6 +13,7 @@ from flows.diff_tally import Agreement, Drift, Frequencies, Tally, drift, freque
 from infra.artifacts import ROOT, Manifest, key_of, shards_of
 from infra.codes import load_info
 from infra.lineage import resolve, store_of
+from infra.made_on import summary
 from infra.progress import Progress, silent
 from infra.store import Store
 from infra.verify import read_manifest
@@ -84,7 +85,8 @@ def diff(
         ValueError: there are no such datasets, or their codes cannot be compared one by one.
     """
     place = store_of(before, store)
-    old, new = (_dataset(place, manifest) for manifest in _two_manifests(place, before, after))
+    made = _two_manifests(place, before, after)
+    old, new = (_dataset(place, manifest) for manifest in made)
     is_alike = (old.info.codebook_size, old.info.num_tokens) == (new.info.codebook_size, new.info.num_tokens)
     if not is_alike and not usage_only:
         raise ValueError(_not_alike(old, new))
@@ -96,6 +98,9 @@ def diff(
         for (field, ours), theirs in zip(old.info.as_json().items(), new.info.as_json().values(), strict=True)
         if ours != theirs
     }
+    devices = summary(made[0].made_on), summary(made[1].made_on)
+    if devices[0] != devices[1]:
+        settings["made_on"] = devices
     return CodesDiff(
         before=old.ref,
         after=new.ref,

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from infra.artifacts import ArtifactRef, Manifest, files_of, key_of
 from infra.inventory import key_of_ref, manifests
 from infra.lineage import Lineage, lineage, resolve, store_of
+from infra.made_on import summary
 from infra.shards import split_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Description(NamedTuple):
             "revision": manifest.git_revision or "unknown",
             "versions": _pairs(manifest.versions),
             "hardware": _pairs(manifest.hardware),
+            "made on": summary(manifest.made_on),
             "counts": _pairs(manifest.counts),
             "metrics": _pairs({name: f"{value:.4g}" for name, value in manifest.metrics.items()}),
             "files": f"{manifest.num_files:,}, {manifest.num_bytes:,} bytes",

@@ -14,6 +14,7 @@ from flows.stage import Result, Work
 from flows.sweep import read_sweep
 from infra.artifacts import Manifest, folder_of, manifest_of
 from infra.lineage import Lineage, lineage
+from infra.made_on import summary
 from infra.shards import put
 from infra.store import Store
 
@@ -119,5 +120,6 @@ def _row(name: str, manifest: Manifest) -> StageRow:
         digest=manifest.digest,
         inputs=tuple(ref.digest for ref in manifest.inputs.values()),
         rate=rate_of(manifest),
+        made_on=summary(manifest.made_on),
         files=tuple(f"{e.path} · {e.size:,} bytes · {e.sha256}" for e in manifest.files[:FILES]),
     )

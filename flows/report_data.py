@@ -219,6 +219,7 @@ class StageRow(Config):
     uri: str = ""
     inputs: tuple[str, ...] = Field(default=(), description="digests of the artifacts it was made from")
     rate: str = Field(default="", description="what it did a second, in words")
+    made_on: str = Field(default="", description="devices and arithmetic that computed it")
     files: tuple[str, ...] = Field(default=(), description="name, size and SHA-256 of its files, the first of them")
 
 

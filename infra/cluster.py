@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -109,16 +109,16 @@ _current: Session | None = None
 _lock = threading.Lock()
 
 
-def wait(ray: Any, calls: Sequence[Any], *, timeout: float, count: int = 1) -> tuple[list[Any], list[Any]]:
-    """Wait until `count` of the calls are done or the time is up; an interrupt comes out as itself.
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let an interrupt that comes while Ray waits out as itself.
 
     Ray waits in compiled code, which turns an exception of a signal's handler into a SystemError that it caused.
     """
     try:
-        done: tuple[list[Any], list[Any]] = ray.wait(list(calls), num_returns=count, timeout=timeout)
+        yield
     except SystemError as error:
-        raise (error.__cause__ or error.__context__ or error) from None
-    return done
+        raise (error.__cause__ or error) from None
 
 
 def node_address() -> str:

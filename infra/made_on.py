@@ -6,7 +6,7 @@ workers on another kind are refused. `{artifact}/made-on/{hash}.json` holds the 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from infra.store import Store
 
@@ -57,9 +57,24 @@ def decisive(facts: Mapping[str, str]) -> dict[str, str]:
 
 
 def said(facts: Mapping[str, str]) -> str:
-    """Say facts in a line: "cuda sm90 (fp32 ieee, cudnn_benchmark false, deterministic false)"."""
+    """Say facts in a line: "cuda sm90 (deterministic false, fp32 ieee)"."""
     rest = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "kind")
     return f"{facts.get('kind', 'an unknown kind')} ({rest})" if rest else facts.get("kind", "an unknown kind")
+
+
+def summary(devices: Iterable[Mapping[str, str]]) -> str:
+    """Say all devices in a line, the kinds with their names and libraries; empty where none are known."""
+    return "; ".join(sorted({_summary(facts) for facts in devices}))
+
+
+def _summary(facts: Mapping[str, str]) -> str:
+    kind = facts.get("kind", "an unknown kind")
+    if "device" not in facts:
+        return f"{kind}, torch {facts.get('torch', '?')}"
+    numerics = [f"fp32 {facts.get('fp32', '?')}"]
+    numerics += [name for name in ("cudnn_benchmark", "deterministic") if facts.get(name) == "true"]
+    libraries = f"torch {facts.get('torch', '?')}, CUDA {facts.get('cuda', '?')}, cuDNN {facts.get('cudnn', '?')}"
+    return f"{kind} ({facts['device']}), {libraries}, {', '.join(numerics)}"
 
 
 def _json(facts: Mapping[str, str]) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from infra.cluster import Session, node_address, one_line, session, wait
+from infra.cluster import Session, interruptible, node_address, one_line, session
 from infra.errors import TransientError
 from infra.progress import Progress, silent
 
@@ -178,6 +178,9 @@ class _Group:
         self, connection: Session, work: Callable[[Ranks, Progress], Any], count: int, gpus: float = 0.0
     ) -> None:
         self.ray = connection.connect(cpus=1, gpus=gpus, processes=count)
+        there = self.ray.cluster_resources().get("GPU", 0)
+        if there < gpus * count and not connection.address:  # a cluster that is joined may grow
+            raise ValueError(f"{count} processes need a GPU each, and this machine has {there:g}: lower --ranks")
         self.backend = "nccl" if gpus else "gloo"
         remote = self.ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(_Rank)
         self.work = work
@@ -196,7 +199,8 @@ class _Group:
         calls = [a.run.remote(self.work, Ranks(rank, count), place, self.backend) for rank, a in enumerate(self.actors)]
         pending, last = list(calls), None
         while pending:
-            ready, pending = wait(self.ray, pending, timeout=WAIT_SECONDS)
+            with interruptible():
+                ready, pending = self.ray.wait(pending, num_returns=1, timeout=WAIT_SECONDS)
             if pending and (seen := self._seen()) is not None and seen != last:
                 last = seen
                 progress(*seen)
@@ -206,7 +210,8 @@ class _Group:
 
     def _seen(self) -> Report | None:
         try:
-            found: Report | None = self.ray.get(self.actors[0].seen.remote(), timeout=WAIT_SECONDS)
+            with interruptible():
+                found: Report | None = self.ray.get(self.actors[0].seen.remote(), timeout=WAIT_SECONDS)
         except (self.ray.exceptions.RayError, TimeoutError):
             return None  # if it is lost, its call says so
         return found
@@ -216,7 +221,8 @@ class _Group:
         deadline = time.monotonic() + GRACE_SECONDS
         pending = calls
         while pending and time.monotonic() < deadline:
-            _, pending = wait(self.ray, pending, count=len(pending), timeout=WAIT_SECONDS)
+            with interruptible():
+                _, pending = self.ray.wait(pending, num_returns=len(pending), timeout=WAIT_SECONDS)
         done = [call for call in calls if call not in pending]
         errors = [error for call in done if (error := self._error(call)) is not None]
         lost = next((e for e in errors if not isinstance(e, self.ray.exceptions.RayTaskError)), None)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from infra.cluster import Session, one_line, session, wait
+from infra.cluster import Session, interruptible, one_line, session
 from infra.config import Config
 from infra.errors import TransientError
 from infra.progress import Progress, silent
@@ -120,7 +120,8 @@ class _Pool(Generic[T, R]):
             self._start()
         started = time.monotonic()
         while len(results) < len(self.shards):
-            ready, _ = wait(self.ray, list(self.busy), timeout=WAIT_SECONDS)
+            with interruptible():
+                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=WAIT_SECONDS)
             for call in ready:
                 actor, index = self.busy[call]
                 try:

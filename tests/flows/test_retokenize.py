@@ -100,6 +100,31 @@ def test_an_image_more_is_encoded_alone_with_its_shard(retokenize, store, data, 
     assert scratch.digest == new.digest
 
 
+def test_shards_of_two_kinds_of_device_are_not_mixed(retokenize, store, data, monkeypatch) -> None:
+    """Neither by going on with what another kind began, nor by taking an earlier version's shards."""
+    retokenize("here")
+    monkeypatch.setattr("infra.device.device_kind", lambda device: "cpu of another sort")
+    draw(data, range(70, 71))
+    elsewhere = manifest_of(store, retokenize("elsewhere").stages["encode"].ref)
+    assert elsewhere.counts["reused"] == 0
+    assert [facts["kind"] for facts in elsewhere.made_on] == ["cpu of another sort"]
+    draw(data, range(71, 72))
+    monkeypatch.setattr("sftok.encode_shard.write_shard", _interrupted)
+    with pytest.raises(StageFailedError, match="interrupted"):
+        retokenize("begun")
+    monkeypatch.undo()
+    with pytest.raises(StageFailedError, match=r"begun on cpu of another sort, and this is cpu .* --anew"):
+        retokenize("mixed")
+    again = manifest_of(store, retokenize("again", anew=True).stages["encode"].ref)
+    assert again.counts["rows"] == 42
+    assert "cpu of another sort" not in [facts["kind"] for facts in again.made_on]
+    verify(store, again)
+
+
+def _interrupted(*_: object) -> None:
+    raise RuntimeError("interrupted")
+
+
 def test_settings_decide_what_is_made(retokenize, store) -> None:
     plain = manifest_of(store, retokenize("plain").stages["encode"].ref)
     both = EncodeConfig(micro_batch=4, variants=("center", "flip"), precision="bf16")

@@ -27,6 +27,8 @@ from generator.model import Generator
 from generator.space import CodeSpace
 from infra.artifacts import MANIFEST, ArtifactRef, Plan, find, folder_of, manifest_of, publish, ref_of, verify
 from infra.codes import CodesInfo, read_codes
+from infra.device import device_kind
+from infra.made_on import begin_shards
 from infra.shards import write_shard
 from infra.store import Store
 from infra.weights import load_config
@@ -341,6 +343,28 @@ def test_pictures_that_were_interrupted_go_on(
     assert len(list(folder.rglob("*.png"))) == 12
     assert not [file for file in folder.rglob("*") if file.name.startswith(".")]
     assert "exists: name another" in refused(capsys, generator, store, *arguments)  # finished
+
+
+def test_samples_that_another_kind_of_device_began_are_not_mixed(
+    store: Store, generator: ArtifactRef, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node of another kind that goes on with them is told so before it draws, and may begin anew."""
+    made = sample(capsys, generator, store, "--seed", 9)
+    folder = Store(made["uri"])
+    folder.delete("manifest.json")
+    theirs = {"kind": "cpu of another sort", "torch": "2.14.1"}
+    folder.at("made-on").delete("kind.json")
+    begin_shards(folder, theirs)
+    (shard,) = [name for name in folder.list() if name.endswith(".parquet")]
+    folder.write(shard, b"theirs")  # what must not be in what is published
+    line = refused(capsys, generator, store, "--per-class", 3, "--micro-batch", 4, "--seed", 9, code=1)
+    assert "its shards were begun on cpu of another sort" in line
+    assert "--anew" in line
+    again = sample(capsys, generator, store, "--seed", 9, "--anew")
+    assert again == made
+    manifest = manifest_of(store, ArtifactRef(kind="samples", digest=made["samples"].split("/")[1], uri=made["uri"]))
+    verify(store, manifest)
+    assert [facts["kind"] for facts in manifest.made_on] == [device_kind("cpu")]
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Ranks: they share, sum and wait; what goes wrong in one is said as itself; a lost one is replaced."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +16,7 @@ import torch
 from infra.cluster import session
 from infra.progress import Progress
 from infra.ranks import ALONE, Ranks, run_ranks
+from infra.workers import WorkerOptions, map_shards
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,3 +77,80 @@ def die_once(marker: Path, ranks: Ranks, progress: Progress) -> str:
 def test_a_killed_rank_is_replaced(tmp_path: Path) -> None:
     assert run_ranks(partial(die_once, tmp_path / "died"), 2) == "done"
     assert (tmp_path / "died").exists()
+
+
+def place_and_workers(ranks: Ranks, progress: Progress) -> tuple[int, str, list[str]]:
+    """Where a process is, and where workers are that it starts itself."""
+    options = WorkerOptions(workers=1, gpus_per_worker=0.99)
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], map_shards(make_place, [0], options=options)
+
+
+def make_place() -> partial[str]:
+    return partial(lambda shard: os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+GPU = """
+import json
+import ray
+from infra.ranks import run_ranks
+from tests.infra.test_ranks import place_and_workers
+
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+pid, *places = run_ranks(place_and_workers, 1, gpus=0.01)
+import os
+refused = ""
+try:
+    run_ranks(place_and_workers, 2, gpus=1.0)
+except ValueError as error:
+    refused = str(error)
+print(json.dumps([pid != os.getpid(), places, refused]))
+ray.shutdown()
+"""
+
+
+def test_on_a_gpu_one_rank_has_a_process_of_its_own_and_leaves_room_for_its_workers() -> None:
+    """On a declared GPU, which need not exist; guards against an evaluation that waits for its own card."""
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root}
+    command = [sys.executable, "-c", GPU]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    is_own, places, refused = json.loads(done.stdout)
+    assert is_own
+    assert places == ["0", ["0"]]
+    assert refused == "2 processes need a GPU each, and this machine has 1: lower --ranks"
+
+
+class Rung(BaseException):
+    pass
+
+
+def ring(*_: object) -> None:
+    raise Rung
+
+
+def wait_long(ranks: Ranks, progress: Progress) -> None:
+    time.sleep(60)
+
+
+def make_long() -> partial[None]:
+    return partial(lambda seconds: time.sleep(seconds))
+
+
+WAITS = {
+    "ranks": lambda: run_ranks(wait_long, 2),
+    "workers": lambda: map_shards(make_long, [60, 60], options=WorkerOptions(workers=2)),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_a_signal_while_ray_waits_comes_out_as_itself(what: str) -> None:
+    """Ray's compiled code makes a SystemError of it, which was told as a failure of the stage."""
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 6)
+    try:
+        with pytest.raises(Rung):
+            WAITS[what]()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,105 @@
+"""Which device a run computes on, and what of it is part of an identity."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flows import devices
+from flows.devices import choose_device
+from flows.recipe_files import load_recipe
+from flows.recipes import RECIPES, ComputeConfig
+from flows.stage import Job, plan_of
+from flows.stages import STAGES
+from infra.store import Store
+from infra.workers import WorkerOptions
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "digests.json"
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    def have(here: float, cluster: float = 0.0) -> None:
+        monkeypatch.setattr(devices, "_gpus_there", lambda address, is_run: cluster if address else here)
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "address", "here", "cluster", "chosen"),
+    [
+        ("auto", None, None, 0, 0, ("cpu", 0.0)),
+        ("auto", None, None, 2, 0, ("cuda", 1.0)),
+        ("auto", 0.5, None, 2, 0, ("cuda", 0.5)),
+        ("auto", 0.0, None, 2, 0, ("cpu", 0.0)),
+        ("cpu", None, None, 2, 0, ("cpu", 0.0)),
+        ("cuda", None, None, 1, 0, ("cuda", 1.0)),
+        ("auto", None, "head:6379", 0, 8, ("cuda", 1.0)),  # the cluster decides, not the machine that asks
+        ("auto", None, "head:6379", 4, 0, ("cpu", 0.0)),
+    ],
+)
+def test_the_place_decides_unless_it_is_told(gpus, device, asked, address, here, cluster, chosen) -> None:
+    gpus(here, cluster)
+    assert choose_device(ComputeConfig(device=device), gpus=asked, ray_address=address) == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "address", "ranks", "there", "said"),
+    [
+        ("cuda", None, None, 1, 0, "compute.device = cuda, but this machine has no GPU .*--device cpu"),
+        ("auto", 1.0, "head:6379", 1, 0, "gpus_per_worker = 1, but the Ray cluster at head:6379 has no GPU"),
+        ("cpu", 1.0, None, 1, 4, "gpus_per_worker = 1, but compute.device = cpu: leave one of them out"),
+        ("auto", None, None, 8, 2, "--ranks 8, but this machine has 2 GPUs"),
+    ],
+)
+def test_gpus_where_there_are_none_are_refused_in_a_line(gpus, device, asked, address, ranks, there, said) -> None:
+    gpus(there, there)
+    with pytest.raises(ValueError, match=said) as refused:
+        choose_device(ComputeConfig(device=device), gpus=asked, ray_address=address, ranks=ranks)
+    assert "\n" not in str(refused.value)
+
+
+def digests(name: str, *overrides: str) -> dict[str, str]:
+    job = Job(load_recipe(name, overrides=overrides, seed=None), Store("nowhere"), "digits", WorkerOptions())
+    return {stage.name: plan_of(stage, job, {}).digest for stage in STAGES.values() if stage.name != "prepare"}
+
+
+def test_digests_on_cpus_are_those_of_before() -> None:
+    """Of every recipe and stage, its inputs left out: a change of one makes everybody compute it again."""
+    assert {name: digests(name, "compute.device=cpu") for name in sorted(RECIPES)} == json.loads(GOLDEN.read_text())
+
+
+def test_what_a_gpu_computes_has_digests_of_its_own() -> None:
+    cpu, cuda = digests("digits", "compute.device=cpu"), digests("digits", "compute.device=cuda")
+    assert not set(cpu.values()) & set(cuda.values())
+    for setting in ("fp32=tf32", "deterministic=true", "cudnn_benchmark=true"):
+        other = digests("digits", "compute.device=cuda", f"compute.{setting}")
+        assert not set(other.values()) & set(cuda.values()), setting
+        assert digests("digits", "compute.device=cpu", f"compute.{setting}") == cpu  # a CPU has no such switches
+
+
+def test_an_imported_teacher_is_the_same_everywhere() -> None:
+    weights = ("teacher.origin=imported", f"teacher.pretrained.sha256={'a' * 64}", "teacher.pretrained.uri=x")
+    cpu = digests("digits", "compute.device=cpu", *weights)
+    assert cpu["teacher"] == digests("digits", "compute.device=cuda", *weights)["teacher"]
+
+
+def test_settings_that_are_left_open_fit_the_device() -> None:
+    recipe = load_recipe("imagenet256_sftok_b", overrides=(), seed=None)
+    cpu, cuda = recipe.on("cpu"), recipe.on("cuda")
+    assert (cpu.encode.precision, cpu.sample.precision, cpu.decoding.precision) == ("fp32",) * 3
+    assert (cuda.encode.precision, cuda.sample.precision, cuda.decoding.precision) == ("bf16",) * 3
+    assert (cpu.sample.compile, cuda.sample.compile) == (False, True)
+    assert (cpu.encode.micro_batch, cuda.encode.micro_batch) == (64, 256)
+    assert cuda.on("cuda") == cuda  # settled once
+    asked = load_recipe("digits", overrides=("encode.precision=fp32", "sample.compile=false"), seed=None).on("cuda")
+    assert (asked.encode.precision, asked.sample.compile) == ("fp32", False)
+
+
+def test_settings_that_were_asked_for_survive_the_record(tmp_path: Path) -> None:
+    """Guards against a rerun that computes in another precision than its run did."""
+    from flows.recipes import Recipe
+
+    asked = load_recipe("digits", overrides=("decoding.precision=fp32", "compute.fp32=tf32"), seed=None).on("cuda")
+    again = Recipe.model_validate_json(asked.model_dump_json()).on("cuda")
+    assert again == asked
