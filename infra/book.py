@@ -30,7 +30,8 @@ class Book:
     def __init__(self, run: "Run", lines: list[dict[str, float]], first: int, effort: Effort) -> None:
         self.run, self.lines, self.first = run, lines, first
         is_measured = effort.flops > 0 and run.ranks.is_first
-        peak = peak_flops(run.device, effort.precision) if is_measured else None
+        is_tf32 = run.numerics.fp32 == "tf32"
+        peak = peak_flops(run.device, effort.precision, is_tf32=is_tf32) if is_measured else None
         self.clock = Clock(effort, None if peak is None else peak * run.ranks.size)
         self._events = Events(run.out.at(EVENTS))
         self._pictures: dict[str, bytes] = {}

@@ -188,7 +188,7 @@ def train_loop(
             is_validated = is_last or _falls_on(done, config.validate_every)
             is_logged = is_validated or _falls_on(done, config.log_every)
             is_saved = _falls_on(done, config.checkpoint_every) and not is_last
-            with book.clock.step():
+            with book.clock.step(step):
                 figures = train_step(step)
                 # The first step's too: what it takes to choose and compile kernels is then in its time alone.
                 seen = _fetched(figures, watched, step) if is_logged or is_saved or step == first else {}

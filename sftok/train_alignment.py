@@ -26,6 +26,7 @@ from sftok.losses import proxy_loss
 from sftok.metrics import psnr
 from sftok.model import SFTok
 from sftok.proxy import Teacher
+from sftok.stage_flops import alignment_effort
 from sftok.train import TrainingImages, in_passes, set_up, share_used
 
 
@@ -79,11 +80,12 @@ def train_alignment(
         with learner.averaged():
             return _validate(model, teacher, held_out, training.at_once, run)
 
+    effort = alignment_effort(config, model.config, teacher.config, image_size)
     best = Best(learner, "val_agreement_8", higher=True) if training.keep == "best" else None
-    end = train_loop({"model": learner}, step, training, run=run, validate=validate, best=best)
+    end = train_loop({"model": learner}, step, training, run=run, validate=validate, best=best, effort=effort)
     with learner.averaged():
         files = save_tokenizer(model, run.out) if run.ranks.is_first else []
-    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation)
+    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation | end.speed)
 
 
 def alignment_losses(

@@ -26,6 +26,7 @@ from sftok.metrics import psnr
 from sftok.model import SFTok
 from sftok.pixel_losses import PixelLosses
 from sftok.proxy import Teacher
+from sftok.stage_flops import fine_tune_effort
 from sftok.train import TrainingImages, Weights, in_passes, set_up
 from sftok.train_alignment import self_prediction
 
@@ -85,10 +86,12 @@ def train_fine_tune(
         return Validation({"val_psnr": mean_over_ranks(found["val_psnr"], run)}, {"reconstructions": picture})
 
     best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
-    end = train_loop({"model": learner, **pixels.saved()}, step, training, run=run, validate=validate, best=best)
+    effort = fine_tune_effort(config, model.config, teacher.config, model.image_size)
+    saved = {"model": learner, **pixels.saved()}
+    end = train_loop(saved, step, training, run=run, validate=validate, best=best, effort=effort)
     with learner.averaged():
         files = save_tokenizer(model, run.out) if run.ranks.is_first else []
-    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation)
+    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation | end.speed)
 
 
 def with_pixel_decoder(start: SFTok, teacher: Teacher) -> SFTok:

@@ -27,6 +27,7 @@ from sftok.losses import vq_loss
 from sftok.metrics import psnr
 from sftok.pixel_losses import PixelLosses
 from sftok.proxy import Teacher
+from sftok.stage_flops import teacher_effort
 from sftok.train import TrainingImages, Weights, in_passes, set_up, share_used
 
 
@@ -83,10 +84,11 @@ def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Ru
 
     saved: dict[str, Saved] = {"model": learner, "restart": restart, **pixels.saved()}
     best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
-    end = train_loop(saved, step, training, run=run, validate=validate, best=best)
+    effort = teacher_effort(config, held_out.shape[-1])
+    end = train_loop(saved, step, training, run=run, validate=validate, best=best, effort=effort)
     with learner.averaged():
         files = save_teacher(model, run.out) if run.ranks.is_first else []
-    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation)
+    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation | end.speed)
 
 
 class CodebookRestart:

@@ -62,7 +62,10 @@ def test_two_ranks_learn_what_one_learns(stage: str, store: Store) -> None:
     alone = train(stage, 4, one, None, Ranks(), lambda *_: None)
     both = run_ranks(partial(train, stage, 4, two, None), 2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    assert both.metrics == pytest.approx(alone.metrics, rel=1e-3)
+    found, wanted = (
+        {name: value for name, value in result.metrics.items() if name.startswith("val_")} for result in (both, alone)
+    )
+    assert found == pytest.approx(wanted, rel=1e-3)
     assert [file.path for file in both.files] == [file.path for file in alone.files]
     ours, theirs = (load(folder.read("model.safetensors")) for folder in (one, two))
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 5e-3

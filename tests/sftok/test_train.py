@@ -161,6 +161,15 @@ def test_two_and_two_steps_equal_four(stage: Stage, store: Store) -> None:
     assert parts.read("log.jsonl") == whole.read("log.jsonl")
 
 
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_a_stage_states_how_fast_it_learnt_and_its_log_does_not(stage: Stage, store: Store) -> None:
+    metrics = stage(Run(store, seed=0), 3).metrics
+    assert metrics["images_per_s"] > 0
+    assert metrics["model_flops_per_s"] > 0
+    assert 0 < metrics["mfu"] < 1
+    assert "per_s" not in store.read("log.jsonl").decode()
+
+
 def test_another_seed_gives_another_model(store: Store) -> None:
     run_align(Run(store.at("0"), seed=0), 2)
     run_align(Run(store.at("1"), seed=1), 2)
