@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-all lint format bench audit clean browser
+.PHONY: help setup demo test test-all test-avx2 lint format bench audit clean browser
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,6 +28,10 @@ test: $(READY) browser  ## the default tests
 
 test-all: $(READY) browser  ## all tests that this machine can run
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-avx2: $(READY)  ## the numeric tests, as a CPU without AVX-512 computes
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python -m pytest tests/sftok tests/generator tests/infra
 
 lint: $(READY)  ## style, types and dropped results
 	$(BIN)/ruff check .
