@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import Field
 
+from flows.precisions import HALF
 from flows.preflight import check_home, check_ray
 from flows.runs import one_line
 from flows.server import ServerError, prefect_server
@@ -45,6 +46,7 @@ def examine(store: str | None = None) -> Iterator[Check]:
     yield _tried("python", _python)
     yield _tried("packages", _packages)
     yield _tried("devices", _devices)
+    yield _tried("precisions", _precisions)
     try:
         settings = Settings()
     except ValueError as error:
@@ -97,6 +99,21 @@ def _devices() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = f"{cores} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB memory free"
     return f"{found}, {', '.join(gpus) or 'no GPU: everything runs on the CPU'}"
+
+
+def _precisions() -> str:
+    """What half precision is worth here; that it is slow is no fault."""
+    from infra.device import cpu_features, default_device
+    from infra.precision import precision_ratio, slow_because
+
+    if (device := default_device()) == "cuda":
+        slow = filter(None, (slow_because(each, device) for each in HALF))
+        return "; ".join(f"{reason}: fp32 is faster" for reason in slow) or f"{' and '.join(HALF)} are faster than fp32"
+    ratios = {each: precision_ratio(each) for each in HALF}
+    told = ", ".join(f"{each} {ratio:.2g}" for each, ratio in ratios.items())
+    slower = [each for each, ratio in ratios.items() if ratio < 1]
+    advice = f": fp32 is faster than {' and '.join(slower)}" if slower else ""
+    return f"products beside fp32, times as fast, on this CPU ({cpu_features()}): {told}{advice}"
 
 
 def _home(settings: Settings) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.imports import Found, find_artifact
+from flows.precisions import warn_of_slow
 from flows.preflight import check_servers, on_device
 from flows.recipe_files import load_recipe
 from flows.recipes import EncodeConfig, Recipe
@@ -69,6 +70,7 @@ def check_encode_request(
         check_source(data, dataset.recipe.data)
     check_servers(settings)
     dataset.store.check()
+    warn_of_slow({"--precision": recipe.encode.precision}, settings, recipe.compute.device)
     width = min(2, os.cpu_count() or 1) if workers is None else workers
     return EncodeRequest(dataset, WorkerOptions(workers=width, gpus_per_worker=gpus), settings)
 

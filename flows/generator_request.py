@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.imports import find_artifact
+from flows.precisions import warn_of_slow
 from flows.preflight import check_compilers, check_servers, check_share, on_device
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
@@ -46,4 +47,6 @@ def check_generator_request(
     found = find_artifact(codes, store, "codes")
     check_servers(settings)
     found.store.check()
+    chosen_precision = {"train_generator.precision": chosen.train_generator.precision}
+    warn_of_slow(chosen_precision, settings, chosen.compute.device)
     return GeneratorRequest(chosen, found.store, found.ref, ranks, settings)

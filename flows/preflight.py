@@ -9,6 +9,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from flows.devices import choose_device
+from flows.precisions import precisions_of, warn_of_slow
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from flows.server import health
@@ -72,6 +73,7 @@ def check_request(
     width = min(2, os.cpu_count() or 1) if workers is None else workers
     if is_run:
         _check_places(chosen, place, settings)
+        warn_of_slow(precisions_of(chosen), settings, chosen.compute.device)
     return Request(chosen, place, source, width, ranks, gpus, settings, anew)
 
 
@@ -114,6 +116,7 @@ def check_rerun(run: str, *, store: str | None) -> Request:
     check_source(record.source, record.recipe.data)
     _check_places(record.recipe, place, settings)
     recipe, gpus = on_device(record.recipe, gpus=None, settings=settings)
+    warn_of_slow(precisions_of(recipe), settings, recipe.compute.device)
     return Request(recipe, place, record.source, record.workers, 1, gpus, settings)
 
 

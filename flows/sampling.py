@@ -17,6 +17,7 @@ from flows.class_choice import chosen_classes
 from flows.devices import choose_device
 from flows.gallery import name_of
 from flows.imports import Found, find_artifact, new_files
+from flows.precisions import warn_of_slow
 from flows.preflight import check_ray
 from flows.recipes import ComputeConfig
 from flows.sample_files import Outputs, Part, begun, check_names, is_begun, picture_file, writing
@@ -165,8 +166,8 @@ def check(job: Job) -> Request:
     file = load_config(found.folder, GeneratorFile)
     job.config.fit(file.generator.kind)
     classes = chosen_classes(job.classes, file.codes.class_names or (), str(found.ref))
-    address = Settings().ray_address
-    device, gpus = choose_device(job.compute, gpus=job.gpus_per_worker, ray_address=address)
+    settings = Settings()
+    device, gpus = choose_device(job.compute, gpus=job.gpus_per_worker, ray_address=settings.ray_address)
     job = job._replace(
         config=job.config.on(device), compute=job.compute.model_copy(update={"device": device}), gpus_per_worker=gpus
     )
@@ -178,8 +179,9 @@ def check(job: Job) -> Request:
     if any(job.outputs) or job.choice != Choice():
         decoding_models(found, job.choice)
     if find(found.store, request.plan) is None:
-        check_ray(address)
+        check_ray(settings.ray_address)
         found.store.check()
+        warn_of_slow({"--precision": job.config.arithmetic}, settings, device)
     new_files(_files(request))
     return request
 
