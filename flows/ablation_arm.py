@@ -70,7 +70,7 @@ def _held_out(work: Work) -> Iterator["ImageRows"]:
     Raises:
         ValueError: an image does not decode.
     """
-    from sftok.data import decoded_chunks
+    from sftok.chunks import decoded_chunks
 
     store, size = work.job.store, work.recipe.data.image_size
     for key in work.keys("images", "val"):

@@ -2,14 +2,11 @@
 
 import functools
 import hashlib
-import itertools
 import json
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +14,10 @@ import torch
 
 from infra.shards import SHARD, split_of
 from infra.store import Store
+from infra.transfer import send
 from sftok.config import AugmentConfig
 from sftok.prepare import METADATA_KEY
 from sftok.preprocess import (
-    UnreadableImageError,
     affine,
     augment,
     crop,
@@ -33,11 +30,7 @@ from sftok.preprocess import (
 )
 from sftok.sources import SPLITS
 
-T = TypeVar("T")
-
 NO_CLASS = -1
-DECODERS = 4  # threads: PIL lets others run while it decodes
-AHEAD = 2  # chunks that are decoded while another one is encoded: what bounds the memory
 _ROWS_READ = 64  # at once
 _LABELS_READ = 1 << 14
 
@@ -73,20 +66,6 @@ class Labels(NamedTuple):
 
     image_ids: list[str]
     class_ids: list[int]  # -1: none
-
-
-class FailedImage(NamedTuple):
-    """An image whose bytes do not decode, and why."""
-
-    image_id: str
-    reason: str
-
-
-class Chunk(NamedTuple):
-    """Consecutive rows of a shard: the images, and those that are none."""
-
-    rows: ImageRows
-    failed: list[FailedImage]
 
 
 @dataclass(frozen=True)
@@ -183,33 +162,6 @@ def stored_labels(folder: Store, name: str) -> Iterator[Labels]:
             yield Labels(batch["image_id"].to_pylist(), batch["label"].fill_null(NO_CLASS).to_pylist())
 
 
-def decoded_chunks(
-    folder: Store, name: str, image_size: int, count: int, *, larger_size: int | None = None
-) -> Iterator[Chunk]:
-    """A shard's images, `count` rows at a time, resized and centre-cropped; what does not decode is told.
-
-    Reading and decoding happen in threads, at most `AHEAD` chunks before the one that is in use. With `larger_size`
-    the rows also have the squares of that side that ten crops are cut from.
-    """
-    sides = (image_size,) if larger_size is None else (image_size, larger_size)
-    with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
-        yield from ahead(_chunks(stored_images(folder, name), sides, count, pool), AHEAD)
-
-
-def ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The items, with the next `count` of them made in a thread meanwhile."""
-    end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        waiting: deque[Future[T | object]] = deque(pool.submit(next, items, end) for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(pool.submit(next, items, end))
-                yield item  # type: ignore[misc]  # it is not `end`
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
 @contextmanager
 def _open_shard(folder: Store, name: str) -> Iterator[pq.ParquetFile]:
     """The file, whose damages are ValueErrors also while it is read."""
@@ -221,29 +173,6 @@ def _open_shard(folder: Store, name: str) -> Iterator[pq.ParquetFile]:
             raise  # of the store, not of the file
         said = " ".join(str(error).split())
         raise ValueError(f"{folder.uri}/{name} is no image Parquet ({said}); delete the folder and prepare") from error
-
-
-def _chunks(rows: Iterator[StoredImage], sides: Sequence[int], count: int, pool: ThreadPoolExecutor) -> Iterator[Chunk]:
-    while some := list(itertools.islice(rows, count)):
-        pixels = list(pool.map(functools.partial(_decode, sides=sides), some))
-        failed = [image for image in pixels if isinstance(image, FailedImage)]
-        good = [(row, image) for row, image in zip(some, pixels, strict=True) if not isinstance(image, FailedImage)]
-        squares = [
-            torch.stack([image[at] for _, image in good]) if good else torch.empty(0, 3, side, side, dtype=torch.uint8)
-            for at, side in enumerate(sides)
-        ]
-        class_ids = torch.tensor([row.class_id for row, _ in good], dtype=torch.int64)
-        larger = squares[1] if len(sides) > 1 else None
-        yield Chunk(ImageRows([row.image_id for row, _ in good], squares[0], class_ids, larger=larger), failed)
-
-
-def _decode(row: StoredImage, *, sides: Sequence[int]) -> list[torch.Tensor] | FailedImage:
-    """The centre square of an image at each side."""
-    try:
-        image = to_rgb(row.data)
-        return [crop(resize_shorter(image, side), side) for side in sides]
-    except UnreadableImageError as error:
-        return FailedImage(row.image_id, str(error))
 
 
 class TrainImages:
@@ -260,8 +189,11 @@ class TrainImages:
             raise ValueError('augment.crop = "random" needs images loaded with crop="random"; or set it to "center"')
         self.rows, self.augment, self.seed, self.batch_size = rows, augment, seed, batch_size
 
-    def batch(self, step: int, *, rank: int = 0, ranks: int = 1) -> ImageBatch:
-        """The batch of a step (from 0), or the equal slice of it that falls to one of several ranks."""
+    def batch(self, step: int, *, rank: int = 0, ranks: int = 1, device: str = "cpu") -> ImageBatch:
+        """The batch of a step (from 0), or the equal slice of it that falls to one of several ranks.
+
+        Its images are on `device`, changed there, and not waited for.
+        """
         if self.batch_size % ranks:
             raise ValueError(f"batch_size = {self.batch_size} does not divide by {ranks} ranks")
         share = self.batch_size // ranks
@@ -270,7 +202,7 @@ class TrainImages:
         indices = [self._index(position) for position in positions]
         draws = [uniforms("train", self.seed, position) for position in positions]
         return ImageBatch(
-            augment(to_float(self._cropped(indices, draws)), self.augment, draws),
+            augment(to_float(send(self._cropped(indices, draws), device)), self.augment, draws),
             self.rows.class_ids[indices],
             [self.rows.image_ids[index] for index in indices],
         )

@@ -6,6 +6,7 @@ is published before the rows add up: images x views = rows + failed.
 
 import functools
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,13 +16,23 @@ import pyarrow.parquet as pq
 import torch
 
 from infra.artifacts import Manifest, shards_in
+from infra.device import default_device
 from infra.pages import Page
 from infra.progress import Progress, silent
 from infra.shards import FileEntry, put
 from infra.workers import WorkerOptions, map_shards
 from sftok.data import ImageRows, variant_images
+from sftok.decoding import batched
 from sftok.encode_groups import GROUPS, GroupEncoder, Groups, Totals, finished_group, sum_of, total_of
-from sftok.encode_shard import CodeShard, EncodeJob, ShardEncoder, encode_batches, encode_images, find_shard
+from sftok.encode_shard import (
+    CodeShard,
+    EncodeJob,
+    RunEncoder,
+    ShardEncoder,
+    encode_batches,
+    encode_images,
+    find_shard,
+)
 from sftok.views import has_crops, ten_crop_side
 
 __all__ = [
@@ -37,6 +48,7 @@ __all__ = [
 
 FAILED = "failed.parquet"
 FAILED_SCHEMA = pa.schema([("image_id", pa.string()), ("variant", pa.string()), ("reason", pa.string())])
+RUN = 16  # shards that a GPU's worker is given at once, at most: some seconds of work
 LOOKUPS = 32  # shards or groups looked up at once: on S3 each takes a request or two
 
 
@@ -96,9 +108,29 @@ def _encode_shards(
     with ThreadPoolExecutor(LOOKUPS) as pool:
         found = list(pool.map(functools.partial(find_shard, job), shards))
     missing = [entry for entry, shard in zip(shards, found, strict=True) if shard is None]
-    work, after = functools.partial(ShardEncoder, job), _after(progress, len(shards) - len(missing))
-    made = iter(map_shards(work, missing, options=options, progress=after))
+    runs, after = list(batched(missing, _run(len(missing), job, options))), _after(progress, len(shards) - len(missing))
+    work = functools.partial(RunEncoder, job)
+    made = itertools.chain.from_iterable(map_shards(work, runs, options=options, progress=_of_runs(after, runs)))
     return [shard or next(made) for shard in found]
+
+
+def _run(count: int, job: EncodeJob, options: WorkerOptions) -> int:
+    """Shards a call: on GPUs several, which overlap, and every worker has some calls; else one, to lose none."""
+    is_cuda = options.gpus_per_worker > 0 if options.workers else (job.device or default_device()).startswith("cuda")
+    if not is_cuda:
+        return 1
+    return max(1, min(RUN, count // (4 * max(options.workers, 1))))
+
+
+def _of_runs(progress: Progress, runs: Sequence[Sequence[FileEntry]]) -> Progress:
+    """Tell of runs as of the shards in them; those that are done first may be others, as many but for the last one."""
+    ends = [0, *itertools.accumulate(len(run) for run in runs)]
+
+    def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
+        per_call = ends[done] / max(done, 1)
+        progress(ends[done], ends[total], {name: value * per_call for name, value in figures.items()})
+
+    return listen
 
 
 def _encode_groups(

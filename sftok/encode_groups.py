@@ -82,7 +82,10 @@ class GroupEncoder:
             ValueError: an image shard is damaged, or has other rows than its entry says.
             TransientError: memory ran out.
         """
-        made = [find_shard(self.job, entry) or self.encode(entry) for entry in group.shards]
+        found = [find_shard(self.job, entry) for entry in group.shards]
+        missing = [entry for entry, shard in zip(group.shards, found, strict=True) if shard is None]
+        encoded = iter(self.encode.several(missing))
+        made = [shard or next(encoded) for shard in found]
         page = write_page(self.job.out, [shard.file for shard in made])
         record = GroupRecord(page=page, totals=total_of(self.job, made))
         if self.job.out.create(group.name, record.model_dump_json().encode()):

@@ -4,6 +4,9 @@ Shapes: B images, N latent tokens.
 """
 
 import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,12 +24,16 @@ from infra.reuse import Reuse
 from infra.shards import FileEntry, shard_entry, split_of, write_shard
 from infra.store import Store
 from sftok.artifacts import load_tokenizer
+from sftok.chunks import Chunk, FailedImage, decoded_shards
 from sftok.config import Assignment, AugmentConfig
-from sftok.data import FailedImage, ImageRows, decoded_chunks, variant_images
+from sftok.data import ImageRows, variant_images
+from sftok.decoding import Decoders
 from sftok.inference import PreparedEncoder, prepare_encoder
+from sftok.lane import Lane
 from sftok.model import SFTok
 from sftok.views import TEN_CROP_RESIZE, has_crops, ten_crop_side
 
+LATE = 1  # batches whose codes are fetched after the next ones were asked for
 _FAILED_KEY = "sftok.failed"
 # A full memory says nothing about the images: it is the worker's trouble, and trying again may help.
 _REMEDY = "use fewer workers or a smaller encode.micro_batch"
@@ -52,6 +59,10 @@ class EncodeJob:
     device: str | None = None
     """where to compute; None: on a GPU where a worker has one."""
     numerics: NumericsConfig = IEEE
+    compile: bool = False
+    """whether the encoder's blocks are compiled: for CUDA; rounds otherwise."""
+    decoders: int = 0
+    """processes of a worker that decode images, where it has so many cores; 0: threads. Changes no byte."""
 
     def variants_of(self, name: str) -> tuple[str, ...]:
         """The views of the images of a shard."""
@@ -65,11 +76,32 @@ class CodeShard(NamedTuple):
     failed: list[FailedImage]
 
 
-class ShardEncoder:
-    """A worker: holds the model, encodes one shard a call.
+class _Making:
+    """A code shard in the making."""
 
-    A chunk of images is encoded while the next ones are read and decoded in threads. Shards do not overlap within a
-    worker: where their reading and writing leave a GPU idle, two workers share it (`gpus_per_worker` = 0.5).
+    def __init__(self, images: FileEntry) -> None:
+        self.images = images
+        self.parts: list[CodeRows] = []
+        self.failed: list[FailedImage] = []
+        self.found = 0
+        self.written: Future[CodeShard] | None = None
+
+
+class _Late(NamedTuple):
+    """Codes that a device may still be computing."""
+
+    shard: _Making
+    rows: ImageRows
+    variant: str
+    codes: Callable[[], Tensor]
+
+
+class ShardEncoder:
+    """A worker: holds the model, encodes one shard a call, or several.
+
+    A chunk of images is encoded while the next ones are read and decoded, in threads or processes, and while a GPU
+    works on it the next one is sent there: codes are fetched a batch late. Several shards overlap: one is read and
+    encoded while the one before is written.
     """
 
     def __init__(self, job: EncodeJob) -> None:
@@ -79,59 +111,111 @@ class ShardEncoder:
         begin_shards(job.out, device_facts(device, job.numerics))
         with full_memory(_REMEDY, TransientError):
             model = load_tokenizer(job.tokenizer).to(device)
-            self.encoder = prepare_encoder(model, job.info.precision)
+            self.encoder = prepare_encoder(model, job.info.precision, compile=job.compile)
+        self.lane, self.decoders = Lane(self.encoder.device), Decoders(job.decoders)
 
     def __call__(self, images: FileEntry) -> CodeShard:
         """Encode an image shard into the code shard of the same name; one that is done is not done again.
 
         Raises:
             ValueError: the image shard is damaged, or has other rows than its entry says.
-            TransientError: memory ran out.
+            TransientError: memory ran out, or a process that decodes ended.
         """
-        if (done := finished_shard(self.job, images)) is not None:
-            return done
-        with full_memory(_REMEDY, TransientError):
-            rows, failed = self._encode(images)
-            notes = {_FAILED_KEY: json.dumps(failed, separators=(",", ":"), ensure_ascii=False)} if failed else None
-            data = to_parquet(self.job.info, rows, notes)
-        file = write_shard(self.job.out, images.path, data, len(rows.image_id))
-        if self.job.reuse is not None and not failed:  # an image that failed once may be mended by the next time
-            self.job.reuse.offer(images, file)
-        return CodeShard(file, failed)
+        return self.several([images])[0]
 
-    def _encode(self, images: FileEntry) -> tuple[CodeRows, list[FailedImage]]:
-        """All views of all images of a shard, never more than a few micro-batches of them in memory."""
-        job, variants, info = self.job, self.job.variants_of(images.path), self.job.info
-        parts: list[CodeRows] = []
-        failed: list[FailedImage] = []
-        found = 0
-        larger_size = ten_crop_side(info.image_size, job.ten_crop_resize) if has_crops(variants) else None
-        for chunk in decoded_chunks(job.images, images.path, info.image_size, job.micro_batch, larger_size=larger_size):
-            found += len(chunk.rows.image_ids) + len(chunk.failed)
-            failed += chunk.failed
-            parts += [self._view(chunk.rows, variant) for variant in variants if chunk.rows.image_ids]
+    def several(self, shards: Sequence[FileEntry]) -> list[CodeShard]:
+        """The same for several image shards, one after the other, in their order."""
+        found = {images.path: finished_shard(self.job, images) for images in shards}
+        missing = [images for images in shards if found[images.path] is None]
+        with full_memory(_REMEDY, TransientError):
+            made = iter(self._encode(missing))
+        return [found[images.path] or next(made) for images in shards]
+
+    def _encode(self, shards: Sequence[FileEntry]) -> list[CodeShard]:
+        """All views of all images of shards, never more than a few micro-batches of them in memory."""
+        makings = [_Making(images) for images in shards]
+        sides = [(images.path, self._sides(self.job.variants_of(images.path))) for images in shards]
+        chunks = decoded_shards(
+            self.job.images, sides, self.job.micro_batch, self.decoders, is_pinned=self.lane.is_cuda
+        )
+        late: deque[_Late | _Making] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            for index, chunk in chunks:
+                for one in [makings[index]] if chunk is None else self._views(makings[index], chunk):
+                    late.append(one)
+                    while len(late) > LATE:
+                        self._settle(late.popleft(), makings, writer)
+            while late:
+                self._settle(late.popleft(), makings, writer)
+            return [making.written.result() for making in makings if making.written is not None]
+
+    def _sides(self, variants: Sequence[str]) -> tuple[int, ...]:
+        """Sides of the squares that these views are made of."""
+        size = self.job.info.image_size
+        return (size, ten_crop_side(size, self.job.ten_crop_resize)) if has_crops(variants) else (size,)
+
+    def _views(self, shard: _Making, chunk: Chunk) -> Iterator[_Late]:
+        """Begin to encode all views of a chunk."""
+        shard.found += len(chunk.rows.image_ids) + len(chunk.failed)
+        shard.failed += chunk.failed
+        if not chunk.rows.image_ids:
+            return
+        larger = chunk.rows.larger
+        rows = chunk.rows._replace(
+            images=self.lane.send(chunk.rows.images), larger=None if larger is None else self.lane.send(larger)
+        )
+        for variant in self.job.variants_of(shard.images.path):
+            images = _filled(variant_images(rows, variant, self.job.augment), self.job.micro_batch)
+            codes = self.encoder(images, self.job.info.assignment)[: len(rows.image_ids)]
+            yield _Late(shard, chunk.rows, variant, self.lane.fetch(codes))
+
+    def _settle(self, late: _Late | _Making, makings: Sequence[_Making], writer: ThreadPoolExecutor) -> None:
+        """Take codes when they are there; a shard that has all of its own is written while others are encoded."""
+        if isinstance(late, _Making):
+            for making in makings:
+                if making.written is not None:
+                    making.written.result()  # what went wrong ends the work here, and no second shard waits
+            late.written = writer.submit(self._write, late)
+            return
+        codes = CodeRows(
+            image_id=late.rows.image_ids,
+            class_id=late.rows.class_ids.numpy().astype(np.int32),
+            variant=[late.variant] * len(late.rows.image_ids),
+            codes=late.codes().numpy().astype(self.job.info.dtype),
+        )
+        late.shard.parts.append(codes)
+
+    def _write(self, shard: _Making) -> CodeShard:
+        job, info, parts, failed = self.job, self.job.info, shard.parts, shard.failed
+        if shard.found != shard.images.rows:
+            raise ValueError(
+                f"{job.images.uri}/{shard.images.path} has {shard.found} images, its manifest says"
+                f" {shard.images.rows}: delete the folder and prepare the data again"
+            )
         rows = CodeRows(
             image_id=[image_id for part in parts for image_id in part.image_id],
             class_id=np.concatenate([part.class_id for part in parts] or [np.empty(0, np.int32)]),
             variant=[variant for part in parts for variant in part.variant],
             codes=np.concatenate([part.codes for part in parts] or [np.empty((0, info.num_tokens), info.dtype)]),
         )
-        if found != images.rows:
-            raise ValueError(
-                f"{job.images.uri}/{images.path} has {found} images, its manifest says {images.rows}:"
-                " delete the folder and prepare the data again"
-            )
-        return rows, failed
+        notes = {_FAILED_KEY: json.dumps(failed, separators=(",", ":"), ensure_ascii=False)} if failed else None
+        data = to_parquet(info, rows, notes)
+        shard.parts.clear()
+        file = write_shard(job.out, shard.images.path, data, len(rows.image_id))
+        if job.reuse is not None and not failed:  # an image that failed once may be mended by the next time
+            job.reuse.offer(shard.images, file)
+        return CodeShard(file, failed)
 
-    def _view(self, rows: ImageRows, variant: str) -> CodeRows:
-        images = variant_images(rows, variant, self.job.augment)
-        codes = encode_batches(self.encoder, images, self.job.info.assignment, self.job.micro_batch)
-        return CodeRows(
-            image_id=rows.image_ids,
-            class_id=rows.class_ids.numpy().astype(np.int32),
-            variant=[variant] * len(rows.image_ids),
-            codes=codes.numpy().astype(self.job.info.dtype),
-        )
+
+class RunEncoder:
+    """A worker: encodes a run of shards a call, which overlap; for GPUs, which are done with a shard in no time."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        self.encode = ShardEncoder(job)
+
+    def __call__(self, shards: Sequence[FileEntry]) -> list[CodeShard]:
+        """Encode the shards as `ShardEncoder` does."""
+        return self.encode.several(shards)
 
 
 def find_shard(job: EncodeJob, images: FileEntry) -> CodeShard | None:
@@ -161,12 +245,14 @@ def encode_batches(encoder: PreparedEncoder, images: Tensor, assignment: Assignm
 
     Near-ties are decided by rounding, and products of other shapes round otherwise: the fixed size keeps codes equal.
     """
-    codes = []
-    for part in images.split(micro_batch):
-        if len(part) < micro_batch:
-            part = torch.cat([part, part.new_zeros(micro_batch - len(part), *part.shape[1:])])
-        codes.append(encoder(part, assignment).cpu())
+    codes = [encoder(_filled(part, micro_batch), assignment).cpu() for part in images.split(micro_batch)]
     return torch.cat(codes)[: len(images)] if len(images) else torch.empty(0, encoder.num_tokens, dtype=torch.int64)
+
+
+def _filled(images: Tensor, count: int) -> Tensor:
+    """Images, with black ones behind them until there are `count`."""
+    missing = count - len(images)
+    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing else images
 
 
 def _read_failed(folder: Store, name: str) -> list[FailedImage]:

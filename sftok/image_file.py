@@ -1,16 +1,22 @@
-"""From the bytes of an image file to upright 8-bit RGB: the one decoder, part of `PREPROCESSING` (see `preprocess`).
+"""From the bytes of an image file to upright 8-bit RGB, and to its size: part of `PREPROCESSING` (see `preprocess`).
 
-Apart from it since preparing data needs no torch, whose import would take longer than a small shard.
+Apart from it since preparing data and processes that decode need no torch, whose import would take longer than a small
+shard.
 """
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 # By content, never by file name; formats whose decoders start other programs (EPS, WMF) are left out on purpose.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 Image.init()  # open() knows only the five commonest formats before
+# A 1 x 80,000,000 image passes every pixel limit and would be resized to 256 x 20,480,000,000: longer is cut first.
+LONGEST_SIDE = 4
+Pixels = NDArray[np.uint8]
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,6 +65,47 @@ def to_rgb(data: bytes, *, max_pixels: int | None = None, checksums: bool = Fals
         raise UnreadableImageError("not an image in a known format") from error
     except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, zlib.error, IndexError and more
         raise UnreadableImageError(f"cannot be decoded: {_short(error)}") from error
+
+
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """Resize so that the shorter side is `size` pixels, with antialiased bicubic.
+
+    Equals torchvision's Resize on PIL images. What is longer than 4:1 is cut around the centre.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    full = (size * width // shorter, size * height // shorter)
+    new = (min(full[0], LONGEST_SIDE * size), min(full[1], LONGEST_SIDE * size))
+    left, top = (full[0] - new[0]) // 2, (full[1] - new[1]) // 2
+    box = (
+        left * width / full[0],
+        top * height / full[1],
+        (left + new[0]) * width / full[0],
+        (top + new[1]) * height / full[1],
+    )
+    return image.resize(new, Image.Resampling.BICUBIC, box=box)
+
+
+def squares(data: bytes, sides: Sequence[int], where: float | None = None) -> list[Pixels]:
+    """Decode an image, resize it to each of these shorter sides and cut squares out, (3, side, side) each.
+
+    Args:
+        data: the bytes of the file.
+        sides: in pixels.
+        where: None for the centre, or a draw in [0, 1) of the place.
+
+    Raises:
+        UnreadableImageError: with the reason.
+    """
+    image = to_rgb(data)
+    return [_square(resized(image, side), side, where) for side in sides]
+
+
+def _square(image: Image.Image, side: int, where: float | None) -> Pixels:
+    """As `preprocess.crop` cuts it."""
+    room = image.width - side, image.height - side
+    left, top = (round(free / 2) if where is None else int(where * (free + 1)) for free in room)
+    return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from infra.transfer import send
 from sftok.config import AugmentConfig
-from sftok.image_file import UnreadableImageError, to_rgb
+from sftok.image_file import UnreadableImageError, resized, to_rgb
 from sftok.views import variant_name
 
 __all__ = [
@@ -32,8 +33,6 @@ __all__ = [
 ]
 
 PREPROCESSING = "resize-bicubic-antialias-crop/1"
-# A 1 x 80,000,000 image passes every pixel limit and would be resized to 256 x 20,480,000,000: longer is cut first.
-LONGEST_SIDE = 4
 
 
 def resize_shorter(image: Image.Image, size: int) -> torch.Tensor:
@@ -41,19 +40,7 @@ def resize_shorter(image: Image.Image, size: int) -> torch.Tensor:
 
     Equals torchvision's Resize on PIL images. What is longer than 4:1 is cut around the centre.
     """
-    width, height = image.size
-    shorter = min(width, height)
-    full = (size * width // shorter, size * height // shorter)
-    new = (min(full[0], LONGEST_SIDE * size), min(full[1], LONGEST_SIDE * size))
-    left, top = (full[0] - new[0]) // 2, (full[1] - new[1]) // 2
-    box = (
-        left * width / full[0],
-        top * height / full[1],
-        (left + new[0]) * width / full[0],
-        (top + new[1]) * height / full[1],
-    )
-    resized = image.resize(new, Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(resized(image, size))).permute(2, 0, 1).contiguous()
 
 
 def crop(image: torch.Tensor, size: int, where: float | None = None) -> torch.Tensor:
@@ -74,8 +61,9 @@ def ten_crop(images: torch.Tensor, size: int, number: int) -> torch.Tensor:
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images to float32 in [0, 1]; the only place where this happens."""
-    return images.to(torch.float32).div_(255)
+    """uint8 images to float32 in [0, 1], the same on every device; the only place where this happens."""
+    # By a tensor of their device: by a number, CUDA would multiply with its rounded inverse.
+    return images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))
 
 
 def uniforms(*key: str | int) -> tuple[float, ...]:
@@ -98,7 +86,7 @@ def augment(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequenc
     if config.is_affine:
         images = affine(images, config, draws)
     if config.flip:
-        mirrored = torch.tensor([draw[4] < 0.5 for draw in draws])
+        mirrored = send(torch.tensor([draw[4] < 0.5 for draw in draws]), images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     return images
 
@@ -106,8 +94,8 @@ def augment(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequenc
 def affine(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequence[float]]) -> torch.Tensor:
     """Rotate, zoom and shift each image (n, 3, S, S), bilinear; what comes into view repeats the border."""
     coefficients = torch.tensor([_inverse_affine(config, draw) for draw in draws], dtype=torch.float64)
-    size = images.shape[-1]
-    at = (torch.arange(size, dtype=torch.float64) * 2 + 1) / size - 1
+    coefficients, size = send(coefficients, images.device), images.shape[-1]
+    at = (torch.arange(size, dtype=torch.float64, device=images.device) * 2 + 1) / size - 1
     # By element and not by F.affine_grid: its matrix product may round by the number of images in the batch.
     a, b, c, d, e, f = (column[:, None, None] for column in coefficients.unbind(1))
     x, y = at[None, None, :], at[None, :, None]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from infra.store import Store
-from sftok.data import FailedImage, ImageRows, Labels, decoded_chunks, stored_images, stored_labels
+from sftok.chunks import FailedImage, decoded_chunks
+from sftok.data import ImageRows, Labels, stored_images, stored_labels
 from sftok.preprocess import crop, resize_shorter, to_rgb
 
 _BATCH = 64  # images decoded at once where nobody says how many

@@ -7,6 +7,7 @@ micro-batch holds depends on its number and the step alone: not on ranks, restar
 import bisect
 import functools
 import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -14,11 +15,14 @@ from typing import NamedTuple
 import torch
 
 from infra.training import generator_of
+from infra.transfer import send
 from sftok.config import AugmentConfig
-from sftok.data import DECODERS, ImageBatch, ImageSet, StoredImage, stored_images
-from sftok.preprocess import augment, crop, resize_shorter, to_float, to_rgb, uniforms
+from sftok.data import ImageBatch, ImageSet, StoredImage, stored_images
+from sftok.decoding import Decoders, Decoding, Order, square_buffers
+from sftok.preprocess import augment, to_float, uniforms
 
 WINDOW = 4  # shards whose images are mixed: as many, and the next window's, are in memory, undecoded
+PREFETCH = 3  # batches of a part that are decoded before they are asked for
 LARGE = 4 * 2**30  # bytes of decoded images from which on they are streamed
 
 
@@ -44,19 +48,33 @@ class StreamedImages:
     windows of `WINDOW` shards, undecoded, for every part that is asked for.
     """
 
-    def __init__(self, shards: StoredShards, config: AugmentConfig, *, seed: int, batch_size: int, parts: int) -> None:
+    def __init__(
+        self,
+        shards: StoredShards,
+        config: AugmentConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        parts: int,
+        device: str = "cpu",
+        decoders: int = 0,
+    ) -> None:
+        """`decoders` are processes, 0 for threads; neither they nor the device change what a batch holds."""
         names = [name for name in sorted(shards.rows) if shards.rows[name]]
         if len(names) < parts:
             raise ValueError(
                 f"{len(names)} image shards cannot feed {parts} micro-batches a step: prepare with data.num_shards of "
                 f"{parts} at least, or choose a larger micro_batch"
             )
-        self._share = batch_size // parts
-        self._parts = [_Part(shards, tuple(names[part::parts]), config, (seed, part)) for part in range(parts)]
+        way = _Way(device, Decoders(decoders))
+        share = batch_size // parts
+        self._parts = [
+            _Part(shards, tuple(names[part::parts]), config, (seed, part), share, way) for part in range(parts)
+        ]
 
     def batch(self, step: int, part: int) -> ImageBatch:
-        """Micro-batch `part` of a step (from 0); the next step's is decoded meanwhile."""
-        return self._parts[part].batch(step, self._share)
+        """Micro-batch `part` of a step (from 0), its images on the device; the next ones are decoded meanwhile."""
+        return self._parts[part].batch(step)
 
 
 class _Window(NamedTuple):
@@ -68,44 +86,81 @@ class _Window(NamedTuple):
     number: int
 
 
+class _Way(NamedTuple):
+    """How images come to where they are learned from."""
+
+    device: str
+    decoders: Decoders
+
+
+class _Begun(NamedTuple):
+    """A batch whose images are being decoded."""
+
+    rows: list[StoredImage]
+    draws: list[tuple[float, ...]]
+    images: torch.Tensor
+    """uint8 (n, 3, S, S)."""
+    decoding: Decoding
+
+
 class _Part:
     """The images of one micro-batch's shards, in order of their positions."""
 
     def __init__(
-        self, shards: StoredShards, names: tuple[str, ...], config: AugmentConfig, key: tuple[int, int]
+        self,
+        shards: StoredShards,
+        names: tuple[str, ...],
+        config: AugmentConfig,
+        key: tuple[int, int],
+        count: int,
+        way: _Way,
     ) -> None:
-        self.shards, self.names, self.config, self.key = shards, names, config, key
+        self.shards, self.names, self.config, self.key, self.count, self.way = shards, names, config, key, count, way
         self.total = sum(shards.rows[name] for name in names)
         self._read: dict[tuple[int, int], Future[list[StoredImage]]] = {}
-        self._made: tuple[int, Future[ImageBatch]] | None = None
+        self._begun: deque[tuple[int, Future[_Begun]]] = deque()
         self._last: tuple[int, ImageBatch] | None = None
         # Threads begin with the first task: a part of another rank has none.
-        self._reader, self._maker = ThreadPoolExecutor(1, "stream-read"), ThreadPoolExecutor(1, "stream-make")
-        self._decoders = ThreadPoolExecutor(DECODERS, "stream-decode")
+        self._reader, self._beginner = ThreadPoolExecutor(1, "stream-read"), ThreadPoolExecutor(1, "stream-begin")
 
-    def batch(self, step: int, count: int) -> ImageBatch:
+    def batch(self, step: int) -> ImageBatch:
         if self._last is not None and self._last[0] == step:
             return self._last[1]
-        if self._made is None or self._made[0] != step:
-            self._made = step, self._maker.submit(self._make, step, count)
-        self._last = step, self._made[1].result()
-        self._made = step + 1, self._maker.submit(self._make, step + 1, count)
-        return self._last[1]
+        if not self._begun or self._begun[0][0] != step:
+            self._leave()
+        for following in range(step + len(self._begun), step + PREFETCH + 1):
+            self._begun.append((following, self._beginner.submit(self._begin, following)))
+        begun = self._begun.popleft()[1].result()
+        for row, reason in zip(begun.rows, begun.decoding.reasons(), strict=True):
+            if reason is not None:
+                raise ValueError(f"image {row.image_id!r} does not decode ({reason}): prepare the data again")
+        batch = ImageBatch(
+            augment(to_float(send(begun.images, self.way.device)), self.config, begun.draws),
+            torch.tensor([row.class_id for row in begun.rows], dtype=torch.int64),
+            [row.image_id for row in begun.rows],
+        )
+        self._last = step, batch
+        return batch
 
-    def _make(self, step: int, count: int) -> ImageBatch:
-        positions = range(step * count, (step + 1) * count)
+    def _leave(self) -> None:
+        """Another step is asked for than the one that was awaited."""
+        for _, begun in self._begun:
+            if not begun.cancel():
+                begun.result().decoding.cancel()
+        self._begun.clear()
+
+    def _begin(self, step: int) -> _Begun:
+        """Look up the images of a step and have them decoded: beside those of the steps before, not after them."""
+        positions = range(step * self.count, (step + 1) * self.count)
         rows = [self._row(position) for position in positions]
         draws = [uniforms("train", *self.key, position) for position in positions]
-        images = torch.stack(list(self._decoders.map(self._decoded, rows, draws)))
-        return ImageBatch(
-            augment(to_float(images), self.config, draws),
-            torch.tensor([row.class_id for row in rows], dtype=torch.int64),
-            [row.image_id for row in rows],
-        )
-
-    def _decoded(self, row: StoredImage, draw: Sequence[float]) -> torch.Tensor:
-        image = resize_shorter(to_rgb(row.data), self.shards.image_size)
-        return crop(image, self.shards.image_size, draw[5] if self.config.crop == "random" else None)
+        is_pinned = torch.device(self.way.device).type == "cuda"
+        (images,) = square_buffers(self.count, (self.shards.image_size,), is_pinned=is_pinned)
+        places = [draw[5] if self.config.crop == "random" else None for draw in draws]
+        orders = [
+            Order(row.data, [square], place) for row, square, place in zip(rows, images.numpy(), places, strict=True)
+        ]
+        return _Begun(rows, draws, images, self.way.decoders.submit(orders))
 
     def _row(self, position: int) -> StoredImage:
         epoch, place = divmod(position, self.total)

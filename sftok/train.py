@@ -12,9 +12,9 @@ from infra.pretrained import PretrainedConfig
 from infra.schedule import TrainingConfig
 from infra.store import Store
 from infra.training import Run, picture_grid
-from infra.transfer import pinned, send
 from sftok.config import AugmentConfig
 from sftok.data import ImageBatch, ImageRows, ImageSet, TrainImages
+from sftok.decoding import spare_processes
 from sftok.preprocess import to_float
 from sftok.stream import StoredShards, StreamedImages
 
@@ -52,11 +52,21 @@ class TrainingImages:
         parts, own = config.micro_batches, run.ranks.share(config.micro_batches)
         if isinstance(self.train, StoredShards):
             streamed = StreamedImages(
-                self.train, self.augment, seed=run.seed, batch_size=config.batch_size, parts=parts
+                self.train,
+                self.augment,
+                seed=run.seed,
+                batch_size=config.batch_size,
+                parts=parts,
+                device=run.device,
+                decoders=spare_processes(run.ranks.size) if run.device != "cpu" else 0,
             )
             return Stream(streamed.batch, run.device, own)
         images = TrainImages(self.train, self.augment, seed=run.seed, batch_size=config.batch_size)
-        return Stream(lambda step, part: images.batch(step, rank=part, ranks=parts), run.device, own)
+
+        def make(step: int, part: int) -> ImageBatch:
+            return images.batch(step, rank=part, ranks=parts, device=run.device)
+
+        return Stream(make, run.device, own)
 
     def held_out(self, run: Run) -> Tensor:
         """This rank's share of the images to validate on, float (n, 3, S, S)."""
@@ -76,8 +86,8 @@ class Stream:
     def __init__(
         self, make: Callable[[int, int], ImageBatch], device: str, parts: range, *, is_ahead: bool | None = None
     ) -> None:
-        """Take how micro-batches are made, where they are wanted, and which of a step's are this rank's."""
-        self.make, self.device, self.parts = make, device, parts
+        """Take how micro-batches are made, on what device, and which of a step's are this rank's."""
+        self.make, self.parts = make, parts
         self.is_ahead = torch.device(device).type == "cuda" if is_ahead is None else is_ahead
         self._maker = ThreadPoolExecutor(1, "stream-ahead")
         self._next: tuple[tuple[int, int], Future[Tensor]] | None = None
@@ -85,16 +95,16 @@ class Stream:
     def batch(self, step: int, part: int) -> Tensor:
         """Micro-batch `part` of a step, float (b, 3, S, S)."""
         if not self.is_ahead:
-            return send(self._made(step, part), self.device)
+            return self._made(step, part)
         if self._next is None or self._next[0] != (step, part):
             self._next = (step, part), self._maker.submit(self._made, step, part)
         images = self._next[1].result()
         following = (step, part + 1) if part + 1 in self.parts else (step + 1, self.parts.start)
         self._next = following, self._maker.submit(self._made, *following)
-        return send(images, self.device)
+        return images
 
     def _made(self, step: int, part: int) -> Tensor:
-        return pinned(self.make(step, part).images, self.device)
+        return self.make(step, part).images
 
 
 def in_passes(

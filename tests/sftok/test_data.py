@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from infra.store import Store
+from sftok.chunks import decoded_chunks
 from sftok.config import AugmentConfig, DataConfig
-from sftok.data import ImageRows, ImageSet, TrainImages, decoded_chunks, stored_labels, variant_images
+from sftok.data import ImageRows, ImageSet, TrainImages, stored_labels, variant_images
 from sftok.prepare import prepare
 from sftok.preprocess import crop, resize_shorter, ten_crop, to_float, to_rgb
 from sftok.sources import FolderReader, Source, list_source
