@@ -60,12 +60,22 @@ def fit_of(manifest: Manifest) -> GeneratorFit | None:
 
 
 def rate_of(manifest: Manifest) -> str:
-    """What a stage did a second, where its counts tell; an imported model did nothing."""
+    """What a stage did a second, where its counts tell; an imported model did nothing.
+
+    Of a training: what its steps alone took in, and which share of the device's peak their arithmetic is.
+    """
+    for unit in ("images", "tokens"):
+        if rate := manifest.metrics.get(f"{unit}_per_s"):
+            share = manifest.metrics.get("mfu")
+            return _per_second(rate, unit) + ("" if share is None else f", {100 * share:.2g} % of peak")
     name, unit = DONE.get(manifest.kind, ("", ""))
     count = manifest.counts.get(name)
     if not count or manifest.seconds <= 0:
         return ""
-    rate = count / manifest.seconds
+    return _per_second(count / manifest.seconds, unit)
+
+
+def _per_second(rate: float, unit: str) -> str:
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 

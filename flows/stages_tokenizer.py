@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
     from sftok.preprocess import PREPROCESSING
 
+    what = what_of(config)
+    if what.get("teacher_precision") == "fp32":  # goes without saying, as it always did
+        del what["teacher_precision"]
     return {
-        **what_of(config),
+        **what,
         "image_size": job.recipe.data.image_size,
         "shards": shards(job),
         "preprocessing": PREPROCESSING,

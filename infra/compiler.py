@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from infra.regions import compile_regions
+
 
 def compile_in_place(network: nn.Module) -> None:
     """Compile a network for the device that it is on.
@@ -11,7 +13,7 @@ def compile_in_place(network: nn.Module) -> None:
         ValueError: it is on a CPU, and there is no C++ compiler.
     """
     check_compiler(next(network.parameters()).device)
-    network.compile()
+    compile_regions(network)
 
 
 def check_compiler(device: torch.device) -> None:

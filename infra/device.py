@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from pydantic import Field
@@ -56,6 +58,25 @@ def use_numerics(numerics: NumericsConfig, device: str) -> None:
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # read when cuBLAS is first used
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     torch.use_deterministic_algorithms(numerics.deterministic, warn_only=True)
+
+
+@contextmanager
+def repeating(numerics: NumericsConfig, device: str) -> Iterator[None]:
+    """Within the block, what is trained deterministically repeats itself in attention too.
+
+    As long as torch is to warn only, gradients of its fused attention are added up in any order. Within the block it
+    refuses what has no deterministic algorithm.
+    """
+    import torch
+
+    if not numerics.deterministic or torch.device(device).type != "cuda":
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def device_kind(device: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infra.book import Book
 from infra.checkpoint import CHECKPOINTS, Checkpoints
-from infra.device import IEEE, NumericsConfig, use_numerics
+from infra.device import IEEE, NumericsConfig, repeating, use_numerics
 from infra.device import default_device as default_device
 from infra.learner import Best, Learner
 from infra.memory import full_memory
@@ -181,7 +181,7 @@ def train_loop(
     first, lines = _resume(saved, checkpoints)
     book = Book(run, lines, first, effort or Effort())
     watched = [part for part in saved.values() if isinstance(part, Learner)]
-    with full_memory(_remedy(config)):
+    with full_memory(_remedy(config)), repeating(run.numerics, run.device):
         for step in range(first, config.steps):
             done = step + 1
             is_last = done == config.steps
@@ -193,7 +193,8 @@ def train_loop(
                 # The first step's too: what it takes to choose and compile kernels is then in its time alone.
                 seen = _fetched(figures, watched, step) if is_logged or is_saved or step == first else {}
             if is_validated:
-                found = validate(done)
+                with _as_written(config):
+                    found = validate(done)
                 seen |= found.figures
                 book.show(done, found.pictures)
                 if best is not None:
@@ -206,6 +207,14 @@ def train_loop(
     if best is not None:
         best.restore()
     return LoopEnd(book.lines[-1], book.close(config.steps), book.lines, book.clock.figures())
+
+
+def _as_written(config: LoopConfig) -> AbstractContextManager[object]:
+    """Within the block nothing is compiled: a validation has batches of other sizes than the training."""
+    if isinstance(config, TrainingConfig) and config.compile:
+        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
 
 
 def _remedy(config: LoopConfig) -> str:

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from infra.config import Config
 from infra.pretrained import PretrainedConfig
-from infra.schedule import OptimizerConfig, TrainingConfig
+from infra.schedule import OptimizerConfig, Precision, TrainingConfig
 
 Assignment = Literal["nearest", "sinkhorn"]
 MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]
@@ -231,6 +231,11 @@ class AlignmentStageConfig(Config):
     """Warming up (everything masked) or distribution alignment (SFVR): cross-entropy on the teacher's codes."""
 
     training: TrainingConfig
+    teacher_precision: Precision = Field(
+        "fp32",
+        description="autocast type of the frozen teacher's pass (published: fp32). In half precision, faster on CUDA, "
+        "some of its codes are others; a training where too few stay the same is refused",
+    )
     from_scratch: bool = Field(
         False, description="begin at random weights: the ablation without warming up, whose stage is then left out"
     )

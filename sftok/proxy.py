@@ -130,8 +130,13 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Float RGB in [0, 1] to proxy codes (B, P) int64."""
-        # Channels last is the layout that convolutions compute in; given so, they need not turn to it and back.
-        return self.nearest(self.encoder(images_B3HW.contiguous(memory_format=torch.channels_last)))
+        # Channels last is the layout that convolutions compute in; given so, they need not turn to it and back. On CUDA
+        # group norms would turn it each time, unless they are compiled, and the weights laid out so, too.
+        if not images_B3HW.is_cuda or self.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
+            images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
+        latents_BChw = self.encoder(images_B3HW)
+        with torch.autocast(images_B3HW.device.type, enabled=False):  # near-ties decide codes
+            return self.nearest(latents_BChw)
 
     def grid(self, codes_BP: Tensor) -> Tensor:
         """Proxy codes to their vectors on the square grid, (B, C, h, w)."""

@@ -29,6 +29,8 @@ from sftok.proxy import Teacher
 from sftok.stage_flops import alignment_effort
 from sftok.train import TrainingImages, in_passes, set_up, share_used
 
+TEACHER_AGREEMENT = 0.9  # of a teacher's codes in half precision with those in fp32, at least
+
 
 def train_alignment(
     images: TrainingImages,
@@ -62,15 +64,17 @@ def train_alignment(
     model.to(run.device).requires_grad_(True).train()
     teacher.to(run.device)
     set_up([model.encoder, model.decoder], training)
+    if training.compile and torch.device(run.device).type == "cuda":
+        set_up([teacher.encoder.to(memory_format=torch.channels_last)], training)
     learner = Learner(model.named_parameters(), Plan.of(training, run.ranks))
     stream, held_out = images.stream(run, training), images.held_out(run)
+    same = teacher_agreement(teacher, held_out, config, run)
 
     def step(step: int) -> dict[str, Tensor | float]:
         def part(part: int) -> dict[str, Tensor]:
             batch = stream.batch(step, part)
-            losses = alignment_losses(
-                model, teacher.encode(batch), batch, config, generator_of(run.seed, "mask", step, part)
-            )
+            proxy_BP = teacher_codes(teacher, batch, config)
+            losses = alignment_losses(model, proxy_BP, batch, config, generator_of(run.seed, "mask", step, part))
             learner.backward(losses["loss"])
             return losses
 
@@ -85,7 +89,31 @@ def train_alignment(
     end = train_loop({"model": learner}, step, training, run=run, validate=validate, best=best, effort=effort)
     with learner.averaged():
         files = save_tokenizer(model, run.out) if run.ranks.is_first else []
-    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation | end.speed)
+    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation | same | end.speed)
+
+
+def teacher_codes(teacher: Teacher, images: Tensor, config: AlignmentStageConfig) -> Tensor:
+    """Proxy codes (B, P) in the precision that the stage has its teacher compute in."""
+    with autocast(config.teacher_precision, images.device.type):
+        return teacher.encode(images)
+
+
+def teacher_agreement(teacher: Teacher, images: Tensor, config: AlignmentStageConfig, run: Run) -> dict[str, float]:
+    """Share of held-out images' proxy codes that are the same in the stage's precision and in fp32, where they differ.
+
+    Raises:
+        ValueError: too few are.
+    """
+    if config.teacher_precision == "fp32":
+        return {}
+    parts = images.split(config.training.at_once)
+    equal = [teacher_codes(teacher, part, config) == teacher.encode(part) for part in parts]
+    if (share := mean_over_ranks(equal, run)) < TEACHER_AGREEMENT:
+        raise ValueError(
+            f'teacher_precision = "{config.teacher_precision}": {100 * share:.1f} % of the teacher\'s codes are those '
+            f"of fp32, fewer than {100 * TEACHER_AGREEMENT:.0f} %; set it to fp32"
+        )
+    return {"teacher_agreement": share}
 
 
 def alignment_losses(

@@ -11,6 +11,7 @@ from infra.pretrained import PretrainedConfig
 from infra.schedule import OptimizerConfig
 from infra.store import Store
 from infra.training import Run, TrainResult, picture_grid
+from sftok import train_alignment as train_alignment_module
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import NO_ADVERSARY, AdversarialConfig, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
 from sftok.proxy import Teacher
@@ -275,12 +276,57 @@ def test_computing_activations_again_changes_nothing(stage: str, store: Store) -
     assert store.at("kept").read("model.safetensors") == store.at("again").read("model.safetensors")
 
 
+@pytest.mark.parametrize("least", [0.0, 1.1])
+def test_a_teacher_in_half_precision_has_to_give_the_codes_of_fp32(
+    least: float, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_alignment_module, "TEACHER_AGREEMENT", least)
+    config = AlignmentStageConfig(training=training(1, micro_batch=4), replacement="none", teacher_precision="bf16")
+
+    def train() -> TrainResult:
+        return train_alignment(
+            images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, seed=0)
+        )
+
+    if least > 1:
+        with pytest.raises(ValueError, match=r'teacher_precision = "bf16": [\d.]+ % of the teacher\'s codes are those'):
+            train()
+        assert not store.list()
+    else:
+        assert 0.5 < train().metrics["teacher_agreement"] <= 1
+
+
+def test_a_teachers_distances_are_fp32_in_half_precision_too() -> None:
+    model, shown = teacher(), images().held_out(RUN)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = model.encode(shown)
+        latents = model.encoder(shown.contiguous(memory_format=torch.channels_last))
+    assert latents.dtype == torch.bfloat16
+    assert torch.equal(codes, model.nearest(latents))
+
+
 @pytest.mark.slow
 def test_a_compiled_stage_learns_the_same(store: Store) -> None:
     for name, compiled in (("eager", False), ("compiled", True)):
         run_align(Run(store.at(name), seed=0), 2, compile=compiled)
     assert losses(store.at("compiled")) == pytest.approx(losses(store.at("eager")), rel=1e-3)
     load_tokenizer(store.at("compiled"))  # its weights have their own names
+
+
+@pytest.mark.slow
+def test_neither_a_validation_nor_a_step_after_the_first_compiles_anything(store: Store) -> None:
+    """Twelve held-out images and micro-batches of nine: the validation has batches of nine and of three."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+
+    def note(done: int, total: int, figures: object) -> None:
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    run = Run(store, seed=0, progress=note)
+    run_align(run, 4, compile=True, validate_every=2, batch_size=18, micro_batch=9)
+    assert graphs[0] > 0
+    assert graphs == [graphs[0]] * 4
 
 
 def test_micro_batches_made_ahead_are_those_that_are_asked_for() -> None:
