@@ -165,7 +165,8 @@ def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]"
             anew=request.anew,
         )
 
-    title = f"run {name}: recipe {request.recipe.name}, store {request.store.uri}"
+    recipe = request.recipe
+    title = f"run {name}: recipe {recipe.name} on {recipe.compute.device}, store {request.store.uri}"
     width = (request.workers, request.gpus_per_worker, request.ranks)
     with server_failures():
         return run_flow(
@@ -319,6 +320,7 @@ def _show_plan(planned: "DryRun", *, as_json: bool) -> None:
         typer.echo(json.dumps(planned.as_json()))
         return
     print_table(HEAD, [stage.as_row() for stage in planned.stages])
+    typer.echo(f"computed on {planned.device}")
     for note in planned.notes():
         typer.echo(note)
 

@@ -157,7 +157,9 @@ def _run(
             anew=anew,
         )
 
-    title = f"run {name}: {wanted.tokenizer} on {wanted.source}, store {wanted.store.uri}"
+    title = (
+        f"run {name}: {wanted.tokenizer} on {wanted.source}, {wanted.recipe.compute.device}, store {wanted.store.uri}"
+    )
     limit = f"retokenize-{wanted.recipe.name}"
     run = FlowRun(title, limit, wanted.store, call, options.workers, options.gpus_per_worker)
     with server_failures():

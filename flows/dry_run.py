@@ -64,6 +64,7 @@ class DryRun(NamedTuple):
     """A run that was not made."""
 
     recipe: str
+    device: str
     store: str
     source: str
     images: int | None
@@ -73,6 +74,7 @@ class DryRun(NamedTuple):
         """One object; estimates beside what they stand on."""
         return {
             "recipe": self.recipe,
+            "device": self.device,
             "store": self.store,
             "source": self.source,
             "images": self.images,
@@ -117,7 +119,7 @@ def dry_run(request: Request) -> DryRun:
         state = "Cached" if found else "to do" if is_known else FIRST
         resources = _resources(stage, request)
         planned.append(Planned(stage.name, stage.kind, plan.digest if plan else None, state, resources, *cost))
-    return DryRun(recipe.name, store.uri, request.source, images, tuple(planned))
+    return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, tuple(planned))
 
 
 def stage_table(recipe: Recipe) -> list[tuple[Stage, str, dict[str, str]]]:

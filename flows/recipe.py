@@ -32,6 +32,8 @@ from sftok.config import (
 )
 from sftok.views import TEN_CROP_RESIZE, expanded, has_crops, ten_crop_side
 
+COMPILED_WIDTH = 512  # of an encoder: what is narrower has encoded a small dataset before it is compiled
+
 
 class EncodeConfig(Config):
     """Tokenization of the dataset."""
@@ -47,6 +49,11 @@ class EncodeConfig(Config):
     micro_batch: NonNegativeInt = Field(
         0, description="images encoded at once; fixed, the last one padded; 0: 64 on CPUs, 256 on CUDA"
     )
+    compile: bool | None = Field(
+        None,
+        description="compile the encoder's blocks; not given: on CUDA, unless the encoder is so small that it would "
+        "take longer than encoding",
+    )
     ten_crop_resize: float = Field(
         TEN_CROP_RESIZE,
         gt=1,
@@ -59,12 +66,13 @@ class EncodeConfig(Config):
     def _ten_crop_stands_for_ten(cls, views: tuple[str, ...]) -> tuple[str, ...]:
         return expanded(views)
 
-    def on(self, device: str) -> Self:
-        """Settle what depends on the device: precision and micro-batch."""
+    def on(self, device: str, *, width: int) -> Self:
+        """Settle what depends on the device, and on the width of the encoder: precision, micro-batch, compilation."""
         is_cuda = device.startswith("cuda")
         settled = {
             "micro_batch": self.micro_batch or (256 if is_cuda else 64),
             "precision": ("bf16" if is_cuda else "fp32") if self.precision == "auto" else self.precision,
+            "compile": is_cuda and width >= COMPILED_WIDTH if self.compile is None else self.compile,
         }
         return self.model_copy(update=settled)
 
@@ -217,7 +225,7 @@ class Recipe(Config):
         """Settle the device, and what depends on it."""
         settled = {
             "compute": self.compute.model_copy(update={"device": device}),
-            "encode": self.encode.on(device),
+            "encode": self.encode.on(device, width=self.tokenizer.encoder.width),
             "decoding": self.decoding.on(device),
             "sample": self.sample.on(device),
         }

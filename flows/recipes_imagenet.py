@@ -6,7 +6,7 @@ arithmetic, not measurements: a schedule's operations (generator/flops.py) at 40
 
 from typing import NamedTuple
 
-from flows.recipe import EncodeConfig, EvaluateConfig, Recipe
+from flows.recipe import ComputeConfig, EncodeConfig, EvaluateConfig, Recipe
 from generator.config import (
     GENERATORS,
     MASKED_GENERATORS,
@@ -110,6 +110,7 @@ def _imagenet256(name: str, size: str, description: str, generator: _Generator) 
         name=name,
         description=description,
         seed=42,
+        compute=ComputeConfig(fp32="tf32", cudnn_benchmark=True),  # as published; what is measured stays IEEE
         data=DataConfig(image_size=256, num_shards=1024, num_val_shards=64),
         augment=AugmentConfig(crop="random", flip=True),
         teacher=TeacherStageConfig(

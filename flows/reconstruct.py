@@ -14,8 +14,8 @@ from flows.gallery import png
 from flows.imports import Found, find_artifact, new_files
 from infra.artifacts import folder_of, manifest_of
 from infra.codes import NO_CLASS, CodeRows, CodesInfo, to_parquet
+from infra.device import IEEE, default_device, use_numerics
 from infra.progress import Progress, silent
-from infra.training import default_device
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import DecodingConfig
 from sftok.decode import ImageDecoder
@@ -86,6 +86,7 @@ def reconstruct(job: Job, progress: Progress = silent) -> Reconstruction:
     images = list(dict.fromkeys(job.images))
     files = dict(zip(images, _names(images, job.out), strict=True))
     found = find_artifact(job.tokenizer, job.store, "tokenizer")
+    use_numerics(IEEE, default_device())
     model = load_tokenizer(found.folder).to(default_device())
     teacher = _teacher(model, found, job)
     encoder = prepare_encoder(model)

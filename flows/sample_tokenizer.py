@@ -5,8 +5,8 @@ from typing import NamedTuple
 from flows.imports import Found, find_artifact
 from generator.artifacts import GeneratorFile
 from infra.artifacts import MANIFEST, ArtifactRef, Manifest, folder_of, manifest_of
+from infra.device import IEEE, default_device, use_numerics
 from infra.store import Store
-from infra.training import default_device
 from infra.weights import load_config
 from sftok.artifacts import TokenizerFile, load_teacher, load_tokenizer
 from sftok.decode import ImageDecoder
@@ -34,6 +34,7 @@ class DecodingModels(NamedTuple):
     def decoder(self, *, micro_batch: int, seed: int) -> ImageDecoder:
         """The models, loaded."""
         device = default_device()
+        use_numerics(IEEE, device)
         model = load_tokenizer(folder_of(self.store, self.tokenizer.kind, self.tokenizer.digest)).to(device)
         teacher = None
         if self.teacher is not None:

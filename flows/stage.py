@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from flows.recipes import ComputeConfig, Recipe
+from flows.recipes import ComputeConfig, EncodeConfig, Recipe
 from infra.artifacts import ArtifactRef, Manifest, Plan, files_of, folder_of, key_of, manifest_of
 from infra.config import Config
 from infra.made_on import decisive, said, shards_begun_on
@@ -186,6 +186,14 @@ def seeded(job: Job) -> dict[str, JsonValue]:
 def computed(compute: ComputeConfig) -> dict[str, JsonValue]:
     """What decides the rounding of a stage that computes on a GPU; nothing on CPUs, as it always was."""
     return {} if compute.device == CPU else {"compute": compute.as_json()}
+
+
+def encode_what(config: EncodeConfig) -> dict[str, JsonValue]:
+    """What decides how images are encoded; not compiled goes without saying, as it always did."""
+    what = config.as_json()
+    if not what["compile"]:
+        del what["compile"]
+    return what
 
 
 def decoding_what(config: "DecodingConfig") -> dict[str, JsonValue]:

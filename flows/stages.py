@@ -12,6 +12,7 @@ from flows.stages_images import ENCODE, PREPARE
 from flows.stages_report import EVALUATE, REPORT
 from flows.stages_tokenizer import ALIGN, FINE_TUNE, TEACHER, WARM_UP
 from infra.artifacts import Plan
+from infra.device import IEEE
 from infra.made_on import note
 from infra.progress import Progress
 from infra.ranks import Ranks, run_ranks
@@ -60,7 +61,7 @@ def run(stage: Stage, work: Work) -> Result:
 def _in_process(name: str, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
     from infra.device import device_facts, use_numerics
 
-    numerics = job.recipe.compute.numerics
+    numerics = IEEE if STAGES[name].is_measured else job.recipe.compute.numerics
     use_numerics(numerics, job.device)
     note(out, device_facts(job.device, numerics))
     return STAGES[name].call(Work(job, plan, out, progress, ranks))

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, what_of, worker_facts
+from flows.stage import Job, Result, Stage, Work, computed, encode_what, give_up_others, shards, what_of, worker_facts
 from infra.artifacts import Manifest, manifest_of, shards_of
 from infra.errors import TransientError
 from infra.made_on import decisive, said
@@ -61,7 +61,7 @@ def _encode_what(job: Job) -> dict[str, JsonValue]:
     from sftok.preprocess import PREPROCESSING
 
     return {
-        "encode": job.recipe.encode.as_json(),
+        "encode": encode_what(job.recipe.encode),
         "image_size": job.recipe.data.image_size,
         "shards": shards(job),
         "preprocessing": PREPROCESSING,
@@ -104,6 +104,7 @@ def _encode(work: Work) -> Result:
         reuse=Reuse(work.job.store, work.plan.prefix, f"{without_images.digest} on {said(decisive(facts))}"),
         ten_crop_resize=config.ten_crop_resize,
         device=work.job.device,
+        compile=bool(config.compile),
         numerics=work.recipe.compute.numerics,
     )
     made = encode(job, images, options=work.job.workers, progress=work.progress)

@@ -2,7 +2,7 @@
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, decoding_what, seeded, what_of
+from flows.stage import Job, Result, Stage, Work, computed, decoding_what, encode_what, seeded, what_of
 
 
 def _evaluate_what(job: Job) -> dict[str, JsonValue]:
@@ -27,7 +27,8 @@ def _evaluate(work: Work) -> Result:
 def _report_what(job: Job) -> dict[str, JsonValue]:
     recipe = job.recipe.as_json()
     del recipe["compute"]
-    return {"recipe": {**recipe, "decoding": decoding_what(job.recipe.decoding), **computed(job.recipe.compute)}}
+    recipe |= {"decoding": decoding_what(job.recipe.decoding), "encode": encode_what(job.recipe.encode)}
+    return {"recipe": {**recipe, **computed(job.recipe.compute)}}
 
 
 def _report(work: Work) -> Result:

@@ -1,7 +1,9 @@
 """Where numbers are computed and how: the one place that chooses devices and sets torch's numeric switches."""
 
+import gc
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -77,6 +79,14 @@ def repeating(numerics: NumericsConfig, device: str) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def release_memory() -> None:
+    """Give memory of GPUs that this process has cached back to them, for the processes that come next."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def device_kind(device: str) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from infra.cluster import Session, interruptible, one_line, session
 from infra.config import Config
+from infra.device import release_memory
 from infra.errors import TransientError
 from infra.progress import Progress, silent
 
@@ -180,6 +181,8 @@ def _in_process(
         for shard in shards:
             results.append(work(shard))
             _report(progress, len(results), len(shards), started)
+        del work
+    release_memory()
     return results
 
 
