@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, seeded, shards
+from flows.stage import Job, Result, Stage, Work, computed, decoding_what, seeded, shards
 from infra.shards import put
 
 if TYPE_CHECKING:
@@ -20,13 +20,14 @@ def _arm_what(job: Job) -> dict[str, JsonValue]:
     recipe = job.recipe
     return {
         "steps": list(recipe.evaluate.steps),
-        "decoding": recipe.decoding.as_json(),
+        "decoding": decoding_what(recipe.decoding),
         "feature_seed": recipe.evaluate.feature_seed,
         "image_size": recipe.data.image_size,
         "shards": shards(job),  # sums are taken shard after shard
         "micro_batch": recipe.encode.micro_batch,
         "preprocessing": PREPROCESSING,
         **seeded(job),
+        **computed(recipe.compute),
     }
 
 
@@ -80,4 +81,4 @@ def _held_out(work: Work) -> Iterator["ImageRows"]:
             yield chunk.rows
 
 
-ABLATION_ARM = Stage("ablation_arm", "ablation_arm", 1, _arm_what, _arm)
+ABLATION_ARM = Stage("ablation_arm", "ablation_arm", 1, _arm_what, _arm, is_measured=True)

@@ -53,15 +53,15 @@ def run(stage: Stage, work: Work) -> Result:
     if stage.is_measured and job.device != CPU and job.workers.gpus_per_worker:
         left = max(job.workers.gpus_per_worker - MEASURING, MEASURING)
         job = job._replace(workers=job.workers.model_copy(update={"gpus_per_worker": left}))
-    this = functools.partial(_in_process, stage.name, job, work.plan, work.out)
+    this = functools.partial(_in_process, stage, job, work.plan, work.out)
     gpus = 0.0 if job.device == CPU else 1.0 if stage.is_trained else MEASURING
     return run_ranks(this, job.ranks if stage.is_trained else 1, gpus=gpus, progress=work.progress)
 
 
-def _in_process(name: str, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
+def _in_process(stage: Stage, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
     from infra.device import device_facts, use_numerics
 
-    numerics = IEEE if STAGES[name].is_measured else job.recipe.compute.numerics
+    numerics = IEEE if stage.is_measured else job.recipe.compute.numerics
     use_numerics(numerics, job.device)
     note(out, device_facts(job.device, numerics))
-    return STAGES[name].call(Work(job, plan, out, progress, ranks))
+    return stage.call(Work(job, plan, out, progress, ranks))
