@@ -4,8 +4,6 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 from pydantic import Field
@@ -60,25 +58,11 @@ def use_numerics(numerics: NumericsConfig, device: str) -> None:
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # read when cuBLAS is first used
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     torch.use_deterministic_algorithms(numerics.deterministic, warn_only=True)
-
-
-@contextmanager
-def repeating(numerics: NumericsConfig, device: str) -> Iterator[None]:
-    """Within the block, what is trained deterministically repeats itself in attention too.
-
-    As long as torch is to warn only, gradients of its fused attention are added up in any order. Within the block it
-    refuses what has no deterministic algorithm.
-    """
-    import torch
-
-    if not numerics.deterministic or torch.device(device).type != "cuda":
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    # Gradients of fused attention are added up in any order as long as torch is to warn only; and were it to refuse,
+    # poolings without overlaps would be refused too, which repeat themselves in fact.
+    torch.backends.cuda.enable_flash_sdp(not numerics.deterministic)
+    torch.backends.cuda.enable_mem_efficient_sdp(not numerics.deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(not numerics.deterministic)
 
 
 def release_memory() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from infra.book import Book
 from infra.checkpoint import CHECKPOINTS, Checkpoints
-from infra.device import IEEE, NumericsConfig, repeating, use_numerics
+from infra.device import IEEE, NumericsConfig, use_numerics
 from infra.device import default_device as default_device
 from infra.learner import Best, Learner
 from infra.memory import full_memory
@@ -181,7 +181,7 @@ def train_loop(
     first, lines = _resume(saved, checkpoints)
     book = Book(run, lines, first, effort or Effort())
     watched = [part for part in saved.values() if isinstance(part, Learner)]
-    with full_memory(_remedy(config)), repeating(run.numerics, run.device):
+    with full_memory(_remedy(config)):
         for step in range(first, config.steps):
             done = step + 1
             is_last = done == config.steps

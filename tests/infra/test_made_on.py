@@ -104,6 +104,7 @@ def test_the_switches_on_cuda() -> None:
         use_numerics(NumericsConfig(deterministic=True, cudnn_benchmark=True), "cuda")
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.benchmark
+        assert not torch.backends.cuda.flash_sdp_enabled()  # its gradients are added up in any order
     finally:
         use_numerics(IEEE, "cuda")
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
