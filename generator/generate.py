@@ -1,4 +1,4 @@
-"""A balanced set of samples as shards of code Parquet: the same bytes for any number of workers and restarts.
+"""A balanced set of samples as shards of code Parquet: on one kind of device the same bytes for any number of workers.
 
 Shapes: B sequences, N codes a sequence.
 """

@@ -1,4 +1,4 @@
-"""One image shard to one code shard: the same bytes wherever and with whom it is made.
+"""One image shard to one code shard: on one kind of device the same bytes, wherever and with whom it is made.
 
 Shapes: B images, N latent tokens.
 """
