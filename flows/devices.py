@@ -3,17 +3,18 @@
 from flows.recipes import ComputeConfig
 from infra.cluster import cluster_gpus
 from infra.device import default_device
+from infra.settings import Settings
 
 
 def choose_device(
-    compute: ComputeConfig, *, gpus: float | None, ray_address: str | None, ranks: int = 1, is_run: bool = True
+    compute: ComputeConfig, *, gpus: float | None, settings: Settings, ranks: int = 1, is_run: bool = True
 ) -> tuple[str, float]:
     """Choose the device ("cpu" or "cuda") and the GPUs of each worker.
 
     Args:
         compute: what the recipe asks for.
         gpus: GPUs of each worker that were asked for; None: one on CUDA.
-        ray_address: a cluster to join, whose machines decide; None: this machine does.
+        settings: name the cluster to join, whose machines decide; without one this machine does.
         ranks: training processes, which need a GPU each on CUDA.
         is_run: a run that is only planned does without a cluster that does not answer.
 
@@ -27,26 +28,24 @@ def choose_device(
                 "on GPUs)"
             )
         return "cpu", 0.0
-    there = _gpus_there(ray_address, is_run=is_run)
-    place = f"the Ray cluster at {ray_address} has" if ray_address else "this machine has"
+    there = gpus_there(settings, is_run=is_run)
+    place = f"the Ray cluster at {settings.ray_address} has" if settings.ray_address else "this machine has"
     if not there:
         if compute.device == "cuda" or gpus:
             asked = "compute.device = cuda" if compute.device == "cuda" else f"gpus_per_worker = {gpus:g}"
-            raise ValueError(
-                f"{asked}, but {place} no GPU that torch can use: ask for --device cpu, or name a cluster with GPUs in "
-                "SFTOK_RAY_ADDRESS"
-            )
+            other = "say what it grows to in SFTOK_RAY_MAX_GPUS" if settings.ray_address else "join a Ray cluster"
+            raise ValueError(f"{asked}, but {place} no GPU that torch can use: ask for --device cpu, or {other}")
         return "cpu", 0.0
     if ranks > there:
         raise ValueError(f"--ranks {ranks}, but {place} {there:g} GPUs: give one rank a GPU, or --device cpu")
     return "cuda", 1.0 if gpus is None else gpus
 
 
-def _gpus_there(ray_address: str | None, *, is_run: bool) -> float:
-    """GPUs of the cluster, or of this machine where none is joined."""
-    if ray_address:
+def gpus_there(settings: Settings, *, is_run: bool) -> float:
+    """GPUs of the cluster, now or when it has grown; or of this machine where none is joined."""
+    if settings.ray_address:
         try:
-            return cluster_gpus(ray_address)
+            return max(cluster_gpus(settings.ray_address), settings.ray_max_gpus)
         except ValueError:
             if is_run:
                 raise

@@ -85,9 +85,7 @@ def on_device(
     Raises:
         ValueError: GPUs are asked for where there are none.
     """
-    device, each = choose_device(
-        recipe.compute, gpus=gpus, ray_address=settings.ray_address, ranks=ranks, is_run=is_run
-    )
+    device, each = choose_device(recipe.compute, gpus=gpus, settings=settings, ranks=ranks, is_run=is_run)
     return recipe.on(device), each
 
 

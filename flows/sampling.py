@@ -167,7 +167,7 @@ def check(job: Job) -> Request:
     job.config.fit(file.generator.kind)
     classes = chosen_classes(job.classes, file.codes.class_names or (), str(found.ref))
     settings = Settings()
-    device, gpus = choose_device(job.compute, gpus=job.gpus_per_worker, ray_address=settings.ray_address)
+    device, gpus = choose_device(job.compute, gpus=job.gpus_per_worker, settings=settings)
     job = job._replace(
         config=job.config.on(device), compute=job.compute.model_copy(update={"device": device}), gpus_per_worker=gpus
     )

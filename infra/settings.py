@@ -46,6 +46,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("SFTOK_RAY_ADDRESS", "RAY_ADDRESS"),
         description="Ray cluster to join, as host:port or auto; without it a local one is started",
     )
+    ray_max_gpus: int = Field(
+        0,
+        ge=0,
+        validation_alias="SFTOK_RAY_MAX_GPUS",
+        description="GPUs that the joined Ray cluster can grow to; without it those count that it has now",
+    )
     prefect_api_url: str | None = Field(
         None,
         validation_alias="PREFECT_API_URL",

@@ -12,6 +12,7 @@ from flows.recipe_files import load_recipe
 from flows.recipes import RECIPES, ComputeConfig
 from flows.stage import Job, plan_of
 from flows.stages import STAGES
+from infra.settings import Settings
 from infra.store import Store
 from infra.workers import WorkerOptions
 
@@ -21,7 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "digests.json"
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
     def have(here: float, cluster: float = 0.0) -> None:
-        monkeypatch.setattr(devices, "_gpus_there", lambda address, is_run: cluster if address else here)
+        monkeypatch.setattr(devices, "gpus_there", lambda settings, is_run: cluster if settings.ray_address else here)
 
     return have
 
@@ -41,7 +42,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 )
 def test_the_place_decides_unless_it_is_told(gpus, device, asked, address, here, cluster, chosen) -> None:
     gpus(here, cluster)
-    assert choose_device(ComputeConfig(device=device), gpus=asked, ray_address=address) == chosen
+    assert (
+        choose_device(ComputeConfig(device=device), gpus=asked, settings=Settings(SFTOK_RAY_ADDRESS=address)) == chosen
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,8 +59,20 @@ def test_the_place_decides_unless_it_is_told(gpus, device, asked, address, here,
 def test_gpus_where_there_are_none_are_refused_in_a_line(gpus, device, asked, address, ranks, there, said) -> None:
     gpus(there, there)
     with pytest.raises(ValueError, match=said) as refused:
-        choose_device(ComputeConfig(device=device), gpus=asked, ray_address=address, ranks=ranks)
+        choose_device(
+            ComputeConfig(device=device), gpus=asked, settings=Settings(SFTOK_RAY_ADDRESS=address), ranks=ranks
+        )
     assert "\n" not in str(refused.value)
+
+
+def test_a_cluster_counts_the_gpus_that_it_grows_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a refusal where GPUs come when a run asks for them."""
+    monkeypatch.setattr(devices, "cluster_gpus", lambda address: 0.0)
+    monkeypatch.setenv("SFTOK_RAY_ADDRESS", "head:6379")
+    with pytest.raises(ValueError, match=r"has no GPU .* say what it grows to in SFTOK_RAY_MAX_GPUS"):
+        choose_device(ComputeConfig(device="cuda"), gpus=None, settings=Settings())
+    monkeypatch.setenv("SFTOK_RAY_MAX_GPUS", "32")
+    assert choose_device(ComputeConfig(), gpus=None, settings=Settings(), ranks=8) == ("cuda", 1.0)
 
 
 def digests(name: str, *overrides: str) -> dict[str, str]:
