@@ -116,7 +116,8 @@ class CodebookRestart:
 
     def count(self, codes_BP: Tensor) -> None:
         """Note which codes a step used."""
-        self.used += torch.bincount(codes_BP.flatten(), minlength=len(self.used))
+        codes_M = codes_BP.flatten()
+        self.used.scatter_add_(0, codes_M, torch.ones_like(codes_M))  # bincount would have the host wait for the codes
 
     def tensors(self) -> dict[str, Tensor]:
         """The counts since the last restart."""

@@ -1,5 +1,6 @@
 """Training: every stage learns, resumes bit for bit, and trains what it should and nothing else."""
 
+import contextlib
 import json
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infra.learner import Learner
 from infra.pretrained import PretrainedConfig
 from infra.schedule import OptimizerConfig
 from infra.store import Store
@@ -19,6 +21,7 @@ from sftok.train import Stream, in_passes
 from sftok.train_alignment import decoder_inputs, self_prediction, train_alignment
 from sftok.train_fine_tune import train_fine_tune
 from sftok.train_teacher import CodebookRestart, spread_out, train_teacher
+from tests.infra.test_training import NoReading
 from tests.sftok.tiny import SIZE, TEACHER, TOKENIZER, images, tokenizer, training
 
 PLAIN = {"perceptual_weight": 0, "adversarial": NO_ADVERSARY}
@@ -169,6 +172,29 @@ def test_a_stage_states_how_fast_it_learnt_and_its_log_does_not(stage: Stage, st
     assert metrics["model_flops_per_s"] > 0
     assert 0 < metrics["mfu"] < 1
     assert "per_s" not in store.read("log.jsonl").decode()
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_no_step_between_two_logged_lines_reads_anything_back(
+    stage: Stage, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the update of step 3 to that of step 5, when no restart of the teacher's codes is due."""
+    refused, update = contextlib.ExitStack(), Learner.update
+    seen = []
+
+    def watched(self: Learner, step: int) -> dict[str, Tensor | float]:
+        made = update(self, step)
+        if step == 3 and step not in seen:
+            refused.enter_context(NoReading())
+        if step == 5:
+            refused.close()
+        seen.append(step)
+        return made
+
+    monkeypatch.setattr(Learner, "update", watched)
+    with refused:
+        stage(Run(store, seed=0), 7, micro_batch=6, log_every=1000)
+    assert 5 in seen
 
 
 def test_another_seed_gives_another_model(store: Store) -> None:
