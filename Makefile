@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest
 
-.PHONY: help setup demo test test-all test-avx2 lint format bench audit clean browser
+.PHONY: help setup demo test test-all test-avx2 test-gpu test-oldest-torch lint format bench bench-gpu audit clean browser
 
 help:  ## this list
-	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,6 +34,21 @@ test-avx2: $(READY)  ## the numeric tests, as a CPU without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 		$(BIN)/python -m pytest tests/sftok tests/generator tests/infra
 
+test-gpu: $(READY)  ## the tests that need a CUDA device
+	@$(BIN)/python -m tests.need_cuda
+	$(BIN)/python -m pytest -m gpu
+
+# What of constraints.txt goes with its torch is left out.
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(torch|torchvision|triton)==|^(nvidia|cuda)-' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		'torch==2.11.*' 'torchvision==0.26.*' -e '.[test]'
+	@touch $@
+
+test-oldest-torch: $(OLDEST)/.ready  ## the numeric tests with torch 2.11, in an environment of its own (6 GB)
+	$(OLDEST)/bin/python -m pytest tests/sftok tests/generator tests/infra -m "not slow and not gpu and not s3"
+
 lint: $(READY)  ## style, types and dropped results
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,6 +61,9 @@ format: $(READY)  ## format the code
 
 bench: $(READY)  ## measurements, printed as ratios
 	$(BIN)/python -m tests.benchmarks
+
+bench-gpu: $(READY)  ## measurements of a CUDA device, in ten minutes
+	$(BIN)/python -m tests.benchmarks --device cuda
 
 audit: $(READY)  ## bill of materials, licences and known vulnerabilities of what is installed, in build/audit
 	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install \
@@ -60,5 +79,5 @@ audit: $(READY)  ## bill of materials, licences and known vulnerabilities of wha
 		exit 1; }
 
 clean:  ## remove what was built; the store is kept
-	rm -rf .venv .venv-audit build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-audit $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

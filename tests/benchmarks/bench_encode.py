@@ -58,7 +58,7 @@ def ways_to_encode(model: SFTok, published: Published, images: Tensor) -> dict[s
 
 
 def autocast_encode(published: Published, images: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         return published.encode(images, nearest=True)
 
 

@@ -17,6 +17,7 @@ from generator.data import CodeData
 from generator.flops import training_flops
 from generator.model import CodeSpace, Generator
 from generator.train import training_step
+from infra.compiler import compile_in_place
 from infra.learner import Learner, Plan
 from infra.schedule import OptimizerConfig, Precision
 from infra.store import Store
@@ -54,19 +55,22 @@ def main() -> None:
     show("training step of the generator", columns, rows)
 
 
-def network(config: GeneratorConfig, space: CodeSpace) -> Generator:
+def network(config: GeneratorConfig, space: CodeSpace, device: str = "cpu") -> Generator:
     torch.manual_seed(0)
-    model = Generator(config, space)
-    model.initialise()
+    with torch.device(device):
+        model = Generator(config, space)
+        model.initialise()
     return model.train()
 
 
-def our_step(model: Generator, batch: int, precision: Precision) -> Callable[[], object]:
+def our_step(model: Generator, batch: int, precision: Precision, *, is_compiled: bool = False) -> Callable[[], object]:
     """As training does it."""
     config = GeneratorTrainingConfig(steps=1000, batch_size=batch, precision=precision, optimizer=OPTIMIZER)
+    if is_compiled:
+        compile_in_place(model)
     classes = torch.randint(model.space.num_classes, (ROWS,), dtype=torch.int32)
     codes = torch.randint(model.space.codebook_size, (ROWS, model.space.num_tokens), dtype=torch.int16)
-    run = Run(Store("."), seed=0, threads=machine.THREADS)  # nothing is written
+    run = Run(Store("."), seed=0, threads=machine.THREADS, device=model.device.type)  # nothing is written
     learner, steps = Learner(model.named_parameters(), Plan.of(config, run.ranks)), itertools.count()
     step = training_step(model, learner, CodeData(classes, codes), config, run)
     return lambda: step(next(steps))
@@ -77,7 +81,7 @@ def bare_step(model: Generator, classes: Tensor, codes: Tensor, precision: Preci
     optimizer = torch.optim.AdamW(model.parameters(), OPTIMIZER.lr, fused=True)
 
     def step() -> None:
-        with autocast(precision, "cpu"):
+        with autocast(precision, model.device.type):
             logits = model(classes, codes)
         F.cross_entropy(logits.float().flatten(0, 1), codes.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.grad_clip)

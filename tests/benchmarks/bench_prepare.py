@@ -19,12 +19,11 @@ from sftok.config import DataConfig
 from sftok.prepare import prepare
 from sftok.preprocess import crop, resize_shorter, to_rgb
 from sftok.sources import list_source
+from tests.benchmarks.jpegs import DISTINCT, SIZE, jpeg
 from tests.benchmarks.table import seconds, show, times
 
 IMAGES = 4_000
-SIZE = (500, 375)  # the commonest of ImageNet
 CONFIG = DataConfig(image_size=256, num_shards=16, num_val_shards=2)
-DISTINCT = 60  # images that are copied under other names
 
 
 def main() -> None:
@@ -32,19 +31,6 @@ def main() -> None:
         jpegs = [jpeg(number) for number in range(DISTINCT)]
         preparing(Path(folder), jpegs)
         decoding(jpegs)
-
-
-def jpeg(number: int) -> bytes:
-    """Smooth colours with grain, of about 100 kB, as a photograph has."""
-    random = np.random.default_rng(number)
-    coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
-        SIZE, Image.Resampling.BICUBIC
-    )
-    grain = random.normal(0, 9, (SIZE[1], SIZE[0], 3))
-    file = io.BytesIO()
-    pixels = (np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 def preparing(folder: Path, jpegs: list[bytes]) -> None:

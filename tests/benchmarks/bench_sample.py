@@ -8,14 +8,13 @@ of that and a linear layer packed for oneDNN. Weights are random: speed does not
 import functools
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from generator.config import GENERATORS, SampleConfig, SamplePrecision
 from generator.fast_sample import DTYPES, prepare_sampler
 from generator.model import CodeSpace, Generator
 from generator.sample import Sampler
 from tests.benchmarks import machine
+from tests.benchmarks.llama import llama_of, llama_tokens
 from tests.benchmarks.table import percent, seconds, show, times
 
 SPACE = CodeSpace(codebook_size=8192, num_tokens=64, num_classes=1000)
@@ -36,11 +35,11 @@ def main() -> None:
     for precision in ("bf16", "fp32"):
         dtype = DTYPES[precision]
         ways = {"as it is": prepared(model, precision), "compiled": prepared(model, precision, compile=True)}
-        llama = reference(dtype)
+        llama = llama_of(CONFIG, SPACE).to(dtype)
         for batch, rounds in ROUNDS.items():
             inputs = (torch.arange(batch), torch.rand(batch, SPACE.num_tokens, dtype=torch.float64))
             runs = {name: functools.partial(sampler, *inputs) for name, sampler in ways.items()}
-            runs["reference"] = functools.partial(reference_tokens, llama, inputs[0], REFERENCE_STEPS[batch])
+            runs["reference"] = functools.partial(llama_tokens, llama, inputs[0], REFERENCE_STEPS[batch], SCALE)
             limits = {name: way for name, way in products.items() if name.startswith(precision)} | {"read": big.sum}
             taken = seconds(runs | limits, rounds=rounds)
             bandwidth, peak = big.nbytes / taken["read"], machine.peak(precision, taken)
@@ -90,34 +89,6 @@ def roofline(dtype: torch.dtype, rows: int, bandwidth: float, gflops: float) -> 
     """The least seconds that a step can take."""
     weights = matrix_weights()
     return max(weights * dtype.itemsize / bandwidth, 2 * weights * rows / (gflops * 1e9))
-
-
-def reference(dtype: torch.dtype) -> LlamaForCausalLM:
-    """Llama of the same shape, in evaluation mode."""
-    config = LlamaConfig(
-        vocab_size=SPACE.codebook_size,
-        hidden_size=CONFIG.width,
-        num_hidden_layers=CONFIG.layers,
-        num_attention_heads=CONFIG.heads,
-        intermediate_size=CONFIG.ffn_width,
-        max_position_embeddings=SPACE.num_tokens,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-@torch.inference_mode()
-def reference_tokens(llama: LlamaForCausalLM, class_B: Tensor, steps: int) -> Tensor:
-    """The first `steps` codes (B, steps), drawn with guidance as samplers on top of transformers do."""
-    cache = StaticCache(config=llama.config, max_cache_len=SPACE.num_tokens)
-    tokens_R = torch.cat([class_B, torch.full_like(class_B, SPACE.null_class)])
-    codes = []
-    for position in range(steps):
-        out = llama(input_ids=tokens_R[:, None], cache=cache, cache_position=torch.tensor([position]))
-        cond_BV, uncond_BV = out.logits[:, -1].float().chunk(2)
-        probability_BV = (uncond_BV + SCALE * (cond_BV - uncond_BV)).softmax(-1)
-        codes.append(torch.multinomial(probability_BV, 1)[:, 0])
-        tokens_R = codes[-1].repeat(2)
-    return torch.stack(codes, dim=1)
 
 
 if __name__ == "__main__":

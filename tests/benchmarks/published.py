@@ -81,7 +81,7 @@ class Published(nn.Module):
 
     def quantize(self, z_BND: Tensor, *, nearest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """z (B, N, D) to z_q, codes (B, N) and the quantizer's loss, in float32."""
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(z_BND.device.type, enabled=False):
             z_BND, codebook_KD = F.normalize(z_BND.float(), dim=-1), self.model.quantizer.codebook()
             distance_MK = torch.cdist(z_BND.detach().flatten(0, 1), codebook_KD.detach())
             codes_M = distance_MK.argmin(1) if nearest else sinkhorn_codes(distance_MK)
@@ -105,7 +105,7 @@ class Published(nn.Module):
         """Codes to proxy codes (B, P) and images, without noise; guidance doubles each pass and changes nothing."""
         decoder, z_q = self.model.decoder, self.model.quantizer.codebook()[codes_BN]
         mask_id, positions = decoder.mask_id, decoder.num_positions
-        ids_BP = torch.full((len(codes_BN), positions), mask_id)
+        ids_BP = torch.full((len(codes_BN), positions), mask_id, device=z_q.device)
         for step in range(num_steps):
             ratio, hidden_BP = (step + 1) / num_steps, ids_BP == mask_id
             logits_BPV = self.logits(ids_BP, z_q)
@@ -129,7 +129,7 @@ class Published(nn.Module):
             proxy_BP = teacher.nearest(teacher.encoder(images))
             z_q = self.quantize(self.latents(images))[0]
             guide_BP = self.logits(decoder.all_masked(z_q), z_q).argmax(-1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             z_q, _, quantizer_loss = self.quantize(self.latents(images))
             logits_BPV = self.logits(guide_BP.masked_fill(hidden_BP, decoder.mask_id), z_q)
         loss = proxy_loss(logits_BPV, proxy_BP, hidden_BP, unmasked_weight=0.1, label_smoothing=0.0) + quantizer_loss

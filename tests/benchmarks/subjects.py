@@ -36,8 +36,8 @@ def pictures(count: int, size: int) -> Tensor:
 @torch.no_grad()
 def draw_codebook(model: SFTok, encoder: PreparedEncoder, batch: int) -> None:
     """Put what the encoder makes of images into the codebook: codes as close together as a trained model's may be."""
-    size, codebook = B_SIZE, model.quantizer.embedding
-    images = pictures(len(codebook) // encoder.num_tokens, size)
+    codebook = model.quantizer.embedding
+    images = pictures(-(-len(codebook) // encoder.num_tokens), model.image_size).to(codebook.device)
     z = torch.cat([encoder.latents(part).flatten(0, 1) for part in images.split(batch)])
     codebook.copy_(F.normalize(z.float(), dim=-1)[: len(codebook)])
 
