@@ -23,6 +23,8 @@ from flows.report_data import (
     StageRow,
     SweepRow,
 )
+from flows.run_facts import rate_of
+from infra.artifacts import Manifest
 from tests.flows.accessibility import serious_findings
 from tests.flows.browser import chromium, find_browser
 from tests.flows.sample_evaluation import digits_inputs
@@ -468,3 +470,15 @@ class TestInChromium:
         for width in (NARROW, WIDE):
             browser.open(files / "plain.html", width=width)
             assert min(browser.evaluate(sizes)) > 9
+
+
+def test_a_training_states_what_its_steps_took_in_and_other_stages_what_they_did() -> None:
+    trained = {"images_per_s": 1234.4, "mfu": 0.2716}
+    assert rate_of(manifest("tokenizer", {"steps": 10}, trained)) == "1,234 images/s, 27 % of peak"
+    assert rate_of(manifest("generator", {"steps": 10}, {"tokens_per_s": 2.5})) == "2.5 tokens/s"
+    assert rate_of(manifest("codes", {"rows": 300}, {})) == "150 rows/s"
+    assert rate_of(manifest("teacher", {"parameters": 3}, {})) == ""  # imported
+
+
+def manifest(kind: str, counts: dict[str, int], metrics: dict[str, float]) -> Manifest:
+    return Manifest.model_construct(kind=kind, counts=counts, metrics=metrics, seconds=2.0)
