@@ -33,6 +33,7 @@ from flows.cli_common import (
     server_failures,
 )
 from flows.console import console, logging_on_stderr, print_table, stdout_for_results
+from infra.threads import wait_briefly
 
 if TYPE_CHECKING:
     from flows.dry_run import DryRun
@@ -52,6 +53,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: 0 done, 1 a stage failed, 2 refused, 130 interrupted; an error is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    wait_briefly()
     try:
         code = app(args=arguments or ["--help"], prog_name="sftok", standalone_mode=False)
     except typer.TyperException as error:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from infra.store import Store
+from infra.threads import wait_briefly
 from tests.s3_server import S3Server, running_server
+
+wait_briefly()  # before any test loads torch
 
 FOREIGN = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_SECURITY_TOKEN")
 
