@@ -54,6 +54,13 @@ class EncodeConfig(Config):
         description="compile the encoder's blocks; not given: on CUDA, unless the encoder is so small that it would "
         "take longer than encoding",
     )
+    # Left out where it is the usual one, so that digests of codes stay as they always were.
+    decoder: Literal["pil", "torchcodec"] = Field(
+        "pil",
+        exclude_if=lambda name: name == "pil",
+        description="what decodes and resizes images: pil, or torchcodec (which is to be installed) and torch, on a "
+        "GPU where the encoder is: pixels differ by a level of 255 here and there",
+    )
     ten_crop_resize: float = Field(
         TEN_CROP_RESIZE,
         gt=1,

@@ -58,13 +58,13 @@ def _listed(work: Work) -> "Source":
 
 
 def _encode_what(job: Job) -> dict[str, JsonValue]:
-    from sftok.preprocess import PREPROCESSING
+    from sftok.preprocess import PREPROCESSINGS
 
     return {
         "encode": encode_what(job.recipe.encode),
         "image_size": job.recipe.data.image_size,
         "shards": shards(job),
-        "preprocessing": PREPROCESSING,
+        "preprocessing": PREPROCESSINGS[job.recipe.encode.decoder],
         "augment": job.recipe.augment.as_json(),
         "threads": job.workers.threads_per_worker,
         **computed(job.recipe.compute),
@@ -103,6 +103,7 @@ def _encode(work: Work) -> Result:
         micro_batch=config.micro_batch,
         reuse=Reuse(work.job.store, work.plan.prefix, f"{without_images.digest} on {said(decisive(facts))}"),
         ten_crop_resize=config.ten_crop_resize,
+        decoder=config.decoder,
         device=work.job.device,
         compile=bool(config.compile),
         numerics=work.recipe.compute.numerics,

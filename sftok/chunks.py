@@ -8,7 +8,7 @@ import torch
 
 from infra.store import Store
 from sftok.data import ImageRows, StoredImage, stored_images
-from sftok.decoding import AHEAD, Decoders, Decoding, Order, ahead, batched, square_buffers
+from sftok.decoding import AHEAD, Decoders, SquareDecoder, ahead, batched
 
 
 class FailedImage(NamedTuple):
@@ -47,9 +47,7 @@ def decoded_shards(
     folder: Store,
     shards: Sequence[tuple[str, Sequence[int]]],
     count: int,
-    decoders: Decoders,
-    *,
-    is_pinned: bool = False,
+    decoders: SquareDecoder,
 ) -> Iterator[tuple[int, Chunk | None]]:
     """The images of shards one after the other, as `decoded_chunks` gives them: one is begun before the last one ends.
 
@@ -57,8 +55,7 @@ def decoded_shards(
         folder: where the shards are.
         shards: for each its name and the sides of the squares, those of the images first.
         count: rows at a time.
-        decoders: decode.
-        is_pinned: whether the images lie in memory that a GPU copies from.
+        decoders: decode; where they do it, the squares are.
 
     Yields:
         The shard's index and a chunk of it, and None at its end.
@@ -75,7 +72,7 @@ def decoded_shards(
 
     try:
         for index, rows in ahead(_read(folder, [name for name, _ in shards], count), AHEAD):
-            waiting.append((index, None if rows is None else _Decoded(rows, shards[index][1], decoders, is_pinned)))
+            waiting.append((index, None if rows is None else _Decoded(rows, decoders, shards[index][1])))
             while sum(decoded is not None for _, decoded in waiting) > AHEAD or waiting[0][1] is None:
                 yield take()
                 if not waiting:
@@ -85,7 +82,7 @@ def decoded_shards(
     finally:
         for _, decoded in waiting:
             if decoded is not None:
-                decoded.decoding.cancel()
+                decoded.begun.cancel()
 
 
 def _read(folder: Store, names: Sequence[str], count: int) -> Iterator[tuple[int, list[StoredImage] | None]]:
@@ -98,22 +95,15 @@ def _read(folder: Store, names: Sequence[str], count: int) -> Iterator[tuple[int
 class _Decoded:
     """Rows whose images are being decoded."""
 
-    def __init__(self, rows: list[StoredImage], sides: Sequence[int], decoders: Decoders, is_pinned: bool) -> None:
-        self.rows = rows
-        self.squares = square_buffers(len(rows), sides, is_pinned=is_pinned)
-        arrays = [squares.numpy() for squares in self.squares]
-        self.decoding: Decoding = decoders.submit(
-            [Order(row.data, [array[at] for array in arrays]) for at, row in enumerate(rows)]
-        )
+    def __init__(self, rows: list[StoredImage], decoders: SquareDecoder, sides: Sequence[int]) -> None:
+        self.rows, self.begun = rows, decoders.begin([row.data for row in rows], sides)
 
     def chunk(self) -> Chunk:
         """Wait for the images; those that are none are left out."""
-        reasons, squares = self.decoding.reasons(), self.squares
+        squares, reasons = self.begun.result()
         told = zip(self.rows, reasons, strict=True)
         failed = [FailedImage(row.image_id, reason) for row, reason in told if reason is not None]
         good = [at for at, reason in enumerate(reasons) if reason is None]
-        if failed:
-            squares = [square[good] for square in squares]
         class_ids = torch.tensor([self.rows[at].class_id for at in good], dtype=torch.int64)
         larger = squares[1] if len(squares) > 1 else None
         return Chunk(ImageRows([self.rows[at].image_id for at in good], squares[0], class_ids, larger=larger), failed)

@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from infra.config import Config
 from infra.pretrained import PretrainedConfig
@@ -50,6 +50,28 @@ class DataConfig(Config):
         le=1,
         description="share of entries that may be rejected before prepare fails, for sources of 1,000 entries and more",
     )
+    # Left out where they are not used, so that digests of images whose files are kept stay as they always were.
+    store_size: NonNegativeInt = Field(
+        0,
+        exclude_if=lambda size: size == 0,
+        description="shorter side, in pixels, to which images are resized once and kept without loss, so that no large "
+        "file is decoded again; 0: files are kept as they are. With image_size, centre crops are the same",
+    )
+    store_format: Literal["webp", "ppm"] = Field(
+        "webp",
+        exclude_if=lambda name: name == "webp",
+        description="how resized images are kept: webp, or ppm, twice as large and read some ten times as fast",
+    )
+
+    @model_validator(mode="after")
+    def _stored_images_are_large_enough(self) -> Self:
+        if 0 < self.store_size < self.image_size:
+            raise ValueError(
+                f"store_size = {self.store_size} is below image_size = {self.image_size}: set as much at least, or 0"
+            )
+        if self.store_format != "webp" and not self.store_size:
+            raise ValueError(f"store_format = {self.store_format} changes nothing: set store_size")
+        return self
 
 
 class AugmentConfig(Config):

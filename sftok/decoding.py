@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,19 +33,52 @@ class Order(NamedTuple):
     """place of the squares, as of `image_file.squares`."""
 
 
+class Begun(Protocol):
+    """Images that are being decoded."""
+
+    def result(self) -> tuple[list[Tensor], list[str | None]]:
+        """Wait for the squares of all that are images, and for each file why it is none, or None.
+
+        Raises:
+            TransientError: a process that decodes ended.
+        """
+
+    def cancel(self) -> None:
+        """Leave out what was not begun."""
+
+
+class SquareDecoder(Protocol):
+    """What decodes images and cuts their centre squares."""
+
+    def begin(self, files: Sequence[bytes], sides: Sequence[int]) -> Begun:
+        """Begin to decode images, to squares of each of these sides: uint8 (n, 3, side, side)."""
+
+
 class Decoders:
     """Threads that decode images: themselves, or by a process each where there are enough cores for it.
 
     Python's lock lets four threads decode as fast as 16 do, and 16 processes twice as fast (500 x 375 pixels).
     """
 
-    def __init__(self, processes: int = 0) -> None:
-        """Threads and processes start with the first images; `processes` = 0 for `DECODERS` threads alone."""
-        self.processes = processes
+    def __init__(self, processes: int = 0, *, is_pinned: bool = False) -> None:
+        """Threads and processes start with the first images.
+
+        Args:
+            processes: 0 for `DECODERS` threads alone.
+            is_pinned: whether `begin` puts squares where a GPU copies from while the host goes on.
+        """
+        self.processes, self.is_pinned = processes, is_pinned
         self._pool = ThreadPoolExecutor(processes or DECODERS, thread_name_prefix="decode")
         self._started: list[DecodeProcess] = []
         self._idle: queue.SimpleQueue[DecodeProcess] = queue.SimpleQueue()
         self.close = weakref.finalize(self, _close, self._pool, self._started)
+
+    def begin(self, files: Sequence[bytes], sides: Sequence[int]) -> "InMemory":
+        """Begin to decode images and cut their centre squares."""
+        squares = square_buffers(len(files), sides, is_pinned=self.is_pinned)
+        arrays = [square.numpy() for square in squares]
+        orders = [Order(data, [array[at] for array in arrays]) for at, data in enumerate(files)]
+        return InMemory(squares, self.submit(orders))
 
     def submit(self, orders: Sequence[Order]) -> "Decoding":
         """Begin to decode images."""
@@ -97,9 +130,31 @@ class Decoding:
             part.cancel()
 
 
-def spare_processes(sharers: int = 1) -> int:
-    """Processes that may decode where `sharers` share this machine's cores; 0 where threads use them up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class InMemory:
+    """Squares that are being filled."""
+
+    def __init__(self, squares: list[Tensor], decoding: Decoding) -> None:
+        self._squares, self._decoding = squares, decoding
+
+    def result(self) -> tuple[list[Tensor], list[str | None]]:
+        """Wait for the squares of all that are images, and for each file why it is none, or None."""
+        return only_good(self._squares, reasons := self._decoding.reasons()), reasons
+
+    def cancel(self) -> None:
+        """Leave out what was not begun."""
+        self._decoding.cancel()
+
+
+def only_good(squares: list[Tensor], reasons: Sequence[str | None]) -> list[Tensor]:
+    """The squares of those files for which there is no reason why they are no image."""
+    good = [at for at, reason in enumerate(reasons) if reason is None]
+    return squares if len(good) == len(reasons) else [square[good] for square in squares]
+
+
+def spare_processes(sharers: int = 1, *, cores: int | None = None) -> int:
+    """Processes that may decode where `sharers` share these cores, None: the machine's; 0 where threads use them up."""
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return count if (count := cores // sharers - 1) > DECODERS else 0
 
 

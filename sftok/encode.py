@@ -4,6 +4,7 @@ Exactly once, because a shard is a function of its images alone, its sidecar is 
 is published before the rows add up: images x views = rows + failed.
 """
 
+import dataclasses
 import functools
 import io
 import itertools
@@ -22,7 +23,7 @@ from infra.progress import Progress, silent
 from infra.shards import FileEntry, put
 from infra.workers import WorkerOptions, map_shards
 from sftok.data import ImageRows, variant_images
-from sftok.decoding import batched
+from sftok.decoding import batched, spare_processes
 from sftok.encode_groups import GROUPS, GroupEncoder, Groups, Totals, finished_group, sum_of, total_of
 from sftok.encode_shard import (
     CodeShard,
@@ -84,7 +85,7 @@ def encode(
         ValueError: a view is unknown, an image shard is damaged, or the rows do not add up.
         TransientError: workers were lost for good, or ran out of memory.
     """
-    shards = shards_in(job.images, images)
+    shards, job = shards_in(job.images, images), dataclasses.replace(job, decoders=_decoders(job, options))
     _check_variants(job)
     size = group or max(1, len(shards) // GROUPS)
     if size > 1:
@@ -114,10 +115,27 @@ def _encode_shards(
     return [shard or next(made) for shard in found]
 
 
+def _is_on_gpus(job: EncodeJob, options: WorkerOptions) -> bool:
+    return options.gpus_per_worker > 0 if options.workers else (job.device or default_device()).startswith("cuda")
+
+
+def _decoders(job: EncodeJob, options: WorkerOptions) -> int:
+    """Processes of a worker that decode: one a core, where it computes on a GPU and has more cores than threads use.
+
+    Its cores are those that it reserves; if it does not, its share of this machine's.
+    """
+    if job.decoders is not None:
+        return job.decoders
+    if not _is_on_gpus(job, options):
+        return 0
+    if options.workers and options.cpus_per_worker > 1:
+        return spare_processes(cores=int(options.cpus_per_worker))
+    return spare_processes(max(options.workers, 1))
+
+
 def _run(count: int, job: EncodeJob, options: WorkerOptions) -> int:
     """Shards a call: on GPUs several, which overlap, and every worker has some calls; else one, to lose none."""
-    is_cuda = options.gpus_per_worker > 0 if options.workers else (job.device or default_device()).startswith("cuda")
-    if not is_cuda:
+    if not _is_on_gpus(job, options):
         return 1
     return max(1, min(RUN, count // (4 * max(options.workers, 1))))
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,7 +27,8 @@ from sftok.artifacts import load_tokenizer
 from sftok.chunks import Chunk, FailedImage, decoded_shards
 from sftok.config import Assignment, AugmentConfig
 from sftok.data import ImageRows, variant_images
-from sftok.decoding import Decoders
+from sftok.decoding import Decoders, SquareDecoder
+from sftok.device_decoding import DeviceDecoders
 from sftok.inference import PreparedEncoder, prepare_encoder
 from sftok.lane import Lane
 from sftok.model import SFTok
@@ -61,8 +62,10 @@ class EncodeJob:
     numerics: NumericsConfig = IEEE
     compile: bool = False
     """whether the encoder's blocks are compiled: for CUDA; rounds otherwise."""
-    decoders: int = 0
-    """processes of a worker that decode images, where it has so many cores; 0: threads. Changes no byte."""
+    decoder: Literal["pil", "torchcodec"] = "pil"
+    """what decodes and resizes images: Pillow, or torchcodec and torch where the encoder computes."""
+    decoders: int | None = None
+    """processes of a worker that decode by Pillow; 0: threads, None: what suits its cores. Changes no byte."""
 
     def variants_of(self, name: str) -> tuple[str, ...]:
         """The views of the images of a shard."""
@@ -112,7 +115,12 @@ class ShardEncoder:
         with full_memory(_REMEDY, TransientError):
             model = load_tokenizer(job.tokenizer).to(device)
             self.encoder = prepare_encoder(model, job.info.precision, compile=job.compile)
-        self.lane, self.decoders = Lane(self.encoder.device), Decoders(job.decoders)
+        self.lane = Lane(self.encoder.device)
+        self.decoders: SquareDecoder = (
+            DeviceDecoders(self.encoder.device)
+            if job.decoder == "torchcodec"
+            else Decoders(job.decoders or 0, is_pinned=self.lane.is_cuda)
+        )
 
     def __call__(self, images: FileEntry) -> CodeShard:
         """Encode an image shard into the code shard of the same name; one that is done is not done again.
@@ -135,9 +143,7 @@ class ShardEncoder:
         """All views of all images of shards, never more than a few micro-batches of them in memory."""
         makings = [_Making(images) for images in shards]
         sides = [(images.path, self._sides(self.job.variants_of(images.path))) for images in shards]
-        chunks = decoded_shards(
-            self.job.images, sides, self.job.micro_batch, self.decoders, is_pinned=self.lane.is_cuda
-        )
+        chunks = decoded_shards(self.job.images, sides, self.job.micro_batch, self.decoders)
         late: deque[_Late | _Making] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             for index, chunk in chunks:

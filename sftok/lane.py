@@ -18,14 +18,15 @@ class Lane:
         self._copies = torch.cuda.Stream(device) if self.is_cuda else None
 
     def send(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, for work that is queued from now on; best from pinned memory."""
-        if self._copies is None or tensor.is_cuda:
+        """The tensor on the device, for work that is queued from now on; from pinned memory, or it is there already."""
+        if self._copies is None:
             return tensor.to(self.device)
-        work = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._copies):
-            sent = tensor.to(self.device, non_blocking=True)
-        work.wait_stream(self._copies)
-        sent.record_stream(work)  # its memory belongs to the stream of copies, and must last until the work is done
+        work, sent = torch.cuda.current_stream(self.device), tensor
+        if not tensor.is_cuda:
+            with torch.cuda.stream(self._copies):
+                sent = tensor.to(self.device, non_blocking=True)
+            work.wait_stream(self._copies)
+        sent.record_stream(work)  # its memory belongs to another stream, and must last until the work is done
         return sent
 
     def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:

@@ -1,5 +1,8 @@
 """From a source to image Parquet: every entry read once, decoded to prove that it is an image, and kept as it was.
 
+Or, with `data.store_size`, kept at the size that models see: its sha256, width and height are then those of the file
+that is kept.
+
 A shard is a bucket of the hash of the image id, so the same images make the same files for any listing order and any
 number of workers, and one more image changes one file. Files, each with rows sorted by image id:
 

@@ -1,4 +1,4 @@
-"""One shard: its entries are read ahead, decoded, and written with their bytes as they were; what fails is told."""
+"""One shard: its entries are read ahead, decoded, and written as they were, or resized; what fails is told."""
 
 import collections
 import functools
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from infra import set_hash
 from infra.shards import FileEntry, shard_entry, write_shard
 from infra.store import Store
 from sftok.config import DataConfig
-from sftok.image_file import UnreadableImageError, to_rgb
+from sftok.image_file import UnreadableImageError, resized, to_rgb
 from sftok.prepare_plan import ShardJob
 from sftok.source_entries import Entry, RejectedEntryError, Source
 
@@ -111,6 +112,9 @@ class _Rows:
 
     def __call__(self, entry: Entry, data: bytes) -> dict[str, Any]:
         image = to_rgb(data, max_pixels=self.config.max_pixels, checksums=True)
+        if self.config.store_size:
+            image = resized(image, self.config.store_size)
+            data = _kept(image, self.config.store_format)
         return {
             "image_id": entry.image_id,
             "image": {"bytes": data, "path": entry.image_id},
@@ -119,6 +123,16 @@ class _Rows:
             "height": image.height,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
+
+
+def _kept(image: Image.Image, name: str) -> bytes:
+    """The bytes of a file without loss."""
+    file = io.BytesIO()
+    if name == "webp":  # with the least effort: five times as fast, and an eighth larger
+        image.save(file, "WEBP", lossless=True, quality=0, method=0, exact=True)
+    else:
+        image.save(file, "PPM")
+    return file.getvalue()
 
 
 def _read_ahead(

@@ -20,6 +20,7 @@ from sftok.views import variant_name
 
 __all__ = [
     "PREPROCESSING",
+    "PREPROCESSINGS",
     "UnreadableImageError",
     "affine",
     "augment",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 PREPROCESSING = "resize-bicubic-antialias-crop/1"
+PREPROCESSINGS = {"pil": PREPROCESSING, "torchcodec": "torchcodec-resize-bicubic-antialias-crop/1"}
+"""By the decoder of `encode`: `image_file`'s, or `device_decoding`'s."""
 
 
 def resize_shorter(image: Image.Image, size: int) -> torch.Tensor:

@@ -7,17 +7,21 @@ import pickle
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from infra.errors import TransientError
 from infra.store import Store
 from infra.workers import WorkerOptions
 from sftok.config import DataConfig
+from sftok.data import ImageSet
 from sftok.prepare import METADATA_KEY, REJECTS, Prepared, check_reject_rate, prepare
 from sftok.prepare_plan import plan_shards
 from sftok.source_entries import Entries, Spooled
@@ -475,3 +479,54 @@ def test_a_plan_whose_files_are_gone_is_made_again(store):
     jobs.deal.folder.delete_tree()
     with pytest.raises(TransientError, match="another run prepared the same images"):
         [job.entries for job in jobs]
+
+
+# --- resized once ----------------------------------------------------------------------------------------------------
+
+
+def shapes(root: Path) -> Path:
+    """Images of all shapes, one longer than 4:1, one upright only by its metadata, one broken."""
+    for number, (width, height) in enumerate(
+        [(40, 30), (30, 41), (8, 8), (5, 6), (90, 9), (9, 90), (33, 32), (17, 64)]
+    ):
+        path = root / "ab"[number % 2] / f"{number:02d}.{'jpg' if number % 3 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        Image.fromarray(pixels).save(path, **({"exif": turned} if number == 1 else {}))
+    (root / "a" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    return root
+
+
+@pytest.mark.parametrize("name", ["webp", "ppm"])
+def test_images_that_are_resized_once_are_those_that_are_resized_each_time(tmp_path: Path, name: str) -> None:
+    root = shapes(tmp_path / "data")
+    once = CONFIG.model_copy(update={"store_size": CONFIG.image_size, "store_format": name})
+    folders, made = {}, {}
+    for way, config in (("each time", CONFIG), ("once", once)):
+        folders[way] = Store(tmp_path / way)
+        made[way] = run(root, folders[way], config)
+    assert made["once"].counts == made["each time"].counts
+    assert made["once"].counts["rejected"] == 1
+    assert made["once"].content_digest != made["each time"].content_digest
+    for split in ("train", "val"):
+        wanted, found = (ImageSet.open(folder).load(split, CONFIG.image_size) for folder in folders.values())
+        assert found.image_ids == wanted.image_ids
+        assert torch.equal(found.images, wanted.images)
+        assert torch.equal(found.class_ids, wanted.class_ids)
+    for shard in ImageSet.open(folders["once"]).names:
+        for row in pq.read_table(folders["once"].path / shard).to_pylist():
+            assert min(row["width"], row["height"]) == CONFIG.image_size
+            assert max(row["width"], row["height"]) <= 4 * CONFIG.image_size
+            assert row["sha256"] == hashlib.sha256(row["image"]["bytes"]).hexdigest()
+
+
+def test_resizing_once_is_part_of_what_images_are_and_not_resizing_is_not() -> None:
+    assert not {"store_size", "store_format"} & set(CONFIG.as_json())
+    resized = DataConfig(image_size=8, store_size=9, store_format="ppm")
+    assert (resized.as_json()["store_size"], resized.as_json()["store_format"]) == (9, "ppm")
+    with pytest.raises(ValueError, match="store_size = 7 is below image_size = 8: set as much at least, or 0"):
+        DataConfig(image_size=8, store_size=7)
+    with pytest.raises(ValueError, match="store_format = ppm changes nothing: set store_size"):
+        DataConfig(image_size=8, store_format="ppm")
