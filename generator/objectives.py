@@ -81,15 +81,25 @@ class HeldOut(NamedTuple):
 
 
 def held_out_losses(
-    network: Generator | MaskedGenerator, class_B: Tensor, codes_BN: Tensor, generator: torch.Generator
+    network: Generator | MaskedGenerator, class_B: Tensor, codes_BN: Tensor, generator: torch.Generator, at_once: int
 ) -> HeldOut:
-    """Of every code given those before it, or of hidden codes given the others, under masks of `generator`."""
+    """Of every code given those before it, or of hidden codes given the others, under masks of `generator`.
+
+    The network sees `at_once` sequences a pass; masks are drawn for all at once and do not depend on it.
+    """
     if isinstance(network, MaskedGenerator):
         counted_BN = random_mask(len(codes_BN), codes_BN.shape[1], generator).to(codes_BN.device)
-        logits_BNV = network(class_B, codes_BN.masked_fill(counted_BN, network.mask_id)).float()
     else:
         counted_BN = torch.ones_like(codes_BN, dtype=torch.bool)
-        logits_BNV = network(class_B, codes_BN).float()
+    parts = zip(class_B.split(at_once), codes_BN.split(at_once), counted_BN.split(at_once), strict=True)
+    found = [_predicted(network, *part) for part in parts]
+    return HeldOut(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _predicted(network: Generator | MaskedGenerator, class_B: Tensor, codes_BN: Tensor, counted_BN: Tensor) -> HeldOut:
+    """What one pass predicts of the codes that are counted."""
+    seen_BN = codes_BN.masked_fill(counted_BN, network.mask_id) if isinstance(network, MaskedGenerator) else codes_BN
+    logits_BNV = network(class_B, seen_BN).float()
     loss_M = F.cross_entropy(logits_BNV.flatten(0, 1), codes_BN.flatten(), reduction="none")
     loss_BN = loss_M.view_as(codes_BN).masked_fill(~counted_BN, 0.0)
     return HeldOut(loss_BN, (logits_BNV.argmax(-1) == codes_BN) & counted_BN, counted_BN)

@@ -77,7 +77,8 @@ def train_generator(
 
     def validate(_: int) -> Validation:
         with learner.averaged():
-            return Validation(held_out_figures(network, val, run), {})
+            at_once = min(VALIDATION_BATCH, config.micro_batch or VALIDATION_BATCH)
+            return Validation(held_out_figures(network, val, run, at_once=at_once), {})
 
     tokens, flops = config.batch_size * space.num_tokens, config.batch_size * training_flops(model, space)
     effort = Effort({"tokens": tokens}, flops, config.precision)
@@ -145,13 +146,15 @@ def _kept(end: LoopEnd, best: Best | None) -> dict[str, float]:
 
 
 @torch.no_grad()
-def held_out_figures(network: Generator | MaskedGenerator, data: CodeData, run: Run) -> dict[str, float]:
+def held_out_figures(
+    network: Generator | MaskedGenerator, data: CodeData, run: Run, *, at_once: int = VALIDATION_BATCH
+) -> dict[str, float]:
     """What held-out codes are like to the generator; work shared by all ranks.
 
     `val_nll` is the mean negative log-likelihood in nats of a code given its class and the codes before it; for a
     masked generator, of a hidden code given the others, under masks that are the same at every validation.
     `val_nll/07` is that of the eighth position (left out where nothing was hidden there), `val_perplexity` is
-    exp(`val_nll`), `val_top1` the share of codes that are the most likely ones.
+    exp(`val_nll`), `val_top1` the share of codes that are the most likely ones. A pass has `at_once` sequences.
     """
     network.eval()
     sums_3N = torch.zeros(3, network.space.num_tokens, dtype=torch.float64, device=run.device)
@@ -159,7 +162,7 @@ def held_out_figures(network: Generator | MaskedGenerator, data: CodeData, run: 
         rows = slice(first, first + VALIDATION_BATCH)
         class_B = with_null(data.classes[rows], network.space).to(run.device)
         codes_BN = data.codes[rows].long().to(run.device)
-        found = held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first))
+        found = held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first), at_once)
         sums_3N += torch.stack([part.double().sum(0) for part in found])
     loss_N, right_N, count_N = run.ranks.total(sums_3N).cpu()
     nll = float(loss_N.sum() / count_N.sum())

@@ -146,7 +146,7 @@ def test_one_batch_is_learnt_by_heart() -> None:
         loss.backward()
         optimizer.step()
     generator = torch.Generator().manual_seed(0)
-    found = held_out_losses(model.eval(), CLASSES, CODES, generator)
+    found = held_out_losses(model.eval(), CLASSES, CODES, generator, len(CODES))
     hidden = random_mask(3, 6, torch.Generator().manual_seed(0))
     assert torch.equal(found.counted, hidden)  # hidden codes alone
     assert (found.losses[~hidden] == 0).all()

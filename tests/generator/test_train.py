@@ -123,6 +123,8 @@ def test_held_out_figures_are_those_of_a_plain_loop(kind: str, store: Store) -> 
     assert found["val_nll"] == pytest.approx((losses.sum() / hidden.sum()).item(), rel=1e-4)
     assert found["val_perplexity"] == pytest.approx(np.exp(found["val_nll"]))
     assert found["val_top1"] == pytest.approx((right.sum() / hidden.sum()).item())
+    in_parts = held_out_figures(model, held_out, run, at_once=100)
+    assert in_parts == pytest.approx(found, rel=1e-5)
     by_position = [found[f"val_nll/{place}"] for place in range(4)]
     assert by_position == pytest.approx((losses / hidden).tolist(), rel=1e-4)
     assert len(set(by_position)) == 4
