@@ -7,16 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from infra.device import use_numerics
 from infra.learner import Learner, Plan
 from infra.ranks import ALONE
-from infra.schedule import OptimizerConfig, TrainingConfig
+from infra.schedule import OptimizerConfig, Precision, TrainingConfig
 from sftok.config import AlignmentStageConfig
 from sftok.decoder import random_mask
 from sftok.proxy import Teacher
 from sftok.train import set_up
-from sftok.train_alignment import alignment_losses
+from sftok.train_alignment import alignment_losses, teacher_codes
 from tests.benchmarks.device import subjects
-from tests.benchmarks.device.bench import Bench, operations
+from tests.benchmarks.device.bench import TRAINED, Bench, operations
 from tests.benchmarks.published import Published, average
 
 BATCH, QUICK_BATCH = 128, 4
@@ -28,37 +29,53 @@ def run(bench: Bench) -> None:
     """bf16, whose share is of the arithmetic of teacher, guide, forward and backward pass."""
     teacher, batch = subjects.teacher(bench), QUICK_BATCH if bench.is_quick else BATCH
     images = subjects.images(bench, batch)
-    step = our_step(bench, teacher, images[:1], is_compiled=False)
-    student = operations(functools.partial(step, teacher.encode(images[:1])))
     codes = operations(lambda: teacher.encode(images[:1]))
+    student = operations(functools.partial(our_step(bench, images[:1], is_compiled=False), teacher.encode(images[:1])))
     bench.put("arithmetic of an image", (student + codes) / 1e9, "GFLOP", note=f"{codes / 1e9:.1f} of it the teacher's")
-    proxy_BP = teacher.encode(images)
     measure = functools.partial(bench.race, items=batch, unit="images/s", rounds=4)
-    measure(f"teacher's codes, batch {batch}", {"ours": lambda: teacher.encode(images)}, flops=codes)
-    for name, is_compiled in (("eager", False), ("compiled", True)):
-        ours = our_step(bench, teacher, images, is_compiled=is_compiled)
+    proxy_BP = teacher.encode(images)
+    for name, is_compiled in (("eager, IEEE", False), ("compiled, TF32", True)):
         theirs = {} if is_compiled else {"published": published_step(bench, teacher, images)}
-        title = f"{name}, batch {batch}"
-        measure(f"{title}, with the teacher", {**theirs, "ours": ours}, flops=student + codes)
-        measure(f"{title}, without", {"ours": functools.partial(ours, proxy_BP)}, flops=student)
-        bench.note_memory(f"{title}: memory at the peak")
+        if is_compiled:
+            use_numerics(TRAINED, bench.device.type)
+            teacher = compiled_teacher(teacher, images)
+        ours, asked = (
+            our_step(bench, images, is_compiled=is_compiled),
+            functools.partial(teacher_codes, teacher, images),
+        )
+        ways = {
+            "ours": lambda ours=ours, asked=asked: ours(asked(stage(batch, "fp32"))),
+            "ours, teacher in bf16": lambda ours=ours, asked=asked: ours(asked(stage(batch, "bf16"))),
+        }
+        alone = {f"ours in {p}": functools.partial(asked, stage(batch, p)) for p in ("fp32", "bf16")}
+        measure(f"{name}: the teacher's codes, batch {batch}", alone, flops=codes)
+        measure(f"{name}: with the teacher", theirs | ways, flops=student + codes)
+        measure(f"{name}: without", {"ours": functools.partial(ours, proxy_BP)}, flops=student)
+        bench.note_memory(f"{name}: memory at the peak")
         bench.clear()
 
 
-def our_step(bench: Bench, teacher: Teacher, images: Tensor, *, is_compiled: bool) -> Callable[..., None]:
-    """As the stage does it; given the teacher's codes, it does not ask for them."""
-    model = subjects.tokenizer(bench, pixels=False).requires_grad_(True).train()
-    training = TrainingConfig(
-        steps=STEPS, batch_size=len(images), optimizer=OPTIMIZER, precision="bf16", compile=is_compiled
-    )
-    set_up([model.encoder, model.decoder], training)
-    config = AlignmentStageConfig(training=training, replacement="self_forcing")
-    learner, steps = Learner(model.named_parameters(), Plan.of(training, ALONE)), itertools.count()
+def stage(batch: int, teacher_precision: Precision, *, is_compiled: bool = False) -> AlignmentStageConfig:
+    training = TrainingConfig(steps=STEPS, batch_size=batch, optimizer=OPTIMIZER, precision="bf16", compile=is_compiled)
+    return AlignmentStageConfig(training=training, replacement="self_forcing", teacher_precision=teacher_precision)
 
-    def step(proxy_BP: Tensor | None = None) -> None:
-        wanted_BP = teacher.encode(images) if proxy_BP is None else proxy_BP
-        generator = torch.Generator().manual_seed(0)
-        learner.backward(alignment_losses(model, wanted_BP, images, config, generator)["loss"])
+
+def compiled_teacher(teacher: Teacher, images: Tensor) -> Teacher:
+    """Compiled in place as the stage does it on CUDA."""
+    config = stage(len(images), "fp32", is_compiled=True)
+    set_up([teacher.encoder.to(memory_format=torch.channels_last)], config.training)
+    return teacher
+
+
+def our_step(bench: Bench, images: Tensor, *, is_compiled: bool) -> Callable[[Tensor], None]:
+    """As the stage does it, from the teacher's codes."""
+    model = subjects.tokenizer(bench, pixels=False).requires_grad_(True).train()
+    config = stage(len(images), "fp32", is_compiled=is_compiled)
+    set_up([model.encoder, model.decoder], config.training)
+    learner, steps = Learner(model.named_parameters(), Plan.of(config.training, ALONE)), itertools.count()
+
+    def step(proxy_BP: Tensor) -> None:
+        learner.backward(alignment_losses(model, proxy_BP, images, config, torch.Generator().manual_seed(0))["loss"])
         learner.update(next(steps))
 
     return step

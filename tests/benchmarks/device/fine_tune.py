@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.device import use_numerics
 from infra.learner import Learner, Plan
 from infra.ranks import ALONE
 from infra.schedule import OptimizerConfig, TrainingConfig
@@ -23,7 +24,7 @@ from sftok.pixel_losses import PixelLosses
 from sftok.train import set_up
 from sftok.train_fine_tune import fine_tune_pass
 from tests.benchmarks.device import subjects
-from tests.benchmarks.device.bench import Bench, operations
+from tests.benchmarks.device.bench import TRAINED, Bench, operations
 
 BATCH, QUICK_BATCH = 32, 4
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
@@ -41,9 +42,11 @@ def run(bench: Bench) -> None:
     bench.put("arithmetic of an image", flops / 1e9, "GFLOP")
     bench.clear()
     measure = functools.partial(bench.race, items=batch, unit="images/s", rounds=4)
-    measure(f"eager, batch {batch}", {"bare loop, no discriminator": bare_step(bench, images)})
+    measure(f"eager, IEEE, batch {batch}", {"bare loop, no discriminator": bare_step(bench, images)})
     bench.clear()
-    for name, is_compiled in (("eager", False), ("compiled", True)):
+    for name, is_compiled in (("eager, IEEE", False), ("compiled, TF32", True)):
+        if is_compiled:
+            use_numerics(TRAINED, bench.device.type)
         ways = {"ours": our_step(bench, images, size, is_compiled=is_compiled)}
         measure(f"{name}, batch {batch}", ways, flops=flops)
         bench.note_memory(f"{name}, batch {batch}: memory at the peak")

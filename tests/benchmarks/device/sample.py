@@ -1,4 +1,4 @@
-"""Autoregressive sampling with guidance, 64 codes of 8,192: tokens/s as eager steps, captured, and compiled.
+"""Autoregressive sampling with guidance, 64 codes of 8,192: tokens/s as eager steps, and compiled and captured.
 
 Beside it a bare loop (the modules, softmax, torch.multinomial) and transformers' Llama of that shape with its static
 cache. The limit of a step is the time to read its weights once and half of a full cache, at the speed of a copy, and
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from generator.config import GENERATORS, GeneratorConfig, SampleConfig, SamplePrecision
-from generator.cuda_graph import Captured
 from generator.fast_sample import DTYPES, prepare_sampler
 from generator.model import CodeSpace, Generator
 from generator.sample import Sampler
@@ -23,7 +22,7 @@ SPACE, TOY_SPACE = CodeSpace(8192, 64, 1000), CodeSpace(256, 16, 10)
 BATCHES, QUICK_BATCHES = (256, 64, 1024), (2, 4)  # the first one is where fp32 is looked at, and compilation begins
 REFERENCE_BATCHES, REFERENCE_STEPS = (64, 256), 16
 SCALE = 2.0
-WAYS = ("eager", "captured", "compiled")
+WAYS = ("eager", "compiled")
 
 
 def run_b(bench: Bench) -> None:
@@ -64,13 +63,11 @@ def network(bench: Bench, config: GeneratorConfig, space: CodeSpace) -> Generato
 
 
 def samplers(bench: Bench, model: Generator, precision: SamplePrecision) -> dict[str, Callable[..., Tensor]]:
-    """Samplers that are eager, captured (on CUDA alone), and compiled, which on CUDA is captured too."""
+    """Samplers that are eager, and compiled, which on CUDA is captured too."""
 
     def make(way: str) -> Sampler:
         sampler = prepare_sampler(model, SampleConfig(cfg_scale=SCALE, precision=precision, compile=way == "compiled"))
         assert isinstance(sampler, Sampler)
-        if way == "captured" and bench.device.type == "cuda":
-            sampler.advance = Captured(sampler.advance)
         return sampler
 
     return {way: lazily(functools.partial(make, way)) for way in WAYS}
