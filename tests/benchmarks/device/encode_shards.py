@@ -1,9 +1,11 @@
 """Parquet shards of JPEGs to Parquet shards of codes by one worker, beside what the card and the data path do alone."""
 
 import functools
+import importlib
 import io
 import tempfile
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +30,7 @@ QUICK_SHARDS, QUICK_ROWS, QUICK_MICRO_BATCH = 2, 8, 4
 
 
 def run(bench: Bench) -> None:
-    """The data path and the whole, with images decoded in threads and in processes."""
+    """The data path and the whole, with images decoded in threads, in processes, and where the encoder computes."""
     shards, rows = (QUICK_SHARDS, QUICK_ROWS) if bench.is_quick else (SHARDS, ROWS)
     micro_batch = QUICK_MICRO_BATCH if bench.is_quick else MICRO_BATCH
     model = subjects.tokenizer(bench)
@@ -38,7 +40,8 @@ def run(bench: Bench) -> None:
         bench.attempt("from the device's memory", work.card)
         for processes in dict.fromkeys((0, 2 if bench.is_quick else spare_processes())):
             bench.attempt(f"decoding, {ways(processes)}", functools.partial(work.data, processes))
-            bench.attempt(f"shards to shards, {ways(processes)}", functools.partial(work.whole, processes))
+            bench.attempt(f"shards to shards, {ways(processes)}", functools.partial(work.whole, "pil", processes))
+        bench.attempt("shards to shards, torchcodec", functools.partial(work.whole, "torchcodec", 0))
 
 
 def ways(processes: int) -> str:
@@ -80,14 +83,15 @@ class Work:
 
     def card(self) -> None:
         """The encoder alone."""
-        encoder, images = prepare_encoder(self.model, "bf16"), subjects.images(self.bench, self.micro_batch)
+        encoder = prepare_encoder(self.model, "bf16", compile=self.is_compiled)
+        images = subjects.images(self.bench, self.micro_batch)
         flops = operations(lambda: self.model.encoder(images[:1]))
         measure = functools.partial(self.bench.race, items=self.micro_batch, unit="images/s", flops=flops)
         self.speeds["card"] = measure("bf16, from the device's memory", {"ours": lambda: encoder(images)})["ours"]
 
     def data(self, processes: int) -> None:
         """Reading, decoding, resizing and cropping, with nothing behind them."""
-        decoders = Decoders(processes)
+        decoders = Decoders(processes, is_pinned=self.bench.device.type == "cuda")
         shards = [(image.path, (self.model.image_size,)) for image in self.images]
 
         def read(some: list[tuple[str, tuple[int, ...]]]) -> None:
@@ -100,8 +104,10 @@ class Work:
         size, note = f"{SIZE[0]} x {SIZE[1]}", f"({self.kilobytes:.0f} kB an image)"
         self.bench.put(f"JPEG of {size}, {ways(processes)}", self.speeds["data"], "images/s", note=note)
 
-    def whole(self, processes: int) -> None:
+    def whole(self, decoder: Literal["pil", "torchcodec"], processes: int) -> None:
         """A worker; the first shard warms it up, the others are timed."""
+        if decoder == "torchcodec":
+            importlib.import_module(decoder)  # where it is not installed, that is what is told
         config = self.model.config
         info = CodesInfo(
             tokenizer="0" * 32,
@@ -115,19 +121,27 @@ class Work:
         job = EncodeJob(
             self.folder.at("images"),
             self.folder.at("tokenizer"),
-            self.folder.at(f"codes-{processes}"),
+            self.folder.at(f"codes-{decoder}-{processes}"),
             info,
             {"train": ("center",)},
             AugmentConfig(),
             self.micro_batch,
             device=self.bench.device.type,
+            compile=self.is_compiled,
+            decoder=decoder,
             decoders=processes,
         )
         worker = ShardEncoder(job)
         worker(self.images[0])
         taken = self.bench.once(lambda: worker.several(self.images[1:]))
-        worker.decoders.close()
-        self.bench.put(f"shards to shards, {ways(processes)}", self.rows / taken, "images/s", beside=self.speeds)
+        beside = self.speeds if decoder == "pil" else {"card": self.speeds["card"]}
+        how = ways(processes) if decoder == "pil" else decoder
+        self.bench.put(f"shards to shards, {how}", self.rows / taken, "images/s", beside=beside)
+
+    @property
+    def is_compiled(self) -> bool:
+        """As encoding does it by default."""
+        return self.bench.device.type == "cuda"
 
     @property
     def rows(self) -> int:
