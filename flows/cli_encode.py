@@ -43,6 +43,13 @@ class PrecisionOption(StrEnum):
     bf16 = "bf16"
 
 
+class DecoderOption(StrEnum):
+    """What decodes images."""
+
+    pil = "pil"
+    torchcodec = "torchcodec"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
     app.command(epilog=EXAMPLES)(encode)
@@ -73,6 +80,9 @@ def encode(
         PrecisionOption, typer.Option(help="bf16 changes some codes. auto: fp32 on CPUs, bf16 on CUDA.")
     ] = PrecisionOption.auto,
     micro_batch: Annotated[int, typer.Option(min=0, help="Images encoded at once. 0: 64 on CPUs, 256 on CUDA.")] = 0,
+    decoder: Annotated[
+        DecoderOption, typer.Option(help="torchcodec decodes JPEGs on the GPU, to slightly other pixels.")
+    ] = DecoderOption.pil,
     workers: Annotated[
         int | None,
         typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
@@ -106,6 +116,7 @@ def encode(
                 assignment=assignment.value,
                 precision=precision.value,
                 micro_batch=micro_batch,
+                decoder=decoder.value,
             )
         except ValidationError as refused:
             raise ValueError(refused.errors()[0]["msg"].removeprefix("Value error, ")) from refused

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.compiler import check_compiler
+from infra.regions import compile_regions
 from sftok.transformer import Block, Transformer, attend, split_heads
 
 
@@ -98,8 +99,7 @@ class CastTransformer:
         self.last = CastBlock(last, dtype, is_last=True)
         if compile:
             check_compiler(transformer.norm_in.weight.device)
-            for block in (*self.body, self.last):
-                block.compile(dynamic=False)
+            compile_regions(nn.ModuleList([*self.body, self.last]))
 
     def __call__(self, x_BSW: Tensor, keep: slice) -> Tensor:
         """(B, S, W) float32 to the positions `keep`, (B, keep, W) float32."""

@@ -35,6 +35,7 @@ from sftok.model import SFTok
 from sftok.views import TEN_CROP_RESIZE, has_crops, ten_crop_side
 
 LATE = 1  # batches whose codes are fetched after the next ones were asked for
+WRITERS = 4  # shards that are being written at once: on S3 it takes as long as a GPU takes to encode one
 _FAILED_KEY = "sftok.failed"
 # A full memory says nothing about the images: it is the worker's trouble, and trying again may help.
 _REMEDY = "use fewer workers or a smaller encode.micro_batch"
@@ -145,7 +146,7 @@ class ShardEncoder:
         sides = [(images.path, self._sides(self.job.variants_of(images.path))) for images in shards]
         chunks = decoded_shards(self.job.images, sides, self.job.micro_batch, self.decoders)
         late: deque[_Late | _Making] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        with ThreadPoolExecutor(WRITERS, thread_name_prefix="write") as writer:
             for index, chunk in chunks:
                 for one in [makings[index]] if chunk is None else self._views(makings[index], chunk):
                     late.append(one)
@@ -178,9 +179,10 @@ class ShardEncoder:
     def _settle(self, late: _Late | _Making, makings: Sequence[_Making], writer: ThreadPoolExecutor) -> None:
         """Take codes when they are there; a shard that has all of its own is written while others are encoded."""
         if isinstance(late, _Making):
-            for making in makings:
-                if making.written is not None:
-                    making.written.result()  # what went wrong ends the work here, and no second shard waits
+            writes = [making.written for making in makings if making.written is not None]
+            unfinished = [write for write in writes if not write.done()]
+            for write in (*(write for write in writes if write.done()), *unfinished[: 1 - WRITERS]):
+                write.result()  # what went wrong ends the work here, and few shards wait to be written
             late.written = writer.submit(self._write, late)
             return
         codes = CodeRows(

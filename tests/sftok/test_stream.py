@@ -2,7 +2,9 @@
 
 import io
 import json
+import threading
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from infra.progress import Progress, silent
 from infra.store import Store
 from infra.training import Run
 from sftok.config import NO_ADVERSARY, AugmentConfig, DataConfig, TeacherStageConfig
-from sftok.data import ImageBatch, ImageRows, ImageSet
+from sftok.data import ImageBatch, ImageRows, ImageSet, TrainImages
+from sftok.decoding import Decoders, Decoding, Order
 from sftok.prepare import prepare
 from sftok.sources import list_source
-from sftok.stream import StoredShards, StreamedImages
+from sftok.stream import PREFETCH, StoredShards, StreamedImages
 from sftok.train import TrainingImages
 from sftok.train_teacher import train_teacher
 from tests.sftok.tiny import TEACHER, training
@@ -62,6 +65,60 @@ def test_every_image_of_a_part_comes_once_an_epoch(shards: StoredShards) -> None
             assert max(Counter(seen[epoch * total : (epoch + 1) * total]).values()) == 1
         assert seen[:total] != seen[total : 2 * total]  # another order
         assert len(set(seen)) == total
+
+
+def test_batches_are_begun_ahead_and_not_one_after_the_other(
+    shards: StoredShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the first batch three more are begun, although none of them is decoded."""
+    images = stream(shards, parts=1)
+    decoders, held, begun = images._parts[0].way.decoders, threading.Event(), []
+
+    def waiting(orders: Sequence[Order]) -> Decoding:
+        begun.append(len(orders))
+        if len(begun) == 1 + PREFETCH:
+            held.set()
+        decoding = Decoders.submit(decoders, orders)
+        monkeypatch.setattr(decoding, "reasons", lambda: held.wait(20) and Decoding.reasons(decoding))
+        return decoding
+
+    monkeypatch.setattr(decoders, "submit", waiting)
+    assert len(images.batch(0, 0).image_ids) == 10
+    assert held.is_set()
+    assert begun == [10] * (1 + PREFETCH)
+    images.batch(1, 0)
+    images.batch(5, 0)  # elsewhere: what was begun is left
+    assert images.batch(5, 0).image_ids == stream(shards, parts=1).batch(5, 0).image_ids
+
+
+def test_processes_that_decode_change_nothing(shards: StoredShards) -> None:
+    config = AugmentConfig(crop="random", flip=True, rotate=10)
+    several = StreamedImages(shards, config, seed=0, batch_size=10, parts=2, decoders=2)
+    alone = stream(shards, crop="random", flip=True, rotate=10)
+    for step, part in ((0, 0), (0, 1), (1, 0), (7, 1)):
+        assert torch.equal(several.batch(step, part).images, alone.batch(step, part).images)
+
+
+def test_an_image_that_does_not_decode_is_named(shards: StoredShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sftok.decoding._decode", lambda order: "it is torn")
+    with pytest.raises(
+        ValueError, match=r"^image 'train/class/\d+\.png' does not decode \(it is torn\): prepare the data"
+    ):
+        stream(shards).batch(0, 0)
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_cpu(shards: StoredShards) -> None:
+    config = AugmentConfig(crop="random", flip=True)
+    on_gpu = StreamedImages(shards, config, seed=0, batch_size=10, parts=2, device="cuda", decoders=2)
+    on_cpu = StreamedImages(shards, config, seed=0, batch_size=10, parts=2)
+    rows = shards.images.load("train", SIZE, crop="random")
+    kept = TrainImages(rows, config, seed=0, batch_size=10)
+    for step in range(12):
+        batch = on_gpu.batch(step, 1)
+        assert batch.images.is_cuda
+        assert torch.equal(batch.images.cpu(), on_cpu.batch(step, 1).images)
+        assert torch.equal(kept.batch(step, device="cuda").images.cpu(), kept.batch(step).images)
 
 
 def test_parts_share_the_images_between_them(shards: StoredShards) -> None:
