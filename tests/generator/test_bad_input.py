@@ -149,7 +149,7 @@ def test_class_ids_given_to_a_sampler(class_id: int) -> None:
     ("setting", "value"),
     [
         ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("temperature", -0.5), ("cfg_scale", -1.0), ("num_steps", 0),
-        ("per_class", 0), ("micro_batch", 0), ("cfg_power", 0.0), ("annealing", (0.0, 1.0)),
+        ("per_class", 0), ("micro_batch", -1), ("cfg_power", 0.0), ("annealing", (0.0, 1.0)),
     ],
 )  # fmt: skip
 def test_settings_that_mean_nothing(setting: str, value: object) -> None:
