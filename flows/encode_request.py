@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flows.imports import Found, find_artifact
 from flows.precisions import warn_of_slow
-from flows.preflight import check_servers, on_device
+from flows.preflight import check_decoder, check_servers, on_device
 from flows.recipe_files import load_recipe
 from flows.recipes import EncodeConfig, Recipe
 from infra.artifacts import ROOT, ArtifactRef
@@ -66,6 +66,7 @@ def check_encode_request(
     dataset = find_dataset(encode, tokenizer=tokenizer, data=data, store=store, overrides=overrides)
     recipe, gpus = on_device(dataset.recipe, gpus=gpus_per_worker, settings=settings)
     dataset = dataset._replace(recipe=recipe)
+    check_decoder(recipe, settings)
     if dataset.images is None:
         check_source(data, dataset.recipe.data)
     check_servers(settings)

@@ -62,6 +62,7 @@ def check_request(
     check_ranks(chosen, ranks)
     chosen, gpus = on_device(chosen, gpus=gpus, ranks=ranks, settings=settings, is_run=is_run)
     if is_run:
+        check_decoder(chosen, settings)
         stages = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
         trainings = (*(stage.training for stage in stages), chosen.train_generator)
         check_compilers(*trainings, chosen.sample, device=chosen.compute.device, settings=settings)
@@ -148,6 +149,14 @@ def check_compilers(*configs: TrainingConfig | SampleConfig, device: str, settin
         from infra.compiler import check_compiler
 
         check_compiler(torch.device(device))
+
+
+def check_decoder(recipe: Recipe, settings: Settings) -> None:
+    """Refuse a decoder that is not installed, before anything is trained; machines of a cluster say so themselves."""
+    if recipe.encode.decoder == "torchcodec" and not settings.ray_address:
+        from sftok.device_decoding import torchcodec_decoder
+
+        torchcodec_decoder()
 
 
 def check_weights(recipe: Recipe) -> None:

@@ -1,6 +1,7 @@
 """Which device a run computes on, and what of it is part of an identity."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from flows import devices
 from flows.ablation_arm import ABLATION_ARM
 from flows.devices import choose_device
+from flows.preflight import check_request
 from flows.recipe_files import load_recipe
 from flows.recipes import RECIPES, ComputeConfig
 from flows.stage import Job, plan_of
@@ -121,3 +123,21 @@ def test_settings_that_were_asked_for_survive_the_record(tmp_path: Path) -> None
     asked = load_recipe("digits", overrides=("decoding.precision=fp32", "compute.fp32=tf32"), seed=None).on("cuda")
     again = Recipe.model_validate_json(asked.model_dump_json()).on("cuda")
     assert again == asked
+
+
+def test_a_decoder_that_is_not_installed_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ValueError, match=r'encode\.decoder = "torchcodec" needs torchcodec .* pip install torchcodec'):
+        check_request(
+            "digits",
+            data=None,
+            store=str(tmp_path / "store"),
+            overrides=["encode.decoder=torchcodec"],
+            workers=0,
+            ranks=1,
+            seed=None,
+        )
+    assert not (tmp_path / "store").exists()
