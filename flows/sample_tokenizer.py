@@ -9,7 +9,9 @@ from infra.device import IEEE, default_device, use_numerics
 from infra.store import Store
 from infra.weights import load_config
 from sftok.artifacts import TokenizerFile, load_teacher, load_tokenizer
+from sftok.config import DecodingConfig
 from sftok.decode import ImageDecoder
+from sftok.inference import InferencePrecision
 
 WITHOUT = "or leave out --images, --grid and --npz"
 
@@ -39,7 +41,12 @@ class DecodingModels(NamedTuple):
         teacher = None
         if self.teacher is not None:
             teacher = load_teacher(folder_of(self.store, self.teacher.kind, self.teacher.digest)).to(device)
-        return ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed)
+        return ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=decoding_precision())
+
+
+def decoding_precision() -> InferencePrecision:
+    """What this machine decodes in: bf16 on a GPU, else fp32."""
+    return DecodingConfig().on(default_device()).arithmetic
 
 
 def decoding_models(generator: Found, choice: Choice) -> DecodingModels:

@@ -21,7 +21,7 @@ from flows.precisions import warn_of_slow
 from flows.preflight import check_ray
 from flows.recipes import ComputeConfig
 from flows.sample_files import Outputs, Part, begun, check_names, is_begun, picture_file, writing
-from flows.sample_tokenizer import Choice, DecodingModels, decoding_models
+from flows.sample_tokenizer import Choice, DecodingModels, decoding_models, decoding_precision
 from flows.stage import computed, give_up_others
 from flows.stages_generator import SAMPLE
 from generator.artifacts import GeneratorFile
@@ -98,8 +98,10 @@ class Request(NamedTuple):
     @property
     def settings(self) -> dict[str, JsonValue]:
         """What decides the pixels."""
-        models = self.models
+        models, precision = self.models, decoding_precision()
+        rounded: dict[str, JsonValue] = {} if precision == "fp32" else {"precision": precision}
         return {
+            **rounded,
             "samples": self.plan.digest,
             "tokenizer": models.tokenizer.digest,
             "teacher": None if models.teacher is None else models.teacher.digest,

@@ -197,11 +197,13 @@ def encode_what(config: EncodeConfig) -> dict[str, JsonValue]:
 
 
 def decoding_what(config: "DecodingConfig") -> dict[str, JsonValue]:
-    """What decides how codes are decoded; fp32 goes without saying, as it always did."""
+    """What decides how codes are decoded; fp32 goes without saying, as it always did, and so does no noise."""
+    from sftok.config import DECODING_NOISE
+
     what = config.as_json()
     if what["precision"] == "fp32":
         del what["precision"]
-    return what
+    return {**what, "noise": DECODING_NOISE} if config.temperature else what
 
 
 def worker_facts(compute: ComputeConfig, options: WorkerOptions) -> dict[str, str]:

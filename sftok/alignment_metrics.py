@@ -17,8 +17,8 @@ from infra.config import Config
 from infra.training import generator_of
 from sftok import metrics
 from sftok.config import DecodingConfig
-from sftok.decode import ImageDecoder
-from sftok.decoder import random_mask
+from sftok.decode import ImageDecoder, noise_keys
+from sftok.decoder import decode_steps, random_mask
 from sftok.features import RandomFeatures
 from sftok.frechet import frechet_distance
 from sftok.inference import prepare_encoder
@@ -27,7 +27,6 @@ from sftok.model import SFTok
 from sftok.preprocess import to_float
 from sftok.proxy import Teacher
 from sftok.step_agreement import StepAgreement, decode_logits
-from sftok.train_alignment import self_prediction
 
 
 class ImageQuality(Config):
@@ -76,22 +75,24 @@ class AlignmentFigures(Config):
 
 
 class _Pixels:
-    """Sums over images that were made from originals."""
+    """Sums over images that were made from originals, where the images are."""
 
     def __init__(self) -> None:
-        self.count, self.psnr, self.ssim = 0, 0.0, 0.0
+        self.count = 0
+        self.psnr, self.ssim = (torch.zeros((), dtype=torch.float64) for _ in range(2))
         self.moments: FeatureMoments | None = None
 
     def add(self, images: Tensor, originals: Tensor, features: RandomFeatures) -> None:
         self.count += len(images)
-        self.psnr += metrics.psnr(images, originals).sum().item()
-        self.ssim += metrics.ssim(images, originals).sum().item()
+        self.psnr = metrics.psnr(images, originals).sum() + self.psnr.to(images.device)
+        self.ssim = metrics.ssim(images, originals).sum() + self.ssim.to(images.device)
         self.moments = _merged(self.moments, FeatureMoments.of(features(images)))
 
     def quality(self, reference: FeatureMoments) -> ImageQuality:
         assert self.moments is not None
         distance = frechet_distance(self.moments, reference)
-        return ImageQuality(psnr=self.psnr / self.count, ssim=self.ssim / self.count, fd_random=distance)
+        psnr, ssim = self.psnr.item() / self.count, self.ssim.item() / self.count
+        return ImageQuality(psnr=psnr, ssim=ssim, fd_random=distance)
 
 
 class _Mean:
@@ -128,7 +129,8 @@ class AlignmentMeter:
         self.steps, self.decoding, self.micro_batch = tuple(steps), decoding, micro_batch
         self.device = model.quantizer.embedding.device
         self._encode = prepare_encoder(model)
-        self._decode = ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed)
+        precision = decoding.on(self.device.type).arithmetic
+        self._decode = ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=precision)
         self._originals: FeatureMoments | None = None
         self._count, self._ceiling = 0, _Pixels()
         self._pixels = {num_steps: _Pixels() for num_steps in self.steps}
@@ -146,44 +148,43 @@ class AlignmentMeter:
         count = len(images)
         if not count == len(image_ids) > 0 or count > self.micro_batch:
             raise ValueError(f"{count} images, {len(image_ids)} ids: give 1 to {self.micro_batch}, and one id an image")
-        missing = self.micro_batch - count
-        padded = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-        pixels = to_float(padded).to(self.device)
+        images, missing = images.to(self.device), self.micro_batch - count
+        pixels = to_float(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]))
         truth_BP, codes_BN = self.teacher.encode(pixels), self._encode(pixels)
         self._count += count
         self._originals = _merged(self._originals, FeatureMoments.of(self.features(images)))
-        taught = metrics.to_uint8(self.teacher.decode(truth_BP)[:count]).cpu()
+        taught = metrics.to_uint8(self.teacher.decode(truth_BP)[:count])
         self._ceiling.add(taught, images, self.features)
         for num_steps in self.steps:
             decoding = self.decoding.model_copy(update={"num_steps": num_steps})
-            made = self._decode(codes_BN[:count], image_ids, decoding)
+            made = self._decode.decode(codes_BN[:count], image_ids, decoding)
             self._pixels[num_steps].add(made.images, images, self.features)
-            self._right[num_steps].add(metrics.code_agreement(made.proxy_codes, truth_BP[:count].cpu()))
+            self._right[num_steps].add(metrics.code_agreement(made.proxy_codes, truth_BP[:count]))
         self._predictions(truth_BP, codes_BN, image_ids)
 
     def _predictions(self, truth_BP: Tensor, codes_BN: Tensor, image_ids: Sequence[str]) -> None:
         """What the decoder says of codes that it does not see."""
         decoder, count, padding = self.model.decoder, len(image_ids), [""] * (self.micro_batch - len(image_ids))
         names = [*image_ids, *padding]
-        z_q = self.model.quantizer.lookup(codes_BN)
-        first_BP = decoder.all_masked(z_q)
+        step, given = self._decode.predictor.step, self._decode.predictor.given(codes_BN)
+        first_BP = decoder.all_masked(given)
         masks = [random_mask(truth_BP[:1].shape, generator_of(self.seed, "held-out mask", name)) for name in names]
         hidden_BP = torch.cat(masks).to(self.device)
-        own_BP = self_prediction(decoder, z_q)
+        own_BP = decode_steps(step, first_BP, given, num_steps=1)[0]
         for name, ids_BP in (
             ("all_hidden", first_BP),
             ("truth_given", truth_BP.masked_fill(hidden_BP, decoder.mask_id)),
             ("own_given", own_BP.masked_fill(hidden_BP, decoder.mask_id)),
         ):
-            logits_BPV, asked_BP = decoder(ids_BP, z_q)[:count], (ids_BP == decoder.mask_id)[:count]
+            logits_BPV, asked_BP = step(ids_BP, given)[:count], (ids_BP == decoder.mask_id)[:count]
             self._entropy[name].add(F.cross_entropy(logits_BPV[asked_BP], truth_BP[:count][asked_BP], reduction="none"))
         logits = decode_logits(
-            decoder,
+            step,
             first_BP,
-            z_q,
+            given,
             num_steps=self.decoding.num_steps,
             temperature=self.decoding.temperature,
-            generators=[generator_of(self.seed, "decode", name) for name in names],
+            keys_B=noise_keys(self.seed, names).to(self.device),
         )
         found = StepAgreement.of([one[:count] for one in logits], truth_BP[:count])
         self._agreement = found if self._agreement is None else self._agreement + found

@@ -161,6 +161,9 @@ TOKENIZERS = {
 }
 
 
+DECODING_NOISE = "splitmix64/1"  # the numbers of `sftok.noise`: part of what identifies whatever was decoded with noise
+
+
 class DecodingConfig(Config):
     """Iterative decoding of latent tokens into proxy codes."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sftok.config import MaskSchedule, TokenizerConfig
+from sftok.noise import gumbel
 from sftok.transformer import Transformer, free_parameter
 
 
@@ -77,12 +78,6 @@ def random_mask(
     return rank_BP < count_B[:, None]
 
 
-def gumbel(shape: torch.Size, generators: list[torch.Generator], device: torch.device) -> Tensor:
-    """Standard Gumbel noise, one generator an image, so that an image's noise does not depend on its batch."""
-    uniform = torch.stack([torch.rand(shape[1:], generator=g) for g in generators]).clamp_min(1e-20)
-    return -(-uniform.log()).clamp_min(1e-20).log().to(device)
-
-
 def decode_steps(
     decoder: Callable[[Tensor, Tensor], Tensor],
     first_ids_BP: Tensor,
@@ -90,7 +85,7 @@ def decode_steps(
     *,
     num_steps: int,
     temperature: float = 0.0,
-    generators: list[torch.Generator] | None = None,
+    keys_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Iterative decoding: predict all positions, keep the most confident, hide the rest again (METHOD 1.4).
 
@@ -100,34 +95,37 @@ def decode_steps(
         z_q_BND: quantized latent tokens.
         num_steps: decoder passes.
         temperature: scale of the Gumbel noise at the first step, falling linearly to 0; 0 is deterministic.
-        generators: one an image, needed where the temperature is not 0.
+        keys_B: of the images' noise, int64, on their device; needed where the temperature is not 0.
 
     Returns:
         Proxy codes (B, P) and the last step's logits (B, P, V).
 
     Raises:
-        ValueError: noise is asked for without generators.
+        ValueError: noise is asked for without keys.
     """
-    if temperature and generators is None:
-        raise ValueError(f"temperature = {temperature} needs one random generator an image")
-    ids_BP, mask_id, num_positions = first_ids_BP, first_ids_BP.flatten()[0], first_ids_BP.shape[1]
+    if temperature and keys_B is None:
+        raise ValueError(f"temperature = {temperature} needs a key of noise for each image")
+    ids_BP, mask_id, num_positions = first_ids_BP, first_ids_BP[0, 0], first_ids_BP.shape[1]
+    places_P = torch.arange(num_positions, device=first_ids_BP.device)
     for step in range(num_steps):
         progress = (step + 1) / num_steps
         scale = temperature * (1 - progress)
         hidden_BP = ids_BP == mask_id
         logits_BPV = decoder(ids_BP, z_q_BND).float()
         noisy_BPV = logits_BPV
-        if scale and generators is not None:
-            noisy_BPV = logits_BPV + scale * gumbel(logits_BPV.shape, generators, logits_BPV.device)
+        if scale and keys_B is not None:
+            noisy_BPV = logits_BPV + scale * gumbel(keys_B, 2 * step, tuple(logits_BPV.shape[1:]))
         candidate_BP = torch.where(hidden_BP, noisy_BPV.argmax(-1), ids_BP)
         if step == num_steps - 1:
             break
         confidence_BP = logits_BPV.gather(-1, candidate_BP[..., None])[..., 0].masked_fill(~hidden_BP, math.inf)
-        if scale and generators is not None:
-            confidence_BP = confidence_BP + scale * gumbel(confidence_BP.shape, generators, logits_BPV.device)
+        if scale and keys_B is not None:
+            confidence_BP = confidence_BP + scale * gumbel(keys_B, 2 * step + 1, (num_positions,))
         # Deviates: by rank and per image, where the published code takes the count of image 0 and hides all ties.
         count_B = hidden_BP.sum(1) - 1
         wanted = math.floor(num_positions * math.acos(progress) / (math.pi / 2))
-        rank_BP = confidence_BP.argsort(dim=1, stable=True).argsort(1)
-        ids_BP = candidate_BP.masked_fill(rank_BP < count_B.clamp(max=max(wanted, 1))[:, None], int(mask_id))
+        order_BP = confidence_BP.argsort(dim=1, stable=True)
+        rank_BP = torch.empty_like(order_BP).scatter_(1, order_BP, places_P.expand_as(order_BP))
+        # No number is fetched from the device on the way: a GPU is given all steps at once.
+        ids_BP = torch.where(rank_BP < count_B.clamp(max=max(wanted, 1))[:, None], mask_id, candidate_BP)
     return candidate_BP, logits_BPV

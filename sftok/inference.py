@@ -2,15 +2,13 @@
 
 On CPUs linear layers run through weights that are laid out for oneDNN once (2.3 times as fast as `F.linear` in
 float32), with the GELU or the residual added on the way out: eager operations that are fused like this reach what
-compiled ones do, and cost a tiny job nothing. On CUDA weights are cast once, and the encoder's blocks can be compiled.
+compiled ones do, and cost a tiny job nothing. On CUDA weights are cast once, and blocks can be compiled.
 
 Shapes: B images, S sequence positions, N latent tokens, P proxy positions, V proxy codes, W width, H heads,
 D channels a head or of a code.
 """
 
-import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -18,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infra.packed import PackedLinear
+from sftok.cast_head import CastHead
 from sftok.cast_transformer import CastTransformer
 from sftok.config import Assignment, DecodingConfig
 from sftok.decoder import decode_steps
 from sftok.model import SFTok
+from sftok.pixels import PreparedPixels
 from sftok.proxy import Teacher, to_grid
 from sftok.quantizer import assign
 from sftok.transformer import Block, Transformer, attend, split_heads
@@ -145,48 +145,70 @@ class PreparedEncoder:
 class PreparedDecoder:
     """Codes to proxy codes, and those to images: by the model's pixel decoder, or by the teacher's where it has none.
 
-    Holds the weights as they were when it was made, and the model's small modules themselves.
+    Holds the weights as they were when it was made, and the model's small modules themselves. Products are computed in
+    the type of the precision; norms, the residual stream, logits and what stands before the blocks in float32.
     """
 
-    def __init__(self, model: SFTok, teacher: Teacher | None, precision: InferencePrecision) -> None:
-        self.model, self.teacher, self.precision = model, teacher, precision
+    def __init__(
+        self,
+        model: SFTok,
+        teacher: Teacher | None,
+        precision: InferencePrecision,
+        *,
+        compile: bool = False,
+        is_packed: bool | None = None,
+    ) -> None:
+        """Prepare the weights; `is_packed` is how CPUs do it unless they compile, None what suits the device.
+
+        Raises:
+            ValueError: a compiler is missing.
+        """
+        self.model, self.teacher, self.dtype = model, teacher, DTYPES[precision]
         self.device, decoder = model.quantizer.embedding.device, model.decoder
         with torch.no_grad():
             self.codebook_KD = model.quantizer.codebook().float()
-        self.transformer: Callable[[Tensor, slice], Tensor] = decoder.transformer
         hidden, logits = _linears(decoder.head)
-        self.hidden: Callable[[Tensor], Tensor] = hidden
-        self.logits: Callable[[Tensor], Tensor] = logits
-        if self.device.type == "cpu":
-            self.transformer = PackedTransformer(decoder.transformer, DTYPES[precision])
-            self.hidden, self.logits = pack(hidden, DTYPES[precision]), pack(logits, torch.float32)
+        self.transformer: Callable[[Tensor, slice], Tensor]
+        self.head: Callable[[Tensor], Tensor]
+        if self.device.type == "cpu" and not compile if is_packed is None else is_packed:
+            self.transformer = PackedTransformer(decoder.transformer, self.dtype)
+            self.hidden, self.logits = pack(hidden, self.dtype), pack(logits, torch.float32)
+            self.head = self._packed_head
+        else:
+            self.transformer = CastTransformer(decoder.transformer, self.dtype, compile=compile)
+            self.head = CastHead(hidden, logits, self.dtype)
         pixels = model.pixel_decoder if model.pixel_decoder is not None else teacher and teacher.decoder
-        self.pixels = None if pixels is None else copy.deepcopy(pixels).to(dtype=DTYPES[precision])
-        if self.pixels is not None:
-            self.pixels = self.pixels.to(memory_format=torch.channels_last)
+        self.pixels = None if pixels is None else PreparedPixels(pixels, self.dtype, self.device, compile=compile)
 
     @torch.inference_mode()
     def predict_proxy(
-        self, codes_BN: Tensor, decoding: DecodingConfig, generators: list[torch.Generator] | None = None
+        self, codes_BN: Tensor, decoding: DecodingConfig, keys_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Codes (B, N) to proxy codes (B, P) and the last step's logits (B, P, V), as `SFTok.predict_proxy` does."""
-        decoder, z_q = self.model.decoder, F.embedding(codes_BN.to(self.device), self.codebook_KD)
+        given = self.given(codes_BN)
         return decode_steps(
-            self._step,
-            decoder.all_masked(z_q),
-            decoder.latents(z_q),
+            self.step,
+            self.model.decoder.all_masked(given),
+            given,
             num_steps=decoding.num_steps,
             temperature=decoding.temperature,
-            generators=generators,
+            keys_B=None if keys_B is None else keys_B.to(self.device),
         )
 
-    def _step(self, ids_BP: Tensor, latent_BNW: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def given(self, codes_BN: Tensor) -> Tensor:
+        """What of codes (B, N) every step is given, (B, N, W)."""
+        return self.model.decoder.latents(F.embedding(codes_BN.to(self.device), self.codebook_KD))
+
+    @torch.inference_mode()
+    def step(self, ids_BP: Tensor, latent_BNW: Tensor) -> Tensor:
+        """Proxy codes (B, P), hidden ones among them, and what `given` made of codes to logits (B, P, V) float32."""
         decoder = self.model.decoder
-        with autocast(self.device, self.precision):
-            y_BPW = self.transformer(decoder.sequence(ids_BP, latent_BNW), decoder.kept)
-            hidden = self.hidden(y_BPW.to(DTYPES[self.precision]))
+        return self.head(self.transformer(decoder.sequence(ids_BP, latent_BNW), decoder.kept))
+
+    def _packed_head(self, y_BPW: Tensor) -> Tensor:
         # In float32 whatever the precision: bf16 logits tie by the hundred, and ties decide which positions stay.
-        return self.logits(hidden.float().tanh_())
+        return self.logits(self.hidden(y_BPW.to(self.dtype)).float().tanh_())
 
     @torch.inference_mode()
     def render(self, proxy_BP: Tensor, logits_BPV: Tensor) -> Tensor:
@@ -202,8 +224,7 @@ class PreparedDecoder:
         else:
             assert self.teacher is not None
             vectors_BPC = self.teacher.codebook(proxy_BP)
-        grid = to_grid(vectors_BPC).to(DTYPES[self.precision], memory_format=torch.channels_last)
-        return self.pixels(grid).float().clamp(0, 1)
+        return self.pixels(to_grid(vectors_BPC))
 
 
 def _linears(head: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
@@ -217,13 +238,6 @@ def to_patches(images_B3HW: Tensor, size: int) -> Tensor:
     """Images to flattened patches, row-major, in the order of a convolution's weights: (B, P, 3 * size * size)."""
     patches = images_B3HW.unflatten(3, (-1, size)).unflatten(2, (-1, size))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def autocast(device: torch.device, precision: InferencePrecision) -> AbstractContextManager[object]:
-    """Autocast on devices that compute by it; packed weights have their type already."""
-    if device.type == "cpu" or precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 def prepare_encoder(model: SFTok, precision: str = "fp32", *, compile: bool = False) -> PreparedEncoder:
@@ -240,13 +254,21 @@ def prepare_encoder(model: SFTok, precision: str = "fp32", *, compile: bool = Fa
     return PreparedEncoder(model, _checked(precision), compile=compile)
 
 
-def prepare_decoder(model: SFTok, teacher: Teacher | None, precision: str = "fp32") -> PreparedDecoder:
+def prepare_decoder(
+    model: SFTok, teacher: Teacher | None, precision: str = "fp32", *, compile: bool = False
+) -> PreparedDecoder:
     """Prepare a tokenizer, and its teacher where it has no pixel decoder, for decoding; once a worker.
 
+    Args:
+        model: the tokenizer.
+        teacher: the teacher, needed for images where the tokenizer has no pixel decoder.
+        precision: arithmetic of the products, fp32 or bf16.
+        compile: whether blocks and the pixel decoder are compiled; for CUDA, and for batches of one size.
+
     Raises:
-        ValueError: there is no such precision.
+        ValueError: there is no such precision, or a compiler is missing.
     """
-    return PreparedDecoder(model, teacher, _checked(precision))
+    return PreparedDecoder(model, teacher, _checked(precision), compile=compile)
 
 
 def _checked(precision: str) -> InferencePrecision:

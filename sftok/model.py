@@ -77,7 +77,7 @@ class SFTok(nn.Module):
 
     @torch.no_grad()
     def predict_proxy(
-        self, codes_BN: Tensor, decoding: DecodingConfig, generators: list[torch.Generator] | None = None
+        self, codes_BN: Tensor, decoding: DecodingConfig, keys_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Codes (B, N) to proxy codes (B, P) and the last step's logits (B, P, V), by iterative decoding."""
         z_q = self.quantizer.lookup(codes_BN)
@@ -87,7 +87,7 @@ class SFTok(nn.Module):
             z_q,
             num_steps=decoding.num_steps,
             temperature=decoding.temperature,
-            generators=generators,
+            keys_B=keys_B,
         )
 
     def render(self, proxy_BP: Tensor, logits_BPV: Tensor, teacher: Teacher | None) -> Tensor:

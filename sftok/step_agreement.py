@@ -100,7 +100,7 @@ def decode_logits(
     *,
     num_steps: int,
     temperature: float = 0.0,
-    generators: list[torch.Generator] | None = None,
+    keys_B: Tensor | None = None,
 ) -> list[Tensor]:
     """Every step's logits (B, P, V) of iterative decoding; the arguments are those of `decode_steps`.
 
@@ -113,5 +113,5 @@ def decode_logits(
         seen.append(decoder(ids_BP, given_BND))
         return seen[-1]
 
-    decode_steps(noted, first_ids_BP, z_q_BND, num_steps=num_steps, temperature=temperature, generators=generators)
+    decode_steps(noted, first_ids_BP, z_q_BND, num_steps=num_steps, temperature=temperature, keys_B=keys_B)
     return seen

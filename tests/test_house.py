@@ -14,7 +14,7 @@ MATHS = ["sftok/transformer", "sftok/encoder", "sftok/quantizer", "sftok/decoder
 MATHS += ["sftok/losses", "sftok/metrics", "sftok/diff_augment", "generator/model", "generator/sample"]
 MATHS += ["generator/space", "generator/orders", "generator/filters", "generator/flops", "generator/masked"]
 MATHS += ["generator/masked_sample", "generator/objectives", "sftok/step_agreement", "sftok/frechet", "sftok/scores"]
-MATHS += ["sftok/resampling", "infra/transfer"]
+MATHS += ["sftok/resampling", "sftok/noise", "sftok/nearest", "infra/transfer"]
 ONLY_IN = {"prefect": "flows/", "ray": "infra/cluster.py", "typer": "flows/cli"}
 
 

@@ -178,12 +178,8 @@ def test_sinkhorn_is_assigned_as_in_training() -> None:
 def test_prepared_decoding_is_the_models(temperature: float) -> None:
     made, codes = model(), codes_of(5)
     decoding = DecodingConfig(num_steps=4, temperature=temperature)
-
-    def noise() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed) for seed in range(5)]
-
-    proxy, logits = made.predict_proxy(codes, decoding, noise())
-    prepared_proxy, prepared_logits = prepare_decoder(made, None).predict_proxy(codes, decoding, noise())
+    proxy, logits = made.predict_proxy(codes, decoding, torch.arange(5))
+    prepared_proxy, prepared_logits = prepare_decoder(made, None).predict_proxy(codes, decoding, torch.arange(5))
     assert torch.equal(prepared_proxy, proxy)
     assert torch.allclose(prepared_logits, logits, atol=1e-4)
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from infra.training import generator_of
 from sftok.alignment_metrics import AlignmentFigures, AlignmentMeter
 from sftok.config import DecodingConfig
 from sftok.decoder import decode_steps
@@ -87,12 +86,9 @@ def test_the_logits_are_those_that_decoding_goes_by(temperature: float) -> None:
     z_q = model.quantizer.lookup(torch.arange(24).view(3, 8))
     first = model.decoder.all_masked(z_q)
 
-    def generators() -> list[torch.Generator]:
-        return [generator_of("noise", i) for i in range(3)]
-
-    given = {"num_steps": 4, "temperature": temperature}
-    logits = decode_logits(model.decoder, first, z_q, generators=generators(), **given)
-    _, last = decode_steps(model.decoder, first, z_q, generators=generators(), **given)
+    given = {"num_steps": 4, "temperature": temperature, "keys_B": torch.arange(3)}
+    logits = decode_logits(model.decoder, first, z_q, **given)
+    _, last = decode_steps(model.decoder, first, z_q, **given)
     assert len(logits) == 4
     assert torch.equal(logits[-1], last)
     assert torch.equal(logits[0], model.decoder(first, z_q))

@@ -1,0 +1,55 @@
+"""Noise by counting: a pure function of an image's key, of which draw it is and of the place in it.
+
+No generator has a state, so an image's noise does not depend on its batch, and what a CPU and a GPU draw is the same
+integers; the logarithms of them may differ in the last bit. The generator is SplitMix64 (Steele et al. 2014): a key's
+outputs are keys of its draws, whose outputs are the numbers.
+
+Shapes: B images.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # int64 for uint64, as all numbers here
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+_SHIFTS = (30, 27, 31)
+_BITS = 23  # of a uniform number, whose halves between two of them float32 still holds: never 0, never 1
+
+
+def gumbel(keys_B: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard Gumbel noise (B, *shape) float32, on the keys' device.
+
+    Args:
+        keys_B: int64, one an image.
+        draw: from 0; each is independent of the others.
+        shape: of an image's noise.
+    """
+    count = math.prod(shape)
+    draw_B = splitmix(keys_B + _signed((draw + 1) * _INCREMENT))
+    places_N = torch.arange(1, count + 1, device=keys_B.device) * _INCREMENT
+    # An image at a time on CPUs, whose numbers then stay in the cache.
+    parts = draw_B.split(1 if keys_B.device.type == "cpu" else len(draw_B))
+    return torch.cat([_gumbel_of(splitmix(part[:, None] + places_N)) for part in parts]).view(-1, *shape)
+
+
+def splitmix(state: Tensor) -> Tensor:
+    """The output of SplitMix64 for a state, in place; integers wrap, as the algorithm wants it."""
+    for shift, multiplier in zip(_SHIFTS[:2], _MULTIPLIERS, strict=True):
+        state.bitwise_xor_(_shifted(state, shift)).mul_(multiplier)
+    return state.bitwise_xor_(_shifted(state, _SHIFTS[2]))
+
+
+def _signed(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift to the right as unsigned integers are."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _gumbel_of(bits: Tensor) -> Tensor:
+    uniform = _shifted(bits, 64 - _BITS).float().add_(0.5).mul_(2.0**-_BITS)
+    return uniform.log_().neg_().log_().neg_()
