@@ -10,7 +10,9 @@ from flows.instruments import EvaluationFacts, EvaluationInputs, Instruments, Re
 from flows.recipes import EvaluateConfig
 from flows.reconstruction import measure_reconstruction
 from flows.report_data import EvaluationReport
+from flows.samples_seen import evenly, see_samples
 from infra.progress import Progress, silent
+from sftok.features import RandomFeatures
 
 __all__ = ["Evaluated", "EvaluationFacts", "EvaluationInputs", "Reconstructed", "evaluate"]
 
@@ -23,17 +25,20 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(inputs: EvaluationInputs, config: EvaluateConfig, *, seed: int, progress: Progress = silent) -> Evaluated:
-    """Measure reconstructions at each step count, then samples, against real images.
+    """Pass the samples, then the training images, then reconstructions at each step count; and hold all side by side.
 
     Raises:
         ValueError: counts or shapes disagree, or there are too few images to measure.
     """
     check(inputs)
     total = len(config.steps) + 2
-    tools = Instruments.of(inputs, config, seed)
+    features = RandomFeatures(config.feature_seed, inputs.val_images.shape[-1])
+    samples = see_samples(inputs, features, is_read=config.class_reader, nearest_images=config.nearest_images)
+    held_out = inputs.val_images[evenly(len(inputs.val_images), config.nearest_images)]
+    tools = Instruments.of(inputs, config, seed, features=features, queries=(samples.near, held_out))
     progress(1, total, {})
     reconstruction = measure_reconstruction(tools, config.steps, step_done=lambda done: progress(1 + done, total, {}))
-    generation = measure_generation(tools)
+    generation = measure_generation(tools, samples)
     progress(total, total, {})
     report = EvaluationReport(
         class_names=inputs.class_names,

@@ -1,32 +1,32 @@
 """The evaluate stage's inputs, gathered from artifacts: images, codes, and the models that turn one into the other.
 
-Training images and codes stay in the store and are passed over a few times; of them only a class id an image is in
-memory, and the thumbnails of at most `evaluate.classifier_images`. What was held out, its reconstructions at one number
-of steps, and the samples are in memory, decoded: 196 KB an image at 256x256, 30 GB for 50,000 of each.
+Training images and codes stay in the store and are passed over; of them only a class id an image is in memory, and the
+thumbnails of at most `evaluate.classifier_images`. What was held out is in memory, decoded: 196 KB an image at 256x256,
+10 GB for 50,000. Reconstructions and samples are decoded some at a time, where the models are, and pass; of them stay
+figures and features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from flows.evaluation import EvaluationFacts, EvaluationInputs, Reconstructed, evaluate
 from flows.image_scores import scorer_of
 from flows.report_data import FinalAgreement
-from flows.stage import Result, Work
+from flows.stage import CPU, Result, Work
 from infra.codes import CodeRows, CodesInfo, load_codes, read_codes
 from infra.pretrained import read_pretrained
 from infra.shards import put
 from infra.store import Store
-from infra.training import default_device, generator_of
 from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import DecodingConfig
 from sftok.data import ImageRows
-from sftok.decode import ImageDecoder
-from sftok.model import SFTok
+from sftok.decode import ImageDecoder, noise_keys
 from sftok.perceptual import load_lpips
 from sftok.preprocess import PREPROCESSING, to_float
 from sftok.proxy import Teacher
@@ -35,6 +35,8 @@ from sftok.stored_images import StoredImages
 
 EVALUATION = "evaluation.json"
 PICTURES = "pictures/"
+_COMPILED_FROM = 20_000  # images that are decoded on a GPU: compiling takes half a minute
+_DECODED = 64  # images that pass at once, or a micro-batch
 _ROWS_READ = 1 << 14  # codes that are counted or looked up at once
 
 
@@ -95,24 +97,39 @@ def _inputs(work: Work) -> EvaluationInputs:
         _in_order(val_codes, val),
         read_codes(store, work.keys("samples", "sample"))[1],
     )
-    device = default_device()
+    device = work.job.device
     teacher, model = (
         load_teacher(work.folder("teacher")).to(device),
         load_tokenizer(work.folder("tokenizer")).to(device),
     )
-    decoder = ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed)
+    decoder = ImageDecoder(
+        model,
+        teacher,
+        micro_batch=recipe.encode.micro_batch,
+        seed=recipe.seed,
+        precision=recipe.decoding.arithmetic,
+        compile=device != CPU
+        and len(val.image_ids) * len(recipe.evaluate.steps) + len(codes.samples.image_id) >= _COMPILED_FROM,
+    )
     val_proxy = _teacher_codes(teacher, val.images, recipe.encode.micro_batch)
 
-    def reconstruct(num_steps: int) -> Reconstructed:
+    def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[Reconstructed]:
         decoding = recipe.decoding.model_copy(update={"num_steps": num_steps})
-        decoded = decoder(torch.from_numpy(codes.val.codes).long(), codes.val.image_id, decoding)
-        return Reconstructed(decoded.images, decoded.proxy_codes, val_proxy)
+        chosen = list(range(len(val.image_ids)) if rows is None else rows)
+        given, ids = torch.from_numpy(codes.val.codes[chosen]).long(), [val.image_ids[row] for row in chosen]
+        at = 0
+        for made in decoder.decode_all(given, ids, decoding, at_once=_DECODED):
+            part = chosen[at : at + len(made.images)]
+            at += len(part)
+            yield Reconstructed(made.images, made.proxy_codes, val_proxy[part])
 
-    def decode_samples() -> Tensor:
-        return decoder(torch.from_numpy(codes.samples.codes).long(), codes.samples.image_id, recipe.decoding).images
+    def decode_samples() -> Iterator[Tensor]:
+        given = torch.from_numpy(codes.samples.codes).long()
+        for made in decoder.decode_all(given, codes.samples.image_id, recipe.decoding, at_once=_DECODED):
+            yield made.images
 
     def agreement() -> FinalAgreement:
-        return _agreement(work, model, codes.val, val_proxy)
+        return _agreement(work, decoder, codes.val, val_proxy)
 
     return EvaluationInputs(
         class_names=info.class_names or (),
@@ -132,33 +149,35 @@ def _inputs(work: Work) -> EvaluationInputs:
         lpips=_lpips(work),
         scorer=scorer_of(work),
         reader_rows=train.sample(recipe.evaluate.classifier_images, recipe.seed),
+        device=device,
     )
 
 
 @torch.no_grad()
-def _agreement(work: Work, model: SFTok, codes: CodeRows, truth_BP: Tensor) -> FinalAgreement:
+def _agreement(work: Work, decoder: ImageDecoder, codes: CodeRows, truth_BP: Tensor) -> FinalAgreement:
     """How near each decoding step's prediction of held-out images is to the last one's, in micro-batches."""
-    recipe, device = work.recipe, default_device()
+    prepared, predictor, size = decoder.decoder, decoder.predictor, decoder.micro_batch
     total: StepAgreement | None = None
-    for at in range(0, len(codes.image_id), recipe.encode.micro_batch):
-        rows, ids = (
-            codes.codes[at : at + recipe.encode.micro_batch],
-            codes.image_id[at : at + recipe.encode.micro_batch],
-        )
-        z_q = model.quantizer.lookup(torch.from_numpy(rows.astype(np.int64)).to(device))
+    for at in range(0, len(codes.image_id), size):
+        rows = torch.from_numpy(codes.codes[at : at + size].astype(np.int64))
+        count, ids = len(rows), codes.image_id[at : at + size]
+        if prepared.device.type != CPU:  # where it may be compiled, for batches of one size
+            rows = F.pad(rows, (0, 0, 0, size - count))
+            ids = [*ids, *[""] * (size - count)]
+        given = predictor.given(rows)
         logits = decode_logits(
-            model.decoder,
-            model.decoder.all_masked(z_q),
-            z_q,
-            num_steps=recipe.decoding.num_steps,
-            temperature=recipe.decoding.temperature,
-            generators=[generator_of(recipe.seed, "decode", image_id) for image_id in ids],
+            predictor.step,
+            prepared.model.decoder.all_masked(given),
+            given,
+            num_steps=work.recipe.decoding.num_steps,
+            temperature=work.recipe.decoding.temperature,
+            keys_B=noise_keys(decoder.seed, ids).to(prepared.device),
         )
-        found = StepAgreement.of(logits, truth_BP[at : at + len(ids)].to(device))
+        found = StepAgreement.of([one[:count] for one in logits], truth_BP[at : at + count].to(prepared.device))
         total = found if total is None else total + found
     assert total is not None, "`check` refuses an evaluation without held-out images"
     return FinalAgreement(
-        num_steps=recipe.decoding.num_steps,
+        num_steps=work.recipe.decoding.num_steps,
         num_images=len(codes.image_id),
         kl=tuple(total.kl),
         top1=tuple(total.top1),
@@ -171,13 +190,13 @@ def _lpips(work: Work) -> Callable[[Tensor, Tensor], Tensor] | None:
     if not config.is_given:
         return None
     model = load_lpips(read_pretrained(config, work.job.store, "evaluate.lpips"), "evaluate.lpips")
-    device = default_device()
+    device = work.job.device
     model = model.to(device)
 
     @torch.no_grad()
     def distances(images: Tensor, originals: Tensor) -> Tensor:
-        pairs = zip(images.split(size), originals.split(size), strict=True)
-        return torch.cat([model(to_float(a).to(device), to_float(b).to(device)).cpu() for a, b in pairs])
+        pairs = zip(images.to(device).split(size), originals.to(device).split(size), strict=True)
+        return torch.cat([model(to_float(a), to_float(b)) for a, b in pairs])
 
     return distances
 

@@ -1,11 +1,12 @@
-"""Inception features of many images: one file for each shard, taken by Ray workers, resumed by shards, and kept.
+"""Inception features of many images, one file for each shard, and kept: whoever scores alike finds them again.
 
-Of real images they are what others are compared with; of samples and reconstructions, what is compared. Whoever scores
-alike finds them again: an artifact `features` is named by images, the extractor's hash, the resize and the precision.
+Of real images, what others are compared with, Ray workers take them, resumed by shards. Of samples and reconstructions
+they are taken as the decoded images pass by everything that measures them, since decoding costs more than all else.
+An artifact `features` is named by images, the extractor's hash, the resize and the precision.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,17 +16,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flows.recipe import ScoresConfig
-from flows.stage import Work
+from flows.stage import Work, computed, decoding_what, give_up_others
 from infra.artifacts import ArtifactRef, Manifest, Plan, find, folder_of, key_of, publish
 from infra.codes import read_codes
+from infra.device import IEEE, NumericsConfig, device_facts, use_numerics
+from infra.made_on import begin_shards
 from infra.pretrained import PretrainedConfig
 from infra.shards import FileEntry, shard_entry, write_shard
 from infra.store import Store
-from infra.training import default_device
 from infra.workers import map_shards
-from sftok.artifacts import load_teacher, load_tokenizer
 from sftok.config import DecodingConfig
-from sftok.decode import ImageDecoder
 from sftok.inception_fast import PreparedInception, prepare_inception
 from sftok.inception_file import read_inception
 from sftok.measures import Features
@@ -51,19 +51,6 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How codes become the images that are looked at."""
-
-    tokenizer: Store
-    teacher: Store
-    config: DecodingConfig
-    micro_batch: int
-    seed: int
-    variant: str | None = None
-    """the view whose codes are looked at; None: all."""
-
-
-@dataclass(frozen=True)
 class FeatureJob:
     """What every worker needs; small and picklable."""
 
@@ -73,45 +60,108 @@ class FeatureJob:
     resize: Resize
     precision: str
     image_size: int
-    decoding: Decoding | None = None
-    """of shards of codes; None: the shards are images."""
+    device: str
+    numerics: NumericsConfig = IEEE
 
 
 class ShardFeatures:
-    """A worker: holds the networks, takes the features of one shard a call, some images in memory at a time."""
+    """A worker: holds the network, takes the features of one shard of images a call, some in memory at a time."""
 
     def __init__(self, job: FeatureJob) -> None:
-        self.job, device = job, default_device()
+        self.job = job
+        use_numerics(job.numerics, job.device)
+        begin_shards(job.out, device_facts(job.device, job.numerics))
         network = read_inception(job.inception, job.store, "evaluate.scores.inception")
-        self.network = prepare_inception(network, precision=job.precision, device=device)
-        self.decoder: ImageDecoder | None = None
-        if (decoding := job.decoding) is not None:
-            model, teacher = load_tokenizer(decoding.tokenizer).to(device), load_teacher(decoding.teacher).to(device)
-            self.decoder = ImageDecoder(model, teacher, micro_batch=decoding.micro_batch, seed=decoding.seed)
+        self.network = prepare_inception(network, precision=job.precision, device=job.device)
 
     def __call__(self, shard: Shard) -> FileEntry:
         """Take the features of a shard; one that is done is not done again."""
         if (done := shard_entry(self.job.out, shard.name)) is not None:
             return done
-        made = joined(features_of(self.network, images, self.job.resize) for images in self._images(shard))
-        return write_shard(self.job.out, shard.name, save(_tensors(made)), len(made))
+        images = StoredImages(self.job.store, {shard.key: shard.rows}, self.job.image_size)
+        batches = images.split(max(BATCH, self.network.batches.whole))
+        return _write(
+            self.job.out, shard.name, joined(features_of(self.network, some, self.job.resize) for some in batches)
+        )
 
-    def _images(self, shard: Shard) -> Iterator[Tensor]:
-        if self.decoder is None or self.job.decoding is None:
-            yield from StoredImages(self.job.store, {shard.key: shard.rows}, self.job.image_size).split(BATCH)
-            return
-        _, rows = read_codes(self.job.store, [shard.key])
-        wanted = self.job.decoding.variant
-        chosen = [at for at, variant in enumerate(rows.variant) if wanted in (None, variant)]
-        codes, ids = torch.from_numpy(rows.codes.astype("int64"))[chosen], [rows.image_id[at] for at in chosen]
-        size = -(-BATCH // self.job.decoding.micro_batch) * self.job.decoding.micro_batch
-        for at in range(0, len(codes), size):
-            yield self.decoder(codes[at : at + size], ids[at : at + size], self.job.decoding.config).images
+
+class PassingFeatures:
+    """Features of images that pass, taken with a network."""
+
+    def __init__(self, network: PreparedInception, resize: Resize) -> None:
+        self.network, self.resize = network, resize
+        self._parts: list[Features] = []
+
+    def add(self, images: Tensor) -> None:
+        """See the next uint8 images (n, 3, S, S), on any device."""
+        self._parts.append(features_of(self.network, images, self.resize))
+
+    def features(self) -> Features:
+        """Those of all images so far."""
+        return joined(self._parts)
+
+
+class KeptFeatures(PassingFeatures):
+    """The same of decoded images, kept as an artifact; where they were taken before, images pass unseen."""
+
+    def __init__(
+        self,
+        network: PreparedInception,
+        resize: Resize,
+        *,
+        store: Store,
+        plan: Plan,
+        shards: Sequence[Shard],
+        facts: Mapping[str, str],
+        places: Tensor | None = None,
+    ) -> None:
+        """Look whether they are in the store.
+
+        Args:
+            network: what takes them.
+            resize: how images come to the network's size.
+            store: where they are kept.
+            plan: what identifies them.
+            shards: the files that are written.
+            facts: of the device that computes them.
+            places: where in the files each image lies; by default they come in the files' order.
+        """
+        super().__init__(network, resize)
+        self.store, self.plan, self.shards, self.facts, self.places = store, plan, shards, facts, places
+        self._made = find(store, plan)
+
+    def add(self, images: Tensor) -> None:
+        """See the next uint8 images (n, 3, S, S), on any device."""
+        if self._made is None:
+            super().add(images)
+
+    def features(self) -> Features:
+        """Those of all images, in the order of the files.
+
+        Raises:
+            ValueError: fewer images passed than the files are to have.
+        """
+        if self._made is None:
+            self._made = self._publish(super().features())
+        return joined(feature_shards(self.store, self._made))
+
+    def _publish(self, found: Features) -> Manifest:
+        if len(found) != sum(shard.rows for shard in self.shards):
+            raise ValueError(f"{len(found)} images passed, of {sum(shard.rows for shard in self.shards)}")
+        if self.places is not None:
+            found = found.rows(torch.argsort(self.places))
+        out, files, at = folder_of(self.store, self.plan.kind, self.plan.digest), [], 0
+        begin_shards(out, self.facts)
+        for shard in self.shards:
+            some = found.rows(torch.arange(at, at + shard.rows))
+            files.append(shard_entry(out, shard.name) or _write(out, shard.name, some))
+            at += shard.rows
+        return publish(self.store, self.plan, files=files, counts={"images": len(found)}, metrics={}, seconds=0)
 
 
 def features_of(network: PreparedInception, images: Tensor, how: Resize) -> Features:
     """Features of uint8 images (n, 3, S, S), in memory of this machine."""
-    made = [network(batch, how) for batch in images.split(BATCH)]
+    made = [network(batch, how) for batch in images.split(max(BATCH, network.batches.whole))]
     return joined(Features(one.pool.cpu(), one.spatial.cpu(), one.logits.cpu()) for one in made)
 
 
@@ -126,59 +176,102 @@ def joined(parts: Iterable[Features]) -> Features:
 
 
 def of_real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, split: str = "train") -> Manifest:
-    """Features of the training images, or of those that are held out, found or taken.
+    """Features of the training images, or of those that are held out, found or taken by workers.
 
     Raises:
         ValueError: the network's weights are not there, or are others.
     """
-    inputs = {"images": work.ref("images")}
-    return _find_or_take(work, config, protocol, {"split": split}, inputs, work.rows("images", split), None)
+    store, inputs = work.job.store, {"images": work.ref("images")}
+    plan = _plan(work, config, protocol, {"split": split}, inputs)
+    if (made := find(store, plan)) is not None:
+        return made
+    assert protocol.resize != "none"
+    out, size, compute = folder_of(store, plan.kind, plan.digest), work.recipe.data.image_size, work.recipe.compute
+    if work.job.anew:
+        give_up_others(out, compute, work.job.workers)
+    job = FeatureJob(
+        store, out, config.inception, protocol.resize, config.precision, size, work.job.device, compute.numerics
+    )
+    shards = [Shard(key, count) for key, count in work.rows("images", split).items() if count]
+    files = map_shards(functools.partial(ShardFeatures, job), shards, options=work.job.workers)
+    counts = {"images": sum(file.rows or 0 for file in files)}
+    return publish(store, plan, files=files, counts=counts, metrics={}, seconds=0)
 
 
-def of_samples(work: Work, config: ScoresConfig, protocol: ScoreProtocol) -> Manifest:
-    """Features of the decoded samples, found or taken.
-
-    Raises:
-        ValueError: the network's weights are not there, or are others.
-    """
-    decoding = _decoding(work, work.recipe.decoding)
-    return _of_codes(work, config, protocol, {}, ("samples", work.rows("samples", "sample")), decoding)
+def of_samples(work: Work, config: ScoresConfig, protocol: ScoreProtocol, network: PreparedInception) -> KeptFeatures:
+    """What takes the features of the samples as they pass, in the order of their files."""
+    decoding = work.recipe.decoding
+    plan = _plan_of_codes(work, config, protocol, {}, "samples", decoding)
+    shards = [Shard(key, count) for key, count in work.rows("samples", "sample").items() if count]
+    return _kept(work, protocol, network, plan, shards)
 
 
-def of_reconstructions(work: Work, config: ScoresConfig, protocol: ScoreProtocol, num_steps: int) -> Manifest:
-    """Features of the held-out images' reconstructions in so many decoding steps, found or taken.
+def of_reconstructions(
+    work: Work, config: ScoresConfig, protocol: ScoreProtocol, network: PreparedInception, num_steps: int
+) -> KeptFeatures:
+    """What takes those of the held-out images' reconstructions as they pass, in the order of the images' ids."""
+    decoding = work.recipe.decoding.model_copy(update={"num_steps": num_steps})
+    plan = _plan_of_codes(work, config, protocol, {"variant": SHOWN}, "codes", decoding)
+    shards, ids = [], []
+    for key in work.keys("codes", "val"):
+        _, rows = read_codes(work.job.store, [key])
+        shown = [name for name, variant in zip(rows.image_id, rows.variant, strict=True) if variant == SHOWN]
+        shards += [Shard(key, len(shown))] if shown else []
+        ids += shown
+    by_id = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+    return _kept(work, protocol, network, plan, shards, by_id)
 
-    Raises:
-        ValueError: the network's weights are not there, or are others.
-    """
-    decoding = _decoding(work, work.recipe.decoding.model_copy(update={"num_steps": num_steps}), SHOWN)
-    return _of_codes(work, config, protocol, {"variant": SHOWN}, ("codes", work.rows("codes", "val")), decoding)
+
+def _kept(
+    work: Work,
+    protocol: ScoreProtocol,
+    network: PreparedInception,
+    plan: Plan,
+    shards: Sequence[Shard],
+    places: Tensor | None = None,
+) -> KeptFeatures:
+    assert protocol.resize != "none"
+    facts = device_facts(work.job.device, work.recipe.compute.numerics)
+    store = work.job.store
+    if work.job.anew:
+        give_up_others(folder_of(store, plan.kind, plan.digest), work.recipe.compute, work.job.workers)
+    return KeptFeatures(network, protocol.resize, store=store, plan=plan, shards=shards, facts=facts, places=places)
 
 
-def _decoding(work: Work, config: DecodingConfig, variant: str | None = None) -> Decoding:
-    recipe = work.recipe
-    tokenizer, teacher = work.folder("tokenizer"), work.folder("teacher")
-    return Decoding(tokenizer, teacher, config, recipe.encode.micro_batch, recipe.seed, variant)
-
-
-def _of_codes(
+def _plan_of_codes(
     work: Work,
     config: ScoresConfig,
     protocol: ScoreProtocol,
     which: dict[str, JsonValue],
-    codes: tuple[str, dict[str, int]],
-    decoding: Decoding,
-) -> Manifest:
-    name, rows = codes
+    codes: str,
+    decoding: DecodingConfig,
+) -> Plan:
     what: dict[str, JsonValue] = {
         **which,
-        "decoding": decoding.config.as_json(),
-        "micro_batch": decoding.micro_batch,
-        "seed": decoding.seed,
-        "threads": work.job.workers.threads_per_worker,
+        "decoding": decoding_what(decoding),
+        "micro_batch": work.recipe.encode.micro_batch,
+        "seed": work.recipe.seed,
+        "threads": work.recipe.threads,
     }
-    inputs = {each: work.ref(each) for each in (name, "tokenizer", "teacher")}
-    return _find_or_take(work, config, protocol, what, inputs, rows, decoding)
+    return _plan(work, config, protocol, what, {each: work.ref(each) for each in (codes, "tokenizer", "teacher")})
+
+
+def _plan(
+    work: Work,
+    config: ScoresConfig,
+    protocol: ScoreProtocol,
+    what: dict[str, JsonValue],
+    inputs: dict[str, ArtifactRef],
+) -> Plan:
+    taken: dict[str, JsonValue] = {
+        "extractor": protocol.extractor,
+        "extractor_sha256": protocol.extractor_sha256,
+        "resize": protocol.resize,
+        "precision": config.precision,
+        "image_size": work.recipe.data.image_size,
+        **computed(work.recipe.compute),
+    }
+    return Plan(kind="features", version=VERSION, config={**taken, **what}, inputs=inputs)
 
 
 def feature_shards(store: Store, made: Manifest) -> Iterator[Features]:
@@ -188,34 +281,7 @@ def feature_shards(store: Store, made: Manifest) -> Iterator[Features]:
         yield Features(tensors["pool"], tensors["spatial"], tensors["logits"])
 
 
-def _find_or_take(
-    work: Work,
-    config: ScoresConfig,
-    protocol: ScoreProtocol,
-    what: dict[str, JsonValue],
-    inputs: dict[str, ArtifactRef],
-    rows: dict[str, int],
-    decoding: Decoding | None,
-) -> Manifest:
-    taken: dict[str, JsonValue] = {
-        "extractor": protocol.extractor,
-        "extractor_sha256": protocol.extractor_sha256,
-        "resize": protocol.resize,
-        "precision": config.precision,
-        "image_size": work.recipe.data.image_size,
-    }
-    plan, store = Plan(kind="features", version=VERSION, config={**taken, **what}, inputs=inputs), work.job.store
-    if (made := find(store, plan)) is not None:
-        return made
-    assert protocol.resize != "none"
-    out, size = folder_of(store, plan.kind, plan.digest), work.recipe.data.image_size
-    job = FeatureJob(store, out, config.inception, protocol.resize, config.precision, size, decoding)
-    shards = [Shard(key, count) for key, count in rows.items() if count]
-    files = map_shards(functools.partial(ShardFeatures, job), shards, options=work.job.workers)
-    counts = {"images": sum(file.rows or 0 for file in files)}
-    return publish(store, plan, files=files, counts=counts, metrics={}, seconds=0)
-
-
-def _tensors(features: Features) -> dict[str, Tensor]:
+def _write(out: Store, name: str, features: Features) -> FileEntry:
     parts = {"pool": features.pool, "spatial": features.spatial, "logits": features.logits}
-    return {name: part.contiguous() for name, part in parts.items() if part is not None}
+    tensors = {key: part.contiguous() for key, part in parts.items() if part is not None}
+    return write_shard(out, name, save(tensors), len(features))

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from flows.report_data import Gallery, Picture, PictureRow
-from sftok.metrics import Images, Nearest
+from sftok.metrics import Images
+from sftok.nearest import Nearest
 
 Names = Sequence[str]
 Shown = Mapping[int, Tensor]  # some of the images, by index
@@ -86,15 +87,20 @@ def reconstruction_gallery(
     )
 
 
-def extreme_gallery(
-    pictures: Pictures, originals: Tensor, images: Tensor, psnr: Tensor, *, class_ids: Tensor, class_names: Names
-) -> Gallery:
-    """The reconstructions with the lowest, the middle and the highest PSNR, each beside its original."""
+def extremes_shown(psnr: Tensor) -> dict[str, list[int]]:
+    """Indices of the reconstructions with the lowest, the middle and the highest PSNR, by what they are called."""
     order = torch.argsort(psnr, stable=True).tolist()
     some = min(EXTREMES, len(order) // 3 or 1)
     middle = (len(order) - some) // 2
+    return {"worst": order[:some], "median": order[middle : middle + some], "best": order[-some:]}
+
+
+def extreme_gallery(
+    pictures: Pictures, originals: Tensor, images: Shown, psnr: Tensor, *, class_ids: Tensor, class_names: Names
+) -> Gallery:
+    """The reconstructions of `extremes_shown`, each beside its original."""
     rows = []
-    for title, chosen in (("worst", order[:some]), ("median", order[middle : middle + some]), ("best", order[-some:])):
+    for title, chosen in extremes_shown(psnr).items():
         row = []
         for index in chosen:
             name, decibels = name_of(int(class_ids[index]), class_names), f"{float(psnr[index]):.1f} dB"
@@ -110,13 +116,22 @@ def extreme_gallery(
     )
 
 
-def sample_gallery(pictures: Pictures, samples: Tensor, *, class_ids: Tensor, class_names: Names) -> Gallery:
-    """The first samples of each class."""
+def samples_shown(class_ids: Tensor) -> list[int]:
+    """Indices of the samples that are shown: the first ones of each class, class by class."""
+    firsts = class_balanced(class_ids, min(ROWS, len(set(class_ids.tolist()))))
+    return [
+        index for first in firsts for index in (class_ids == class_ids[first]).nonzero().flatten()[:SAMPLES].tolist()
+    ]
+
+
+def sample_gallery(pictures: Pictures, samples: Shown, *, class_ids: Tensor, class_names: Names) -> Gallery:
+    """The samples of `samples_shown`, a row a class."""
+    by_class: dict[int, list[int]] = {}
+    for index in samples_shown(class_ids):
+        by_class.setdefault(int(class_ids[index]), []).append(index)
     rows = []
-    for first in class_balanced(class_ids, min(ROWS, len(set(class_ids.tolist())))):
-        class_id = int(class_ids[first])
+    for class_id, chosen in by_class.items():
         name = name_of(class_id, class_names)
-        chosen = (class_ids == class_id).nonzero().flatten()[:SAMPLES].tolist()
         row = [
             pictures.add(f"samples/{index:06d}.png", samples[index], alt=f"Generated sample {n + 1} of class {name}")
             for n, index in enumerate(chosen)

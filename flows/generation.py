@@ -7,6 +7,7 @@ from torch import Tensor
 from flows.gallery import neighbour_gallery, sample_gallery
 from flows.instruments import Instruments, as_codes, code_batches, rows_of
 from flows.report_data import ConfusionMatrix, GenerationReport, Histogram, Measure
+from flows.samples_seen import SamplesSeen
 from sftok import metrics
 from sftok.class_agreement import confusion_matrix
 from sftok.frechet import frechet_distance
@@ -14,35 +15,35 @@ from sftok.frechet import frechet_distance
 _BINS = 32
 
 
-def measure_generation(tools: Instruments) -> GenerationReport:
-    """Decode the samples and compare them with real images: as distributions, by class, and one by one."""
-    inputs = tools.inputs
-    samples, classes = metrics.to_uint8(inputs.decode_samples()), as_codes(inputs.sample_classes)
-    if len(samples) != len(classes):
-        raise ValueError(f"{len(samples)} decoded samples, but {len(classes)} sample classes")
+def measure_generation(tools: Instruments, samples: SamplesSeen) -> GenerationReport:
+    """Compare the samples with real images: as distributions, by class, and one by one."""
+    inputs, classes = tools.inputs, samples.classes
     names = inputs.class_names
-    looked = _evenly(len(samples), tools.nearest_images)
-    held_out = inputs.val_images[_evenly(len(inputs.val_images), tools.nearest_images)]
-    nearest, nearest_real = metrics.nearest_distances([samples[looked], held_out], inputs.train_images)
+    nearest, nearest_real = tools.nearest
+    read = None
+    if tools.reader is not None and samples.thumbnails is not None:
+        read = tools.reader.read_thumbnails(samples.thumbnails.numpy())
     measures = (
-        *_distance_measures(tools, samples),
-        *_class_measures(tools, samples, classes),
+        *_distance_measures(tools, samples.features),
+        *_class_measures(tools, read, classes),
         *_memory_measures(tools, nearest.distances, nearest_real.distances),
-        *(inputs.scorer.generation(samples, {**tools.sampling(), "seeds": tools.seeds}) if inputs.scorer else ()),
     )
+    if inputs.scorer is not None and samples.scored is not None:
+        facts = {**tools.sampling(), "seeds": tools.seeds}
+        measures += inputs.scorer.generation(samples.scored, facts)
     confusion = None
-    if tools.reader is not None:
-        counts = confusion_matrix(tools.reader.read(samples), classes, len(names))
+    if read is not None:
+        counts = confusion_matrix(read, classes, len(names))
         confusion = ConfusionMatrix(counts=tuple(tuple(row) for row in counts.tolist()))
     return GenerationReport(
         measures=measures,
-        gallery=sample_gallery(tools.pictures, samples, class_ids=classes, class_names=names),
+        gallery=sample_gallery(tools.pictures, samples.shown, class_ids=classes, class_names=names),
         neighbours=neighbour_gallery(
             tools.pictures,
-            samples[looked],
+            samples.near,
             nearest=nearest,
             train=inputs.train_images,
-            class_ids=classes[looked],
+            class_ids=classes[samples.looked],
             class_names=names,
         ),
         distances=_histogram(nearest.distances, nearest_real.distances),
@@ -50,29 +51,24 @@ def measure_generation(tools: Instruments) -> GenerationReport:
     )
 
 
-def _evenly(count: int, most: int) -> Tensor:
-    """Indices of at most `most` of `count`, spread evenly: each is compared with every training image."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long()
-
-
-def _distance_measures(tools: Instruments, samples: Tensor) -> tuple[Measure, ...]:
+def _distance_measures(tools: Instruments, features_ND: Tensor) -> tuple[Measure, ...]:
     """Distance of samples to real images, also at the N of the floor (N biases it), and the floor of real images."""
     val, train = tools.inputs.val_images, tools.inputs.train_images
-    few = torch.from_numpy(tools.random.permutation(len(samples))[: len(val)])
+    few = torch.from_numpy(tools.random.permutation(len(features_ND))[: len(val)])
     label, reference = tools.features.label, ("real training images", len(train))
     return (
         Measure(
             name="generation.fd_random",
             label=f"{label}, samples",
             better="lower",
-            value=tools.frechet(samples, tools.train_moments),
-            protocol=tools.feature_protocol(len(samples), *reference, **tools.sampling()),
+            value=tools.frechet(features_ND, tools.train_moments),
+            protocol=tools.feature_protocol(len(features_ND), *reference, **tools.sampling()),
         ),
         Measure(
             name="generation.fd_random_same_n",
             label=f"{label}, no more samples than held-out images",
             better="lower",
-            value=tools.frechet(samples[few], tools.train_moments),
+            value=tools.frechet(features_ND[few], tools.train_moments),
             protocol=tools.feature_protocol(len(few), *reference, **tools.sampling()),
         ),
         Measure(
@@ -84,21 +80,21 @@ def _distance_measures(tools: Instruments, samples: Tensor) -> tuple[Measure, ..
     )
 
 
-def _class_measures(tools: Instruments, samples: Tensor, classes: Tensor) -> tuple[Measure, ...]:
-    """What the reader sees in samples; in real held-out images; and in samples whose labels were shuffled."""
+def _class_measures(tools: Instruments, seen: Tensor | None, classes: Tensor) -> tuple[Measure, ...]:
+    """What the reader has seen in samples; in real held-out images; and in samples whose labels were shuffled."""
     shuffled = classes[torch.from_numpy(tools.random.permutation(len(classes)))]
     read = (
-        tools.read("generation.class_agreement", "Samples show their class", samples, classes, **tools.sampling()),
+        tools.read("generation.class_agreement", "Samples show their class", seen, classes, **tools.sampling()),
         tools.read(
             "real.class_agreement",
             "Real held-out images read rightly",
-            tools.inputs.val_images,
+            tools.reader.read(tools.inputs.val_images) if tools.reader else None,
             tools.inputs.val_labels,
         ),
         tools.read(
             "generation.class_agreement_shuffled",
             "Control: samples with shuffled labels",
-            samples,
+            seen,
             shuffled,
             reference="classes of the samples, shuffled",
             **tools.sampling(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flows.feature_sets import (
+    PassingFeatures,
     feature_shards,
     features_of,
     joined,
@@ -15,12 +16,12 @@ from flows.feature_sets import (
     of_reconstructions,
     of_samples,
 )
+from flows.instruments import FeatureMeter
 from flows.recipe import ScoresConfig
 from flows.reference import real_images
 from flows.report_data import Measure, Protocol
 from flows.stage import Work
 from infra.store import Store
-from infra.training import default_device
 from sftok.inception_fast import PreparedInception, prepare_inception
 from sftok.inception_file import PUBLISHED_SHA256, read_inception
 from sftok.measures import Features, ImageScore, Reference, measure
@@ -41,35 +42,37 @@ class Scorer(NamedTuple):
     reference: Callable[[], Reference]
     """of samples; taken when it is first needed."""
     num_samples: int | None
-    features: Callable[[], Features] | None = None
-    """of all samples, where workers take them; None: they are taken of the images given."""
-    pairs: Callable[[int], tuple[Features, Features]] | None = None
-    """of all reconstructions in so many steps and of their originals; None: as `features`."""
+    kept: Callable[[int | None], PassingFeatures] | None = None
+    """what keeps features of reconstructions in so many steps, or of samples; None: they are taken and not kept."""
+    originals: Callable[[], Features] | None = None
+    """of the held-out images, where workers take them; None: they are taken of the images given."""
     seed: int = 0
 
+    def meter(self, num_steps: int | None = None) -> PassingFeatures:
+        """What sees the held-out images' reconstructions in so many steps, in order; without a number, the samples."""
+        return self.kept(num_steps) if self.kept else PassingFeatures(self.network, self.resize)
+
     def reconstruction(
-        self, images: Tensor, originals: Tensor, num_steps: int, facts: dict[str, object]
+        self, seen: FeatureMeter, originals: Tensor, num_steps: int, facts: dict[str, object]
     ) -> tuple[Measure, ...]:
         """Scores of reconstructions, held against their originals.
 
         Raises:
             ValueError: there are too few images.
         """
-        protocol = self._at(len(images))
-        if self.pairs:
-            features, real = self.pairs(num_steps)
-        else:
-            features, real = (features_of(self.network, some, self.resize) for some in (images, originals))
-        if not len(features) == len(real) == len(images):
+        protocol = self._at(len(originals))
+        features = seen.features()
+        real = self.originals() if self.originals else features_of(self.network, originals, self.resize)
+        if not len(features) == len(real) == len(originals):
             raise ValueError(
-                f"features of {len(features)} reconstructions and {len(real)} originals, of {len(images)} images: "
+                f"features of {len(features)} reconstructions and {len(real)} originals, of {len(originals)} images: "
                 "delete the folders of features and evaluate again"
             )
         reference = Reference.of(real, protocol, "the held-out images themselves")
-        scores = measure(protocol, features, reference)
+        scores = measure(protocol, features, reference, device=self.network.device)
         return measures_of(scores, "reconstruction", f"@{num_steps}", {**facts, "num_steps": num_steps})
 
-    def generation(self, samples: Tensor, facts: dict[str, object]) -> tuple[Measure, ...]:
+    def generation(self, seen: FeatureMeter, facts: dict[str, object]) -> tuple[Measure, ...]:
         """Scores of samples, held against the reference; those that are scored, and their order, a seed draws.
 
         Samples lie class by class: the first ones would be of the first classes, and so would the Inception Score's
@@ -79,10 +82,9 @@ class Scorer(NamedTuple):
             ValueError: there are fewer samples than the protocol takes.
         """
         wanted = self.num_samples or self.protocol.num_images
-        protocol = self._at(wanted)
-        found = self.features() if self.features else features_of(self.network, samples, self.resize)
+        protocol, found = self._at(wanted), seen.features()
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.seed))[:wanted]
-        scores = measure(protocol, found.rows(order), self.reference())
+        scores = measure(protocol, found.rows(order), self.reference(), device=self.network.device)
         return measures_of(scores, "generation", "", facts)
 
     def _at(self, count: int) -> ScoreProtocol:
@@ -105,23 +107,23 @@ def scorer_of(work: Work) -> Scorer | None:
     given = ReferenceFile.read(config.reference) if config.reference else None
     protocol = protocol_of(config, given)
     assert protocol.resize != "none"
-    prepared = prepare_inception(network, precision=config.precision, device=default_device())
+    prepared = prepare_inception(network, precision=config.precision, device=work.job.device)
 
     def reference() -> Reference:
         if given is not None:
             return given.reference(protocol, prepared)
         return real_images(work, config, protocol, work.recipe.seed)
 
-    def features() -> Features:
-        return joined(feature_shards(work.job.store, of_samples(work, config, protocol)))
+    def kept(num_steps: int | None) -> PassingFeatures:
+        if num_steps is None:
+            return of_samples(work, config, protocol, prepared)
+        return of_reconstructions(work, config, protocol, prepared, num_steps)
 
-    def pairs(num_steps: int) -> tuple[Features, Features]:
-        made = of_reconstructions(work, config, protocol, num_steps)
-        real = of_real_images(work, config, protocol, "val")
-        return joined(feature_shards(work.job.store, made)), joined(feature_shards(work.job.store, real))
+    def originals() -> Features:
+        return joined(feature_shards(work.job.store, of_real_images(work, config, protocol, "val")))
 
     return Scorer(
-        protocol, prepared, protocol.resize, reference, config.num_samples, features, pairs, seed=work.recipe.seed
+        protocol, prepared, protocol.resize, reference, config.num_samples, kept, originals, seed=work.recipe.seed
     )
 
 

@@ -1,6 +1,6 @@
 """What an evaluation is given, and the instruments that it sets up on real images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, runtime_checkable
 from typing import Protocol as Interface
@@ -19,17 +19,19 @@ from sftok import metrics
 from sftok.class_agreement import ClassReader, accuracy, thumbnails
 from sftok.features import RandomFeatures
 from sftok.frechet import frechet_distance
+from sftok.measures import Features
+from sftok.nearest import Nearest, NearestSearch
 
-_BATCH = 64  # training images that are looked at at once
+_BATCH = 64  # real images that are looked at at once
 ROUNDING = "clamp to [0, 1], times 255, round half to even, uint8"
 
 
 class Reconstructed(NamedTuple):
-    """Held-out images through the tokenizer and back, in the order of the held-out images."""
+    """Some held-out images through the tokenizer and back, on any device."""
 
     images: Tensor  # uint8 (n, 3, S, S)
-    proxy_codes: ArrayLike  # (n, P), predicted
-    teacher_codes: ArrayLike  # (n, P)
+    proxy_codes: Tensor  # (n, P), predicted
+    teacher_codes: Tensor  # (n, P)
 
 
 @runtime_checkable
@@ -40,16 +42,36 @@ class CodeBatches(Interface):
     def batches(self) -> Iterator[ArrayLike]: ...  # noqa: D102
 
 
+class FeatureMeter(Interface):
+    """Takes a scorer's features of images that pass."""
+
+    def add(self, images: Tensor) -> None:
+        """See the next uint8 images (n, 3, S, S), on any device."""
+
+    def features(self) -> Features:
+        """Those of all images so far, as whoever made this orders them."""
+
+
 class ImageScorer(Interface):
     """Scores images under a protocol of Inception's features."""
 
+    def meter(self, num_steps: int | None = None) -> FeatureMeter:
+        """What sees the held-out images' reconstructions in so many steps, in order; without a number, the samples."""
+
     def reconstruction(
-        self, images: Tensor, originals: Tensor, num_steps: int, facts: dict[str, Any]
+        self, seen: FeatureMeter, originals: Tensor, num_steps: int, facts: dict[str, Any]
     ) -> tuple[Measure, ...]:
         """Scores of reconstructions, held against their originals."""
 
-    def generation(self, samples: Tensor, facts: dict[str, Any]) -> tuple[Measure, ...]:
+    def generation(self, seen: FeatureMeter, facts: dict[str, Any]) -> tuple[Measure, ...]:
         """Scores of samples, held against the protocol's reference."""
+
+
+class Reconstruct(Interface):
+    """Reconstructs held-out images."""
+
+    def __call__(self, num_steps: int, rows: Sequence[int] | None = None) -> Iterable[Reconstructed]:
+        """Those numbered `rows`, by default all, in that order, some at a time."""
 
 
 class EvaluationFacts(Config):
@@ -68,7 +90,8 @@ class EvaluationFacts(Config):
 class EvaluationInputs:
     """Everything that is measured: images uint8 (n, 3, S, S), class ids (-1 = none), codes (n, N).
 
-    Training images and codes may lie elsewhere and are passed over; what was held out and what was made is in memory.
+    Training images and codes may lie elsewhere and are passed over; what was held out is in memory; what was made is
+    decoded some images at a time, once for all that looks at it.
     """
 
     class_names: tuple[str, ...]
@@ -77,17 +100,18 @@ class EvaluationInputs:
     val_images: Tensor
     val_labels: Tensor
     val_ids: list[str]
-    reconstruct: Callable[[int], Reconstructed]  # from a number of decoding steps
+    reconstruct: Reconstruct
     val_codes: ArrayLike
     train_codes: ArrayLike | CodeBatches  # all variants
     sample_codes: ArrayLike
     sample_classes: ArrayLike
-    decode_samples: Callable[[], Tensor]
+    decode_samples: Callable[[], Iterable[Tensor]]  # all of them, some at a time
     facts: EvaluationFacts
     agreement: Callable[[], FinalAgreement] | None = None  # of what decoding predicts on the way
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # of uint8 images and their originals, (n)
     scorer: ImageScorer | None = None  # None: random features alone
     reader_rows: Tensor | None = None  # indices of the training images that teach the class reader; None: all
+    device: str = "cpu"  # where figures are computed
 
 
 @dataclass(frozen=True)
@@ -101,23 +125,33 @@ class Instruments:
     reader: ClassReader | None
     random: np.random.Generator
     seeds: dict[str, int]
-    nearest_images: int
+    nearest: list[Nearest]
+    """the nearest training images of each set of queries."""
     pictures: Pictures = field(default_factory=Pictures)
 
     @classmethod
-    def of(cls, inputs: EvaluationInputs, config: EvaluateConfig, seed: int) -> "Instruments":
-        """Set up on the real images of `inputs`."""
-        features = RandomFeatures(config.feature_seed, inputs.val_images.shape[-1])
-        train_moments, reader = _seen_in_training(inputs, features, config.class_reader)
+    def of(
+        cls,
+        inputs: EvaluationInputs,
+        config: EvaluateConfig,
+        seed: int,
+        *,
+        features: RandomFeatures,
+        queries: Sequence[Tensor],
+    ) -> "Instruments":
+        """Set up on the real images of `inputs`, and look for the nearest training images of `queries` on the way."""
+        search = NearestSearch(queries, inputs.device)
+        train_moments, reader = _seen_in_training(inputs, features, search, is_read=config.class_reader)
+        val_features = [features(part.to(inputs.device)) for part in inputs.val_images.split(_BATCH)]
         return cls(
             inputs=inputs,
             features=features,
             train_moments=train_moments,
-            val_moments=metrics.FeatureMoments.of(features(inputs.val_images)),
+            val_moments=metrics.FeatureMoments.of(torch.cat(val_features)),
             reader=reader,
             random=np.random.Generator(np.random.PCG64(seed)),
             seeds={"evaluate": seed, "features": config.feature_seed, **inputs.facts.seeds},
-            nearest_images=config.nearest_images,
+            nearest=search.found(),
         )
 
     @property
@@ -125,9 +159,9 @@ class Instruments:
         rows = self.inputs.reader_rows
         return len(self.inputs.train_images if rows is None else rows)
 
-    def frechet(self, images: Tensor, reference: metrics.FeatureMoments) -> float:
-        """Fréchet distance of images to a reference, between random features."""
-        return frechet_distance(metrics.FeatureMoments.of(self.features(images)), reference)
+    def frechet(self, features_ND: Tensor, reference: metrics.FeatureMoments) -> float:
+        """Fréchet distance to a reference of images whose random features these are."""
+        return frechet_distance(metrics.FeatureMoments.of(features_ND.to(self.inputs.device)), reference)
 
     def protocol(self, num_images: int, **facts: Any) -> Protocol:
         """The protocol of a figure on images or codes that involve the tokenizer only."""
@@ -157,18 +191,18 @@ class Instruments:
             "cfg_scale": facts.cfg_scale,
         }
 
-    def read(self, name: str, label: str, images: Tensor, intended: Tensor, **facts: Any) -> Measure | None:
-        """How often the class reader sees the intended class; nothing where there is no reader."""
-        if self.reader is None:
+    def read(self, name: str, label: str, seen: Tensor | None, intended: Tensor, **facts: Any) -> Measure | None:
+        """How often the class reader has seen the intended class; nothing where there is no reader."""
+        if self.reader is None or seen is None:
             return None
         return Measure(
             name=name,
             label=label,
-            value=accuracy(self.reader.read(images), intended),
+            value=accuracy(seen, intended),
             unit="%",
             better="higher",
             protocol=self.protocol(
-                len(images),
+                len(seen),
                 extractor=f"{self.reader.name}, trained on {self._num_read:,} real training images",
                 definition="share of images read as the class that is meant",
                 **{"reference": "classes of the images", **facts},
@@ -177,7 +211,7 @@ class Instruments:
 
 
 def _seen_in_training(
-    inputs: EvaluationInputs, features: RandomFeatures, is_read: bool
+    inputs: EvaluationInputs, features: RandomFeatures, search: NearestSearch, *, is_read: bool
 ) -> tuple[metrics.FeatureMoments, ClassReader | None]:
     """What one pass over the training images gives: moments of their features, and a reader taught by thumbnails."""
     rows = inputs.reader_rows if inputs.reader_rows is not None else torch.arange(len(inputs.train_images))
@@ -186,7 +220,9 @@ def _seen_in_training(
     total: metrics.FeatureMoments | None = None
     kept, at = [], 0
     for batch in inputs.train_images.split(_BATCH):
-        moments = metrics.FeatureMoments.of(features(batch))
+        there = batch.to(inputs.device)
+        search.add(there)
+        moments = metrics.FeatureMoments.of(features(there))
         total = moments if total is None else total + moments
         if (here := is_kept[at : at + len(batch)]).any():
             kept.append(thumbnails(batch[here]))

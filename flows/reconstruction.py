@@ -2,16 +2,18 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from flows.gallery import extreme_gallery, reconstruction_gallery, reconstructions_shown
-from flows.instruments import CodeBatches, Instruments, Reconstructed, as_codes, code_batches
-from flows.report_data import Histogram, Measure, ReconstructionReport, StepMeasures
+from flows.gallery import extreme_gallery, extremes_shown, reconstruction_gallery, reconstructions_shown
+from flows.instruments import CodeBatches, FeatureMeter, Instruments, Reconstructed, code_batches
+from flows.report_data import Gallery, Histogram, Measure, ReconstructionReport, StepMeasures
 from sftok import metrics
+from sftok.class_agreement import thumbnail_rows
+from sftok.image_meter import ImageMeter, pair_figures
 
 _BARS = 64  # of the drawing of the codes' use
 
@@ -21,26 +23,15 @@ def measure_reconstruction(
 ) -> ReconstructionReport:
     """Reconstruct the held-out images at each number of decoding steps and compare; then count the codes.
 
-    Of one number of steps all reconstructions are in memory; those that are shown are kept.
+    Reconstructions pass some at a time, and are decoded once but for the few that turn out to be extremes.
     """
     inputs, by_steps, shown, extremes = tools.inputs, [], {}, None
-    indices = reconstructions_shown(inputs.val_labels)
     for done, num_steps in enumerate(steps):
-        made = Reconstructed(*inputs.reconstruct(num_steps))
-        shape, expected = tuple(made.images.shape), tuple(inputs.val_images.shape)
-        if shape != expected:
-            raise ValueError(f"reconstructions have shape {shape}, held-out images {expected}")
-        by_steps.append(StepMeasures(num_steps=num_steps, measures=_step_measures(tools, num_steps, made)))
-        shown[num_steps] = {index: metrics.to_uint8(made.images[index].clone()) for index in indices}
+        seen = _seen(tools, num_steps)
+        shown[num_steps] = seen.shown
+        by_steps.append(StepMeasures(num_steps=num_steps, measures=_step_measures(tools, num_steps, seen)))
         if done == len(steps) - 1:
-            extremes = extreme_gallery(
-                tools.pictures,
-                inputs.val_images,
-                metrics.to_uint8(made.images),
-                metrics.psnr(metrics.to_uint8(made.images), inputs.val_images),
-                class_ids=inputs.val_labels,
-                class_names=inputs.class_names,
-            )
+            extremes = _extremes(tools, num_steps, seen.figures["psnr"])
         step_done(done + 1)
     gallery = reconstruction_gallery(
         tools.pictures, inputs.val_images, shown, class_ids=inputs.val_labels, class_names=inputs.class_names
@@ -56,50 +47,100 @@ def measure_reconstruction(
     )
 
 
-def _step_measures(tools: Instruments, num_steps: int, made: Reconstructed) -> tuple[Measure, ...]:
-    images, originals = metrics.to_uint8(made.images), tools.inputs.val_images
-    n, steps = len(images), {"num_steps": num_steps, "temperature": tools.inputs.facts.temperature}
+class _Seen(NamedTuple):
+    """What is left of the reconstructions in one number of steps when they have passed."""
+
+    figures: ImageMeter
+    shown: dict[int, Tensor]
+    """images of the gallery, by index."""
+    scored: FeatureMeter | None
+
+
+def _seen(tools: Instruments, num_steps: int) -> _Seen:
+    inputs, meter = tools.inputs, ImageMeter()
+    shown: dict[int, Tensor] = {}
+    indices, expected = set(reconstructions_shown(inputs.val_labels)), inputs.val_images.shape
+    scored = inputs.scorer.meter(num_steps) if inputs.scorer else None
+    for made in itertools.starmap(Reconstructed, inputs.reconstruct(num_steps)):
+        at, images = meter.count, metrics.to_uint8(made.images)
+        originals = inputs.val_images[at : at + len(images)].to(images.device)
+        if images.shape != originals.shape:
+            raise ValueError(f"reconstructions have shape {tuple(images.shape)}, held-out images {tuple(expected)}")
+        teacher_codes = made.teacher_codes.to(made.proxy_codes.device)
+        figures = pair_figures(images, originals)
+        figures["code_agreement"] = metrics.code_agreement(made.proxy_codes, teacher_codes)
+        figures["features"] = tools.features(images)
+        if tools.reader is not None:
+            figures["thumbnails"] = thumbnail_rows(images)
+        if inputs.lpips is not None:
+            figures["lpips"] = inputs.lpips(images, originals)
+        if scored is not None:
+            scored.add(images)
+        shown |= {index: images[index - at].cpu() for index in range(at, at + len(images)) if index in indices}
+        meter.add(**figures)
+    if meter.count != len(inputs.val_images):
+        raise ValueError(f"reconstructions have shape ({meter.count}, ...), held-out images {tuple(expected)}")
+    return _Seen(meter, shown, scored)
+
+
+def _extremes(tools: Instruments, num_steps: int, psnr: Tensor) -> Gallery:
+    """The gallery of the best and worst reconstructions, which are decoded again: a handful, known at the end only."""
+    inputs, chosen = tools.inputs, sorted({i for row in extremes_shown(psnr).values() for i in row})
+    parts = [metrics.to_uint8(Reconstructed(*made).images).cpu() for made in inputs.reconstruct(num_steps, chosen)]
+    return extreme_gallery(
+        tools.pictures,
+        inputs.val_images,
+        dict(zip(chosen, torch.cat(parts), strict=True)),
+        psnr,
+        class_ids=inputs.val_labels,
+        class_names=inputs.class_names,
+    )
+
+
+def _step_measures(tools: Instruments, num_steps: int, seen: _Seen) -> tuple[Measure, ...]:
+    figures, n = seen.figures, seen.figures.count
+    steps: dict[str, Any] = {"num_steps": num_steps, "temperature": tools.inputs.facts.temperature}
     pairs = {"reference": "the held-out images themselves", "num_reference": n, **steps}
     psnr_text = f"mean over images of 10 log10(255^2 / MSE over RGB), identical images {metrics.PSNR_CEILING:.0f} dB"
     ssim_text = "Gaussian 11x11, sigma 1.5, no padding, mean over positions and RGB, then over images"
-    agreement = metrics.code_agreement(as_codes(made.proxy_codes), as_codes(made.teacher_codes))
+    read = tools.reader.read_thumbnails(figures["thumbnails"].numpy()) if tools.reader else None
     measures = [
         Measure(
             name=f"reconstruction.psnr@{num_steps}",
             label="PSNR",
             unit="dB",
             better="higher",
-            value=metrics.psnr(images, originals).mean().item(),
+            value=figures["psnr"].mean().item(),
             protocol=tools.protocol(n, definition=psnr_text, **pairs),
         ),
         Measure(
             name=f"reconstruction.ssim@{num_steps}",
             label="SSIM",
             better="higher",
-            value=metrics.ssim(images, originals).mean().item(),
+            value=figures["ssim"].mean().item(),
             protocol=tools.protocol(n, definition=ssim_text, **pairs),
         ),
         Measure(
             name=f"reconstruction.l1@{num_steps}",
             label="L1",
             better="lower",
-            value=metrics.l1(images, originals).mean().item(),
+            value=figures["l1"].mean().item(),
             protocol=tools.protocol(n, definition="mean absolute error over RGB in [0, 1], then over images", **pairs),
         ),
         Measure(
             name=f"reconstruction.l2@{num_steps}",
             label="L2",
             better="lower",
-            value=metrics.l2(images, originals).mean().item(),
+            value=figures["l2"].mean().item(),
             protocol=tools.protocol(n, definition="mean squared error over RGB in [0, 1], then over images", **pairs),
         ),
-        _lpips(tools, num_steps, images, pairs),
+        _lpips(tools, num_steps, figures, pairs),
         Measure(
             name=f"reconstruction.code_agreement@{num_steps}",
             label="Code agreement with the teacher",
             unit="%",
             better="higher",
-            value=agreement.mean().item(),
+            value=figures["code_agreement"].mean().item(),
             protocol=tools.protocol(
                 n,
                 reference="the teacher's codes of the held-out images",
@@ -114,32 +155,34 @@ def _step_measures(tools: Instruments, num_steps: int, made: Reconstructed) -> t
             name=f"reconstruction.fd_random@{num_steps}",
             label=tools.features.label,
             better="lower",
-            value=tools.frechet(images, tools.val_moments),
+            value=tools.frechet(figures["features"], tools.val_moments),
             protocol=tools.feature_protocol(n, "real held-out images", n, **steps),
         ),
         tools.read(
             f"reconstruction.class_agreement@{num_steps}",
             "Reconstructions keep their class",
-            images,
+            read,
             tools.inputs.val_labels,
             **steps,
         ),
     ]
+    found = tuple(measure for measure in measures if measure is not None)
     scorer = tools.inputs.scorer
-    scores = scorer.reconstruction(images, originals, num_steps, _decoding(tools)) if scorer else ()
-    return (*(measure for measure in measures if measure is not None), *scores)
+    if scorer is None or seen.scored is None:
+        return found
+    return (*found, *scorer.reconstruction(seen.scored, tools.inputs.val_images, num_steps, _decoding(tools)))
 
 
-def _lpips(tools: Instruments, num_steps: int, images: Tensor, pairs: dict[str, Any]) -> Measure | None:
-    if tools.inputs.lpips is None:
+def _lpips(tools: Instruments, num_steps: int, figures: ImageMeter, pairs: dict[str, Any]) -> Measure | None:
+    if "lpips" not in figures:
         return None
     definition = "VGG16, linear layers v0.1, RGB in [0, 1] times 2 minus 1, mean over images"
     return Measure(
         name=f"reconstruction.lpips@{num_steps}",
         label="LPIPS",
         better="lower",
-        value=tools.inputs.lpips(images, tools.inputs.val_images).double().mean().item(),
-        protocol=tools.protocol(len(images), extractor="LPIPS (VGG16)", definition=definition, **pairs),
+        value=figures["lpips"].double().mean().item(),
+        protocol=tools.protocol(figures.count, extractor="LPIPS (VGG16)", definition=definition, **pairs),
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flows.feature_sets import feature_shards, of_real_images
 from flows.recipe import ScoresConfig
-from flows.stage import Work
+from flows.stage import CPU, Work
 from infra.artifacts import Manifest
 from infra.lineage import resolve
 from infra.settings import Settings
@@ -27,7 +27,7 @@ def real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, seed:
     """
     made = of_real_images(work, config, protocol)
     store = work.job.store
-    pool, spatial = _statistics(store, made)
+    pool, spatial = _statistics(store, made, work.job.device)
     return Reference(
         description=f"the real training images of images/{work.ref('images').digest[:12]}",
         pool=pool,
@@ -62,16 +62,16 @@ def export_statistics(text: str, file: str, *, store: str | None) -> int:
     return manifest.counts["images"]
 
 
-def _statistics(store: Store, made: Manifest) -> tuple[Gaussian, Gaussian]:
-    """Of pool and of spatial features, one shard of them in memory at a time."""
+def _statistics(store: Store, made: Manifest, device: str = CPU) -> tuple[Gaussian, Gaussian]:
+    """Of pool and of spatial features, one shard of them in memory, and on the device, at a time."""
     pool = spatial = None
     for features in feature_shards(store, made):
         assert features.spatial is not None
-        pool = _added(pool, features.pool)
-        spatial = _added(spatial, features.spatial)
+        pool = _added(pool, features.pool.to(device))
+        spatial = _added(spatial, features.spatial.to(device))
     assert pool is not None, "a split without images is refused by prepare"
     assert spatial is not None
-    return Gaussian.of(pool), Gaussian.of(spatial)
+    return Gaussian.of(pool.to(CPU)), Gaussian.of(spatial.to(CPU))
 
 
 def _chosen(store: Store, made: Manifest, most: int, seed: int) -> Tensor:

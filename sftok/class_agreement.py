@@ -43,7 +43,11 @@ class ClassReader:
 
     def read(self, images: Tensor) -> Tensor:
         """The class id seen in each image, (n) int64."""
-        return torch.from_numpy(self._classifier.predict(thumbnails(images)).astype(np.int64))
+        return self.read_thumbnails(thumbnails(images))
+
+    def read_thumbnails(self, rows: np.ndarray) -> Tensor:
+        """The same of images of which only the thumbnails were kept."""
+        return torch.from_numpy(self._classifier.predict(rows).astype(np.int64))
 
 
 def accuracy(read: Tensor, intended: Tensor) -> float:
@@ -66,10 +70,15 @@ def confusion_matrix(read: Tensor, intended: Tensor, num_classes: int) -> Tensor
 
 def thumbnails(images: Tensor) -> np.ndarray:
     """Grey thumbnails in [0, 1], (n, 64) float64, by area averaging."""
+    return thumbnail_rows(images).cpu().numpy()
+
+
+def thumbnail_rows(images: Tensor) -> Tensor:
+    """The same as a tensor, where the images are."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (n, 3, S, S)")
-    batches = []
+    batches, luma = [], torch.tensor(_LUMA, dtype=torch.float64, device=images.device)
     for batch in torch.split(images, 256):
-        grey = torch.einsum("bchw,c->bhw", batch.double() / 255, torch.tensor(_LUMA, dtype=torch.float64))
+        grey = torch.einsum("bchw,c->bhw", batch.double() / 255, luma)
         batches.append(F.adaptive_avg_pool2d(grey.unsqueeze(1), THUMBNAIL).flatten(1))
-    return torch.cat(batches).numpy()
+    return torch.cat(batches)

@@ -32,6 +32,7 @@ class RandomFeatures:
         bits = np.random.PCG64(seed)
         self.image_size = image_size
         self.weights: list[Tensor] = []
+        self._placed: dict[torch.device, list[Tensor]] = {}
         channels = 3
         for level in range(image_size.bit_length() - 2):
             width = _WIDTHS[min(level, len(_WIDTHS) - 1)]
@@ -51,7 +52,10 @@ class RandomFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of the images, independent of how many are given: batches have one size, the last one is padded."""
+        """Features of the images, where these are, independent of how many are given.
+
+        Batches have one size; the last one is padded.
+        """
         expected = (3, self.image_size, self.image_size)
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected or not len(images):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (n, {str(expected)[1:-1]})")
@@ -60,8 +64,10 @@ class RandomFeatures:
     def _batch(self, images: Tensor) -> Tensor:
         maps = F.pad(images, (0, 0, 0, 0, 0, 0, 0, _BATCH - len(images))).float() / 127.5 - 1
         pools = []
-        for weight in self.weights:
-            maps = F.conv2d(maps, weight.to(maps.device), stride=2, padding=1).relu()
+        if maps.device not in self._placed:
+            self._placed[maps.device] = [weight.to(maps.device) for weight in self.weights]
+        for weight in self._placed[maps.device]:
+            maps = F.conv2d(maps, weight, stride=2, padding=1).relu()
             pools.append(maps.mean((2, 3)))
         return torch.cat(pools, dim=1)[: len(images)]
 

@@ -30,6 +30,10 @@ class Gaussian:
         """The Gaussian of merged moments."""
         return cls(total.mean, total.covariance, total.count)
 
+    def to(self, device: torch.device | str) -> "Gaussian":
+        """The same on a device."""
+        return Gaussian(self.mean.to(device), self.covariance.to(device), self.count)
+
     @cached_property
     def root(self) -> Tensor:
         """A (D, R) with A A' = covariance; computed once for all samples that are compared with this one."""
@@ -59,6 +63,10 @@ class FeatureRows:
             raise ValueError(f"features of {self.rows.shape[1]} and {other.rows.shape[1]} dimensions cannot be merged")
         return FeatureRows(torch.cat([self.rows, other.rows]))
 
+    def to(self, device: torch.device | str) -> "FeatureRows":
+        """The same on a device."""
+        return FeatureRows(self.rows.to(device))
+
     @cached_property
     def mean(self) -> Tensor:
         """The mean, (D) float64."""
@@ -76,7 +84,8 @@ def distance(samples: Gaussian | FeatureRows, reference: Gaussian | FeatureRows)
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) in float64, exact for singular covariances; never negative.
 
     With S = A A', the last trace is the sum of the singular values of A_a' A_b; where both have full rank, of the roots
-    of the eigenvalues of S_a S_b, which is faster. Samples as `FeatureRows` give a product of N rows only.
+    of the eigenvalues of S_a S_b, which is faster. Samples as `FeatureRows` give a product of N rows only. Computed
+    where both sides are, on one device.
     """
     if samples.mean.shape != reference.mean.shape:
         raise ValueError(
@@ -112,6 +121,9 @@ def _eigenvalues(S_a: Tensor, S_b: Tensor) -> Tensor | None:
 
     They are those of the symmetric L' S_a L with S_b = L L', which LAPACK forms in half the work of two products.
     """
+    if S_a.is_cuda:
+        cholesky, failed = torch.linalg.cholesky_ex(S_b)
+        return None if failed else torch.linalg.eigvalsh(cholesky.T @ S_a @ cholesky)
     try:
         values = scipy.linalg.eigh(
             S_a.cpu().numpy(), S_b.cpu().numpy(), type=2, eigvals_only=True, driver="gv", check_finite=False

@@ -7,7 +7,7 @@ belongs to the image that a file would hold.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 _MOMENT_ROWS = 4096  # of features turned into float64 at once: 64 MB of 2,048 dimensions
 _BATCH = 64  # images converted to float64 at once
-_BLOCK_BYTES = 1 << 26  # of float64 rows that are compared with others at once, and
-_BLOCK_ROWS = 1024  # of them at most
 
 
 class Images(Protocol):
@@ -57,30 +55,29 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, features_ND: Tensor) -> Self:
-        """The moments of one batch or shard of features, by blocks of rows, in order.
+        """The moments of one batch or shard of features, by blocks of rows, in order; of those on CUDA, on CUDA.
 
-        The sum of the moments of shards, in the order of the shards, equals those of one pass to rounding (1e-12).
+        The sum of the moments of shards, in the order of the shards, equals those of one pass to rounding (1e-12), and
+        those of another device too.
 
         Raises:
             ValueError: there are no features, or some are NaN or infinite.
         """
         if features_ND.ndim != 2 or not len(features_ND):
             raise ValueError(f"features have shape {tuple(features_ND.shape)}: give one row a sample, and one at least")
-        dims = features_ND.shape[1]
-        total, outer = np.zeros(dims), np.zeros((dims, dims))
-        for block in features_ND.split(_MOMENT_ROWS):
-            rows = block.detach().cpu().numpy().astype(np.float64)
-            total += rows.sum(0)
-            # NumPy sees that both sides are one array, and computes half of the symmetric product.
-            outer += rows.T @ rows
-        if not np.isfinite(total).all():
+        total, outer = (_sums_on_cuda if features_ND.is_cuda else _sums_on_cpu)(features_ND.detach())
+        if not torch.isfinite(total).all():
             raise ValueError("features hold NaN or infinite values: look at the images they were taken from")
-        return cls(len(features_ND), torch.from_numpy(total), torch.from_numpy(outer))
+        return cls(len(features_ND), total, outer)
 
     def __add__(self, other: "FeatureMoments") -> "FeatureMoments":
         if self.sum.shape != other.sum.shape:
             raise ValueError(f"features of {len(self.sum)} and of {len(other.sum)} dimensions cannot be merged")
         return FeatureMoments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
+
+    def to(self, device: torch.device | str) -> "FeatureMoments":
+        """The same on a device."""
+        return FeatureMoments(self.count, self.sum.to(device), self.outer.to(device))
 
     @property
     def mean(self) -> Tensor:
@@ -93,6 +90,30 @@ class FeatureMoments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, there are {self.count}")
         return (self.outer - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+
+
+def _sums_on_cpu(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum (D) and sum of outer products (D, D)."""
+    dims = features_ND.shape[1]
+    total, outer = np.zeros(dims), np.zeros((dims, dims))
+    for block in features_ND.split(_MOMENT_ROWS):
+        rows = block.cpu().numpy().astype(np.float64)
+        total += rows.sum(0)
+        # NumPy sees that both sides are one array, and computes half of the symmetric product.
+        outer += rows.T @ rows
+    return torch.from_numpy(total), torch.from_numpy(outer)
+
+
+def _sums_on_cuda(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where the features are, 64 MB of 2,048 dimensions in float64 at once."""
+    dims = features_ND.shape[1]
+    total = features_ND.new_zeros(dims, dtype=torch.float64)
+    outer = features_ND.new_zeros(dims, dims, dtype=torch.float64)
+    for block in features_ND.split(_MOMENT_ROWS):
+        rows = block.double()
+        total += rows.sum(0)
+        outer.addmm_(rows.T, rows)
+    return total, outer
 
 
 def psnr(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
@@ -195,52 +216,6 @@ def perplexity(codes_BT: Tensor, codebook_size: int) -> float:
 def perplexity_of(counts_K: Tensor) -> float:
     """The same of counts."""
     return float(2.0 ** entropy_of(counts_K))
-
-
-class Nearest(NamedTuple):
-    """The nearest reference of each query: distances (N) float64, and which ones, indices (N) int64."""
-
-    distances: Tensor
-    indices: Tensor
-
-
-def nearest_distance(queries: Tensor, references: Images) -> Nearest:
-    """Euclidean distance of each query to its nearest reference, and which one it is.
-
-    uint8 images are compared on the scale [0, 1], exactly: the squares are summed as integers.
-    """
-    return nearest_distances([queries], references)[0]
-
-
-def nearest_distances(queries: Sequence[Tensor], references: Images) -> list[Nearest]:
-    """`nearest_distance` of several sets of queries in one pass over the references, a block of them at a time."""
-    for some in queries:
-        if some.shape[1:] != references.shape[1:] or not len(references):
-            raise ValueError(f"cannot look for {tuple(some.shape[1:])} among references {tuple(references.shape)}")
-    rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // (8 * references.shape[1:].numel())))
-    squares = [torch.full((len(some),), torch.inf, dtype=torch.float64) for some in queries]
-    indices = [torch.zeros(len(some), dtype=torch.int64) for some in queries]
-    before = 0
-    for batch in references.split(rows):
-        block = batch.flatten(1).double()
-        for some, smallest, index in zip(queries, squares, indices, strict=True):
-            for at in range(0, len(some), rows):
-                found, which = _nearest(some[at : at + rows].flatten(1).double(), block)
-                part = slice(at, at + rows)
-                index[part] = torch.where(found < smallest[part], which + before, index[part])
-                smallest[part] = torch.minimum(found, smallest[part])
-        before += len(block)
-    return [
-        Nearest(smallest.sqrt() / (255.0 if some.dtype == torch.uint8 else 1.0), index)
-        for some, smallest, index in zip(queries, squares, indices, strict=True)
-    ]
-
-
-def _nearest(queries_ND: Tensor, references_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances to the nearest of the references, and which ones these are."""
-    norms = queries_ND.square().sum(1, keepdim=True) + references_RD.square().sum(1)
-    smallest, index = (norms - 2 * queries_ND @ references_RD.T).min(1)
-    return smallest.clamp(min=0), index
 
 
 def verbatim_share(codes_BT: Tensor, training_codes: Tensor) -> float:

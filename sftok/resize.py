@@ -4,6 +4,7 @@ All take uint8 (B, 3, H, W) and return float32 (B, 3, 299, 299) on the scale of 
 not an image that a file would hold.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -50,10 +51,42 @@ def _between(x: Tensor, dim: int) -> Tensor:
 
 def _pillow_bicubic(images_B3HW: Tensor) -> Tensor:
     """Pillow's bicubic, which is antialiased, of each channel in float32; overshoots are cut off."""
+    if images_B3HW.is_cuda:
+        return pillow_bicubic_products(images_B3HW)
     planes = images_B3HW.cpu().flatten(0, 1).numpy().astype(np.float32)
     resized = [np.asarray(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for plane in planes]
     pixels = torch.from_numpy(np.stack(resized)).clamp_(0, 255)
     return pixels.unflatten(0, (-1, 3)).to(images_B3HW.device)
+
+
+def pillow_bicubic_products(images_B3HW: Tensor) -> Tensor:
+    """The same as products of matrices, on any device: Pillow's numbers but for the last bit of some.
+
+    Pillow sums in float64 and rounds to float32 between rows and columns; a product sums in another order.
+    """
+    across_WS, down_HS = (pillow_weights(side).to(images_B3HW.device) for side in reversed(images_B3HW.shape[2:]))
+    rows = (images_B3HW.double() @ across_WS).float()
+    return (down_HS.T @ rows.double()).float().clamp_(0, 255)
+
+
+@functools.cache
+def pillow_weights(side: int) -> Tensor:
+    """Weights float64 (side, 299) by which Pillow's bicubic filter makes 299 pixels of `side`.
+
+    As ImagingResample does: the filter of support 2, a = -0.5, as wide as the scale where the image shrinks, cut off
+    at the borders and made to sum to 1.
+    """
+    scale = side / SIDE
+    wide = max(scale, 1.0)
+    weights = np.zeros((side, SIDE))
+    for at in range(SIDE):
+        centre = (at + 0.5) * scale
+        first, last = max(int(centre - 2 * wide + 0.5), 0), min(int(centre + 2 * wide + 0.5), side)
+        x = np.abs((np.arange(first, last) - centre + 0.5) / wide)
+        near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
+        filtered = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+        weights[first:last, at] = filtered / filtered.sum()
+    return torch.from_numpy(weights)
 
 
 def _torch_bilinear(images_B3HW: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Evaluation inputs without models: real digits, and "reconstructions" that are the originals blurred and noised."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,10 +38,14 @@ def digits_inputs(
     val_images = images[train : train + val]
     order = train + val + torch.argsort(labels[train + val : train + val + samples], stable=True)
 
-    def reconstruct(num_steps: int) -> Reconstructed:
-        wrong = rng.random(teacher.shape) < 0.4 / num_steps
+    def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[Reconstructed]:
+        draws = np.random.default_rng(num_steps)
+        wrong = draws.random(teacher.shape) < 0.4 / num_steps
         proxy = np.where(wrong, (teacher + 1) % PROXY_CODES, teacher)
-        return Reconstructed(damaged(val_images, 60 / num_steps), proxy, teacher)
+        whole = (damaged(val_images, 60 / num_steps), torch.from_numpy(proxy), torch.from_numpy(teacher))
+        chosen = torch.arange(val) if rows is None else torch.tensor(rows)
+        for part in chosen.split(30):
+            yield Reconstructed(*(values[part] for values in whole))
 
     return EvaluationInputs(
         class_names=class_names or tuple("0123456789"),
@@ -53,7 +59,7 @@ def digits_inputs(
         train_codes=codes[:train],
         sample_codes=np.concatenate([codes[:20], codes[train + val : train + val + samples - 20]]),
         sample_classes=labels[order].numpy(),
-        decode_samples=lambda: damaged(images[order], 20, seed=2),
+        decode_samples=lambda: damaged(images[order], 20, seed=2).split(30),
         facts=EvaluationFacts(
             codebook_size=CODEBOOK,
             num_steps=8,

@@ -33,8 +33,13 @@ def test_more_steps_that_repair_more_score_better(metrics):
 
 def test_perfect_reconstructions_get_perfect_figures():
     inputs = digits_inputs()
-    codes = np.zeros((len(inputs.val_images), 64))
-    perfect = dataclasses.replace(inputs, reconstruct=lambda _: Reconstructed(inputs.val_images, codes, codes))
+    codes = torch.zeros(len(inputs.val_images), 64, dtype=torch.int64)
+
+    def originals(num_steps, rows=None):
+        chosen = slice(None) if rows is None else rows
+        yield Reconstructed(inputs.val_images[chosen], codes[chosen], codes[chosen])
+
+    perfect = dataclasses.replace(inputs, reconstruct=originals)
     metrics = evaluate(perfect, CONFIG, seed=0).report.metrics()
     assert metrics["reconstruction.psnr@4"] == PSNR_CEILING
     assert metrics["reconstruction.ssim@4"] == pytest.approx(1)
@@ -60,7 +65,7 @@ def test_copied_codes_are_counted(metrics):
 
 def test_copied_pixels_are_found():
     inputs = digits_inputs()
-    copied = dataclasses.replace(inputs, decode_samples=lambda: inputs.train_images[:200])
+    copied = dataclasses.replace(inputs, decode_samples=lambda: [inputs.train_images[:200]])
     report = evaluate(copied, CONFIG, seed=0).report
     assert report.metrics()["generation.nearest_distance"] == 0
     assert report.metrics()["real.nearest_distance"] > 1
@@ -138,12 +143,41 @@ def test_without_a_class_reader_and_without_labels():
         (lambda i: {"val_codes": np.asarray(i.val_codes)[:-1]}, r"val: .*'codes': 99.* one for one"),
         (lambda i: {"train_images": i.train_images[:1], "train_labels": i.train_labels[:1]}, "too few"),
         (lambda _: {"sample_classes": np.zeros(3)}, "sample: .*one for one"),
-        (lambda i: {"decode_samples": lambda: i.train_images[:3]}, "3 decoded samples, but 200 sample classes"),
-        (lambda i: {"reconstruct": lambda _: (i.val_images[:5], [[0]], [[0]])}, "reconstructions have shape"),
-        (lambda i: {"reconstruct": lambda _: (i.val_images * torch.nan, [[0]], [[0]])}, "NaN"),
+        (lambda i: {"decode_samples": lambda: [i.train_images[:3]]}, "3 decoded samples, but 200 sample classes"),
+        (
+            lambda i: {"reconstruct": lambda _: [(i.val_images[:5], *[torch.zeros(5, 1)] * 2)]},
+            "reconstructions have shape",
+        ),
+        (lambda i: {"reconstruct": lambda _: [(i.val_images * torch.nan, *[torch.zeros(100, 1)] * 2)]}, "NaN"),
     ],
 )
 def test_refuses_what_does_not_belong_together(change, message):
     inputs = digits_inputs()
     with pytest.raises(ValueError, match=message):
         evaluate(dataclasses.replace(inputs, **change(inputs)), EvaluateConfig(), seed=0)
+
+
+@pytest.mark.gpu
+def test_figures_on_cuda_are_those_of_the_cpu(metrics):
+    """Shares and distances of pixels to the rounding of float64; distances of float32 features to theirs."""
+    inputs = digits_inputs()
+
+    def on_cuda(num_steps, rows=None):
+        for part in inputs.reconstruct(num_steps, rows):
+            yield Reconstructed(*(values.cuda() for values in part))
+
+    there = dataclasses.replace(
+        inputs,
+        device="cuda",
+        reconstruct=on_cuda,
+        decode_samples=lambda: (part.cuda() for part in inputs.decode_samples()),
+    )
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        found = evaluate(there, CONFIG, seed=0).report.metrics()
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept
+    assert found.keys() == metrics.keys()
+    for name, value in metrics.items():
+        assert found[name] == pytest.approx(value, rel=1e-3 if "fd_random" in name else 1e-9), name

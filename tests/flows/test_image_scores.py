@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flows import stages
-from flows.feature_sets import feature_shards, features_of, joined, of_samples
+from flows.feature_sets import PassingFeatures, features_of, of_samples
 from flows.image_scores import OTHER_WEIGHTS, ReferenceFile, Scorer, protocol_of, scorer_of
 from flows.preflight import check_scores
 from flows.recipe import ScoresConfig
@@ -63,6 +63,14 @@ def scorer(network, config: ScoresConfig) -> Scorer:
     return Scorer(protocol, network, "tensorflow_bilinear", lambda: Reference.of(real, protocol, "real ones"), IMAGES)
 
 
+def passed(scorer: Scorer, images: torch.Tensor) -> PassingFeatures:
+    """What sees images that pass in two parts."""
+    meter = scorer.meter()
+    for part in images.split(max(len(images) - 2, 1)):
+        meter.add(part)
+    return meter
+
+
 class TestNames:
     def test_of_other_weights_nothing_is_called_fid(self, config: ScoresConfig) -> None:
         protocol = protocol_of(config)
@@ -88,7 +96,7 @@ class TestNames:
 class TestScores:
     def test_reconstructions_are_held_against_their_originals(self, scorer: Scorer) -> None:
         images = pictures(IMAGES, 32, seed=1)
-        made = scorer.reconstruction(images, images, 8, {"temperature": 0.0})
+        made = scorer.reconstruction(passed(scorer, images), images, 8, {"temperature": 0.0})
         found = {measure.name: measure for measure in made}
         fid = found["reconstruction.torch_fidelity.fid@8"]
         assert fid.value == pytest.approx(0, abs=1e-6)
@@ -98,11 +106,12 @@ class TestScores:
         assert f"protocol torch_fidelity/{IMAGES}" in fid.protocol.definition
         assert "interval:" in fid.protocol.definition
         assert "reconstruction.torch_fidelity.fid_infinity@8" in found
-        worse = scorer.reconstruction(images.flip(1), images, 8, {})
+        worse = scorer.reconstruction(passed(scorer, images.flip(1)), images, 8, {})
         assert next(m for m in worse if m.name == fid.name).value > 1e-3
 
     def test_samples_are_held_against_the_reference(self, scorer: Scorer) -> None:
-        made = {m.name: m for m in scorer.generation(pictures(IMAGES + 3, 32, seed=2), {"cfg_scale": 2.0})}
+        seen = passed(scorer, pictures(IMAGES + 3, 32, seed=2))
+        made = {m.name: m for m in scorer.generation(seen, {"cfg_scale": 2.0})}
         assert made["generation.torch_fidelity.fid"].protocol.num_images == IMAGES, "of more, the first N"
         assert made["generation.torch_fidelity.fid"].protocol.cfg_scale == 2.0
         low, high = made["generation.torch_fidelity.inception_score"].interval
@@ -115,10 +124,10 @@ class TestScores:
         with pytest.raises(
             ValueError, match=rf"torch_fidelity/{IMAGES} takes {IMAGES} images, there are 21: make more"
         ):
-            scorer.generation(pictures(21, 32, seed=2), {})
+            scorer.generation(passed(scorer, pictures(21, 32, seed=2)), {})
         few = pictures(3, 32, seed=2)
         with pytest.raises(ValueError, match="torch_fidelity scores 20 images at least, there are 3"):
-            scorer.reconstruction(few, few, 1, {})
+            scorer.reconstruction(passed(scorer, few), few, 1, {})
 
     def test_a_file_of_adm_is_a_reference(self, network, config: ScoresConfig, tmp_path: Path) -> None:
         """With images beside its statistics it also serves precision and recall."""
@@ -133,7 +142,7 @@ class TestScores:
         given = ReferenceFile.read(str(file))
         protocol = protocol_of(config.model_copy(update={"protocol": "adm"}), given)
         scorer = Scorer(protocol, network, "tensorflow_bilinear", lambda: given.reference(protocol, network), IMAGES)
-        found = {m.name.rpartition(".")[2]: m.value for m in scorer.generation(images, {})}
+        found = {m.name.rpartition(".")[2]: m.value for m in scorer.generation(passed(scorer, images), {})}
         assert found["fid"] == pytest.approx(0, abs=1e-4)
         assert found["sfid"] == pytest.approx(0, abs=1e-4)
         assert (found["precision"], found["recall"]) == (1.0, 1.0)
@@ -218,29 +227,34 @@ class TestReference:
         (theirs,) = manifests(made.store, "features").values()
         assert theirs.files == manifest.files
 
-    def test_samples_are_looked_at_by_workers_as_in_one_process(self, made: Made, network) -> None:
+    def test_features_of_samples_are_taken_once_and_kept_by_shards(self, made: Made, network) -> None:
         tokenizer, teacher = made.tokenizer(0), made.teacher()
         codes = made.run(stages.ENCODE, images=made.run(stages.PREPARE), tokenizer=tokenizer)
         samples = made.run(stages.SAMPLE, generator=made.generator(codes))
         plan = plan_of(stages.EVALUATE, made.job, {"samples": samples, "tokenizer": tokenizer, "teacher": teacher})
         work = Work(made.job, plan, folder_of(made.store, plan.kind, plan.digest), silent)
         config = work.recipe.evaluate.scores
-        found = joined(feature_shards(made.store, of_samples(work, config, protocol_of(config))))
         _, rows = read_codes(made.store, work.keys("samples", "sample"))
-        decoder = ImageDecoder(
-            load_tokenizer(work.folder("tokenizer")),
-            load_teacher(work.folder("teacher")),
-            micro_batch=work.recipe.encode.micro_batch,
-            seed=work.recipe.seed,
-        )
-        images = decoder(torch.from_numpy(rows.codes.astype("int64")), rows.image_id, work.recipe.decoding).images
+        images = self.decoder(work)(
+            torch.from_numpy(rows.codes.astype("int64")), rows.image_id, work.recipe.decoding
+        ).images
         expected = features_of(network, images, "pillow_bicubic")
+        meter = of_samples(work, config, protocol_of(config), network)
+        for part in images.split(4):
+            meter.add(part)
+        found = meter.features()
         assert len(found) == manifest_of(made.store, samples).counts["samples"] > 4, "more than a shard holds"
-        torch.testing.assert_close(found.pool, expected.pool)
-        torch.testing.assert_close(found.logits, expected.logits)
+        assert torch.equal(found.pool, expected.pool)
+        assert torch.equal(found.logits, expected.logits)
+        again = of_samples(work, config, protocol_of(config), network)
+        again.add(pictures(3, 32, seed=9))  # pass unseen: the features are there
+        assert torch.equal(again.features().pool, found.pool)
+        made.store.at("artifacts", "features").delete_tree()
+        with pytest.raises(ValueError, match=r"0 images passed, of \d+"):
+            of_samples(work, config, protocol_of(config), network)._publish(found.first(0))
 
-    def test_reconstructions_are_looked_at_by_workers_as_in_one_process(self, made: Made) -> None:
-        """Decoded with their own noise and at the recipe's micro-batch, without the views besides the center."""
+    def test_features_of_reconstructions_lie_in_the_order_of_shards(self, made: Made) -> None:
+        """Taken in the order of ids, without the views besides the center."""
         tokenizer, teacher = made.tokenizer(0), made.teacher()
         images = made.run(stages.PREPARE)
         inputs = {"images": images, "codes": made.run(stages.ENCODE, images=images, tokenizer=tokenizer)}
@@ -248,28 +262,35 @@ class TestReference:
         work = Work(made.job, plan, folder_of(made.store, plan.kind, plan.digest), silent)
         scorer = scorer_of(work)
         assert scorer is not None
+        assert scorer.originals is not None
         _, rows = read_codes(made.store, work.keys("codes", "val"))
         chosen = [at for at, variant in enumerate(rows.variant) if variant == "center"]
-        decoder = ImageDecoder(
+        codes, ids = torch.from_numpy(rows.codes.astype("int64"))[chosen], [rows.image_id[at] for at in chosen]
+        assert ids != sorted(ids)
+        by_id = sorted(range(len(ids)), key=ids.__getitem__)
+        originals = StoredImages(made.store, work.rows("images", "val"), work.recipe.data.image_size).load().images
+        for num_steps in (1, 3):
+            decoding = work.recipe.decoding.model_copy(update={"num_steps": num_steps})
+            decoded, meter = self.decoder(work)(codes, ids, decoding).images, scorer.meter(num_steps)
+            for at in range(0, len(by_id), 2):
+                meter.add(decoded[by_id[at : at + 2]])
+            assert torch.equal(meter.features().pool, features_of(scorer.network, decoded, scorer.resize).pool)
+        real = scorer.originals()
+        alone = features_of(scorer.network, originals, scorer.resize).pool  # in another order than by shards
+        torch.testing.assert_close(real.pool[real.pool[:, 0].argsort()], alone[alone[:, 0].argsort()])
+        few = PassingFeatures(scorer.network, scorer.resize)
+        few.add(originals[:1])
+        many = pictures(30, 32, seed=0)
+        with pytest.raises(ValueError, match=r"features of 1 reconstructions and \d originals, of 30 images: delete"):
+            scorer.reconstruction(few, many, 1, {})
+
+    def decoder(self, work: Work) -> ImageDecoder:
+        return ImageDecoder(
             load_tokenizer(work.folder("tokenizer")),
             load_teacher(work.folder("teacher")),
             micro_batch=work.recipe.encode.micro_batch,
             seed=work.recipe.seed,
         )
-        codes, ids = torch.from_numpy(rows.codes.astype("int64"))[chosen], [rows.image_id[at] for at in chosen]
-        originals = StoredImages(made.store, work.rows("images", "val"), work.recipe.data.image_size).load().images
-        for num_steps in (1, 3):
-            decoding = work.recipe.decoding.model_copy(update={"num_steps": num_steps})
-            decoded = decoder(codes, ids, decoding).images
-            found, real = scorer.pairs(num_steps)
-            expected = features_of(scorer.network, decoded, scorer.resize)
-            torch.testing.assert_close(found.pool, expected.pool)
-            alone = features_of(scorer.network, originals, scorer.resize).pool  # in another order than by shards
-            torch.testing.assert_close(real.pool[real.pool[:, 0].argsort()], alone[alone[:, 0].argsort()])
-        few = scorer._replace(pairs=lambda _: (found.rows(torch.arange(1)), real))
-        many = pictures(30, 32, seed=0)
-        with pytest.raises(ValueError, match=r"features of 1 reconstructions and \d originals, of 30 images: delete"):
-            few.reconstruction(many, many, 1, {})
 
     def test_missing_weights_are_told_before_anything_is_trained(self, store: Store) -> None:
         recipe = load_recipe("digits", overrides=["evaluate.scores.protocol=torch_fidelity"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from infra.pretrained import PretrainedConfig
 from infra.store import Store
 from sftok.inception import SPATIAL, Inception
-from sftok.inception_fast import BATCH, PreparedInception, prepare_inception
+from sftok.inception_fast import CPU, PreparedInception, prepare_inception
 from sftok.inception_file import load_inception, read_inception
 from sftok.resize import resize
 from tests.sftok.random_inception import RandomInception, pictures
@@ -46,10 +46,10 @@ class TestPrepared:
             assert (found - value).norm() < 1e-5 * value.norm()
 
     def test_outputs_do_not_depend_on_batch_mates(self, prepared: PreparedInception) -> None:
-        images = pictures(BATCH + 1, 32, seed=2)
+        images = pictures(CPU.whole + 1, 32, seed=2)
         whole = prepared(images, "tensorflow_bilinear")
         alone = prepared(images[-1:], "tensorflow_bilinear")
-        assert whole.spatial.shape == (BATCH + 1, SPATIAL)
+        assert whole.spatial.shape == (CPU.whole + 1, SPATIAL)
         for many, one in zip(whole, alone, strict=True):
             assert torch.equal(many[-1:], one)
 

@@ -14,6 +14,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from sftok import metrics
 from sftok.frechet import frechet_distance
 from sftok.metrics import FeatureMoments
+from sftok.nearest import nearest_distance
 
 
 def features(n: int, dims: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -235,7 +236,7 @@ class TestCodes:
 class TestNearest:
     def test_equals_brute_force(self):
         queries, references = images(70, 6, 5), images(30, 6, 6)
-        found = metrics.nearest_distance(queries, references)
+        found = nearest_distance(queries, references)
         differences = queries.double().flatten(1).unsqueeze(1) - references.double().flatten(1)
         expected = differences.square().sum(-1).sqrt() / 255
         torch.testing.assert_close(found.distances, expected.min(1).values, rtol=1e-12, atol=0)
@@ -244,8 +245,8 @@ class TestNearest:
     def test_a_copy_is_at_exactly_zero(self):
         """Not at the rounding of large sums, by which a copy would pass for a close relative."""
         references = images(40, 16, 7)
-        found = metrics.nearest_distance(references[[31, 4]], references)
+        found = nearest_distance(references[[31, 4]], references)
         assert found.distances.tolist() == [0, 0]
         assert found.indices.tolist() == [31, 4]
         with pytest.raises(ValueError, match="cannot look for"):
-            metrics.nearest_distance(references, references[:0])
+            nearest_distance(references, references[:0])

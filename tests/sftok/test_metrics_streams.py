@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sftok import metrics
+from sftok import metrics, nearest
 
 
 def images(count: int, seed: int) -> torch.Tensor:
@@ -37,13 +37,13 @@ def test_nearest_is_exact_for_any_blocks(cuts, block, seed):
     references, queries = images(40, seed), [images(7, seed + 100), images(30, seed)[::3]]
     whole = [(q[:, None].double() - references[None].double()).square().flatten(2).sum(2) for q in queries]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "_BLOCK_ROWS", block)
+        patch.setitem(nearest._BLOCK_ROWS, "cpu", block)
         there = Uneven(references, cuts)
-        found = metrics.nearest_distances(queries, there)
+        found = nearest.nearest_distances(queries, there)
     assert there.asked == 1, "one pass for all queries"
-    for nearest, squares in zip(found, whole, strict=True):
-        assert torch.equal(nearest.distances, squares.min(1).values.sqrt() / 255)
-        assert torch.equal(squares.gather(1, nearest.indices[:, None])[:, 0], squares.min(1).values)
+    for one, squares in zip(found, whole, strict=True):
+        assert torch.equal(one.distances, squares.min(1).values.sqrt() / 255)
+        assert torch.equal(squares.gather(1, one.indices[:, None])[:, 0], squares.min(1).values)
     assert (found[1].distances == 0).all()
     assert torch.equal(found[1].indices, torch.arange(0, 30, 3))
 
