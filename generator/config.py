@@ -161,8 +161,9 @@ class SampleConfig(Config):
     )
     compile: bool | None = Field(
         None,
-        description="compile the step as one graph, which takes up to a minute before a worker's first sample: for "
-        "CUDA, where it is captured too, and for autoregressive bf16 on CPUs; all else is faster there without. "
+        description="on CPUs: compile the step as one graph, which takes up to a minute before a worker's first sample "
+        "and pays for autoregressive bf16 alone; on CUDA: record the step of an autoregressive generator as a CUDA "
+        "graph, and compile what has more than 20 million parameters, kept in SFTOK_HOME for the next time. "
         "Not given: on CUDA, and not on CPUs",
     )
 

@@ -2,14 +2,15 @@
 
 On CPUs linear layers run through weights that are laid out for oneDNN once, the gain of the norm before them folded in,
 and attention reads just the positions that are there, in float32: eager operations that are fused like this cost a tiny
-job nothing, and are the fastest in float32. On CUDA the modules run in the type that is asked for. Compiled, a step is
-one graph, which suits CPUs in bfloat16, and on CUDA is captured as one CUDA graph.
+job nothing, and are the fastest in float32. Compiled, a step is one graph, which suits CPUs in bfloat16. On CUDA the
+modules run in the type that is asked for; compiled, a step is a few kernels a layer, replayed as one CUDA graph.
 
 Shapes: B sequences, R rows (twice B with guidance), N codes a sequence, V codebook size, W width, H heads, M = R * H
 heads of all rows, D channels a head.
 """
 
 import copy
+import functools
 from typing import TypeVar
 
 import torch
@@ -18,14 +19,18 @@ from torch import Tensor, nn
 
 from generator.compiled import compiled
 from generator.config import SampleConfig, SamplePrecision
-from generator.cuda_graph import Captured
+from generator.cuda_graph import Captured, Desk, Record, record_cuda_graph
+from generator.fused import FusedGenerator, Wrap
+from generator.masked import Block as MaskedBlock
 from generator.masked import MaskedGenerator
 from generator.masked_sample import MaskedSampler
 from generator.model import NORM_EPSILON, Block, Generator
-from generator.sample import Advance, Sampler, guides
+from generator.sample import Advance, Sampler, advance_of, guides, pick_of
 from infra.packed import PackedLinear
 
 DTYPES: dict[SamplePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGE = 20_000_000
+"""Parameters of a generator that is worth compiling on CUDA."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -41,27 +46,53 @@ def prepare_sampler(model: Generator | MaskedGenerator, config: SampleConfig) ->
 
 
 class Prepared:
-    """A generator prepared for samplers of many settings, which share its weights and, compiled, its graphs.
+    """A generator prepared for samplers of many settings, which share its weights and, recorded, the room of a batch.
 
-    A graph is never freed, nor are its weights; there is one for all scales of guidance.
+    What `compile` means depends on the device. On CPUs the step becomes one compiled graph. On CUDA the step of an
+    autoregressive generator is recorded, which takes no time to speak of, and what lies between its attentions is
+    compiled if it has more than `LARGE` parameters: drawing from a smaller one takes less time than compiling it. Of
+    a masked generator the blocks are compiled by the same rule; its few passes are long, so nothing is recorded.
     """
 
-    def __init__(self, model: Generator | MaskedGenerator, precision: SamplePrecision, *, compile: bool) -> None:
+    def __init__(
+        self,
+        model: Generator | MaskedGenerator,
+        precision: SamplePrecision,
+        *,
+        compile: bool,
+        record: Record | None = None,
+    ) -> None:
         """Copy its weights.
+
+        Args:
+            model: on the device that is to draw.
+            precision: of weights and products.
+            compile: as the class says.
+            record: how steps are recorded; None: on CUDA as CUDA graphs, on CPUs not at all.
 
         Raises:
             ValueError: a compiler is missing.
         """
-        dtype, is_packed = DTYPES[precision], model.device.type == "cpu" and not compile
         self.precision, self.compile, self.device = precision, compile, model.device
+        dtype, is_cpu = DTYPES[precision], model.device.type == "cpu" and record is None
+        is_packed, is_whole = is_cpu and not compile, is_cpu and compile
+        is_by_parts = compile and not is_cpu and sum(p.numel() for p in model.parameters()) > LARGE
+        wrap = functools.partial(compiled, device=model.device)
         self.network: PackedGenerator | Generator | MaskedGenerator
+        self.fused: FusedGenerator | None = None
+        self.desk = Desk(record or record_cuda_graph) if compile and not is_cpu else None
+        self.wrap = wrap if is_by_parts or is_whole else None
         if isinstance(model, MaskedGenerator):
             self.network = packed_copy(model, dtype) if is_packed else typed_copy(model, dtype)
-            if compile:
-                self.network.forward = compiled(self.network.forward, self.device)  # type: ignore[method-assign]
+            if is_whole:
+                self.network.forward = wrap(self.network.forward)  # type: ignore[method-assign]
+            if is_by_parts:
+                compile_blocks(self.network, wrap)
         else:
             self.network = PackedGenerator(model, dtype) if is_packed else typed_copy(model, dtype)
-        self.graphs: dict[tuple[object, ...], Advance] = {}
+            if is_by_parts and isinstance(self.network, Generator):
+                self.fused = FusedGenerator(self.network, wrap)
+        self.graphs: dict[tuple[object, ...], Advance | Captured] = {}
 
     def sampler(self, config: SampleConfig) -> Sampler | MaskedSampler:
         """A sampler with the precision and compilation of this preparation.
@@ -76,12 +107,33 @@ class Prepared:
             return MaskedSampler(self.network, config)
         sampler = Sampler(self.network, config)
         if self.compile:
+            # One for all scales of guidance, which are inputs.
             key = (guides(config, self.network.space), config.temperature, config.top_k, config.top_p)
             if key not in self.graphs:
-                graph = compiled(sampler.advance, self.device)
-                self.graphs[key] = graph if self.device.type == "cpu" else Captured(graph)
-            sampler.advance = self.graphs[key]
+                self.graphs[key] = self._graph(sampler)
+            graph = self.graphs[key]
+            if isinstance(graph, Captured):
+                sampler.draw_all = graph
+            else:
+                sampler.advance = graph
         return sampler
+
+    def _graph(self, sampler: Sampler) -> "Advance | Captured":
+        if self.desk is None:
+            assert self.wrap is not None
+            return self.wrap(sampler.advance)
+        ways = {"recorded": sampler.advance}
+        if self.fused is not None and self.wrap is not None:
+            pick = self.wrap(pick_of(sampler.network, sampler.config))
+            ways = {"compiled": advance_of(self.fused, pick), **ways}
+        return Captured(sampler.network, sampler.config, ways, self.desk)
+
+
+def compile_blocks(network: MaskedGenerator, wrap: Wrap) -> None:
+    """Compile the blocks as one function, which serves all of them."""
+    call = wrap(MaskedBlock.forward)
+    for block in network.blocks:
+        block.forward = functools.partial(call, block)
 
 
 def typed_copy(model: M, dtype: torch.dtype) -> M:

@@ -6,7 +6,6 @@ Shapes: B sequences, V codebook size, C chunks of S codes.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from generator.config import SampleConfig
@@ -42,7 +41,8 @@ def nucleus_floor(probability_BV: Tensor, top_p: float) -> Tensor:
     sums, so that a row's result does not depend on how the others were found.
     """
     size = probability_BV.shape[-1]
-    if torch.compiler.is_compiling() or size <= LIKELIEST:  # one graph cannot ask which rows suffice
+    # One graph cannot ask which rows suffice, and neither can what is queued on a GPU.
+    if torch.compiler.is_compiling() or probability_BV.is_cuda or size <= LIKELIEST:
         return _floor(probability_BV.sort(dim=-1, descending=True).values, top_p)[0]
     floor_B1, is_found_B = _floor(probability_BV.topk(LIKELIEST, dim=-1).values, top_p)
     if not is_found_B.all():
@@ -84,12 +84,18 @@ def invert(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One code a row, (B,) int64: where the cumulative probability passes `uniform_B` in [0, 1).
 
     In two levels, chunks and then the codes of one: sums over chunks are fast, running sums over all codes are not.
+
+    Nothing is padded with constants. Compiled for CUDA by torch before 2.14, padding that meets the sum that it pads
+    in one kernel is lost (pytorch#189895): of up to 128 codes, one chunk, the first one was drawn every time.
     """
-    chunks_BCS = F.pad(probability_BV, (0, -probability_BV.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
+    missing = -probability_BV.shape[-1] % CHUNK
+    if missing:
+        probability_BV = torch.cat([probability_BV, probability_BV.new_zeros(len(probability_BV), missing)], dim=1)
+    chunks_BCS = probability_BV.unflatten(-1, (-1, CHUNK))
     upper_BC = chunks_BCS.sum(-1, dtype=torch.float64).cumsum(-1)
     target_B1 = uniform_B.double()[:, None] * upper_BC[:, -1:]
     chunk_B1 = _first_above(upper_BC, target_B1)
-    before_B1 = F.pad(upper_BC, (1, 0)).gather(1, chunk_B1)
+    before_B1 = torch.where(chunk_B1 > 0, upper_BC.gather(1, (chunk_B1 - 1).clamp(min=0)), 0.0)
     within_BS = chunks_BCS.gather(1, chunk_B1[..., None].expand(-1, -1, CHUNK))[:, 0]
     inner_BS = before_B1 + within_BS.double().cumsum(-1)
     return (chunk_B1 * CHUNK + _first_above(inner_BS, target_B1))[:, 0]
@@ -111,5 +117,25 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, config: SampleConfig) -> Tensor:
         raise ValueError(f"temperature = {config.temperature} is negative: give 0 to take the most likely code")
     if config.temperature == 0:
         return logits_BV.argmax(-1)
+    return invert(_probability(logits_BV, config), uniform_B)
+
+
+def misfit(logits_BV: Tensor, uniform_B: Tensor, code_B: Tensor, config: SampleConfig) -> Tensor:
+    """How far these numbers are from drawing these codes, (B,) float64, in probability; rounding makes it a little.
+
+    At temperature 0: by how much another code is more likely.
+    """
+    code_B1 = code_B[:, None]
+    if config.temperature == 0:
+        probability_BV = logits_BV.double().softmax(-1)
+        return probability_BV.amax(-1) - probability_BV.gather(1, code_B1)[:, 0]
+    probability_BV = _probability(logits_BV, config).double()
+    upper_BV = probability_BV.cumsum(-1)
+    upper_B = upper_BV.gather(1, code_B1)[:, 0]
+    lower_B, target_B = upper_B - probability_BV.gather(1, code_B1)[:, 0], uniform_B.double() * upper_BV[:, -1]
+    return torch.maximum(lower_B - target_B, target_B - upper_B).clamp(min=0)
+
+
+def _probability(logits_BV: Tensor, config: SampleConfig) -> Tensor:
     filtered_BV = filter_logits(logits_BV.float() / config.temperature, config.top_k, config.top_p)
-    return invert(filtered_BV.softmax(-1), uniform_B)
+    return filtered_BV.softmax(-1)

@@ -131,8 +131,8 @@ def draw_samples(sampler: Sampler | MaskedSampler, wanted: Sequence[Wanted], mic
         part = wanted[at : at + micro_batch]
         filled = [*part, *[part[-1]] * (micro_batch - len(part))]
         uniform = torch.stack([_uniform(w, sampler.numbers, seed) for w in filled])
-        codes.append(sampler(torch.tensor([w.class_id for w in filled]), uniform)[: len(part)].cpu())
-    return torch.cat(codes)
+        codes.append(sampler(torch.tensor([w.class_id for w in filled]), uniform)[: len(part)])
+    return torch.cat(codes).cpu()  # once: while a GPU draws one, the numbers of the next are made
 
 
 def _uniform(wanted: Wanted, numbers: tuple[int, ...], seed: int) -> Tensor:

@@ -243,13 +243,8 @@ class Generator(nn.Module):
         Raises:
             ValueError: the cache is of other sizes.
         """
-        wanted, there = (len(x_BW), self.space.num_tokens), cache.keys[0].shape[::2]
-        if there != wanted:
-            raise ValueError(
-                f"the cache holds {there[0]} sequences of {there[1]} codes, not {wanted[0]} of {wanted[1]}: make it "
-                f"with empty_cache({wanted[0]})"
-            )
-        unseen_N = torch.arange(wanted[1], device=x_BW.device) > position
+        check_cache(cache, len(x_BW), self.space.num_tokens)
+        unseen_N = torch.arange(self.space.num_tokens, device=x_BW.device) > position
         # Indexed with `position` itself, the host would wait for it: no CUDA graph could be captured.
         cos, sin = (table.index_select(0, position[None]) for table in (self.cos, self.sin))
         place = Place(position, cos, sin, unseen_N)
@@ -260,3 +255,17 @@ class Generator(nn.Module):
             assert isinstance(block, Block)
             x_B1W = block.step(x_B1W, place, keys_BHND, values_BHND)
         return self.logits(x_B1W)[:, 0]
+
+
+def check_cache(cache: Cache, batch: int, num_tokens: int) -> None:
+    """Refuse a cache of other sizes.
+
+    Raises:
+        ValueError: naming both.
+    """
+    wanted, there = (batch, num_tokens), cache.keys[0].shape[::2]
+    if there != wanted:
+        raise ValueError(
+            f"the cache holds {there[0]} sequences of {there[1]} codes, not {wanted[0]} of {wanted[1]}: make it "
+            f"with empty_cache({wanted[0]})"
+        )

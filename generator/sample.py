@@ -20,6 +20,9 @@ from generator.space import CodeSpace
 Cache = Any
 """What the network keeps of the positions it has seen; each sort of network has its own."""
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Cache], tuple[Tensor, Tensor]]
+Pick = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+DrawAll = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""First embeddings (R, W), uniform numbers (B, N) and guidance scales (N,) to codes (B, N) in the order of drawing."""
 
 
 class Steps(Protocol):
@@ -52,7 +55,9 @@ class Sampler:
             ValueError: the config has settings of masked generators.
         """
         config.fit("autoregressive")
-        self.network, self.config, self.advance = network, config, advance_of(network, config)
+        self.network, self.config, self.advance = network, config, advance_of(network, pick_of(network, config))
+        self.draw_all: DrawAll | None = None
+        """draws all codes in place of `advance`, called again and again"""
         self.numbers: tuple[int, ...] = (network.space.num_tokens,)
         """Shape of the uniform numbers that a sample needs."""
 
@@ -75,13 +80,16 @@ class Sampler:
         scales = uniform_BN.new_tensor(guidance_scales(self.config, space.num_tokens), dtype=torch.float32)
         is_guided = guides(self.config, space)
         rows_R = torch.cat([class_B, torch.full_like(class_B, space.null_class)]) if is_guided else class_B
-        cache, x_RW = self.network.empty_cache(len(rows_R)), self.network.class_embed(rows_R)
-        codes = []
-        for place, position in enumerate(torch.arange(space.num_tokens, device=class_B.device)):
-            code_B, x_RW = self.advance(x_RW, position, uniform_BN[:, place], scales[place], cache)
-            codes.append(code_B)
-        drawn_BN = torch.stack(codes, dim=1)
+        x_RW = self.network.class_embed(rows_R)
+        drawn_BN = (self.draw_all or self._one_by_one)(x_RW, uniform_BN, scales)
         return torch.empty_like(drawn_BN).index_copy_(1, self.network.order, drawn_BN)
+
+    def _one_by_one(self, x_RW: Tensor, uniform_BN: Tensor, scales_N: Tensor) -> Tensor:
+        cache, codes = self.network.empty_cache(len(x_RW)), []
+        for place, position in enumerate(torch.arange(len(scales_N), device=x_RW.device)):
+            code_B, x_RW = self.advance(x_RW, position, uniform_BN[:, place], scales_N[place], cache)
+            codes.append(code_B)
+        return torch.stack(codes, dim=1)
 
 
 def guides(config: SampleConfig, space: CodeSpace) -> bool:
@@ -89,8 +97,8 @@ def guides(config: SampleConfig, space: CodeSpace) -> bool:
     return config.cfg_scale != 1 and space.num_classes > 0
 
 
-def advance_of(network: Steps, config: SampleConfig) -> Advance:
-    """The step of a sampler as a function of tensors alone: what is compiled or captured.
+def advance_of(network: Steps, pick: Pick) -> Advance:
+    """The step of a sampler as a function of tensors alone: what is compiled or recorded.
 
     It maps an embedding (R, W), a scalar position, uniform numbers (B,), a scalar guidance scale and a cache, which it
     writes, to codes (B,) and their embedding (R, W).
@@ -99,15 +107,28 @@ def advance_of(network: Steps, config: SampleConfig) -> Advance:
     def advance(
         x_RW: Tensor, position: Tensor, uniform_B: Tensor, scale: Tensor, cache: Cache
     ) -> tuple[Tensor, Tensor]:
-        logits_RV = network.step(x_RW, position, cache).float()
-        if not guides(config, network.space):
-            code_B = draw(logits_RV, uniform_B, config)
-            return code_B, network.code_embed(code_B)
-        cond_BV, uncond_BV = logits_RV.chunk(2)
-        code_B = draw(guide(cond_BV, uncond_BV, scale), uniform_B, config)
-        return code_B, network.code_embed(code_B.repeat(2))
+        return pick(network.step(x_RW, position, cache), uniform_B, scale)
 
     return advance
+
+
+def pick_of(network: Steps, config: SampleConfig) -> Pick:
+    """The end of a step: logits (R, V), uniform numbers (B,) and a scalar scale to codes (B,) and their embedding."""
+
+    def pick(logits_RV: Tensor, uniform_B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        code_B = draw(guided_logits(logits_RV, scale, config, network.space), uniform_B, config)
+        return code_B, network.code_embed(code_B.repeat(2) if guides(config, network.space) else code_B)
+
+    return pick
+
+
+def guided_logits(logits_RV: Tensor, scale: Tensor, config: SampleConfig, space: CodeSpace) -> Tensor:
+    """Logits (B, V) float32, of both halves of the rows where the config guides."""
+    logits_RV = logits_RV.float()
+    if not guides(config, space):
+        return logits_RV
+    cond_BV, uncond_BV = logits_RV.chunk(2)
+    return guide(cond_BV, uncond_BV, scale)
 
 
 def check_inputs(space: CodeSpace, class_B: Tensor, uniform: Tensor, numbers: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infra.compiler import check_compiler
+from infra.compiler import check_compiler, keep_compiled
 from infra.regions import compile_regions
 from sftok.transformer import Block, Transformer, attend, split_heads
 
@@ -98,6 +98,7 @@ class CastTransformer:
         self.body = [CastBlock(block, dtype, is_last=False) for block in body]
         self.last = CastBlock(last, dtype, is_last=True)
         if compile:
+            keep_compiled()
             check_compiler(transformer.norm_in.weight.device)
             compile_regions(nn.ModuleList([*self.body, self.last]))
 
