@@ -19,6 +19,7 @@ from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, Sample
 from infra.config import Config
 from infra.device import DeviceChoice, NumericsConfig
 from infra.pretrained import PretrainedConfig
+from infra.schedule import COMPILED_WIDTH
 from sftok.config import (
     INCEPTION_SHA256,
     AlignmentStageConfig,
@@ -31,8 +32,6 @@ from sftok.config import (
     TokenizerConfig,
 )
 from sftok.views import TEN_CROP_RESIZE, expanded, has_crops, ten_crop_side
-
-COMPILED_WIDTH = 512  # of an encoder: what is narrower has encoded a small dataset before it is compiled
 
 
 class EncodeConfig(Config):
@@ -230,7 +229,20 @@ class Recipe(Config):
 
     def on(self, device: str) -> Self:
         """Settle the device, and what depends on it."""
-        settled = {
+        teacher, generator, sweep = self.teacher, self.generator, self.evaluate.sweep
+        encoder = self.tokenizer.encoder.width
+        settled: dict[str, object] = {}
+        for name in ("warm_up", "align", "fine_tune"):
+            stage: AlignmentStageConfig | FineTuneStageConfig = getattr(self, name)
+            settled[name] = stage.model_copy(update={"training": stage.training.on(device, width=encoder)})
+        width = teacher.model.base_channels * max(teacher.model.channel_multipliers)
+        settled["teacher"] = teacher.model_copy(update={"training": teacher.training.on(device, width=width)})
+        settled["train_generator"] = self.train_generator.on(device, width=generator.width)
+        if sweep.generator is not None and sweep.train_generator is not None:
+            training = sweep.train_generator.on(device, width=sweep.generator.width)
+            changed = sweep.model_copy(update={"train_generator": training})
+            settled["evaluate"] = self.evaluate.model_copy(update={"sweep": changed})
+        settled |= {
             "compute": self.compute.model_copy(update={"device": device}),
             "encode": self.encode.on(device, width=self.tokenizer.encoder.width),
             "decoding": self.decoding.on(device),

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from infra.config import Config
 
+COMPILED_WIDTH = 512  # narrower networks are trained before they are compiled
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -53,7 +54,10 @@ class TrainingConfig(LoopConfig):
     )
     optimizer: OptimizerConfig
     precision: Precision = Field("fp32", description="autocast type of the forward pass; with fp16 losses are scaled")
-    compile: bool = Field(False, description="compile the networks with torch.compile")
+    compile: bool | None = Field(
+        None,
+        description="compile the networks' blocks; not given: on CUDA, for networks that are large enough to gain",
+    )
     activation_checkpointing: bool = Field(
         False, description="compute transformer blocks again in the backward pass instead of keeping what they hold"
     )
@@ -63,6 +67,11 @@ class TrainingConfig(LoopConfig):
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size = {self.batch_size} does not divide by micro_batch = {self.micro_batch}")
         return self
+
+    def on(self, device: str, *, width: int) -> Self:
+        """Settle what depends on the device, and on the width of the network: compilation."""
+        pays = device.startswith("cuda") and width >= COMPILED_WIDTH
+        return self.model_copy(update={"compile": pays}) if self.compile is None else self
 
     @property
     def micro_batches(self) -> int:

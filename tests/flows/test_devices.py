@@ -111,6 +111,9 @@ def test_settings_that_are_left_open_fit_the_device() -> None:
     assert (cuda.encode.precision, cuda.sample.precision, cuda.decoding.precision) == ("bf16",) * 3
     assert (cpu.sample.compile, cuda.sample.compile) == (False, True)
     assert (cpu.encode.micro_batch, cuda.encode.micro_batch) == (64, 256)
+    assert (cpu.align.training.compile, cuda.align.training.compile) == (False, True)
+    assert cuda.train_generator.compile
+    assert not load_recipe("digits", overrides=(), seed=None).on("cuda").align.training.compile  # nothing to gain
     assert cuda.on("cuda") == cuda  # settled once
     asked = load_recipe("digits", overrides=("encode.precision=fp32", "sample.compile=false"), seed=None).on("cuda")
     assert (asked.encode.precision, asked.sample.compile) == ("fp32", False)
