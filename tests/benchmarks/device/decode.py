@@ -37,14 +37,18 @@ def run(bench: Bench) -> None:
             published.decode(codes, num_steps=DECODING.num_steps)
 
     for precision in ("fp32", "bf16"):
-        decoder = plain if precision == "fp32" else prepare_decoder(model, None, precision)
-        ways = {"published": functools.partial(theirs, precision), "ours": whole(decoder, codes)}
+        made = {"ours": plain if precision == "fp32" else prepare_decoder(model, None, precision)}
+        if precision == "bf16":
+            made["ours, compiled"] = prepare_decoder(model, None, precision, compile=True)
+        ways = {"published": functools.partial(theirs, precision)}
+        ways |= {name: whole(decoder, codes) for name, decoder in made.items()}
         measure = functools.partial(bench.race, items=batch, unit="images/s", precision=precision, rounds=3, warm=1)
         measure(f"{precision}, batch {batch}", ways, flops=flops)
-        found = decoder.predict_proxy(codes, DECODING)
-        steps_alone = {"ours": functools.partial(decoder.predict_proxy, codes, DECODING)}
-        measure(f"{precision}, steps alone", steps_alone, flops=DECODING.num_steps * step)
-        measure(f"{precision}, pixels alone", {"ours": functools.partial(decoder.render, *found)}, flops=pixels)
+        steps = {name: functools.partial(decoder.predict_proxy, codes, DECODING) for name, decoder in made.items()}
+        measure(f"{precision}, steps alone", steps, flops=DECODING.num_steps * step)
+        found = made["ours"].predict_proxy(codes, DECODING)
+        last = {name: functools.partial(decoder.render, *found) for name, decoder in made.items()}
+        measure(f"{precision}, pixels alone", last, flops=pixels)
 
 
 def whole(decoder: PreparedDecoder, codes: torch.Tensor) -> Callable[[], object]:

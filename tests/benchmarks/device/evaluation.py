@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from sftok.frechet import Gaussian, distance
-from sftok.metrics import FeatureMoments, nearest_distance, psnr, ssim
+from sftok.metrics import FeatureMoments, psnr, ssim
+from sftok.nearest import nearest_distances
 from sftok.scores import precision_recall
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import Bench
@@ -47,12 +48,20 @@ def run(bench: Bench) -> None:
         bench, "Frechet distance", lambda: distance(sides[1], Gaussian(sides[0].mean, sides[0].covariance)), 1, "1/s", 1
     )
     measure(bench, "precision and recall", lambda: precision_recall(some, some), len(some) ** 2, "pairs/s", SAMPLES**2)
-    measure(bench, "nearest of features", lambda: nearest_distance(some, features), pairs, "pairs/s", TRAIN * SAMPLES)
+    measure(
+        bench,
+        "nearest of features",
+        lambda: nearest_distances([some], features, bench.device.type),
+        pairs,
+        "pairs/s",
+        TRAIN * SAMPLES,
+    )
+    on_host = pixels.cpu()  # as training images are, which are read a batch at a time
     few = pixels[: min(64, scale.images // 2)]
     measure(
         bench,
         "nearest of images",
-        lambda: nearest_distance(few, pixels),
+        lambda: nearest_distances([few], on_host, bench.device.type),
         len(few) * len(pixels),
         "pairs/s",
         TRAIN * LOOKED_FOR,

@@ -1,4 +1,4 @@
-"""Autoregressive sampling with guidance, 64 codes of 8,192: tokens/s as eager steps, and compiled and captured.
+"""Autoregressive sampling with guidance, 64 codes of 8,192: tokens/s as eager steps, captured, and compiled.
 
 Beside it a bare loop (the modules, softmax, torch.multinomial) and transformers' Llama of that shape with its static
 cache. The limit of a step is the time to read its weights once and half of a full cache, at the speed of a copy, and
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from generator.config import GENERATORS, GeneratorConfig, SampleConfig, SamplePrecision
+from generator.cuda_graph import Captured, Desk, record_cuda_graph
 from generator.fast_sample import DTYPES, prepare_sampler
 from generator.model import CodeSpace, Generator
 from generator.sample import Sampler
-from tests.benchmarks.device.bench import Bench, lazily, share_equal
+from tests.benchmarks.device.bench import Bench, share_equal
 
 SPACE, TOY_SPACE = CodeSpace(8192, 64, 1000), CodeSpace(256, 16, 10)
 BATCHES, QUICK_BATCHES = (256, 64, 1024), (2, 4)  # the first one is where fp32 is looked at, and compilation begins
 REFERENCE_BATCHES, REFERENCE_STEPS = (64, 256), 16
 SCALE = 2.0
-WAYS = ("eager", "compiled")
+WAYS = ("eager", "captured", "compiled")
 
 
 def run_b(bench: Bench) -> None:
@@ -43,14 +44,14 @@ def measure(bench: Bench, size: str, *, with_llama: bool) -> None:
     made = samplers(bench, model, "bf16")
     bare = functools.partial(bare_sample, half(model))
     for batch in batches:
-        class_B, numbers = inputs(model, batch)
+        given = inputs(model, batch)
         if with_llama and (bench.is_quick or batch in REFERENCE_BATCHES):
             bench.attempt(f"bf16, batch {batch}: Llama", functools.partial(llama_speed, bench, model, batch))
-        ways = {"bare loop": functools.partial(bare, class_B)}
-        ways |= {f"ours, {way}": functools.partial(sampler, class_B, numbers) for way, sampler in made.items()}
+        ways = {"bare loop": functools.partial(bare, given[0])}
+        ways |= {f"ours, {way}": functools.partial(draw, sampler, given) for way, sampler in made.items()}
         speed(bench, model, batch, ways)
         if batch == batches[0]:
-            compare_codes(bench, "bf16", made, (class_B, numbers))
+            compare_codes(bench, "bf16", made, given)
     compare_codes(bench, "fp32", samplers(bench, model, "fp32"), inputs(model, batches[0]))
 
 
@@ -62,15 +63,24 @@ def network(bench: Bench, config: GeneratorConfig, space: CodeSpace) -> Generato
     return model.eval()
 
 
-def samplers(bench: Bench, model: Generator, precision: SamplePrecision) -> dict[str, Callable[..., Tensor]]:
-    """Samplers that are eager, and compiled, which on CUDA is captured too."""
+def samplers(bench: Bench, model: Generator, precision: SamplePrecision) -> dict[str, Callable[[], Sampler]]:
+    """Samplers that are eager; captured, which on CPUs records nothing; and compiled, which on CUDA is captured too."""
 
     def make(way: str) -> Sampler:
         sampler = prepare_sampler(model, SampleConfig(cfg_scale=SCALE, precision=precision, compile=way == "compiled"))
         assert isinstance(sampler, Sampler)
+        if way == "captured":
+            desk = Desk(record_cuda_graph if bench.device.type == "cuda" else lambda tick, _: tick)
+            sampler.draw_all = Captured(sampler.network, sampler.config, {"recorded": sampler.advance}, desk)
         return sampler
 
-    return {way: lazily(functools.partial(make, way)) for way in WAYS}
+    # Made at the first call: within what may fail and take time.
+    return {way: functools.cache(functools.partial(make, way)) for way in WAYS}
+
+
+def draw(made: Callable[[], Sampler], given: tuple[Tensor, Tensor]) -> Tensor:
+    """Codes of classes and uniform numbers."""
+    return made()(*given)
 
 
 def inputs(model: Generator, batch: int) -> tuple[Tensor, Tensor]:
@@ -90,15 +100,18 @@ def speed(bench: Bench, model: Generator, batch: int, ways: dict[str, Callable[[
 
 
 def compare_codes(
-    bench: Bench, precision: str, made: dict[str, Callable[..., Tensor]], given: tuple[Tensor, Tensor]
+    bench: Bench, precision: str, made: dict[str, Callable[[], Sampler]], given: tuple[Tensor, Tensor]
 ) -> None:
     """Share of codes that differ from eager ones: in fp32 none should, in bf16 rounding decides some draws."""
-    wanted = made["eager"](*given)
+    wanted = draw(made["eager"], given)
 
-    def compare(name: str, sampler: Callable[..., Tensor]) -> None:
-        first = bench.once(lambda: sampler(*given))
-        differs = 100 * (1 - share_equal(sampler(*given), wanted))
-        bench.put(name, differs, "%", note=f"(its first call took {first:.1f} s)")
+    def compare(name: str, sampler: Callable[[], Sampler]) -> None:
+        first = bench.once(lambda: draw(sampler, given))
+        differs, note = 100 * (1 - share_equal(draw(sampler, given), wanted)), f"(its first call took {first:.1f} s)"
+        draws = sampler().draw_all
+        if isinstance(draws, Captured) and draws.desk.refused:
+            note += f"; drawn another way, since it was refused: {', '.join(sorted(draws.desk.refused))}"
+        bench.put(name, differs, "%", note=note)
 
     for way in WAYS[1:]:
         name = f"{precision}, batch {len(wanted)}: {way} codes that differ from eager"

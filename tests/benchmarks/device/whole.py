@@ -53,9 +53,10 @@ class Work:
         tokenizer = subjects.tokenizer(bench)
         space = CodeSpace(tokenizer.config.codebook_size, tokenizer.config.num_latent_tokens, CLASSES)
         model = network(bench, GENERATORS["toy" if bench.is_quick else "B"], space)
-        settings = SampleConfig(cfg_scale=SCALE, precision="bf16", compile=bench.device.type == "cuda")
+        is_compiled = bench.device.type == "cuda"
+        settings = SampleConfig(cfg_scale=SCALE, precision="bf16", compile=is_compiled)
         self.sample = prepare_sampler(model, settings)
-        self.decoder = prepare_decoder(tokenizer, None, "bf16")
+        self.decoder = prepare_decoder(tokenizer, None, "bf16", compile=is_compiled)
         with tempfile.TemporaryDirectory() as folder:
             weights = write(Path(folder))
             inception = load_inception(weights.path.read_bytes(), weights.sha256)
