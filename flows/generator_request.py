@@ -43,7 +43,7 @@ def check_generator_request(
     chosen = load_recipe(recipe, overrides=overrides, seed=seed)
     check_share("train_generator", chosen.train_generator, ranks)
     chosen, _ = on_device(chosen, gpus=None, ranks=ranks, settings=settings)
-    check_compilers(chosen.train_generator, device=chosen.compute.device, settings=settings)
+    check_compilers(chosen.train_generator.compile, device=chosen.compute.device, settings=settings)
     found = find_artifact(codes, store, "codes")
     check_servers(settings)
     found.store.check()

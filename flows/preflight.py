@@ -13,7 +13,6 @@ from flows.precisions import precisions_of, warn_of_slow
 from flows.recipe_files import load_recipe
 from flows.recipes import Recipe
 from flows.server import health
-from generator.config import SampleConfig
 from infra.pretrained import WEIGHTS_ROOT
 from infra.schedule import TrainingConfig
 from infra.settings import Settings
@@ -65,7 +64,8 @@ def check_request(
         check_decoder(chosen, settings)
         stages = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
         trainings = (*(stage.training for stage in stages), chosen.train_generator)
-        check_compilers(*trainings, chosen.sample, device=chosen.compute.device, settings=settings)
+        is_compiled = any(training.compile for training in trainings) or chosen.encode.compile or compiles_steps(chosen)
+        check_compilers(is_compiled, device=chosen.compute.device, settings=settings)
     source = data or chosen.source
     if not source:
         raise ValueError(f"recipe {chosen.name} has no images of its own: give a folder of them with --data")
@@ -138,12 +138,28 @@ def check_servers(settings: Settings) -> None:
     check_ray(settings.ray_address)
 
 
-def check_compilers(*configs: TrainingConfig | SampleConfig, device: str, settings: Settings) -> None:
+def compiles_steps(recipe: Recipe) -> bool:
+    """Whether sampling compiles: on CUDA the steps of small generators are recorded as they are."""
+    if not recipe.sample.compile or recipe.compute.device == "cpu":
+        return bool(recipe.sample.compile)
+    import torch
+
+    from generator.artifacts import build_generator
+    from generator.fast_sample import is_large
+    from generator.space import CodeSpace
+
+    tokenizer = recipe.tokenizer
+    with torch.device("meta"):
+        space = CodeSpace(tokenizer.codebook_size, tokenizer.num_latent_tokens, 0)
+        return is_large(build_generator(recipe.generator, space))
+
+
+def check_compilers(is_compiled: bool | None, *, device: str, settings: Settings) -> None:
     """Refuse what is to be compiled where there is no compiler, before hours of other stages.
 
     The machines of a cluster that is joined are not looked at: what is missing there, their workers say.
     """
-    if any(config.compile for config in configs) and not settings.ray_address:
+    if is_compiled and not settings.ray_address:
         import torch
 
         from infra.compiler import check_compiler

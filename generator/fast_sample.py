@@ -34,6 +34,11 @@ LARGE = 20_000_000
 M = TypeVar("M", bound=nn.Module)
 
 
+def is_large(model: Generator | MaskedGenerator) -> bool:
+    """Whether compiling a generator's step for CUDA gains more than it takes."""
+    return sum(p.numel() for p in model.parameters()) > LARGE
+
+
 def prepare_sampler(model: Generator | MaskedGenerator, config: SampleConfig) -> Sampler | MaskedSampler:
     """Prepare a generator for sampling on the device that it is on; once a worker, since weights are copied.
 
@@ -76,7 +81,7 @@ class Prepared:
         self.precision, self.compile, self.device = precision, compile, model.device
         dtype, is_cpu = DTYPES[precision], model.device.type == "cpu" and record is None
         is_packed, is_whole = is_cpu and not compile, is_cpu and compile
-        is_by_parts = compile and not is_cpu and sum(p.numel() for p in model.parameters()) > LARGE
+        is_by_parts = compile and not is_cpu and is_large(model)
         wrap = functools.partial(compiled, device=model.device)
         self.network: PackedGenerator | Generator | MaskedGenerator
         self.fused: FusedGenerator | None = None

@@ -9,7 +9,7 @@ import pytest
 from flows import devices
 from flows.ablation_arm import ABLATION_ARM
 from flows.devices import choose_device
-from flows.preflight import check_request
+from flows.preflight import check_request, compiles_steps
 from flows.recipe_files import load_recipe
 from flows.recipes import RECIPES, ComputeConfig
 from flows.stage import Job, plan_of
@@ -117,6 +117,14 @@ def test_settings_that_are_left_open_fit_the_device() -> None:
     assert cuda.on("cuda") == cuda  # settled once
     asked = load_recipe("digits", overrides=("encode.precision=fp32", "sample.compile=false"), seed=None).on("cuda")
     assert (asked.encode.precision, asked.sample.compile) == ("fp32", False)
+
+
+def test_a_small_generator_needs_no_compiler_on_cuda() -> None:
+    """Guards against a refusal of `digits` on a GPU without gcc."""
+    small, large = (load_recipe(name, overrides=(), seed=None) for name in ("digits", "imagenet256_ar_b"))
+    assert not compiles_steps(small.on("cuda"))
+    assert compiles_steps(large.on("cuda"))
+    assert not compiles_steps(large.on("cpu"))
 
 
 def test_settings_that_were_asked_for_survive_the_record(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_missing_compiler_is_said_before_anything_starts(
         raise ValueError("compile = True needs a C++ compiler")
 
     monkeypatch.setattr("infra.compiler.check_compiler", missing)
-    preflight.check_compilers(SampleConfig().on("cpu"), device="cpu", settings=Settings())
+    preflight.check_compilers(SampleConfig().on("cpu").compile, device="cpu", settings=Settings())
     with pytest.raises(ValueError, match="needs a C"):
         check(store, ref, "train_generator.compile=true")
 
