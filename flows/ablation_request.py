@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from flows.precisions import precisions_of, warn_of_slow
 from flows.preflight import check_ranks, check_servers, check_weights, on_device
 from flows.recipe import Recipe
 from flows.recipes_ablation import Ablation, load_ablation
@@ -45,6 +46,9 @@ def check_ablation_request(
     check_ranks(base, ranks)
     settled, each = on_device(base, gpus=gpus, ranks=ranks, settings=settings)
     plan = plan.on(settled.compute.device)
+    judged = ("warm_up", "align", "decoding")  # an ablation ends with the second
+    chosen = {name: value for name, value in precisions_of(settled).items() if name.startswith(judged)}
+    warn_of_slow(chosen, settings, settled.compute.device)
     source = data or base.source
     if not source:
         raise ValueError(f"ablation {plan.name} has no images of its own: give a folder of them with --data")

@@ -17,7 +17,7 @@ from pydantic import (
 from flows.gate import GateConfig
 from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from infra.config import Config
-from infra.device import DeviceChoice, NumericsConfig
+from infra.device import DeviceChoice, NumericsConfig, default_precision
 from infra.pretrained import PretrainedConfig
 from infra.schedule import COMPILED_WIDTH
 from sftok.config import (
@@ -77,7 +77,7 @@ class EncodeConfig(Config):
         is_cuda = device.startswith("cuda")
         settled = {
             "micro_batch": self.micro_batch or (256 if is_cuda else 64),
-            "precision": ("bf16" if is_cuda else "fp32") if self.precision == "auto" else self.precision,
+            "precision": default_precision(device) if self.precision == "auto" else self.precision,
             "compile": is_cuda and width >= COMPILED_WIDTH if self.compile is None else self.compile,
         }
         return self.model_copy(update=settled)

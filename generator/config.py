@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from infra.config import Config
+from infra.device import default_precision
 from infra.schedule import TrainingConfig
 
 GeneratorKind = Literal["autoregressive", "masked"]
@@ -184,7 +185,7 @@ class SampleConfig(Config):
         is_cuda = device.startswith("cuda")
         settled = {
             "micro_batch": self.micro_batch or (256 if is_cuda else 64),
-            "precision": ("bf16" if is_cuda else "fp32") if self.precision == "auto" else self.precision,
+            "precision": default_precision(device) if self.precision == "auto" else self.precision,
             "compile": is_cuda if self.compile is None else self.compile,
         }
         return self.model_copy(update=settled)

@@ -3,15 +3,19 @@
 import gc
 import os
 import platform
+import re
 import sys
 from typing import Literal
 
 from pydantic import Field
 
 from infra.config import Config
+from infra.provenance import gpu_names
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+# GPUs of before compute capability 8.0, by name: asking CUDA would take memory of the card.
+WITHOUT_BF16 = re.compile(r"\b(?:T4|V100|P100|P40|P4|M60|K80|GTX|TITAN|Quadro RTX|RTX 20\d\d)\b")
 
 
 class NumericsConfig(Config):
@@ -40,6 +44,13 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_precision(device: str) -> Literal["fp32", "bf16"]:
+    """Choose the precision of what is left open: bf16 on CUDA, but fp32 on GPUs of before it, and on CPUs."""
+    if not device.startswith("cuda") or any(WITHOUT_BF16.search(name) for name in gpu_names()):
+        return "fp32"
+    return "bf16"
 
 
 def use_numerics(numerics: NumericsConfig, device: str) -> None:

@@ -42,7 +42,7 @@ def _hardware() -> dict[str, str]:
         "cpu": _cpu_model(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
         "memory_gib": f"{psutil.virtual_memory().total / 2**30:.1f}",
-        "gpus": ", ".join(_gpu_names()) or "none",
+        "gpus": ", ".join(gpu_names()) or "none",
     }
 
 
@@ -116,13 +116,16 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _gpu_names() -> list[str]:
-    """From torch if it is loaded anyway, else from the driver's files: importing torch for a name takes seconds."""
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def gpu_names() -> list[str]:
+    """Names of this machine's GPUs, from the driver's files: asking CUDA for them would take memory of the cards.
+
+    Where the driver has no such files, from torch if it is loaded anyway: importing it for a name takes seconds.
+    """
     names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         found = re.search(r"^Model:\s*(.+)$", file.read_text(errors="replace"), re.MULTILINE)
         names += [found[1].strip()] if found else []
-    return names
+    torch = sys.modules.get("torch")
+    if names or torch is None:
+        return names
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from infra.config import Config
+from infra.device import default_precision
 from infra.pretrained import PretrainedConfig
 from infra.schedule import OptimizerConfig, Precision, TrainingConfig
 
@@ -184,8 +185,7 @@ class DecodingConfig(Config):
 
     def on(self, device: str) -> Self:
         """Settle what depends on the device: the precision."""
-        precision = "bf16" if device.startswith("cuda") else "fp32"
-        return self.model_copy(update={"precision": precision}) if self.precision == "auto" else self
+        return self.model_copy(update={"precision": default_precision(device)}) if self.precision == "auto" else self
 
 
 class AdversarialConfig(Config):

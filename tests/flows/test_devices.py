@@ -119,6 +119,23 @@ def test_settings_that_are_left_open_fit_the_device() -> None:
     assert (asked.encode.precision, asked.sample.compile) == ("fp32", False)
 
 
+def test_a_gpu_without_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default never chooses a precision that the device is slow in."""
+    for name, precision in {
+        "Tesla T4": "fp32",
+        "Tesla V100-SXM2-16GB": "fp32",
+        "NVIDIA GeForce RTX 2080 Ti": "fp32",
+        "NVIDIA H200": "bf16",
+        "NVIDIA A100-SXM4-80GB": "bf16",
+        "NVIDIA L4": "bf16",
+        "NVIDIA GeForce RTX 4090": "bf16",
+    }.items():
+        monkeypatch.setattr("infra.device.gpu_names", lambda name=name: [name])
+        recipe = load_recipe("digits", overrides=(), seed=None).on("cuda")
+        assert {recipe.encode.precision, recipe.sample.precision, recipe.decoding.precision} == {precision}, name
+        assert recipe.on("cpu").compute.device == "cpu"
+
+
 def test_a_small_generator_needs_no_compiler_on_cuda() -> None:
     """Guards against a refusal of `digits` on a GPU without gcc."""
     small, large = (load_recipe(name, overrides=(), seed=None) for name in ("digits", "imagenet256_ar_b"))
