@@ -113,7 +113,7 @@ def _recipe(found: Found, encode: EncodeConfig, overrides: Sequence[str]) -> Rec
     for override in overrides:
         section, _, field = override.partition("=")[0].strip().partition(".")
         if section not in SECTIONS or field == "image_size":
-            raise ValueError(f"--set {override}: the tokenizer decides this; only {' and '.join(SECTIONS)} can be set")
+            raise ValueError(f"--set {override}: the tokenizer decides this; only {', '.join(SECTIONS)} can be set")
     model = load_config(found.folder, TokenizerFile)
     base = load_recipe("small64", overrides=overrides)
     augment = base.augment

@@ -86,6 +86,8 @@ def on_device(
     Raises:
         ValueError: GPUs are asked for where there are none.
     """
+    if is_run:
+        check_ray(settings.ray_address)
     device, each = choose_device(recipe.compute, gpus=gpus, settings=settings, ranks=ranks, is_run=is_run)
     return recipe.on(device), each
 

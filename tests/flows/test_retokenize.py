@@ -155,7 +155,7 @@ class TestRequests:
         [
             ({"tokenizer": "tokenizer/ffff"}, "no finished artifact"),
             ({"data": "images/ffff"}, "no finished artifact"),
-            ({"overrides": ["encode.micro_batch=1"]}, "only data and augment can be set"),
+            ({"overrides": ["encode.micro_batch=1"]}, "only data, augment, compute can be set"),
             ({"overrides": ["data.image_size=8"]}, "the tokenizer decides this"),
             ({"overrides": ["data.shards=8"]}, r"data\.shards: unknown field, did you mean num_shards"),
         ],
