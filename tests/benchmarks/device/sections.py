@@ -29,19 +29,19 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "encode": Section(encode.run, 60),
-    "encode_shards": Section(encode_shards.run, 50),
+    "encode": Section(encode.run, 50),
+    "encode_shards": Section(encode_shards.run, 45),
     "decode": Section(decode.run, 40),
-    "sample": Section(sample.run_b, 60),
+    "sample": Section(sample.run_b, 55),
     "sample_xl": Section(sample.run_xl, 60),
-    "masked_sample": Section(masked_sample.run, 25),
+    "masked_sample": Section(masked_sample.run, 20),
     "align": Section(align.run, 45),
     "fine_tune": Section(fine_tune.run, 35),
-    "generator": Section(generator.run, 50),
+    "generator": Section(generator.run, 40),
     "first_sample": Section(first_sample.run, 40),
     "inception": Section(inception.run, 20),
-    "evaluation": Section(evaluation.run, 35),
+    "evaluation": Section(evaluation.run, 30),
     "whole": Section(whole.run, 30),
-    "digits": Section(digits.run, 45),
+    "digits": Section(digits.run, 90),
 }
 TOTAL_SECONDS = 600
