@@ -35,7 +35,11 @@ def run(bench: Bench) -> None:
 def start(bench: Bench, device: str, folder: str) -> "subprocess.Popen[str]":
     """Begin a run on a device: on the first cores where it computes on the CPU, else on the others if there are any."""
     command = [sys.executable, "-c", "from flows.cli import main; main()", "run", "--json", "--device", device]
-    command += ["--store", f"{folder}/store", *(["digits_tiny"] if bench.is_quick else ["digits", *shorter()])]
+    command += [
+        "--store",
+        f"{folder}/store",
+        *(["digits_tiny", "--workers", "0"] if bench.is_quick else ["digits", *shorter()]),
+    ]
     environment = os.environ | {"SFTOK_HOME": folder}  # where its servers keep their files
     there = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, there[:CORES] if device == "cpu" else there[CORES:] or there)

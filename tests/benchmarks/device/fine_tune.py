@@ -82,7 +82,7 @@ def our_step(bench: Bench, images: Tensor, size: int, *, is_compiled: bool) -> C
         config.adversarial, steps=STEPS, image_size=size, micro_batch=len(images), dino=dino_file(), device=bench.device
     )
     run = Run(Store("."), seed=0, device=bench.device.type)  # nothing is written
-    pixels = PixelLosses(config, run=run, lpips=lpips(bench), adversary=adversary)
+    pixels = PixelLosses(config, run=run, lpips=lpips(bench.device), adversary=adversary)
 
     def step() -> None:
         number = next(steps)
@@ -98,7 +98,7 @@ def our_step(bench: Bench, images: Tensor, size: int, *, is_compiled: bool) -> C
 def bare_step(bench: Bench, images: Tensor) -> Callable[[], object]:
     """As little as trains the same network towards pixels."""
     config, (model, trained) = stage(len(images), is_compiled=False), trained_parts(bench)
-    parameters, perceptual = [parameter for _, parameter in trained], lpips(bench)
+    parameters, perceptual = [parameter for _, parameter in trained], lpips(bench.device)
     optimizer = torch.optim.AdamW(parameters, OPTIMIZER.lr, fused=True)
 
     def step() -> None:
@@ -111,12 +111,14 @@ def bare_step(bench: Bench, images: Tensor) -> Callable[[], object]:
     return step
 
 
-def lpips(bench: Bench) -> Lpips:
-    """LPIPS of random weights."""
+@functools.cache
+def lpips(device: torch.device) -> Lpips:
+    """LPIPS of random weights, which no step changes."""
     torch.manual_seed(0)
-    return Lpips().to(bench.device, memory_format=torch.channels_last)
+    return Lpips().to(device, memory_format=torch.channels_last)
 
 
+@functools.cache
 def dino_file() -> bytes:
     """DINO of random weights, as a file."""
     torch.manual_seed(0)
