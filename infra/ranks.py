@@ -233,14 +233,16 @@ class _Group:
 
     def _error(self, call: Any) -> Any:
         try:
-            self.ray.get(call)
+            with interruptible():
+                self.ray.get(call)
         except self.ray.exceptions.RayError as error:
             return error
         return None
 
     def _get(self, call: Any) -> Any:
         try:
-            return self.ray.get(call)
+            with interruptible():
+                return self.ray.get(call)
         except self.ray.exceptions.RayActorError as error:
             raise _LostRankError(one_line(error)) from error
 

@@ -163,7 +163,8 @@ class _Pool(Generic[T, R]):
     def _get(self, call: Any) -> Any:
         """A call's result; its error as itself."""
         try:
-            return self.ray.get(call)
+            with interruptible():
+                return self.ray.get(call)
         except self.ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(one_line(error))
             raise cause from error
