@@ -217,7 +217,7 @@ def test_kill_9_from_outside_changes_nothing(copied, reference) -> None:
 
     def kill() -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not any(name.endswith(".json") for name in job.out.list()):
+        while time.monotonic() < deadline and not any(name.endswith(".parquet.json") for name in job.out.list()):
             time.sleep(0.005)
         for process in psutil.process_iter(["cmdline"]):
             if any("ray::_Actor" in part for part in process.info["cmdline"] or ()) and is_ours(process):

@@ -243,7 +243,7 @@ def test_a_full_bucket_ends_in_one_line_and_the_rest_follows(cloud, prepared) ->
         with pytest.raises(OSError, match=r"^s3://tests/full/\S+: no space left .*InsufficientStorage.*free") as caught:
             encode(job, prepared.images, options=HERE, progress=listen)
         assert "\n" not in str(caught.value)
-        assert len([name for name in job.out.list() if name.endswith(".json")]) == 3
+        assert len([name for name in job.out.list() if name.endswith(".parquet.json")]) == 3
         is_full.clear()
         made = encode(job, prepared.images, options=HERE)
     assert_undisturbed(store, prepared, made)
