@@ -24,7 +24,8 @@ from sftok.preprocess import crop
 PIXELS_AT_ONCE = 2**25  # decoded, or being resized in 12 bytes each: what bounds the memory
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; others are lossless or arithmetic
 _LONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
-_END, _SCAN, _ADOBE = 0xD9, 0xDA, 0xEE
+_END, _SCAN, _APP1, _ADOBE = 0xD9, 0xDA, 0xE1, 0xEE
+_MOST_SHRUNK = 40  # times on CUDA: of 47 and more, its kernel has no room for the weights
 
 Decode = Callable[..., list[Tensor]]
 Result = tuple[list[Tensor], list[str | None]]
@@ -106,6 +107,10 @@ class DeviceDecoders:
 
     def _jpegs(self, files: Sequence[bytes]) -> list[Tensor | Pixels | str]:
         """Decode together; if that fails, which tells of none, one by one, and what fails then by Pillow."""
+        if self._stream is not None:
+            # The engine that decodes JPEGs writes without waiting for the stream (torchcodec 0.16), and may be given
+            # memory of images that are still being resized there.
+            self._stream.synchronize()
         try:
             return list(self._decode(list(files), mode="RGB", device=self.device))
         except torch.OutOfMemoryError:
@@ -137,16 +142,21 @@ def centre_squares(images: Tensor, side: int) -> Tensor:
     images = images[..., top : height - top, left : width - left]
     height, width = images.shape[-2:]
     new = (side * height // shorter, side * width // shorter)
-    squares = []
+    squares, device = [], images.device
+    if shorter > _MOST_SHRUNK * side:
+        images = images.cpu()
     for some in images.split(max(1, PIXELS_AT_ONCE // (height * width))):
         resized = F.interpolate(some.float(), size=new, mode="bicubic", antialias=True, align_corners=False)
         square = torch.stack([crop(image, side) for image in resized])
         squares.append(square.round_().clamp_(0, 255).to(torch.uint8))
-    return torch.cat(squares)
+    return torch.cat(squares).to(device)
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that all decoders read alike: grey, or YCbCr, of 8 bits; None for any other file."""
+    """Height and width of a JPEG that all decoders read alike: grey, or YCbCr, of 8 bits; None for any other file.
+
+    Nor do all turn an image upright whose XMP says how it lies, as Pillow does.
+    """
     if data[:2] != b"\xff\xd8":
         return None
     at = 2
@@ -161,6 +171,8 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
             names = data[at + 10 : at + 10 + 3 * colours : 3]
             is_plain = bits == 8 and height and width and (colours == 1 or (colours == 3 and names != b"RGB"))
             return (height, width) if is_plain else None
+        if marker == _APP1 and b"tiff:Orientation" in data[at + 4 : at + 2 + length]:
+            return None
         if marker in (_SCAN, _END) or (marker == _ADOBE and data[at + 4 : at + 9] == b"Adobe" and data[at + 15] == 0):
             return None
         at += 2 + length

@@ -101,6 +101,9 @@ def test_only_jpegs_that_all_decoders_read_alike_are_theirs() -> None:
     assert jpeg_shape(saved(image.convert("L"))) == (427, 640)
     for other in (saved(image.convert("CMYK")), saved(image, keep_rgb=True), saved(image, "PNG"), b"", b"\xff\xd8"):
         assert jpeg_shape(other) is None
+    turned = saved(image, xmp=b'<rdf:Description tiff:Orientation="6"/>')
+    assert to_rgb(turned).size == (427, 640)
+    assert jpeg_shape(turned) is None
     whole = saved(image)
     for end in range(0, 200, 7):
         assert jpeg_shape(whole[:end]) in (None, (427, 640))
@@ -116,6 +119,44 @@ def test_centre_squares_do_not_depend_on_batch_mates(shape: tuple[int, int], mon
     if shape == (16, 16):
         assert torch.equal(together, images)
     assert PIXELS_AT_ONCE > 1
+
+
+def test_no_image_is_decoded_while_others_are_still_resized(monkeypatch) -> None:
+    """The engine of a GPU writes at once, where memory may be that of images whose resizing is queued."""
+    order: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            order.append("synchronize")
+
+    def decode(files: Sequence[bytes], *, mode: str, device: torch.device) -> list[Tensor]:
+        order.append("decode")
+        return by_pillow(files, mode=mode, device=device)
+
+    monkeypatch.setattr("sftok.device_decoding.PIXELS_AT_ONCE", 1)
+    decoders = DeviceDecoders(CPU, decode)
+    decoders._stream = Stream()  # type: ignore[assignment]
+    decoders.begin([photographs()[0]] * 3, (32,)).result()
+    assert order == ["synchronize", "decode"] * 3 + ["synchronize"]
+
+
+def test_what_shrinks_beyond_what_a_gpus_kernel_can_do_is_resized_by_the_cpu(monkeypatch) -> None:
+    moved: list[tuple[int, ...]] = []
+    cpu = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda image: moved.append(tuple(image.shape)) or cpu(image))
+    for height in (320, 640):
+        centre_squares(torch.zeros(1, 3, height, 700, dtype=torch.uint8), 8)
+    assert moved == [(1, 3, 640, 700)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("times", [39, 60])
+def test_a_gpu_shrinks_as_much_as_asked(times: int) -> None:
+    generator = torch.Generator().manual_seed(times)
+    images = torch.randint(0, 256, (2, 3, 8 * times, 9 * times), generator=generator).byte()
+    found = centre_squares(images.cuda(), 8)
+    assert found.is_cuda
+    assert (found.cpu().int() - centre_squares(images, 8).int()).abs().max() <= 1
 
 
 def test_shards_are_whole_and_failures_are_the_same(copied, monkeypatch) -> None:  # noqa: F811
