@@ -98,7 +98,10 @@ class Decoders:
 
     @contextlib.contextmanager
     def _process(self) -> Iterator[DecodeProcess]:
-        """A process that no other thread asks meanwhile; there are no more of them than threads."""
+        """A process that no other thread asks meanwhile; there are no more of them than threads.
+
+        One whose answer was not read to the end is ended: what it says next would be taken for another image.
+        """
         try:
             process = self._idle.get_nowait()
         except queue.Empty:
@@ -106,8 +109,11 @@ class Decoders:
             self._started.append(process)
         try:
             yield process
-        finally:
-            self._idle.put(process)
+        except BaseException:
+            process.close()
+            self._started.remove(process)
+            raise
+        self._idle.put(process)
 
 
 class Decoding:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from infra.errors import TransientError
+from sftok import decode_process
 from sftok.decode_process import DecodeProcess
 from sftok.decoding import Decoders, Order, square_buffers
 from sftok.preprocess import crop, resize_shorter, to_rgb
@@ -71,6 +72,21 @@ def test_the_end_of_a_process_is_no_fault_of_the_image(decoders: Decoders) -> No
         TransientError, match=r"^a process that decodes images was ended by signal 9; if memory ran out"
     ):
         decoded(decoders, [picture(0)] * 9, [None] * 9)
+    assert decoded(decoders, [picture(0)] * 9, [None] * 9) == decoded(Decoders(), [picture(0)] * 9, [None] * 9)
+
+
+def test_an_answer_that_was_not_read_is_never_taken_for_another_image(monkeypatch) -> None:
+    made, read = Decoders(1), decode_process._read
+    monkeypatch.setattr(decode_process, "_read", full)
+    with pytest.raises(MemoryError):
+        decoded(made, [picture(0)], [None])
+    monkeypatch.setattr(decode_process, "_read", read)
+    assert decoded(made, [picture(1)], [None]) == decoded(Decoders(), [picture(1)], [None])
+    made.close()
+
+
+def full(*_: object) -> bytes:
+    raise MemoryError
 
 
 def test_processes_need_neither_torch_nor_arrow() -> None:
