@@ -28,6 +28,7 @@ from sftok.config import DecodingConfig
 from sftok.data import ImageRows
 from sftok.decode import ImageDecoder, noise_keys
 from sftok.perceptual import load_lpips
+from sftok.pixels import AT_ONCE
 from sftok.preprocess import PREPROCESSING, to_float
 from sftok.proxy import Teacher
 from sftok.step_agreement import StepAgreement, decode_logits
@@ -111,7 +112,7 @@ def _inputs(work: Work) -> EvaluationInputs:
         compile=device != CPU
         and len(val.image_ids) * len(recipe.evaluate.steps) + len(codes.samples.image_id) >= _COMPILED_FROM,
     )
-    val_proxy = _teacher_codes(teacher, val.images, recipe.encode.micro_batch)
+    val_proxy = _teacher_codes(teacher, val.images, images_at_once(device, recipe.encode.micro_batch))
 
     def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[Reconstructed]:
         decoding = recipe.decoding.model_copy(update={"num_steps": num_steps})
@@ -186,7 +187,7 @@ def _agreement(work: Work, decoder: ImageDecoder, codes: CodeRows, truth_BP: Ten
 
 def _lpips(work: Work) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Perceptual distances of images, in batches; None where no weights are given."""
-    config, size = work.recipe.evaluate.lpips, work.recipe.encode.micro_batch
+    config, size = work.recipe.evaluate.lpips, images_at_once(work.job.device, work.recipe.encode.micro_batch)
     if not config.is_given:
         return None
     model = load_lpips(read_pretrained(config, work.job.store, "evaluate.lpips"), "evaluate.lpips")
@@ -225,7 +226,12 @@ def _in_order(rows: CodeRows, images: ImageRows) -> CodeRows:
     return CodeRows(images.image_ids, rows.class_id[order], ["center"] * len(order), rows.codes[order])
 
 
+def images_at_once(device: str, micro_batch: int) -> int:
+    """Images that the teacher and LPIPS look at together: on CUDA no more than a pixel decoder paints."""
+    return micro_batch if device == CPU else min(micro_batch, AT_ONCE)
+
+
 @torch.no_grad()
-def _teacher_codes(teacher: Teacher, images: Tensor, micro_batch: int) -> Tensor:
+def _teacher_codes(teacher: Teacher, images: Tensor, at_once: int) -> Tensor:
     device = teacher.codebook.weight.device
-    return torch.cat([teacher.encode(to_float(part).to(device)).cpu() for part in images.split(micro_batch)])
+    return torch.cat([teacher.encode(to_float(part).to(device)).cpu() for part in images.split(at_once)])

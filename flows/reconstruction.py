@@ -76,7 +76,8 @@ def _seen(tools: Instruments, num_steps: int) -> _Seen:
             figures["lpips"] = inputs.lpips(images, originals)
         if scored is not None:
             scored.add(images)
-        shown |= {index: images[index - at].cpu() for index in range(at, at + len(images)) if index in indices}
+        for index in indices.intersection(range(at, at + len(images))):
+            shown[index] = images[index - at].to("cpu", copy=True)  # and not the whole batch
         meter.add(**figures)
     if meter.count != len(inputs.val_images):
         raise ValueError(f"reconstructions have shape ({meter.count}, ...), held-out images {tuple(expected)}")

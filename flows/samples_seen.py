@@ -51,7 +51,7 @@ def see_samples(
         images = metrics.to_uint8(part)
         for index in range(meter.count, meter.count + len(images)):
             if index in wanted:
-                shown[index] = images[index - meter.count].cpu()
+                shown[index] = images[index - meter.count].to("cpu", copy=True)  # and not the whole batch
         read = {"thumbnails": thumbnail_rows(images)} if is_read else {}
         meter.add(features=features(images), **read)
         if scored is not None:

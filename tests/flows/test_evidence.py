@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from flows import stages
+from flows import reconstruction, stages
 from flows.evaluation import evaluate
-from flows.evidence import StoredCodes
+from flows.evidence import StoredCodes, images_at_once
 from flows.instruments import code_batches
 from flows.recipes import EvaluateConfig
+from flows.samples_seen import see_samples
 from flows.stage import Work, plan_of
 from infra.artifacts import ArtifactRef, folder_of, key_of, manifest_of
 from infra.codes import CodeRows, CodesInfo, to_parquet
@@ -24,6 +25,7 @@ from infra.shards import split_of
 from infra.store import Store
 from sftok.config import DataConfig
 from sftok.data import ImageSet
+from sftok.features import RandomFeatures
 from sftok.prepare import prepare
 from sftok.proxy import Teacher
 from sftok.sources import list_source
@@ -196,6 +198,35 @@ def test_the_number_of_images_that_teach_the_reader_is_part_of_what_is_computed(
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def is_alone(image: torch.Tensor) -> bool:
+    """Whether no other images are kept in memory with this one."""
+    return image.untyped_storage().nbytes() == image.nbytes
+
+
+def test_of_decoded_images_that_pass_only_those_shown_stay(monkeypatch) -> None:
+    inputs, gallery = digits_inputs(), reconstruction.reconstruction_gallery
+    seen = see_samples(inputs, RandomFeatures(0, 32), is_read=False, nearest_images=20)
+    assert all(map(is_alone, seen.shown.values()))
+    shown: list[torch.Tensor] = []
+
+    def drawn(pictures, originals, by_steps, **facts):
+        shown.extend(image for images in by_steps.values() for image in images.values())
+        return gallery(pictures, originals, by_steps, **facts)
+
+    monkeypatch.setattr(reconstruction, "reconstruction_gallery", drawn)
+    evaluate(inputs, CONFIG, seed=0)
+    assert shown
+    assert all(map(is_alone, shown))
+
+
+def test_large_networks_look_at_fewer_images_at_once_on_a_gpu() -> None:
+    """A micro-batch of 256 images of 256 x 256 would take the teacher some 35 GB, and it is part of codes' names."""
+    assert images_at_once("cpu", 256) == 256
+    assert images_at_once("cuda", 256) == 64
+    assert images_at_once("cuda", 8) == 8
+
 
 MEASURE = """
 import dataclasses, json, resource, sys
