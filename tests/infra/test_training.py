@@ -184,6 +184,8 @@ def test_half_precision_stops_where_nothing_but_overflows_comes() -> None:
         (MemoryError(), "MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "CUDA out of memory. Tried"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate memory: you tried"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "ALLOC_FAILED"),
     ],
 )
 def test_memory_that_runs_out_is_told_with_the_setting_to_lower(error: Exception, said: str, store: Store) -> None:
