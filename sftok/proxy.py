@@ -125,7 +125,8 @@ class Teacher(nn.Module):
     def nearest(self, latents_BChw: Tensor) -> Tensor:
         """The closest code of every position by squared distance, (B, P) int64, row-major."""
         x_BPC, codebook_VC = latents_BChw.flatten(2).transpose(1, 2).float(), self.codebook.weight.float()
-        return (codebook_VC.square().sum(1) - 2 * x_BPC @ codebook_VC.T).argmin(-1)
+        with torch.autocast(x_BPC.device.type, enabled=False):  # near-ties decide codes
+            return (codebook_VC.square().sum(1) - 2 * x_BPC @ codebook_VC.T).argmin(-1)
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
@@ -134,9 +135,7 @@ class Teacher(nn.Module):
         # group norms would turn it each time, unless they are compiled, and the weights laid out so, too.
         if not images_B3HW.is_cuda or self.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
-        latents_BChw = self.encoder(images_B3HW)
-        with torch.autocast(images_B3HW.device.type, enabled=False):  # near-ties decide codes
-            return self.nearest(latents_BChw)
+        return self.nearest(self.encoder(images_B3HW))
 
     def grid(self, codes_BP: Tensor) -> Tensor:
         """Proxy codes to their vectors on the square grid, (B, C, h, w)."""

@@ -327,8 +327,10 @@ def test_a_teachers_distances_are_fp32_in_half_precision_too() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         codes = model.encode(shown)
         latents = model.encoder(shown.contiguous(memory_format=torch.channels_last))
+        trained = model(shown)
     assert latents.dtype == torch.bfloat16
     assert torch.equal(codes, model.nearest(latents))
+    assert torch.equal(trained.codes, model.nearest(trained.latents))
 
 
 @pytest.mark.slow
