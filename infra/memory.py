@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-# Besides classes of their own: of the CPU; of CUDA beside torch's own allocator, or in a compiler's error; of cuBLAS and cuDNN.
+# Besides classes of their own: of the CPU; of CUDA beside torch's allocator or in a compiler's error; of cuBLAS, cuDNN.
 FULL = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
