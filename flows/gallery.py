@@ -141,17 +141,28 @@ def sample_gallery(pictures: Pictures, samples: Shown, *, class_ids: Tensor, cla
 
 
 def neighbour_gallery(
-    pictures: Pictures, samples: Tensor, *, nearest: Nearest, train: Images, class_ids: Tensor, class_names: Names
+    pictures: Pictures,
+    samples: Shown,
+    *,
+    nearest: Nearest,
+    train: Images,
+    class_ids: Tensor,
+    class_names: Names,
 ) -> Gallery:
-    """Of each class the sample closest to any training image, beside that image: where copying would show first."""
+    """Of each class the sample closest to any training image, beside that image: where copying would show first.
+
+    `nearest` and `class_ids` are of the samples in their order; their pictures are called by their indices.
+    """
+    indices = list(samples)
     rows = []
     for first in class_balanced(class_ids, min(ROWS, len(set(class_ids.tolist())))):
         members = (class_ids == class_ids[first]).nonzero().flatten()
         index = int(members[torch.argmin(nearest.distances[members])])
+        number = indices[index]
         neighbour, distance = int(nearest.indices[index]), float(nearest.distances[index])
         name = name_of(int(class_ids[index]), class_names)
         pair = (
-            pictures.add(f"samples/{index:06d}.png", samples[index], alt=f"Generated sample of class {name}"),
+            pictures.add(f"samples/{number:06d}.png", samples[number], alt=f"Generated sample of class {name}"),
             pictures.add(
                 f"training/{neighbour:06d}.png",
                 train[neighbour],

@@ -40,7 +40,7 @@ def measure_generation(tools: Instruments, samples: SamplesSeen) -> GenerationRe
         gallery=sample_gallery(tools.pictures, samples.shown, class_ids=classes, class_names=names),
         neighbours=neighbour_gallery(
             tools.pictures,
-            samples.near,
+            dict(zip(samples.looked.tolist(), samples.near, strict=True)),
             nearest=nearest,
             train=inputs.train_images,
             class_ids=classes[samples.looked],

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flows.evaluation import Reconstructed, evaluate
+from flows.gallery import png
 from flows.recipes import EvaluateConfig
 from flows.report_data import EvaluationReport
 from sftok.metrics import PSNR_CEILING
@@ -111,6 +112,17 @@ def test_pictures_are_balanced_and_all_there(evaluated):
     assert all(len(row.pictures) == 10 for row in report.generation.gallery.rows)
     assert {picture.file for picture in report.pictures()} == set(evaluated.images)
     assert all(image.startswith(b"\x89PNG") for image in evaluated.images.values())
+
+
+def test_a_sample_beside_its_neighbour_takes_no_other_samples_picture():
+    """Where only some samples are compared with training images, these are numbered among all, as in the gallery."""
+    inputs = digits_inputs()
+    samples = torch.cat(list(inputs.decode_samples()))
+    made = evaluate(inputs, CONFIG.model_copy(update={"nearest_images": 15}), seed=0)
+    names = [name for name in made.images if name.startswith("samples/")]
+    assert len(names) > 15
+    for name in names:
+        assert made.images[name] == png(samples[int(name[len("samples/") : -len(".png")])]), name
 
 
 def test_progress_is_reported():
