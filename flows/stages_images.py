@@ -7,7 +7,7 @@ from pydantic import JsonValue
 from flows.stage import Job, Result, Stage, Work, computed, encode_what, give_up_others, shards, what_of, worker_facts
 from infra.artifacts import Manifest, manifest_of, shards_of
 from infra.errors import TransientError
-from infra.made_on import decisive, said
+from infra.made_on import claim_shards, decisive, said
 
 if TYPE_CHECKING:
     from sftok.sources import Source
@@ -92,6 +92,7 @@ def _encode(work: Work) -> Result:
     if work.job.anew:
         give_up_others(work.out, work.recipe.compute, work.job.workers)
     facts = worker_facts(work.recipe.compute, work.job.workers)
+    claim_shards(work.out, facts)  # before shards of this kind are found among earlier versions
     without_images = work.plan.model_copy(update={"inputs": {"tokenizer": work.ref("tokenizer")}})
     job = EncodeJob(
         images=work.folder("images"),

@@ -85,16 +85,17 @@ def release_memory() -> None:
 
 
 def device_kind(device: str) -> str:
-    """Name the kind of a device, such as "cuda sm90" or "cpu avx512": within one, the same work gives the same numbers.
+    """Name the kind of a device, such as "cuda sm90x132" or "cpu avx512": within one, the same work should repeat.
 
-    GPUs are told apart by compute capability, CPUs by the instructions that torch and oneDNN choose kernels by, with
-    the limits that ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA set.
+    GPUs are told apart by compute capability and number of multiprocessors, by which cuBLAS and torch divide sums; CPUs
+    by the instructions that torch and oneDNN choose kernels by, with the limits that ATEN_CPU_CAPABILITY and
+    ONEDNN_MAX_CPU_ISA set.
     """
     import torch
 
     if torch.device(device).type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"cuda sm{major}{minor}"
+        found = torch.cuda.get_device_properties(device)
+        return f"cuda sm{found.major}{found.minor}x{found.multi_processor_count}"
     return f"cpu {cpu_features()}"
 
 

@@ -27,6 +27,16 @@ def begin_shards(out: Store, facts: Mapping[str, str]) -> None:
     Raises:
         ValueError: its shards were begun on another kind of device, or in another arithmetic.
     """
+    claim_shards(out, facts)
+    note(out, facts)
+
+
+def claim_shards(out: Store, facts: Mapping[str, str]) -> None:
+    """Keep the shards of the artifact in the folder `out` for a kind of device.
+
+    Raises:
+        ValueError: they were begun on another kind of device, or in another arithmetic.
+    """
     folder, own = out.at(FOLDER), decisive(facts)
     if not folder.create(KIND, _json(own)) and (theirs := shards_begun_on(out)) not in (None, own):
         assert theirs is not None
@@ -34,7 +44,6 @@ def begin_shards(out: Store, facts: Mapping[str, str]) -> None:
             f"{out.uri}: its shards were begun on {said(theirs)}, and this is {said(own)}: their numbers would mix; go "
             "on there, or begin anew here with --anew"
         )
-    note(out, facts)
 
 
 def shards_begun_on(out: Store) -> dict[str, str] | None:
@@ -57,7 +66,7 @@ def decisive(facts: Mapping[str, str]) -> dict[str, str]:
 
 
 def said(facts: Mapping[str, str]) -> str:
-    """Say facts in a line: "cuda sm90 (deterministic false, fp32 ieee)"."""
+    """Say facts in a line: "cuda sm90x132 (deterministic false, fp32 ieee)"."""
     rest = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "kind")
     return f"{facts.get('kind', 'an unknown kind')} ({rest})" if rest else facts.get("kind", "an unknown kind")
 

@@ -121,6 +121,26 @@ def test_shards_of_two_kinds_of_device_are_not_mixed(retokenize, store, data, mo
     verify(store, again)
 
 
+def test_what_another_kind_began_is_not_completed_from_an_earlier_version(retokenize, store, data, monkeypatch) -> None:
+    """Guards against a mixture that no worker could refuse: every shard is found, and none is started."""
+    old = manifest_of(store, retokenize("here").stages["prepare"].ref)
+    draw(data, range(70, 71))
+    unchanged = {entry.path: entry.sha256 for entry in old.files}
+    images = retokenize("images", EncodeConfig(micro_batch=5)).stages["prepare"].ref
+    known = set(store.at("artifacts", "codes").folders())
+    monkeypatch.setattr("infra.device.device_kind", lambda device: "cpu of another sort")
+    monkeypatch.setattr("sftok.encode._check_counts", _interrupted)
+    with pytest.raises(StageFailedError, match="interrupted"):
+        retokenize("elsewhere")
+    (begun,) = set(store.at("artifacts", "codes").folders()) - known
+    for entry in manifest_of(store, images).files:
+        if unchanged.get(entry.path) == entry.sha256 and entry.path.endswith(".parquet") and "-of-" in entry.path:
+            store.delete(f"artifacts/codes/{begun}/{entry.path}.json")
+    monkeypatch.undo()
+    with pytest.raises(StageFailedError, match=r"begun on cpu of another sort, and this is cpu .* --anew"):
+        retokenize("mixed")
+
+
 def _interrupted(*_: object) -> None:
     raise RuntimeError("interrupted")
 

@@ -1,5 +1,7 @@
 """What artifacts say of the devices that made them, and that no two kinds mix in one."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from infra.artifacts import Plan, folder_of, publish
@@ -83,6 +85,19 @@ def test_kinds_of_cpu_follow_what_kernels_are_chosen_by(monkeypatch: pytest.Monk
     assert features("AVX512", None, _is_avx512_bf16_supported=True) == "avx512+bf16"
     assert features("AVX512", None, _is_avx512_bf16_supported=True, _is_amx_tile_supported=True) == "avx512+amx"
     assert features("AVX512", "AVX2", _is_avx512_bf16_supported=True) == "avx512, oneDNN avx2"
+
+
+def test_gpus_of_one_generation_and_another_size_are_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A30 has half an A100's multiprocessors: cuBLAS chooses other kernels for it, which add up in another order."""
+    import torch
+
+    def kind(multiprocessors: int) -> str:
+        properties = SimpleNamespace(major=8, minor=0, multi_processor_count=multiprocessors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        return device_kind("cuda")
+
+    assert (kind(108), kind(56)) == ("cuda sm80x108", "cuda sm80x56")
 
 
 def test_a_cpu_has_no_switches_to_set() -> None:
