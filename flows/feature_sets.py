@@ -19,7 +19,7 @@ from flows.recipe import ScoresConfig
 from flows.stage import Work, computed, decoding_what, give_up_others
 from infra.artifacts import ArtifactRef, Manifest, Plan, find, folder_of, key_of, publish
 from infra.codes import read_codes
-from infra.device import IEEE, NumericsConfig, device_facts, use_numerics
+from infra.device import IEEE, device_facts, use_numerics
 from infra.made_on import begin_shards
 from infra.pretrained import PretrainedConfig
 from infra.shards import FileEntry, shard_entry, write_shard
@@ -61,7 +61,6 @@ class FeatureJob:
     precision: str
     image_size: int
     device: str
-    numerics: NumericsConfig = IEEE
 
 
 class ShardFeatures:
@@ -69,8 +68,8 @@ class ShardFeatures:
 
     def __init__(self, job: FeatureJob) -> None:
         self.job = job
-        use_numerics(job.numerics, job.device)
-        begin_shards(job.out, device_facts(job.device, job.numerics))
+        use_numerics(IEEE, job.device)
+        begin_shards(job.out, device_facts(job.device, IEEE))
         network = read_inception(job.inception, job.store, "evaluate.scores.inception")
         self.network = prepare_inception(network, precision=job.precision, device=job.device)
 
@@ -186,12 +185,10 @@ def of_real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, sp
     if (made := find(store, plan)) is not None:
         return made
     assert protocol.resize != "none"
-    out, size, compute = folder_of(store, plan.kind, plan.digest), work.recipe.data.image_size, work.recipe.compute
+    out, size = folder_of(store, plan.kind, plan.digest), work.recipe.data.image_size
     if work.job.anew:
-        give_up_others(out, compute, work.job.workers)
-    job = FeatureJob(
-        store, out, config.inception, protocol.resize, config.precision, size, work.job.device, compute.numerics
-    )
+        _give_up_others(work, out)
+    job = FeatureJob(store, out, config.inception, protocol.resize, config.precision, size, work.job.device)
     shards = [Shard(key, count) for key, count in work.rows("images", split).items() if count]
     files = map_shards(functools.partial(ShardFeatures, job), shards, options=work.job.workers)
     counts = {"images": sum(file.rows or 0 for file in files)}
@@ -231,11 +228,15 @@ def _kept(
     places: Tensor | None = None,
 ) -> KeptFeatures:
     assert protocol.resize != "none"
-    facts = device_facts(work.job.device, work.recipe.compute.numerics)
+    facts = device_facts(work.job.device, IEEE)
     store = work.job.store
     if work.job.anew:
-        give_up_others(folder_of(store, plan.kind, plan.digest), work.recipe.compute, work.job.workers)
+        _give_up_others(work, folder_of(store, plan.kind, plan.digest))
     return KeptFeatures(network, protocol.resize, store=store, plan=plan, shards=shards, facts=facts, places=places)
+
+
+def _give_up_others(work: Work, out: Store) -> None:
+    give_up_others(out, work.recipe.compute.model_copy(update=IEEE.model_dump()), work.job.workers)
 
 
 def _plan_of_codes(

@@ -227,6 +227,27 @@ class TestReference:
         (theirs,) = manifests(made.store, "features").values()
         assert theirs.files == manifest.files
 
+    def test_features_are_measured_in_ieee_arithmetic_whatever_trains(
+        self, made: Made, network, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Real images in TF32 beside samples in full would be an error of every score."""
+        work, asked = self.work_of(made), []
+        compute = work.recipe.compute.model_copy(update={"fp32": "tf32"})
+        work = work._replace(job=work.job._replace(recipe=work.recipe.model_copy(update={"compute": compute})))
+        monkeypatch.setattr("flows.feature_sets.use_numerics", lambda numerics, _: asked.append(numerics.fp32))
+        monkeypatch.setattr(
+            "flows.feature_sets.device_facts", lambda _, numerics: asked.append(numerics.fp32) or {"kind": "any"}
+        )
+        made.store.at("artifacts", "features").delete_tree()
+        config = work.recipe.evaluate.scores
+        real_images(work, config, protocol_of(config), seed=0)
+        made.store.at("artifacts", "features").delete_tree()
+        plan = plan_of(
+            stages.EVALUATE, made.job, {each: work.ref("images") for each in ("samples", "tokenizer", "teacher")}
+        )
+        of_samples(work._replace(plan=plan), config, protocol_of(config), network)
+        assert asked == ["ieee"] * 3
+
     def test_features_of_samples_are_taken_once_and_kept_by_shards(self, made: Made, network) -> None:
         tokenizer, teacher = made.tokenizer(0), made.teacher()
         codes = made.run(stages.ENCODE, images=made.run(stages.PREPARE), tokenizer=tokenizer)
