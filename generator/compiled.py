@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from infra.compiler import check_compiler, keep_compiled
+from infra.regions import REPEATABLE
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,7 +31,7 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
     keep_compiled()
     check_compiler(device)
     if device.type != "cpu":
-        return isolated(function)
+        return isolated(function, options=dict(REPEATABLE))
     graph = isolated(function, options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
     from torch._inductor import config
 

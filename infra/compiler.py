@@ -18,14 +18,14 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """Compile a network for the device that it is on.
+    """Compile a network for the device that it is on; repeatably where deterministic algorithms were asked for.
 
     Raises:
         ValueError: a compiler is missing.
     """
     keep_compiled()
     check_compiler(next(network.parameters()).device)
-    compile_regions(network)
+    compile_regions(network, repeatable=torch.are_deterministic_algorithms_enabled())
 
 
 def check_compiler(device: torch.device) -> None:

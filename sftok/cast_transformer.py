@@ -100,7 +100,7 @@ class CastTransformer:
         if compile:
             keep_compiled()
             check_compiler(transformer.norm_in.weight.device)
-            compile_regions(nn.ModuleList([*self.body, self.last]))
+            compile_regions(nn.ModuleList([*self.body, self.last]), repeatable=True)
 
     def __call__(self, x_BSW: Tensor, keep: slice) -> Tensor:
         """(B, S, W) float32 to the positions `keep`, (B, keep, W) float32."""

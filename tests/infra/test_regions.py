@@ -1,13 +1,17 @@
 """Which parts of a network are compiled by themselves, and that a validation compiles nothing."""
 
+from collections.abc import Callable
+
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from generator.artifacts import build_generator
 from generator.config import GeneratorConfig, MaskedConfig
 from generator.model import Block
 from generator.space import CodeSpace
-from infra.regions import blocks
+from infra.compiler import compile_in_place
+from infra.regions import REPEATABLE, blocks
 from sftok.proxy import ResBlock, Teacher
 from sftok.transformer import Block as TokenizerBlock
 from tests.sftok.tiny import TEACHER, tokenizer
@@ -32,3 +36,50 @@ def test_masked_blocks_too() -> None:
 @pytest.mark.parametrize("network", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Tanh())])
 def test_layers_alone_are_no_blocks(network: nn.Module) -> None:
     assert not list(blocks(network))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """What torch's compiler was asked for, which compiles nothing."""
+    found: list[dict[str, object]] = []
+
+    def record(
+        module: torch.fx.GraphModule, _: object, config_patches: dict[str, object] | None = None, **__: object
+    ) -> Callable[..., object]:
+        found.append({name: (config_patches or {}).get(name) for name in REPEATABLE})
+        return module.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", record)
+    monkeypatch.setattr("infra.compiler.check_compiler", lambda _: None)
+    monkeypatch.setattr("generator.compiled.check_compiler", lambda _: None)
+    monkeypatch.setattr("sftok.cast_transformer.check_compiler", lambda _: None)
+    return found
+
+
+def test_what_is_promised_again_is_not_tuned_by_timing(asked: list[dict[str, object]]) -> None:
+    """Guards against two workers whose sums are divided otherwise, since each has timed its kernels itself."""
+    from generator.compiled import compiled
+    from sftok.cast_transformer import CastTransformer
+
+    def shifted(x: Tensor) -> Tensor:
+        return x.sum() + 1
+
+    compiled(shifted, torch.device("cuda"))(torch.ones(3))
+    model = tokenizer(pixels=True)
+    transformer = CastTransformer(model.decoder.transformer, torch.float32, compile=True)
+    width = transformer.norm_in.shape[0]
+    transformer(torch.ones(1, 4, width), slice(2))
+    assert len(asked) >= 3
+    assert all(options == REPEATABLE for options in asked)
+
+
+def test_trainings_are_tuned_unless_they_are_to_repeat(asked: list[dict[str, object]]) -> None:
+    for is_deterministic in (False, True):
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=True)
+        try:
+            network = nn.Linear(2, 2)
+            compile_in_place(network)
+            network(torch.ones(1, 2))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [{"deterministic": None}, REPEATABLE]
