@@ -19,8 +19,15 @@ def choose_device(
         is_run: a run that is only planned does without a cluster that does not answer.
 
     Raises:
-        ValueError: GPUs are asked for where there are none or too few, or beside the device cpu.
+        ValueError: GPUs are asked for where there are none or too few, beside the device cpu, or in a number that no
+            worker can use.
     """
+    if gpus is not None and not 0 <= gpus <= 1:
+        raise ValueError(
+            f"gpus_per_worker = {gpus:g}: a worker computes on one GPU, or shares one: give a number from 0 to 1"
+        )
+    if compute.device == "cuda" and gpus == 0:
+        raise ValueError("gpus_per_worker = 0, but compute.device = cuda: leave one of them out")
     if compute.device == "cpu" or (compute.device == "auto" and gpus == 0):
         if gpus:
             raise ValueError(

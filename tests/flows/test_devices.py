@@ -56,6 +56,11 @@ def test_the_place_decides_unless_it_is_told(gpus, device, asked, address, here,
         ("auto", 1.0, "head:6379", 1, 0, "gpus_per_worker = 1, but the Ray cluster at head:6379 has no GPU"),
         ("cpu", 1.0, None, 1, 4, "gpus_per_worker = 1, but compute.device = cpu: leave one of them out"),
         ("auto", None, None, 8, 2, "--ranks 8, but this machine has 2 GPUs"),
+        ("cuda", 0.0, None, 1, 4, "gpus_per_worker = 0, but compute.device = cuda: leave one of them out"),
+        ("auto", 2.0, None, 1, 4, "gpus_per_worker = 2: a worker computes on one GPU, .* a number from 0 to 1"),
+        ("auto", float("nan"), None, 1, 4, "gpus_per_worker = nan: a worker computes on one GPU"),
+        ("auto", float("inf"), "head:6379", 1, 4, "gpus_per_worker = inf: a worker computes on one GPU"),
+        ("cpu", -1.0, None, 1, 0, "gpus_per_worker = -1: a worker computes on one GPU"),
     ],
 )
 def test_gpus_where_there_are_none_are_refused_in_a_line(gpus, device, asked, address, ranks, there, said) -> None:
