@@ -24,29 +24,36 @@ def launch(
     cache: tuple[Tensor, Tensor],
     epsilon: float,
 ) -> Tensor:
-    """As `generator.fused.attend` describes it, on a GPU."""
+    """As `generator.fused.attend` describes it, on a GPU.
+
+    Raises:
+        RuntimeError: Triton cannot compile it for this one.
+    """
     keys_RHND, values_RHND = cache
     rows, heads, count, dim = keys_RHND.shape
     y_RW = torch.empty(rows, heads * dim, dtype=qkv_RC.dtype, device=qkv_RC.device)
     q_gain, k_gain = (y_RW, y_RW) if gains is None else gains  # any pointer: it is not read
-    attend_kernel[(rows * heads,)](
-        qkv_RC,
-        position,
-        *tables,
-        q_gain,
-        k_gain,
-        keys_RHND,
-        values_RHND,
-        y_RW,
-        epsilon,
-        HEADS=heads,
-        COUNT=count,
-        DIM=dim,
-        IS_NORMED=gains is not None,
-        D=triton.next_power_of_2(dim),
-        S=min(MOST_AT_ONCE, triton.next_power_of_2(count)),
-        num_warps=WARPS,
-    )
+    try:
+        attend_kernel[(rows * heads,)](
+            qkv_RC,
+            position,
+            *tables,
+            q_gain,
+            k_gain,
+            keys_RHND,
+            values_RHND,
+            y_RW,
+            epsilon,
+            HEADS=heads,
+            COUNT=count,
+            DIM=dim,
+            IS_NORMED=gains is not None,
+            D=triton.next_power_of_2(dim),
+            S=min(MOST_AT_ONCE, triton.next_power_of_2(count)),
+            num_warps=WARPS,
+        )
+    except triton.TritonError as error:
+        raise RuntimeError(f"Triton: {error}") from error
     return y_RW
 
 

@@ -56,6 +56,9 @@ class Sampler:
         """
         config.fit("autoregressive")
         self.network, self.config, self.advance = network, config, advance_of(network, pick_of(network, config))
+        # Made once: what is sent to a GPU for every batch lets the host wait for the batch before.
+        scales = guidance_scales(config, network.space.num_tokens)
+        self.scales_N = torch.tensor(scales, dtype=torch.float32, device=network.device)
         self.draw_all: DrawAll | None = None
         """draws all codes in place of `advance`, called again and again"""
         self.numbers: tuple[int, ...] = (network.space.num_tokens,)
@@ -77,11 +80,10 @@ class Sampler:
     @torch.inference_mode()
     def _draw(self, class_B: Tensor, uniform_BN: Tensor) -> Tensor:
         space = self.network.space
-        scales = uniform_BN.new_tensor(guidance_scales(self.config, space.num_tokens), dtype=torch.float32)
         is_guided = guides(self.config, space)
         rows_R = torch.cat([class_B, torch.full_like(class_B, space.null_class)]) if is_guided else class_B
         x_RW = self.network.class_embed(rows_R)
-        drawn_BN = (self.draw_all or self._one_by_one)(x_RW, uniform_BN, scales)
+        drawn_BN = (self.draw_all or self._one_by_one)(x_RW, uniform_BN, self.scales_N)
         return torch.empty_like(drawn_BN).index_copy_(1, self.network.order, drawn_BN)
 
     def _one_by_one(self, x_RW: Tensor, uniform_BN: Tensor, scales_N: Tensor) -> Tensor:

@@ -293,6 +293,21 @@ def test_the_attention_kernel_computes_what_the_operations_do() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_kernel_that_triton_cannot_compile_is_refused_like_any_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's errors are no RuntimeError, which is what gives way to the next way of drawing."""
+    triton = pytest.importorskip("triton")
+    from generator import attention_kernel
+
+    class Kernel:
+        def __getitem__(self, _: object) -> object:
+            raise triton.TritonError("out of resource: shared memory")
+
+    monkeypatch.setattr(attention_kernel, "attend_kernel", Kernel())
+    table, room = torch.ones(4, 8), torch.zeros(1, 1, 3, 8)
+    with pytest.raises(RuntimeError, match=r"^Triton: out of resource: shared memory"):
+        attention_kernel.launch(torch.ones(1, 24), torch.tensor(0), (table, table), None, (room, room), 1e-6)
+
+
 COMPILES = """
     import torch
     from torch._dynamo.utils import counters
