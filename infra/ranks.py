@@ -158,7 +158,7 @@ class _Rank:
 
 @contextmanager
 def process_group(ranks: Ranks, place: tuple[str, int], store: Any = None, *, backend: str = "gloo") -> Iterator[None]:
-    """Join the group of all ranks at `place`; leave it in the end."""
+    """Join the group of all ranks at `place`; leave it in the end, unless NCCL could not after an error."""
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -167,8 +167,12 @@ def process_group(ranks: Ranks, place: tuple[str, int], store: Any = None, *, ba
     dist.init_process_group(backend, store=meeting, rank=ranks.rank, world_size=ranks.size)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # A group of NCCL is left together: this rank would wait for those that wait for it, its error untold.
+        if backend != "nccl":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 class _Group:

@@ -15,7 +15,7 @@ import torch
 
 from infra.cluster import session
 from infra.progress import Progress
-from infra.ranks import ALONE, Ranks, run_ranks
+from infra.ranks import ALONE, Ranks, process_group, run_ranks
 from infra.workers import WorkerOptions, map_shards
 
 
@@ -64,6 +64,23 @@ def fail_in_the_second(ranks: Ranks, progress: Progress) -> None:
 def test_an_error_of_one_rank_is_the_error_of_all() -> None:
     with pytest.raises(ValueError, match="a broken config"):
         run_ranks(fail_in_the_second, 2)
+
+
+@pytest.mark.parametrize(("backend", "left"), [("gloo", 1), ("nccl", 0)])
+def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(
+    backend: str, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's groups are left by all at once, and the others wait for a sum: the error would never be told."""
+    leaving: list[str] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: leaving.append(backend))
+    with process_group(Ranks(1, 2), ("there", 0), object(), backend=backend):
+        pass
+    assert len(leaving) == 1
+    leaving.clear()
+    with pytest.raises(ValueError, match="memory"), process_group(Ranks(1, 2), ("there", 0), object(), backend=backend):
+        raise ValueError("memory ran out")
+    assert len(leaving) == left
 
 
 def die_once(marker: Path, ranks: Ranks, progress: Progress) -> str:
