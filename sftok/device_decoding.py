@@ -6,7 +6,9 @@ float32, where Pillow's rounds to eight bits between the directions: on CPUs, wh
 the values of photographs' pixels differs, nearly always by one of 255 levels.
 """
 
+import itertools
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -85,7 +87,7 @@ class DeviceDecoders:
         """Images by size, uint8 (n, 3, H, W), with their places; where one cannot be decoded, the reason."""
         shapes = [jpeg_shape(data) for data in files]
         others = [at for at, shape in enumerate(shapes) if shape is None]
-        read = self._files.map(_by_pillow, [files[at] for at in others])
+        read = self._read([files[at] for at in others])
         for some in _packed([(at, shape[0] * shape[1]) for at, shape in enumerate(shapes) if shape is not None]):
             decoded = self._jpegs([files[at] for at in some])
             sizes: dict[torch.Size, list[int]] = {}
@@ -98,6 +100,14 @@ class DeviceDecoders:
                 yield [some[index] for index in indices], torch.stack([decoded[index] for index in indices])  # type: ignore[misc]
         for at, image in zip(others, read, strict=True):
             yield from self._one(at, image)
+
+    def _read(self, files: Sequence[bytes]) -> Iterator[Pixels | str]:
+        """Decode by Pillow, in order; a few are decoded ahead."""
+        begun = (self._files.submit(_by_pillow, data) for data in files)
+        waiting = deque(itertools.islice(begun, 2 * DECODERS))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(itertools.islice(begun, 1))
 
     def _one(self, at: int, image: Pixels | str) -> Iterator[tuple[list[int], Tensor | str]]:
         if isinstance(image, str):

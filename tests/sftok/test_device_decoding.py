@@ -13,6 +13,8 @@ from torch import Tensor
 
 from flows.recipe import EncodeConfig
 from infra.codes import read_codes
+from sftok import device_decoding
+from sftok.decoding import DECODERS
 from sftok.device_decoding import PIXELS_AT_ONCE, DeviceDecoders, centre_squares, jpeg_shape
 from sftok.encode import encode
 from sftok.image_file import squares
@@ -147,6 +149,28 @@ def test_what_shrinks_beyond_what_a_gpus_kernel_can_do_is_resized_by_the_cpu(mon
     for height in (320, 640):
         centre_squares(torch.zeros(1, 3, height, 700, dtype=torch.uint8), 8)
     assert moved == [(1, 3, 640, 700)]
+
+
+def test_few_decoded_images_wait_to_be_resized_also_of_other_formats(monkeypatch) -> None:
+    """A chunk of large ones would take gigabytes."""
+    begun: list[bytes] = []
+    waiting: list[int] = []
+    by_pillow, resize = device_decoding._by_pillow, device_decoding.centre_squares
+    monkeypatch.setattr(device_decoding, "_by_pillow", lambda data: begun.append(data) or by_pillow(data))
+
+    def resized(images: Tensor, side: int) -> Tensor:
+        waiting.append(len(begun) - len(waiting))
+        return resize(images, side)
+
+    monkeypatch.setattr(device_decoding, "centre_squares", resized)
+    colours = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(40)]
+    (found,), _ = DeviceDecoders(CPU, no_jpeg).begin([saved(image, "PNG") for image in colours], (8,)).result()
+    assert found[:, 0, 0, 0].tolist() == list(range(40))
+    assert max(waiting) <= 2 * DECODERS
+
+
+def no_jpeg(*_: object, **__: object) -> list[Tensor]:
+    raise AssertionError
 
 
 @pytest.mark.gpu
