@@ -33,20 +33,24 @@ class DecodingModels(NamedTuple):
     teacher: ArtifactRef | None
     """paints for a tokenizer that ends in proxy codes."""
 
-    def decoder(self, *, micro_batch: int, seed: int) -> ImageDecoder:
+    def decoder(self, device: str, *, micro_batch: int, seed: int) -> ImageDecoder:
         """The models, loaded."""
-        device = default_device()
         use_numerics(IEEE, device)
         model = load_tokenizer(folder_of(self.store, self.tokenizer.kind, self.tokenizer.digest)).to(device)
         teacher = None
         if self.teacher is not None:
             teacher = load_teacher(folder_of(self.store, self.teacher.kind, self.teacher.digest)).to(device)
-        return ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=decoding_precision())
+        return ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=decoding_precision(device))
 
 
-def decoding_precision() -> InferencePrecision:
-    """What this machine decodes in: bf16 on a GPU, else fp32."""
-    return DecodingConfig().on(default_device()).arithmetic
+def decoding_device(chosen: str) -> str:
+    """Where this machine decodes what was drawn on the device `chosen`: there, if it is here."""
+    return "cpu" if chosen == "cpu" else default_device()
+
+
+def decoding_precision(device: str) -> InferencePrecision:
+    """What a device of this machine decodes in."""
+    return DecodingConfig().on(device).arithmetic
 
 
 def decoding_models(generator: Found, choice: Choice) -> DecodingModels:

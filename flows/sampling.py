@@ -21,7 +21,7 @@ from flows.precisions import warn_of_slow
 from flows.preflight import check_ray
 from flows.recipes import ComputeConfig
 from flows.sample_files import Outputs, Part, begun, check_names, is_begun, picture_file, writing
-from flows.sample_tokenizer import Choice, DecodingModels, decoding_models, decoding_precision
+from flows.sample_tokenizer import Choice, DecodingModels, decoding_device, decoding_models, decoding_precision
 from flows.stage import computed, give_up_others
 from flows.stages_generator import SAMPLE
 from generator.artifacts import GeneratorFile
@@ -98,7 +98,7 @@ class Request(NamedTuple):
     @property
     def settings(self) -> dict[str, JsonValue]:
         """What decides the pixels."""
-        models, precision = self.models, decoding_precision()
+        models, precision = self.models, decoding_precision(decoding_device(self.job.compute.device))
         rounded: dict[str, JsonValue] = {} if precision == "fp32" else {"precision": precision}
         return {
             **rounded,
@@ -281,7 +281,7 @@ def decoded(request: Request, manifest: Manifest, needed: set[str] | None = None
     """
     store, size, job = request.found.store, request.job.config.micro_batch, request.job
     decoding = DecodingConfig(num_steps=job.decode_steps)
-    decoder = request.models.decoder(micro_batch=size, seed=job.seed)
+    decoder = request.models.decoder(decoding_device(job.compute.device), micro_batch=size, seed=job.seed)
     missing = None if needed is None else set(needed)
     for entry in shards_of(request.found.store, manifest):
         if missing is not None and not missing:

@@ -169,6 +169,7 @@ def record_cuda_graph(tick: Tick, rewind: Tick) -> Tick:
             tick()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Where recording fails, torch leaves its own stream in place of the one before.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         tick()
     return graph.replay

@@ -15,7 +15,7 @@ from infra.provenance import gpu_names
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # GPUs of before compute capability 8.0, by name: asking CUDA would take memory of the card.
-WITHOUT_BF16 = re.compile(r"\b(?:T4|V100|P100|P40|P4|M60|K80|GTX|TITAN|Quadro RTX|RTX 20\d\d)\b")
+WITHOUT_BF16 = re.compile(r"\b(?:[KMPT]\d{1,4}G?|G?V100S?|GTX|TITAN|Quadro RTX|RTX 20\d\d)\b")
 
 
 class NumericsConfig(Config):

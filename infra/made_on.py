@@ -49,15 +49,14 @@ def claim_shards(out: Store, facts: Mapping[str, str]) -> None:
 def shards_begun_on(out: Store) -> dict[str, str] | None:
     """The kind of device and arithmetic of the shards that there are, None where none were begun."""
     try:
-        return _facts(out.at(FOLDER).read(KIND))
+        return _read(out, KIND)
     except FileNotFoundError:
         return None
 
 
 def made_on(out: Store) -> tuple[dict[str, str], ...]:
     """The facts of every device that took part, in no order that means anything."""
-    folder = out.at(FOLDER)
-    return tuple(_facts(folder.read(name)) for name in sorted(folder.list()) if name != KIND)
+    return tuple(_read(out, name) for name in sorted(out.at(FOLDER).list()) if name != KIND)
 
 
 def decisive(facts: Mapping[str, str]) -> dict[str, str]:
@@ -90,5 +89,11 @@ def _json(facts: Mapping[str, str]) -> bytes:
     return json.dumps(dict(facts), sort_keys=True, indent=1).encode()
 
 
-def _facts(data: bytes) -> dict[str, str]:
-    return {str(name): str(value) for name, value in json.loads(data).items()}
+def _read(out: Store, name: str) -> dict[str, str]:
+    try:
+        told = json.loads(out.at(FOLDER).read(name))
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise ValueError(f"{out.uri}/{FOLDER}/{name} is damaged; delete the folder {out.uri} and run again")
+    return {str(key): str(value) for key, value in told.items()}

@@ -16,6 +16,7 @@ from PIL import Image
 from flows import cli_sample, sample_files
 from flows.class_choice import chosen_classes
 from flows.sample_files import GAP, Part, labelled_sheet, npz_writer
+from flows.sample_tokenizer import decoding_device
 from flows.sampling import SHEET_SAMPLES, Job, check, decoded
 from flows.stages_generator import SAMPLE
 from generator.artifacts import GeneratorFile, save_generator
@@ -27,7 +28,7 @@ from generator.model import Generator
 from generator.space import CodeSpace
 from infra.artifacts import MANIFEST, ArtifactRef, Plan, find, folder_of, manifest_of, publish, ref_of, verify
 from infra.codes import CodesInfo, read_codes
-from infra.device import device_kind
+from infra.device import default_device, device_kind
 from infra.made_on import begin_shards
 from infra.shards import write_shard
 from infra.store import Store
@@ -368,6 +369,17 @@ def test_samples_that_another_kind_of_device_began_are_not_mixed(
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_decoded_where_samples_were_asked_to_be_drawn(
+    store: Store, generator: ArtifactRef, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    """On a machine with a GPU, which `--device cpu` leaves alone; without one, what a cluster's drew, on the CPU."""
+    monkeypatch.setattr("flows.sample_tokenizer.default_device", lambda: "cuda")  # that is not here: it would fail
+    sample(capsys, generator, store, "--device", "cpu", "--grid", tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
+    monkeypatch.undo()
+    assert decoding_device("cuda") == default_device()
 
 
 def expected_images(store: Store, made: dict, model: SFTok, teacher: object = None) -> dict[str, np.ndarray]:

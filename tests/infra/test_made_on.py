@@ -87,6 +87,13 @@ def test_kinds_of_cpu_follow_what_kernels_are_chosen_by(monkeypatch: pytest.Monk
     assert features("AVX512", "AVX2", _is_avx512_bf16_supported=True) == "avx512, oneDNN avx2"
 
 
+@pytest.mark.parametrize("data", [b"", b"[]", b'"cpu"', b"\xff\xfe"])
+def test_a_damaged_note_is_named_with_the_remedy(out: Store, data: bytes) -> None:
+    out.write("made-on/kind.json", data)
+    with pytest.raises(ValueError, match=r"/made-on/kind\.json is damaged; delete the folder .* and run again$"):
+        begin_shards(out, CPU)
+
+
 def test_gpus_of_one_generation_and_another_size_are_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     """An A30 has half an A100's multiprocessors: cuBLAS chooses other kernels for it, which add up in another order."""
     import torch
