@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import sysconfig
 from pathlib import Path
@@ -69,15 +70,25 @@ def keep_compiled() -> None:
     """Let torch and Triton keep what they compile in one folder for all processes of this machine and its kind.
 
     Called before a process first compiles. A folder that the user has named is left as it is. Processors with other
-    instructions have another folder, since code that was compiled for one may not run on the next.
+    instructions have another folder, since code that was compiled for one may not run on the next. Where the home's
+    path has blanks or quotes, torch keeps to its own folder: it calls its compiler without quoting.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     folder, torchs_own = Settings().home / "compiled" / _instructions(), default_cache_dir()
+    if not _is_one_word(str(folder)):
+        return
     for variable, name in zip(CACHES, ("inductor", "triton"), strict=True):
         # Torch sets them itself, to its own default, as soon as its compiler is imported.
         if os.environ.get(variable, torchs_own).startswith(torchs_own):
             os.environ[variable] = str(folder / name)
+
+
+def _is_one_word(path: str) -> bool:
+    try:
+        return shlex.split(path) == [path]
+    except ValueError:  # a quote that is not closed
+        return False
 
 
 def _instructions() -> str:

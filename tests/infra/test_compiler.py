@@ -56,3 +56,20 @@ def test_what_is_compiled_lies_in_the_home_unless_the_user_names_a_folder(
     assert folder.name == "inductor"
     assert folder.parent.parent == tmp_path / "compiled"
     assert os.environ[CACHES[1]] == "/named/by/the/user"
+
+
+@pytest.mark.parametrize("name", ["a b", "it's"])
+def test_a_home_that_torch_cannot_hand_to_its_compiler_is_left_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against `g++: fatal error: input file '/Users/First' is the same as output file`."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    for variable in CACHES:
+        monkeypatch.setenv(variable, default_cache_dir())
+    monkeypatch.setenv("SFTOK_HOME", str(tmp_path / name))
+    keep_compiled()
+    assert {os.environ[variable] for variable in CACHES} == {default_cache_dir()}
+    monkeypatch.setenv("SFTOK_HOME", str(tmp_path / "höme"))
+    keep_compiled()
+    assert all("höme" in os.environ[variable] for variable in CACHES)
