@@ -35,7 +35,7 @@ test-avx2: $(READY)  ## the numeric tests, as a CPU without AVX-512 computes
 		$(BIN)/python -m pytest tests/sftok tests/generator tests/infra
 
 test-gpu: $(READY)  ## the tests that need a CUDA device
-	@$(BIN)/python -m tests.need_cuda
+	@$(BIN)/python -m tests.support.need_cuda
 	$(BIN)/python -m pytest -m gpu
 
 # What of constraints.txt goes with its torch is left out.

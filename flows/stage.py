@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from flows.recipes import ComputeConfig, EncodeConfig, Recipe
-from infra.artifacts import ArtifactRef, Manifest, Plan, files_of, folder_of, key_of, manifest_of
+from flows.recipes.small import ComputeConfig, EncodeConfig, Recipe
+from infra.artifacts.made_on import decisive, said, shards_begun_on
+from infra.artifacts.manifest import ArtifactRef, Manifest, Plan, files_of, folder_of, key_of, manifest_of
+from infra.artifacts.pages import Page
+from infra.artifacts.shards import FileEntry, split_of
+from infra.compute.ranks import ALONE, Ranks
+from infra.compute.workers import WorkerOptions
 from infra.config import Config
-from infra.made_on import decisive, said, shards_begun_on
-from infra.pages import Page
 from infra.progress import Progress
-from infra.ranks import ALONE, Ranks
-from infra.shards import FileEntry, split_of
-from infra.store import Store
-from infra.workers import WorkerOptions
+from infra.store.store import Store
 
 if TYPE_CHECKING:
-    from infra.training import Run
+    from infra.training.loop import Run
     from sftok.config import DecodingConfig
-    from sftok.source_entries import Source
+    from sftok.sources.listing import Source
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Job(NamedTuple):
     @property
     def device(self) -> str:
         """Where its stages compute: "cpu" or "cuda"."""
-        from infra.device import default_device
+        from infra.compute.device import default_device
 
         chosen = self.recipe.compute.device
         return default_device() if chosen == "auto" else chosen
@@ -208,9 +208,9 @@ def decoding_what(config: "DecodingConfig") -> dict[str, JsonValue]:
 
 def worker_facts(compute: ComputeConfig, options: WorkerOptions) -> dict[str, str]:
     """Facts of the device that workers compute on; asks one of them where this process may differ."""
-    from infra.device import device_facts
+    from infra.compute.device import device_facts
+    from infra.compute.workers import map_shards
     from infra.settings import Settings
-    from infra.workers import map_shards
 
     ask = functools.partial(device_facts, compute.device, compute.numerics)
     if options.workers == 0 or (compute.device == CPU and not Settings().ray_address):
@@ -234,7 +234,7 @@ def give_up_others(out: Store, compute: ComputeConfig, options: WorkerOptions) -
 
 def training_run(work: Work) -> "Run":
     """Where and how a training goes on."""
-    from infra.training import Run
+    from infra.training.loop import Run
 
     recipe = work.recipe
     device, numerics = work.job.device, recipe.compute.numerics

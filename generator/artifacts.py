@@ -1,15 +1,15 @@
 """Generators in the store: safetensors weights beside a config.json, and back into a module."""
 
+from generator.autoregressive import Generator
+from generator.code_space import CodeSpace
 from generator.config import AnyGeneratorConfig, GeneratorConfig, MaskedConfig
 from generator.data import space_of
 from generator.masked import MaskedGenerator
-from generator.model import Generator
-from generator.space import CodeSpace
-from infra.codes import CodesInfo
+from infra.artifacts.shards import FileEntry
+from infra.artifacts.weights import load_config, load_weights, save_weights
+from infra.codes.contract import CodesInfo
 from infra.config import Config
-from infra.shards import FileEntry
-from infra.store import Store
-from infra.weights import load_config, load_weights, save_weights
+from infra.store.store import Store
 
 
 class GeneratorFile(Config):

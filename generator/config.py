@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
+from infra.compute.device import default_precision
 from infra.config import Config
-from infra.device import default_precision
-from infra.schedule import TrainingConfig
+from infra.training.schedule import TrainingConfig
 
 GeneratorKind = Literal["autoregressive", "masked"]
 SamplePrecision = Literal["fp32", "bf16"]

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from generator.space import CodeSpace
-from infra.codes import CodeArrays, CodeRows, CodesInfo
-from infra.training import seed_of
-from infra.transfer import send
+from generator.code_space import CodeSpace
+from infra.codes.contract import CodeArrays, CodeRows, CodesInfo
+from infra.compute.transfer import send
+from infra.training.loop import seed_of
 
 RESIDENT = 8 * 2**30  # bytes of rows up to which they are kept on the GPU that trains
 _SIGNED = {torch.uint16: (torch.int16, 0xFFFF), torch.uint32: (torch.int32, 0xFFFFFFFF)}

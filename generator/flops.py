@@ -7,8 +7,8 @@ model's arithmetic, not the machine's.
 Sizes: S positions, N codes a sequence, V codebook size, W width, F feed-forward width.
 """
 
+from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, MaskedConfig
-from generator.space import CodeSpace
 
 
 def forward_flops(config: GeneratorConfig | MaskedConfig, space: CodeSpace) -> int:

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from generator.code_space import CodeSpace
 from generator.data import CodeData, with_null
-from generator.space import CodeSpace
 
 WEIGHTS = tuple(4.0**power for power in range(-2, 7))
 """Rows that a position's frequencies count like, beside those of a class."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from generator.code_space import CodeSpace
 from generator.config import MaskedConfig
-from generator.space import CodeSpace
 
 NORM_EPSILON = 1e-12
 INIT_STD = 0.02

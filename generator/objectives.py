@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generator.autoregressive import Generator
 from generator.config import AnnealedOrder, GeneratorConfig, MaskedConfig
 from generator.masked import MaskedGenerator
-from generator.model import Generator
 from generator.orders import draw_orders
 
 EPSILON = 1e-8

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from generator.code_space import CodeSpace
 from generator.config import MaskedConfig
 from generator.masked import MaskedGenerator
-from generator.space import CodeSpace
 
 HEADS = 16
 SHOWN = 3

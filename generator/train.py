@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from generator.artifacts import build_generator, save_generator
+from generator.autoregressive import Generator
 from generator.config import GeneratorConfig, GeneratorTrainingConfig, MaskedConfig
 from generator.data import CodeData, TrainCodes, check_rows, space_of, with_null
 from generator.flops import training_flops
 from generator.frequencies import frequency_nll
 from generator.masked import MaskedGenerator
-from generator.model import Generator
 from generator.objectives import draw_view, held_out_losses, training_loss
-from infra.codes import CodesInfo
-from infra.compiler import compile_in_place
-from infra.learner import Best, Learner, Plan
-from infra.speed import Effort
-from infra.training import (
+from infra.codes.contract import CodesInfo
+from infra.compute.compiler import compile_in_place
+from infra.compute.transfer import send
+from infra.training.learner import Best, Learner, Plan
+from infra.training.loop import (
     LoopEnd,
     Run,
     TrainResult,
@@ -32,7 +32,7 @@ from infra.training import (
     seed_torch,
     train_loop,
 )
-from infra.transfer import send
+from infra.training.speed import Effort
 
 VALIDATION_BATCH = 256
 

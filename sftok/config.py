@@ -4,10 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from infra.artifacts.pretrained import PretrainedConfig
+from infra.compute.device import default_precision
 from infra.config import Config
-from infra.device import default_precision
-from infra.pretrained import PretrainedConfig
-from infra.schedule import OptimizerConfig, Precision, TrainingConfig
+from infra.training.schedule import OptimizerConfig, Precision, TrainingConfig
 
 Assignment = Literal["nearest", "sinkhorn"]
 MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]
@@ -162,7 +162,9 @@ TOKENIZERS = {
 }
 
 
-DECODING_NOISE = "splitmix64/1"  # the numbers of `sftok.noise`: part of what identifies whatever was decoded with noise
+DECODING_NOISE = (
+    "splitmix64/1"  # the numbers of `sftok.model.noise`: part of what identifies whatever was decoded with noise
+)
 
 
 class DecodingConfig(Config):

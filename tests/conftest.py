@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.store import Store
-from infra.threads import wait_briefly
-from tests.s3_server import S3Server, running_server
+from infra.compute.threads import wait_briefly
+from infra.store.store import Store
+from tests.support.s3_server import S3Server, running_server
 
 wait_briefly()  # before any test loads torch
 

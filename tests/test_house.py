@@ -10,12 +10,37 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = {"flows": {"sftok", "generator", "infra"}, "sftok": {"infra"}, "generator": {"infra"}, "infra": set()}
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-MATHS = ["sftok/transformer", "sftok/encoder", "sftok/quantizer", "sftok/decoder", "sftok/proxy", "sftok/model"]
-MATHS += ["sftok/losses", "sftok/metrics", "sftok/diff_augment", "generator/model", "generator/sample"]
-MATHS += ["generator/space", "generator/orders", "generator/filters", "generator/flops", "generator/masked"]
-MATHS += ["generator/masked_sample", "generator/objectives", "sftok/step_agreement", "sftok/frechet", "sftok/scores"]
-MATHS += ["sftok/resampling", "sftok/noise", "sftok/nearest", "infra/transfer"]
-ONLY_IN = {"prefect": "flows/", "ray": "infra/cluster.py", "typer": "flows/cli"}
+MATHS = [
+    "sftok/model/transformer",
+    "sftok/model/encoder",
+    "sftok/model/quantizer",
+    "sftok/model/decoder",
+    "sftok/model/teacher",
+    "sftok/model/tokenizer",
+]
+MATHS += [
+    "sftok/losses/proxy",
+    "sftok/metrics/functional",
+    "sftok/losses/diff_augment",
+    "generator/autoregressive",
+    "generator/sampling/autoregressive",
+]
+MATHS += [
+    "generator/code_space",
+    "generator/orders",
+    "generator/sampling/filters",
+    "generator/flops",
+    "generator/masked",
+]
+MATHS += [
+    "generator/sampling/masked",
+    "generator/objectives",
+    "sftok/metrics/step_agreement",
+    "sftok/metrics/frechet",
+    "sftok/metrics/scores",
+]
+MATHS += ["sftok/metrics/resampling", "sftok/model/noise", "sftok/metrics/nearest", "infra/compute/transfer"]
+ONLY_IN = {"prefect": "flows/", "ray": "infra/compute/cluster.py", "typer": "flows/cli/main"}
 
 
 def imports(path: Path) -> set[str]:

@@ -44,7 +44,7 @@ def on_device(options: argparse.Namespace) -> int:
     # Imported here: the benchmarks of CPUs need none of it.
     from tests.benchmarks.device.runner import QUICK_SAMPLES, SAMPLES, Options, run_sections
     from tests.benchmarks.device.sections import SECTIONS
-    from tests.need_cuda import missing_cuda
+    from tests.support.need_cuda import missing_cuda
 
     if refused := unknown(options.names, list(SECTIONS)):
         return refused

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra import codes as contract
-from infra.codes import CodeRows, CodesInfo, from_parquet, to_parquet
-from infra.store import Store
+from infra.codes import contract
+from infra.codes.contract import CodeRows, CodesInfo, from_parquet, to_parquet
+from infra.store.store import Store
 from tests.benchmarks.table import show, times
 
 ROWS, TOKENS, CODEBOOK = 1_280_000, 64, 8192
@@ -37,8 +37,8 @@ LOAD = """
 import json, re, sys, time
 from pathlib import Path
 import psutil
-from infra.codes import load_codes
-from infra.store import Store
+from infra.codes.contract import load_codes
+from infra.store.store import Store
 folder, names, with_ids = Store(sys.argv[1]), sys.argv[3:], sys.argv[2] == "ids"
 load_codes(folder, names[:1], with_ids=with_ids)  # maps the libraries, 75 MB of code that are no data
 before, started = psutil.Process().memory_info().rss, time.perf_counter()

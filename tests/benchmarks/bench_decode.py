@@ -3,7 +3,7 @@
 import torch
 
 from sftok.config import DecodingConfig
-from sftok.inference import PreparedDecoder, prepare_decoder
+from sftok.model.prepared import PreparedDecoder, prepare_decoder
 from tests.benchmarks import machine, subjects
 from tests.benchmarks.published import Published
 from tests.benchmarks.table import percent, seconds, show, times

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftok.inference import PRECISIONS, prepare_encoder
-from sftok.model import SFTok
+from sftok.model.prepared import PRECISIONS, prepare_encoder
+from sftok.model.tokenizer import SFTok
 from tests.benchmarks import machine, subjects
 from tests.benchmarks.published import Published
 from tests.benchmarks.table import percent, seconds, show, times

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from sftok.frechet import FeatureRows, Gaussian, distance, frechet, summary
-from sftok.inception_fast import PRECISIONS, prepare_inception
-from sftok.inception_file import load_inception
-from sftok.metrics import FeatureMoments
+from sftok.metrics.frechet import FeatureRows, Gaussian, distance, frechet, summary
+from sftok.metrics.functional import FeatureMoments
+from sftok.metrics.inception.prepared import PRECISIONS, prepare_inception
+from sftok.metrics.inception.weights import load_inception
 from tests.benchmarks import machine
 from tests.benchmarks.table import seconds, show, times
-from tests.sftok.random_inception import pictures, write
+from tests.support.random_inception import pictures, write
 
 DIMS, COUNT, FEW, INNER = 2048, 4096, 500, 400
 IMAGES, SIZE = (16, 64), 256  # batches given to torch-fidelity: where it is fastest, and its default

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generator.autoregressive import CodeSpace, Generator
 from generator.config import GENERATORS, GeneratorConfig, GeneratorTrainingConfig
 from generator.data import CodeData
 from generator.flops import training_flops
-from generator.model import CodeSpace, Generator
 from generator.train import training_step
-from infra.compiler import compile_in_place
-from infra.learner import Learner, Plan
-from infra.schedule import OptimizerConfig, Precision
-from infra.store import Store
-from infra.training import Run, autocast
+from infra.compute.compiler import compile_in_place
+from infra.store.store import Store
+from infra.training.learner import Learner, Plan
+from infra.training.loop import Run, autocast
+from infra.training.schedule import OptimizerConfig, Precision
 from tests.benchmarks import machine
 from tests.benchmarks.table import percent, seconds, show, times
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sftok.config import DecodingConfig
-from sftok.inference import InferencePrecision, prepare_decoder, prepare_encoder
+from sftok.model.prepared import InferencePrecision, prepare_decoder, prepare_encoder
 from tests.benchmarks import machine, subjects
 from tests.benchmarks.published import Published
 from tests.benchmarks.table import show

@@ -57,7 +57,7 @@ def main() -> None:
 
 def server_start(home: Path) -> float:
     """Seconds until a temporary Prefect server answers."""
-    from flows.server import start_server
+    from flows.prefect_server.temporary import start_server
 
     started = time.perf_counter()
     server = start_server(home)
@@ -78,14 +78,14 @@ def output(command: list[str], environment: dict[str, str]) -> str:
 
 def bare(name: str, root: str) -> None:
     """Every stage of a recipe by its library call; seconds of each."""
-    from flows import stages
-    from flows.dry_run import stage_table
-    from flows.recipe_files import load_recipe
+    from flows.pipeline import graph
+    from flows.pipeline.dry_run import stage_table
+    from flows.recipes.files import load_recipe
     from flows.stage import Job, Work, plan_of
-    from infra.artifacts import ArtifactRef, folder_of, publish, ref_of
+    from infra.artifacts.manifest import ArtifactRef, folder_of, publish, ref_of
+    from infra.compute.workers import WorkerOptions
     from infra.progress import silent
-    from infra.store import Store
-    from infra.workers import WorkerOptions
+    from infra.store.store import Store
 
     recipe, store = load_recipe(name), Store(Path(root))
     job = Job(recipe, store, recipe.source, WorkerOptions())
@@ -94,7 +94,7 @@ def bare(name: str, root: str) -> None:
     for stage, called, needs in stage_table(recipe):
         started = time.perf_counter()
         plan = plan_of(stage, job, {need: known[of] for need, of in needs.items()})
-        made = stages.run(stage, Work(job, plan, folder_of(store, plan.kind, plan.digest), silent))
+        made = graph.run(stage, Work(job, plan, folder_of(store, plan.kind, plan.digest), silent))
         manifest = publish(
             store,
             plan,

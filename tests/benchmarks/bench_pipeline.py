@@ -24,20 +24,20 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from infra.artifacts import Manifest, Plan, publish
-from infra.cluster import session
-from infra.codes import CodesInfo
-from infra.shards import SHARD, put, shard_name, write_shard
-from infra.store import Store
-from infra.workers import WorkerOptions, map_shards
-from sftok.artifacts import save_tokenizer
+from infra.artifacts.manifest import Manifest, Plan, publish
+from infra.artifacts.shards import SHARD, put, shard_name, write_shard
+from infra.codes.contract import CodesInfo
+from infra.compute.cluster import session
+from infra.compute.workers import WorkerOptions, map_shards
+from infra.store.store import Store
+from sftok.coding.encode import EncodeJob, ShardEncoder, encode
 from sftok.config import AugmentConfig, DataConfig, TeacherConfig, TokenizerConfig, TransformerConfig
-from sftok.encode import EncodeJob, ShardEncoder, encode
-from sftok.inference import prepare_encoder
-from sftok.model import SFTok
-from sftok.prepare import prepare
-from sftok.prepare_shard import METADATA_KEY
-from sftok.sources import list_source
+from sftok.model.prepared import prepare_encoder
+from sftok.model.tokenizer import SFTok
+from sftok.prepare.prepare import prepare
+from sftok.prepare.shard import METADATA_KEY
+from sftok.sources.sources import list_source
+from sftok.weights.artifacts import save_tokenizer
 from tests.benchmarks import subjects
 from tests.benchmarks.table import percent, show
 
@@ -172,7 +172,7 @@ def bare(place: Path, processes: int, case: Case) -> float:
 
 
 def loop(tokenizer: str, case: Case, barrier: threading.Barrier, results: "multiprocessing.Queue[float]") -> None:
-    from sftok.artifacts import load_tokenizer
+    from sftok.weights.artifacts import load_tokenizer
 
     torch.set_num_threads(1)
     encoder = prepare_encoder(load_tokenizer(Store(tokenizer)))

@@ -12,13 +12,13 @@ import torchvision.io
 import torchvision.transforms.v2.functional as tv
 from PIL import Image
 
-from infra.cluster import session
-from infra.store import Store
-from infra.workers import WorkerOptions
+from infra.compute.cluster import session
+from infra.compute.workers import WorkerOptions
+from infra.store.store import Store
 from sftok.config import DataConfig
-from sftok.prepare import prepare
-from sftok.preprocess import crop, resize_shorter, to_rgb
-from sftok.sources import list_source
+from sftok.images.preprocess import crop, resize_shorter, to_rgb
+from sftok.prepare.prepare import prepare
+from sftok.sources.sources import list_source
 from tests.benchmarks.jpegs import DISTINCT, SIZE, jpeg
 from tests.benchmarks.table import seconds, show, times
 

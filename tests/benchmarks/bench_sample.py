@@ -9,10 +9,10 @@ import functools
 
 import torch
 
+from generator.autoregressive import CodeSpace, Generator
 from generator.config import GENERATORS, SampleConfig, SamplePrecision
-from generator.fast_sample import DTYPES, prepare_sampler
-from generator.model import CodeSpace, Generator
-from generator.sample import Sampler
+from generator.sampling.autoregressive import Sampler
+from generator.sampling.prepared import DTYPES, prepare_sampler
 from tests.benchmarks import machine
 from tests.benchmarks.llama import llama_of, llama_tokens
 from tests.benchmarks.table import percent, seconds, show, times

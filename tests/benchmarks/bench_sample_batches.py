@@ -8,10 +8,10 @@ equal chances, as close as draws can be; the toys' weights are six times as larg
 import torch
 
 from generator.artifacts import build_generator
+from generator.code_space import CodeSpace
 from generator.config import GENERATORS, MASKED_GENERATORS, GeneratorConfig, MaskedConfig, SampleConfig, SamplePrecision
-from generator.fast_sample import prepare_sampler
-from generator.generate import Wanted, share_changed
-from generator.space import CodeSpace
+from generator.sampling.prepared import prepare_sampler
+from generator.sampling.shards import Wanted, share_changed
 from tests.benchmarks import machine
 from tests.benchmarks.table import percent, show
 

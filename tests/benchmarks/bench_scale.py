@@ -18,22 +18,22 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.artifacts import Manifest, Plan, publish
-from infra.cluster import session
-from infra.pages import PAGE_ENTRIES, PagedEntries, write_page
-from infra.s3 import Bucket
-from infra.shards import FileEntry, put, shard_entry, shard_name, write_shard
-from infra.store import Store
-from infra.verify import Ledger
-from infra.workers import WorkerOptions, map_shards
+from infra.artifacts.manifest import Manifest, Plan, publish
+from infra.artifacts.pages import PAGE_ENTRIES, PagedEntries, write_page
+from infra.artifacts.shards import FileEntry, put, shard_entry, shard_name, write_shard
+from infra.artifacts.verify import Ledger
+from infra.compute.cluster import session
+from infra.compute.workers import WorkerOptions, map_shards
+from infra.store.s3 import Bucket
+from infra.store.store import Store
+from sftok.coding.groups import GROUPS
 from sftok.config import DataConfig
-from sftok.encode_groups import GROUPS
-from sftok.prepare_plan import plan_shards
-from sftok.source_entries import Entry, Source, collect
-from sftok.source_files import FolderReader
+from sftok.prepare.plan import plan_shards
+from sftok.sources.files import FolderReader
+from sftok.sources.listing import Entry, Source, collect
 from tests.benchmarks.bench_prepare import peak_bytes
 from tests.benchmarks.table import show
-from tests.s3_server import running_server
+from tests.support.s3_server import running_server
 
 SHARDS = (5_000, 20_000)
 WAITING = (2, 8, 800, 8_000)  # calls that the driver waits for at once

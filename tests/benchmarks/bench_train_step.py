@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infra.learner import Learner, Plan
-from infra.ranks import ALONE
-from infra.schedule import OptimizerConfig, Precision, TrainingConfig
+from infra.compute.ranks import ALONE
+from infra.training.learner import Learner, Plan
+from infra.training.schedule import OptimizerConfig, Precision, TrainingConfig
 from sftok.config import AlignmentStageConfig, TeacherConfig
-from sftok.decoder import random_mask
-from sftok.proxy import Teacher
-from sftok.train_alignment import alignment_losses
+from sftok.model.decoder import random_mask
+from sftok.model.teacher import Teacher
+from sftok.training.alignment import alignment_losses
 from tests.benchmarks import machine, subjects
 from tests.benchmarks.published import Published, average
 from tests.benchmarks.table import seconds, show, times

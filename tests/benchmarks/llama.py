@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig
-from generator.space import CodeSpace
 
 
 def llama_of(config: GeneratorConfig, space: CodeSpace) -> LlamaForCausalLM:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from infra.packed import PackedLinear
-from sftok.inference import DTYPES, PRECISIONS, InferencePrecision
+from infra.compute.packed import PackedLinear
+from sftok.model.prepared import DTYPES, PRECISIONS, InferencePrecision
 
 THREADS = 2
 SIDE = 2048

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sftok.losses import proxy_loss
-from sftok.model import SFTok
-from sftok.proxy import Teacher
-from sftok.transformer import Block, Transformer
+from sftok.losses.proxy import proxy_loss
+from sftok.model.teacher import Teacher
+from sftok.model.tokenizer import SFTok
+from sftok.model.transformer import Block, Transformer
 
 
 class PublishedBlock(nn.Module):

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sftok.config import TOKENIZERS, TeacherConfig, TokenizerConfig, TransformerConfig
-from sftok.inference import PreparedEncoder
-from sftok.model import SFTok
+from sftok.model.prepared import PreparedEncoder
+from sftok.model.tokenizer import SFTok
 
 B_SIZE = 256
 B_ENCODE_GFLOP = 58.6  # of the full forward, every block on every position

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import stages
-from flows.server import Server, prefect_server, start_server
-from tests.flows.fakes import FakeStages
+from flows.pipeline import graph
+from flows.prefect_server.temporary import Server, prefect_server, start_server
+from tests.support.fake_stages import FakeStages
 
 
 @pytest.fixture(scope="session")
@@ -45,15 +45,15 @@ def prefect_api(servers: tuple[Server, Server], home: Path, monkeypatch: pytest.
 def fakes(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     """Stages that write a line instead of training, and can be told to fail."""
     fakes = FakeStages()
-    monkeypatch.setattr(stages, "run", fakes)
+    monkeypatch.setattr(graph, "run", fakes)
     return fakes
 
 
 @pytest.fixture
 def run_pipeline(prefect_api: str, fakes: FakeStages, tmp_path: Path) -> Callable[..., "RunRecord"]:  # noqa: F821
     """Run the flow on the fakes, into a store of the test's own."""
-    from flows.pipeline import full_pipeline
-    from flows.recipe_files import load_recipe
+    from flows.pipeline.full import full_pipeline
+    from flows.recipes.files import load_recipe
 
     def run(name: str, *overrides: str) -> "RunRecord":  # noqa: F821
         return full_pipeline(

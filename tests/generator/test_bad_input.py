@@ -8,20 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from flows.recipe_files import load_recipe
+from flows.recipes.files import load_recipe
 from generator.artifacts import load_generator, save_generator
 from generator.config import GeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
-from generator.fast_sample import PackedGenerator, prepare_sampler
-from generator.generate import SampleJob, generate, plan_shards
-from generator.sample import sample
+from generator.sampling.autoregressive import sample
+from generator.sampling.prepared import PackedGenerator, prepare_sampler
+from generator.sampling.shards import SampleJob, generate, plan_shards
 from generator.train import train_generator
-from infra.codes import CodeRows, CodesInfo, load_codes, to_parquet
-from infra.schedule import OptimizerConfig
-from infra.store import Store
-from infra.training import Run
-from infra.workers import WorkerOptions
-from tests.generator.small import SPACE, autoregressive, masked, uniform
+from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
+from infra.compute.workers import WorkerOptions
+from infra.store.store import Store
+from infra.training.loop import Run
+from infra.training.schedule import OptimizerConfig
+from tests.support.small_generators import SPACE, autoregressive, masked, uniform
 
 INFO = CodesInfo(
     tokenizer="t",

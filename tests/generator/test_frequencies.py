@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from generator.autoregressive import CodeSpace
 from generator.data import CodeData
 from generator.frequencies import WEIGHTS, frequency_nll
-from generator.model import CodeSpace
 
 SPACE = CodeSpace(codebook_size=7, num_tokens=3, num_classes=2)
 

@@ -6,11 +6,11 @@ import pytest
 from generator.config import GeneratorConfig, GeneratorTrainingConfig
 from generator.data import CodeData
 from generator.train import train_generator
-from infra.codes import CodeRows, CodesInfo, load_codes, to_parquet
-from infra.schedule import OptimizerConfig
-from infra.store import Store
-from infra.training import Run
-from tests.generator.unigrams import unigram_entropy, unigram_nll
+from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
+from infra.store.store import Store
+from infra.training.loop import Run
+from infra.training.schedule import OptimizerConfig
+from tests.support.unigrams import unigram_entropy, unigram_nll
 
 CLASSES, TOKENS, CODES, LEVELS = 4, 8, 64, 8
 MARGIN = 0.5  # nats a code

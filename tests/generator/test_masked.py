@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generator.artifacts import load_generator, save_generator
+from generator.autoregressive import CodeSpace
 from generator.config import MASKED_GENERATORS, SampleConfig
-from generator.fast_sample import prepare_sampler
-from generator.filters import guidance_scales
 from generator.masked import MaskedGenerator
-from generator.masked_sample import choose, guided, gumbel, hide, kept_hidden, sample_masked
-from generator.model import CodeSpace
 from generator.objectives import draw_view, held_out_losses, masked_loss, random_mask, training_loss
 from generator.published import from_published, to_published
-from infra.codes import CodesInfo
-from infra.store import Store
-from tests.generator.small import SPACE, masked, uniform
+from generator.sampling.filters import guidance_scales
+from generator.sampling.masked import choose, guided, gumbel, hide, kept_hidden, sample_masked
+from generator.sampling.prepared import prepare_sampler
+from infra.codes.contract import CodesInfo
+from infra.store.store import Store
+from tests.support.small_generators import SPACE, masked, uniform
 
 CODES = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([0, 2, 3])

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from generator.autoregressive import Generator
 from generator.config import AnnealedOrder, FixedOrder, GeneratorConfig
-from generator.model import Generator
 from generator.orders import draw_orders, fixed_order, inverse, random_share
-from tests.generator.small import SPACE, autoregressive
+from tests.support.small_generators import SPACE, autoregressive
 
 ANNEALED = AnnealedOrder(start_step=10, end_step=30)
 RANDOM = {"kind": "annealed", "start_step": 1, "end_step": 2}

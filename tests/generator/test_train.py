@@ -11,19 +11,19 @@ import torch
 
 import generator.data
 from generator.artifacts import build_generator, load_generator
+from generator.code_space import CodeSpace
 from generator.config import AnnealedOrder, GeneratorConfig, GeneratorTrainingConfig, MaskedConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
 from generator.flops import training_flops
-from generator.generate import SampleJob, generate
 from generator.objectives import random_mask
-from generator.space import CodeSpace
+from generator.sampling.shards import SampleJob, generate
 from generator.train import VALIDATION_BATCH, held_out_figures, train_generator
-from infra.codes import CodeRows, CodesInfo, read_codes
-from infra.schedule import OptimizerConfig
-from infra.store import Store
-from infra.training import Run, TrainResult, generator_of
-from infra.workers import WorkerOptions
-from tests.generator.small import spread
+from infra.codes.contract import CodeRows, CodesInfo, read_codes
+from infra.compute.workers import WorkerOptions
+from infra.store.store import Store
+from infra.training.loop import Run, TrainResult, generator_of
+from infra.training.schedule import OptimizerConfig
+from tests.support.small_generators import spread
 
 MODEL = GeneratorConfig(width=32, layers=1, heads=2, ffn_width=48, dropout=0.0)
 MASKED = MaskedConfig(width=32, layers=1, heads=2, ffn_width=48, dropout=0.0)
@@ -137,7 +137,7 @@ def test_the_log_has_every_figure_and_the_artifact_the_last_ones(
 
     shown = []
     run = Run(store, seed=0, progress=lambda done, total, figures: shown.append(dict(figures)))
-    with caplog.at_level(logging.INFO, logger="infra.book"):
+    with caplog.at_level(logging.INFO, logger="infra.training.log"):
         result = train(store, config(20, validate_every=10), run)
     lines = [json.loads(line) for line in store.read("log.jsonl").decode().splitlines()]
     held_out = {"val_nll", "val_perplexity", "val_top1", *(f"val_nll/{place}" for place in range(4))}

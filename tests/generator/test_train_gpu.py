@@ -10,13 +10,13 @@ from torch import Tensor
 from generator.config import AnnealedOrder, GeneratorConfig, MaskedConfig
 from generator.data import TrainCodes, space_of
 from generator.train import train_generator
-from infra.device import IEEE, NumericsConfig, use_numerics
-from infra.learner import Learner
-from infra.store import Store
-from infra.training import Run
+from infra.compute.device import IEEE, NumericsConfig, use_numerics
+from infra.store.store import Store
+from infra.training.learner import Learner
+from infra.training.loop import Run
 from tests.generator.test_train import INFO, MASKED, MODEL, config, data
-from tests.sftok.test_train import losses
-from tests.sftok.test_train_gpu import FILES, Killed, stop, waiting_refused
+from tests.sftok.training.test_stages import losses
+from tests.sftok.training.test_stages_gpu import FILES, Killed, stop, waiting_refused
 
 pytestmark = pytest.mark.gpu
 

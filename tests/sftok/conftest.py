@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sftok.random_inception import RandomInception, write
+from tests.support.random_inception import RandomInception, write
 
 
 @pytest.fixture(scope="session")

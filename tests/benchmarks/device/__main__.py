@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from infra.device import IEEE, use_numerics
+from infra.compute.device import IEEE, use_numerics
 from tests.benchmarks.device.bench import Bench, Figure, be_quick
 from tests.benchmarks.device.sections import SECTIONS
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infra.device import use_numerics
-from infra.learner import Learner, Plan
-from infra.ranks import ALONE
-from infra.schedule import OptimizerConfig, Precision, TrainingConfig
+from infra.compute.device import use_numerics
+from infra.compute.ranks import ALONE
+from infra.training.learner import Learner, Plan
+from infra.training.schedule import OptimizerConfig, Precision, TrainingConfig
 from sftok.config import AlignmentStageConfig
-from sftok.decoder import random_mask
-from sftok.proxy import Teacher
-from sftok.train import set_up
-from sftok.train_alignment import alignment_losses, teacher_codes
+from sftok.model.decoder import random_mask
+from sftok.model.teacher import Teacher
+from sftok.training.alignment import alignment_losses, teacher_codes
+from sftok.training.common import set_up
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import TRAINED, Bench, operations
 from tests.benchmarks.published import Published, average

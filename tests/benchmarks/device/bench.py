@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.device import NumericsConfig
+from infra.compute.device import NumericsConfig
 from tests.benchmarks.table import percent, times
 
 T = TypeVar("T")

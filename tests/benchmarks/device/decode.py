@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from sftok.config import DecodingConfig
-from sftok.inference import PreparedDecoder, prepare_decoder
+from sftok.model.prepared import PreparedDecoder, prepare_decoder
 from tests.benchmarks.bench_decode import spread_logits
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import Bench, operations

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 
-from flows.recipes import RECIPES
+from flows.recipes.small import RECIPES
 from tests.benchmarks.device.bench import Bench
 
 CORES, SHARE = 2, 12
@@ -34,7 +34,7 @@ def run(bench: Bench) -> None:
 
 def start(bench: Bench, device: str, folder: str) -> "subprocess.Popen[str]":
     """Begin a run on a device: on the first cores where it computes on the CPU, else on the others if there are any."""
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "run", "--json", "--device", device]
+    command = [sys.executable, "-c", "from flows.cli.main import main; main()", "run", "--json", "--device", device]
     command += [
         "--store",
         f"{folder}/store",

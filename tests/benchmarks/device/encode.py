@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sftok.inference import PRECISIONS, prepare_encoder
-from sftok.model import SFTok
+from sftok.model.prepared import PRECISIONS, prepare_encoder
+from sftok.model.tokenizer import SFTok
 from tests.benchmarks import subjects as models
 from tests.benchmarks.bench_encode import autocast_encode
 from tests.benchmarks.device import subjects

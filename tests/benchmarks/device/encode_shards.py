@@ -10,17 +10,17 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.codes import CodesInfo
-from infra.shards import FileEntry, shard_name, write_shard
-from infra.store import Store
-from sftok.artifacts import save_tokenizer
-from sftok.chunks import decoded_shards
+from infra.artifacts.shards import FileEntry, shard_name, write_shard
+from infra.codes.contract import CodesInfo
+from infra.store.store import Store
+from sftok.coding.encode import EncodeJob, ShardEncoder
 from sftok.config import AugmentConfig
-from sftok.decoding import DECODERS, Decoders, spare_processes
-from sftok.encode import EncodeJob, ShardEncoder
-from sftok.inference import prepare_encoder
-from sftok.model import SFTok
-from sftok.prepare_shard import METADATA_KEY
+from sftok.images.chunks import decoded_shards
+from sftok.images.decode_ahead import DECODERS, Decoders, spare_processes
+from sftok.model.prepared import prepare_encoder
+from sftok.model.tokenizer import SFTok
+from sftok.prepare.shard import METADATA_KEY
+from sftok.weights.artifacts import save_tokenizer
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import Bench, operations
 from tests.benchmarks.jpegs import DISTINCT, SIZE, jpeg

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from sftok.frechet import Gaussian, distance
-from sftok.metrics import FeatureMoments, psnr, ssim
-from sftok.nearest import nearest_distances
-from sftok.scores import precision_recall
+from sftok.metrics.frechet import Gaussian, distance
+from sftok.metrics.functional import FeatureMoments, psnr, ssim
+from sftok.metrics.nearest import nearest_distances
+from sftok.metrics.scores import precision_recall
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import Bench
 

@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infra.device import use_numerics
-from infra.learner import Learner, Plan
-from infra.ranks import ALONE
-from infra.schedule import OptimizerConfig, TrainingConfig
-from infra.store import Store
-from infra.training import Run
-from sftok.adversarial import Adversary
+from infra.compute.device import use_numerics
+from infra.compute.ranks import ALONE
+from infra.store.store import Store
+from infra.training.learner import Learner, Plan
+from infra.training.loop import Run
+from infra.training.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import AdversarialConfig, FineTuneStageConfig
-from sftok.dino import Dino
-from sftok.model import SFTok
-from sftok.perceptual import Lpips
-from sftok.pixel_losses import PixelLosses
-from sftok.train import set_up
-from sftok.train_fine_tune import fine_tune_pass
+from sftok.losses.adversarial import Adversary
+from sftok.losses.dino import Dino
+from sftok.losses.perceptual import Lpips
+from sftok.model.tokenizer import SFTok
+from sftok.training.common import set_up
+from sftok.training.fine_tune import fine_tune_pass
+from sftok.training.pixel_losses import PixelLosses
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import TRAINED, Bench, operations
 

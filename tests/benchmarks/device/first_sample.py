@@ -11,9 +11,9 @@ import time
 
 import torch
 
+from generator.autoregressive import Generator
 from generator.config import GENERATORS, SampleConfig
-from generator.fast_sample import prepare_sampler
-from generator.model import Generator
+from generator.sampling.prepared import prepare_sampler
 from tests.benchmarks.device.bench import Bench, be_quick
 from tests.benchmarks.device.sample import SCALE, SPACE, TOY_SPACE
 

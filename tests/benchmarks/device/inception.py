@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from sftok.inception_fast import PRECISIONS, prepare_inception
-from sftok.inception_file import load_inception
+from sftok.metrics.inception.prepared import PRECISIONS, prepare_inception
+from sftok.metrics.inception.weights import load_inception
 from tests.benchmarks.device.bench import Bench, operations
-from tests.sftok.random_inception import pictures, write
+from tests.support.random_inception import pictures, write
 
 BATCH, QUICK_BATCH, SIZE, DISTINCT = 256, 2, 256, 16
 HOW = "tensorflow_bilinear"

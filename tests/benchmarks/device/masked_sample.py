@@ -6,11 +6,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from generator.code_space import CodeSpace
 from generator.config import MASKED_GENERATORS, SampleConfig, SamplePrecision
-from generator.fast_sample import prepare_sampler
 from generator.flops import forward_flops
 from generator.masked import MaskedGenerator
-from generator.space import CodeSpace
+from generator.sampling.prepared import prepare_sampler
 from tests.benchmarks.device.bench import Bench, lazily, share_equal
 from tests.benchmarks.device.sample import SCALE, SPACE, TOY_SPACE
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from infra.device import IEEE, cpu_features, device_facts
+from infra.compute.device import IEEE, cpu_features, device_facts
 from infra.provenance import hardware
 from tests.benchmarks.device.sections import SECTIONS
 

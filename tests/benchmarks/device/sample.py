@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from generator.autoregressive import CodeSpace, Generator
 from generator.config import GENERATORS, GeneratorConfig, SampleConfig, SamplePrecision
-from generator.cuda_graph import Captured, Desk, record_cuda_graph
-from generator.fast_sample import DTYPES, prepare_sampler
-from generator.model import CodeSpace, Generator
-from generator.sample import Sampler
+from generator.sampling.autoregressive import Sampler
+from generator.sampling.cuda_graph import Captured, Desk, record_cuda_graph
+from generator.sampling.prepared import DTYPES, prepare_sampler
 from tests.benchmarks.device.bench import Bench, share_equal
 
 SPACE, TOY_SPACE = CodeSpace(8192, 64, 1000), CodeSpace(256, 16, 10)

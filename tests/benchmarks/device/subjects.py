@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from sftok.config import TOKENIZERS, TeacherConfig
-from sftok.model import SFTok
-from sftok.proxy import Teacher
+from sftok.model.teacher import Teacher
+from sftok.model.tokenizer import SFTok
 from tests.benchmarks import subjects
 from tests.benchmarks.device.bench import Bench
 

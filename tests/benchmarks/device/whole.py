@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from generator.code_space import CodeSpace
 from generator.config import GENERATORS, SampleConfig
-from generator.fast_sample import prepare_sampler
-from generator.space import CodeSpace
+from generator.sampling.prepared import prepare_sampler
 from sftok.config import DecodingConfig
-from sftok.inception_fast import prepare_inception
-from sftok.inception_file import load_inception
-from sftok.inference import prepare_decoder
-from sftok.metrics import FeatureMoments, to_uint8
+from sftok.metrics.functional import FeatureMoments, to_uint8
+from sftok.metrics.inception.prepared import prepare_inception
+from sftok.metrics.inception.weights import load_inception
+from sftok.model.prepared import prepare_decoder
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import Bench
 from tests.benchmarks.device.inception import HOW
 from tests.benchmarks.device.sample import SCALE, network
-from tests.sftok.random_inception import write
+from tests.support.random_inception import write
 
 PUBLISHED, DRAWN, DECODED, CLASSES = 50_000, 256, 64, 1000
 DECODING = DecodingConfig(num_steps=8)

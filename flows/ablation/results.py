@@ -1,0 +1,206 @@
+"""What an ablation's arms came to, gathered from their artifacts: figures, training logs, what they were made from."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from flows.ablation.arm import ARM
+from flows.recipes.ablations import Ablation
+from infra.artifacts.manifest import ArtifactRef, Manifest, folder_of, manifest_of
+from infra.config import Config
+from infra.store.store import Store
+from sftok.training.alignment_meter import AlignmentFigures, StepQuality
+
+LOSS = "cross_entropy"  # of a tokenizer's training log
+LOG = "log.jsonl"
+
+
+class LossPoint(Config):
+    """A logged step, counted from the beginning of an arm's training."""
+
+    step: int
+    loss: float = Field(description="cross-entropy of the batch on the arm's own inputs, nats a position")
+
+
+class Outcome(Config):
+    """One arm trained with one seed."""
+
+    arm: str
+    seed: int
+    figures: AlignmentFigures
+    training: dict[str, int] = Field(description="steps of each training stage, in order, as its manifest counts them")
+    loss: tuple[LossPoint, ...]
+    refs: dict[str, ArtifactRef] = Field(description="what was judged, and what it was made from")
+
+    @property
+    def steps(self) -> int:
+        """Training steps of encoder, quantizer and decoder."""
+        return sum(self.training.values())
+
+
+class Metric(NamedTuple):
+    """A figure of a tokenizer."""
+
+    key: str
+    label: str
+    better: Literal["higher", "lower", ""]
+    unit: str  # "%": a share
+    of: Callable[[StepQuality], float]
+
+
+STEP_METRICS = (
+    Metric("psnr", "PSNR", "higher", "dB", lambda step: step.psnr),
+    Metric("ssim", "SSIM", "higher", "", lambda step: step.ssim),
+    Metric("fd_random", "FD (random features)", "lower", "", lambda step: step.fd_random),
+    Metric("code_agreement", "Code agreement with the teacher", "higher", "%", lambda step: step.code_agreement),
+)
+
+
+class Column(NamedTuple):
+    """A figure of every outcome, as a table or a sentence names it."""
+
+    key: str
+    label: str
+    better: Literal["higher", "lower", ""]
+    unit: str
+    of: Callable[[AlignmentFigures], float]
+
+
+PREDICTIONS = (
+    Column("all_hidden", "Cross-entropy, all hidden", "lower", "nats", lambda f: f.cross_entropy.all_hidden),
+    Column(
+        "truth_given", "Cross-entropy, teacher's codes given", "lower", "nats", lambda f: f.cross_entropy.truth_given
+    ),
+    Column("own_given", "Cross-entropy, own prediction given", "lower", "nats", lambda f: f.cross_entropy.own_given),
+)
+
+
+def at_step(figures: AlignmentFigures, num_steps: int) -> StepQuality:
+    """The reconstructions in so many steps."""
+    return next(step for step in figures.by_steps if step.num_steps == num_steps)
+
+
+def step_column(metric: Metric, num_steps: int) -> Column:
+    """A figure of reconstructions in so many steps."""
+    return Column(
+        f"{metric.key}@{num_steps}",
+        f"{metric.label} at {steps_text(num_steps)}",
+        metric.better,
+        metric.unit,
+        lambda figures: metric.of(at_step(figures, num_steps)),
+    )
+
+
+def columns(figures: AlignmentFigures) -> list[Column]:
+    """The table's columns: reconstructions in as many steps as the recipe decodes in, then predictions."""
+    made = [step_column(metric, headline(figures)) for metric in STEP_METRICS]
+    return [*made, *PREDICTIONS]
+
+
+def headline(figures: AlignmentFigures) -> int:
+    """The number of decoding steps that the table is about: the recipe's, or the most that were tried."""
+    steps = [step.num_steps for step in figures.by_steps]
+    return figures.agreement_steps if figures.agreement_steps in steps else max(steps)
+
+
+def steps_text(num_steps: int) -> str:
+    """1 step, 8 steps."""
+    return f"{num_steps} step{'' if num_steps == 1 else 's'}"
+
+
+class Results(NamedTuple):
+    """All outcomes: every arm with every seed."""
+
+    plan: Ablation
+    outcomes: Mapping[tuple[str, int], Outcome]
+
+    def of_arm(self, name: str) -> list[Outcome]:
+        """An arm's outcomes, seed by seed."""
+        return [self.outcomes[name, seed] for seed in self.plan.seeds]
+
+    def values(self, name: str, column: Column) -> list[float]:
+        """A figure of an arm, seed by seed."""
+        return [column.of(outcome.figures) for outcome in self.of_arm(name)]
+
+    @property
+    def names(self) -> list[str]:
+        """The arms' names, in their order."""
+        return [arm.name for arm in self.plan.arms]
+
+    @property
+    def sample(self) -> AlignmentFigures:
+        """Some outcome's figures: what does not differ between outcomes is read from it."""
+        return next(iter(self.outcomes.values())).figures
+
+
+def read_results(store: Store, plan: Ablation, refs: Mapping[tuple[str, int], ArtifactRef]) -> Results:
+    """Gather what the artifacts say.
+
+    Raises:
+        ValueError: arms were not trained for as many steps, or were measured on other images.
+    """
+    outcomes = {(arm, seed): _outcome(store, arm, seed, ref) for (arm, seed), ref in refs.items()}
+    check_equal(outcomes)
+    return Results(plan, outcomes)
+
+
+def check_equal(outcomes: Mapping[tuple[str, int], Outcome]) -> None:
+    """Refuse outcomes that do not compare.
+
+    Raises:
+        ValueError: naming two of them, and in what they differ.
+    """
+    for what, told in (
+        ("training steps", {name: outcome.training for name, outcome in outcomes.items()}),
+        ("held-out images", {name: outcome.figures.num_images for name, outcome in outcomes.items()}),
+    ):
+        (first, value), *others = told.items()
+        for name, other in others:
+            if other != value:
+                raise ValueError(
+                    f"{what}: {other} of {name[0]!r}, seed {name[1]}, but {value} of {first[0]!r}, seed {first[1]}: "
+                    "arms that differ so do not compare; run the ablation anew"
+                )
+
+
+def _outcome(store: Store, arm: str, seed: int, ref: ArtifactRef) -> Outcome:
+    judged = manifest_of(store, ref)
+    text = folder_of(store, ref.kind, ref.digest).read(ARM)
+    training, loss, before = {}, [], 0
+    refs = {"ablation_arm": ref, **{name: judged.inputs[name] for name in ("images", "teacher")}}
+    for stage, tokenizer, manifest in reversed(list(_tokenizers(store, judged))):
+        training[stage] = manifest.counts["steps"]
+        refs[stage] = tokenizer
+        loss += [LossPoint(step=before + step, loss=value) for step, value in _log(store, tokenizer)]
+        before += training[stage]
+    return Outcome(
+        arm=arm,
+        seed=seed,
+        figures=AlignmentFigures.model_validate_json(text),
+        training=training,
+        loss=tuple(loss),
+        refs=refs,
+    )
+
+
+def _tokenizers(store: Store, manifest: Manifest) -> Iterator[tuple[str, ArtifactRef, Manifest]]:
+    """The tokenizer below an artifact, then the one that it began with: the last stage first."""
+    while (ref := manifest.inputs.get("tokenizer")) is not None:
+        manifest = manifest_of(store, ref)
+        yield str(manifest.config["stage"]), ref, manifest
+
+
+def _log(store: Store, tokenizer: ArtifactRef) -> list[tuple[int, float]]:
+    """Step and loss of every logged line."""
+    lines = folder_of(store, tokenizer.kind, tokenizer.digest).read(LOG).decode().splitlines()
+    read = [json.loads(line) for line in lines]
+    return [(int(line["step"]), float(line[LOSS])) for line in read if LOSS in line]
+
+
+def thinned(points: Sequence[LossPoint], bins: int) -> list[LossPoint]:
+    """At most `bins` points: means over runs of equal length of neighbouring ones."""
+    size = -(-len(points) // bins)
+    parts = [points[at : at + size] for at in range(0, len(points), size)] if size else []
+    return [LossPoint(step=part[-1].step, loss=sum(p.loss for p in part) / len(part)) for part in parts]

@@ -1,0 +1,328 @@
+"""The `sftok` command. What is heavy is imported by the command that needs it, so that help is instant."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.cli import ablation, encode, report, sample, serve, train_generator, weights, weights_catalogue
+from flows.cli import data as cli_data
+from flows.cli import store as cli_store
+from flows.cli.console import console, logging_on_stderr, print_table, stdout_for_results
+from flows.cli.options import (
+    AnewOption,
+    DeviceOption,
+    JsonOption,
+    Refused,
+    StoreOption,
+    VerboseOption,
+    device_override,
+    fail_if,
+    one_line_refusals,
+    one_line_termination,
+    server_failures,
+)
+from infra.compute.threads import wait_briefly
+
+if TYPE_CHECKING:
+    from flows.pipeline.dry_run import DryRun
+    from flows.requests.checks import Request
+    from flows.runs.journal import RunRecord
+
+app = typer.Typer(
+    name="sftok",
+    help="Discrete image tokenizers and the generators on top of them, as a pipeline.",
+    epilog="Start with: sftok run digits",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: 0 done, 1 a stage failed, 2 refused, 130 interrupted; an error is one line on stderr."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    wait_briefly()
+    try:
+        code = app(args=arguments or ["--help"], prog_name="sftok", standalone_mode=False)
+    except typer.TyperException as error:
+        typer.echo(f"sftok: {' '.join(error.format_message().split())}", err=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    if code == 130:
+        typer.echo("sftok: interrupted; the same command goes on from here", err=True)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok run digits
+  sftok run small64 --data ~/pictures --store s3://bucket/prefix
+  sftok run digits --set train_generator.steps=1200 --seed 1
+  sftok run imagenet256_sftok_b --data s3://bucket/imagenet --dry-run
+  sftok recipes digits --toml > mine.toml && sftok run mine.toml
+"""
+)
+def run(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a TOML file (sftok recipes NAME --toml).")],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images, local or on S3: a folder of class folders, tar shards, Parquet, or an index of paths; "
+            "folder:, webdataset:, parquet: or index: before it says which. [default: recipe's]"
+        ),
+    ] = None,
+    store: StoreOption = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; repeatable.")
+    ] = None,
+    max_reject_rate: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of images that may be rejected, from 1,000 on. [default: the recipe's]"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs of a Ray worker; 0.5 lets two share one. [default: 1 where there are GPUs]"),
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
+    ] = 1,
+    device: DeviceOption = None,
+    anew: AnewOption = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each stage would do and take; nothing is trained or written.")
+    ] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the whole pipeline, from images to report; what is done already is found, not repeated."""
+    with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+        from flows.requests.checks import check_request
+
+        overrides = list(set_ or ())
+        if max_reject_rate is not None:
+            overrides.append(f"data.max_reject_rate={max_reject_rate}")
+        overrides += device_override(device)
+        request = check_request(
+            recipe,
+            data=data,
+            store=store,
+            overrides=overrides,
+            workers=workers,
+            ranks=ranks,
+            seed=seed,
+            gpus=gpus_per_worker,
+            is_run=not dry_run,
+            anew=anew,
+        )
+        if dry_run:
+            from flows.pipeline.dry_run import dry_run as plan
+
+            planned = plan(request)
+        else:
+            record, error = _run(request, verbose=verbose)
+    if dry_run:
+        _show_plan(planned, as_json=as_json)
+        return
+    _show_run(record, error, as_json=as_json)
+
+
+def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]":
+    """The record of a run, and what stopped it."""
+    from flows.cli.launch import FlowRun, run_flow
+    from flows.runs.journal import new_run_id
+
+    name = new_run_id(request.recipe.name)
+
+    def call() -> "RunRecord":
+        from flows.pipeline.full import full_pipeline
+
+        return full_pipeline(
+            request.recipe,
+            run=name,
+            store=request.store.uri,
+            source=request.source,
+            workers=request.workers,
+            ranks=request.ranks,
+            gpus_per_worker=request.gpus_per_worker,
+            anew=request.anew,
+        )
+
+    recipe = request.recipe
+    title = f"run {name}: recipe {recipe.name} on {recipe.compute.device}, store {request.store.uri}"
+    width = (request.workers, request.gpus_per_worker, request.ranks)
+    with server_failures():
+        return run_flow(
+            FlowRun(title, request.recipe.name, request.store, call, *width), request.settings, verbose=verbose
+        )
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok rerun 20261125-014226-digits-dc1e
+  sftok rerun 20261125-014226-digits-dc1e --store s3://bucket/prefix --json
+"""
+)
+def rerun(
+    run: Annotated[str, typer.Argument(help="A run of the store: its recipe, images and width are taken.")],
+    *,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run again what a run's record says; what is still there of its artifacts is found, the rest is made."""
+    with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+        from flows.requests.checks import check_rerun
+
+        record, error = _run(check_rerun(run, store=store), verbose=verbose)
+    _show_run(record, error, as_json=as_json)
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok recipes
+  sftok recipes digits --toml > mine.toml
+"""
+)
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe to print; all are listed without it.")] = None,
+    *,
+    toml: Annotated[bool, typer.Option("--toml", help="Print a full TOML file to start from.")] = False,
+) -> None:
+    """List the recipes, or print one."""
+    from flows.recipes.files import load_recipe, to_toml
+    from flows.recipes.small import RECIPES
+
+    if name is None and toml:
+        raise Refused("--toml prints one recipe: name it, as in `sftok recipes digits --toml`")
+    if name is None:
+        all_recipes = [make() for make in RECIPES.values()]
+        rows = [(recipe.name, recipe.source or "--data DIR", recipe.description) for recipe in all_recipes]
+        print_table(("recipe", "images", "description"), rows)
+        return
+    with one_line_refusals():
+        recipe = load_recipe(name)
+    typer.echo(to_toml(recipe) if toml else recipe.model_dump_json(indent=2))
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok show codes/1f2e
+  sftok show images/1f2e --lineage
+  sftok show 1f2e3d --store s3://bucket/prefix --json
+"""
+)
+def show(
+    ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")],
+    *,
+    lineage: Annotated[bool, typer.Option("--lineage", help="Also show what was made of it, and on.")] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show an artifact's manifest, and what it was made of."""
+    with one_line_refusals():
+        from flows.store.lineage import describe
+
+        shown = describe(ref, store=store, forward=lineage)
+    if as_json:
+        typer.echo(json.dumps(shown.as_json(), allow_nan=False))
+    else:
+        console().print(shown.as_rich())
+
+
+@app.command(
+    epilog="""\b
+Examples:
+  sftok doctor
+  sftok doctor --store s3://bucket/prefix --json
+"""
+)
+def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Try everything a run stands on: what works, what does not, and the remedy. Exit code 1 if something does not."""
+    with stdout_for_results(), logging_on_stderr(verbose=False):
+        from flows.requests.doctor import examine
+
+        checks = list(examine(store))
+    if as_json:
+        typer.echo(json.dumps({"ok": all(c.ok for c in checks), "checks": [c.as_json() for c in checks]}))
+    else:
+        print_table(
+            ("check", "", "found", "remedy"),
+            [(c.name, "works" if c.ok else "FAILS", c.detail, c.remedy) for c in checks],
+        )
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+weights.register(app)
+ablation.register(app)
+weights_catalogue.register(app)
+cli_data.register(app)
+encode.register(app)
+train_generator.register(app)
+report.register(app)
+sample.register(app)
+serve.register(app)
+cli_store.register(app)
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
+    stages = {
+        name: {
+            "state": stage.state,
+            "digest": stage.ref.digest if stage.ref else None,
+            "uri": stage.ref.uri if stage.ref else None,
+            "seconds": stage.seconds,
+        }
+        for name, stage in record.stages.items()
+    }
+    result: dict[str, Any] = {"run": record.run, "recipe": record.recipe.name, "stages": stages}
+    # Infinity becomes a string, as in the record: JSON has no such number.
+    result |= {"metrics": json.loads(record.model_dump_json())["metrics"], "report": record.report}
+    return result | {"error": error} if error else result
+
+
+def _show_run(record: "RunRecord", error: str | None, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(_as_json(record, error), allow_nan=False))
+    else:
+        _show_record(record)
+    fail_if(error)
+
+
+def _show_plan(planned: "DryRun", *, as_json: bool) -> None:
+    from flows.pipeline.dry_run import HEAD
+
+    if as_json:
+        typer.echo(json.dumps(planned.as_json()))
+        return
+    print_table(HEAD, [stage.as_row() for stage in planned.stages])
+    typer.echo(f"computed on {planned.device}")
+    for note in planned.notes():
+        typer.echo(note)
+
+
+def _show_record(record: "RunRecord") -> None:
+    from flows.runs.journal import stage_rows
+
+    print_table(("stage", "state", "seconds", "artifact"), stage_rows(record))
+    if record.metrics:
+        print_table(("metric", "value"), [(name, f"{value:.4g}") for name, value in record.metrics.items()])
+    if record.report:
+        typer.echo(f"report: {record.report}")

@@ -1,0 +1,237 @@
+"""The evaluate stage's inputs, gathered from artifacts: images, codes, and the models that turn one into the other.
+
+Training images and codes stay in the store and are passed over; of them only a class id an image is in memory, and the
+thumbnails of at most `evaluate.classifier_images`. What was held out is in memory, decoded: 196 KB an image at 256x256,
+10 GB for 50,000. Reconstructions and samples are decoded some at a time, where the models are, and pass; of them stay
+figures and features.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flows.evaluation.evaluate import EvaluationFacts, EvaluationInputs, Reconstructed, evaluate
+from flows.evaluation.scores import scorer_of
+from flows.results.types import FinalAgreement
+from flows.stage import CPU, Result, Work
+from infra.artifacts.pretrained import read_pretrained
+from infra.artifacts.shards import put
+from infra.codes.contract import CodeRows, CodesInfo, load_codes, read_codes
+from infra.store.store import Store
+from sftok.coding.decode import ImageDecoder, noise_keys
+from sftok.config import DecodingConfig
+from sftok.images.dataset import ImageRows
+from sftok.images.preprocess import PREPROCESSING, to_float
+from sftok.images.stored import StoredImages
+from sftok.losses.perceptual import load_lpips
+from sftok.metrics.step_agreement import StepAgreement, decode_logits
+from sftok.model.prepared_pixels import AT_ONCE
+from sftok.model.teacher import Teacher
+from sftok.weights.artifacts import load_teacher, load_tokenizer
+
+EVALUATION = "evaluation.json"
+PICTURES = "pictures/"
+_COMPILED_FROM = 20_000  # images that are decoded on a GPU: compiling takes half a minute
+_DECODED = 64  # images that pass at once, or a micro-batch
+_ROWS_READ = 1 << 14  # codes that are counted or looked up at once
+
+
+class StoredCodes:
+    """Codes (n, N) of all variants where they lie; of one file at a time they are in memory."""
+
+    def __init__(self, store: Store, files: Mapping[str, int]) -> None:
+        """`files` are keys of code Parquet, with the rows that the manifest says they have."""
+        self.store, self.files = store, dict(files)
+
+    def __len__(self) -> int:
+        return sum(self.files.values())
+
+    def batches(self) -> Iterator[NDArray[np.integer]]:
+        """The codes, some thousand rows at a time.
+
+        Raises:
+            ValueError: a file has other rows than it should, or is of another dataset than the first.
+        """
+        first: CodesInfo | None = None
+        for key, expected in self.files.items():
+            info, arrays = load_codes(self.store, [key])
+            first = first or info
+            if info != first or len(arrays.codes) != expected:
+                raise ValueError(
+                    f"{self.store.uri}/{key}: {len(arrays.codes)} rows of tokenizer/{info.tokenizer}, expected "
+                    f"{expected} of tokenizer/{first.tokenizer} with equal settings; delete its folder and encode again"
+                )
+            for at in range(0, len(arrays.codes), _ROWS_READ):
+                yield arrays.codes[at : at + _ROWS_READ]
+
+
+class Codes(NamedTuple):
+    """The codes that figures are about."""
+
+    train: StoredCodes
+    val: CodeRows
+    samples: CodeRows
+
+
+def measure(work: Work) -> Result:
+    """Evaluate the artifacts of a run; writes evaluation.json and the pictures that it names."""
+    torch.set_num_threads(work.recipe.threads)
+    made = evaluate(_inputs(work), work.recipe.evaluate, seed=work.recipe.seed, progress=work.progress)
+    files = [put(work.out, EVALUATION, made.report.model_dump_json(indent=1).encode())]
+    files += [put(work.out, PICTURES + name, data) for name, data in sorted(made.images.items())]
+    return Result(files, {"pictures": len(made.images)}, made.report.metrics())
+
+
+def _inputs(work: Work) -> EvaluationInputs:
+    recipe = work.recipe
+    store, size = work.job.store, recipe.data.image_size
+    train = StoredImages(store, work.rows("images", "train"), size)
+    val = StoredImages(store, work.rows("images", "val"), size).load()
+    info, val_codes = read_codes(store, work.keys("codes", "val"))
+    codes = Codes(
+        StoredCodes(store, work.rows("codes", "train")),
+        _in_order(val_codes, val),
+        read_codes(store, work.keys("samples", "sample"))[1],
+    )
+    device = work.job.device
+    teacher, model = (
+        load_teacher(work.folder("teacher")).to(device),
+        load_tokenizer(work.folder("tokenizer")).to(device),
+    )
+    decoder = ImageDecoder(
+        model,
+        teacher,
+        micro_batch=recipe.encode.micro_batch,
+        seed=recipe.seed,
+        precision=recipe.decoding.arithmetic,
+        compile=device != CPU
+        and len(val.image_ids) * len(recipe.evaluate.steps) + len(codes.samples.image_id) >= _COMPILED_FROM,
+    )
+    val_proxy = _teacher_codes(teacher, val.images, images_at_once(device, recipe.encode.micro_batch))
+
+    def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[Reconstructed]:
+        decoding = recipe.decoding.model_copy(update={"num_steps": num_steps})
+        chosen = list(range(len(val.image_ids)) if rows is None else rows)
+        given, ids = torch.from_numpy(codes.val.codes[chosen]).long(), [val.image_ids[row] for row in chosen]
+        at = 0
+        for made in decoder.decode_all(given, ids, decoding, at_once=_DECODED):
+            part = chosen[at : at + len(made.images)]
+            at += len(part)
+            yield Reconstructed(made.images, made.proxy_codes, val_proxy[part])
+
+    def decode_samples() -> Iterator[Tensor]:
+        given = torch.from_numpy(codes.samples.codes).long()
+        for made in decoder.decode_all(given, codes.samples.image_id, recipe.decoding, at_once=_DECODED):
+            yield made.images
+
+    def agreement() -> FinalAgreement:
+        return _agreement(work, decoder, codes.val, val_proxy)
+
+    return EvaluationInputs(
+        class_names=info.class_names or (),
+        train_images=train,
+        train_labels=train.labels(),
+        val_images=val.images,
+        val_labels=val.class_ids,
+        val_ids=val.image_ids,
+        reconstruct=reconstruct,
+        val_codes=codes.val.codes,
+        train_codes=codes.train,
+        sample_codes=codes.samples.codes,
+        sample_classes=codes.samples.class_id,
+        decode_samples=decode_samples,
+        facts=_facts(work, recipe.decoding),
+        agreement=agreement if recipe.decoding.num_steps > 1 else None,
+        lpips=_lpips(work),
+        scorer=scorer_of(work),
+        reader_rows=train.sample(recipe.evaluate.classifier_images, recipe.seed),
+        device=device,
+    )
+
+
+@torch.no_grad()
+def _agreement(work: Work, decoder: ImageDecoder, codes: CodeRows, truth_BP: Tensor) -> FinalAgreement:
+    """How near each decoding step's prediction of held-out images is to the last one's, in micro-batches."""
+    prepared, predictor, size = decoder.decoder, decoder.predictor, decoder.micro_batch
+    total: StepAgreement | None = None
+    for at in range(0, len(codes.image_id), size):
+        rows = torch.from_numpy(codes.codes[at : at + size].astype(np.int64))
+        count, ids = len(rows), codes.image_id[at : at + size]
+        if prepared.device.type != CPU:  # where it may be compiled, for batches of one size
+            rows = F.pad(rows, (0, 0, 0, size - count))
+            ids = [*ids, *[""] * (size - count)]
+        given = predictor.given(rows)
+        logits = decode_logits(
+            predictor.step,
+            prepared.model.decoder.all_masked(given),
+            given,
+            num_steps=work.recipe.decoding.num_steps,
+            temperature=work.recipe.decoding.temperature,
+            keys_B=noise_keys(decoder.seed, ids).to(prepared.device),
+        )
+        found = StepAgreement.of([one[:count] for one in logits], truth_BP[at : at + count].to(prepared.device))
+        total = found if total is None else total + found
+    assert total is not None, "`check` refuses an evaluation without held-out images"
+    return FinalAgreement(
+        num_steps=work.recipe.decoding.num_steps,
+        num_images=len(codes.image_id),
+        kl=tuple(total.kl),
+        top1=tuple(total.top1),
+    )
+
+
+def _lpips(work: Work) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Perceptual distances of images, in batches; None where no weights are given."""
+    config, size = work.recipe.evaluate.lpips, images_at_once(work.job.device, work.recipe.encode.micro_batch)
+    if not config.is_given:
+        return None
+    model = load_lpips(read_pretrained(config, work.job.store, "evaluate.lpips"), "evaluate.lpips")
+    device = work.job.device
+    model = model.to(device)
+
+    @torch.no_grad()
+    def distances(images: Tensor, originals: Tensor) -> Tensor:
+        pairs = zip(images.to(device).split(size), originals.to(device).split(size), strict=True)
+        return torch.cat([model(to_float(a), to_float(b)) for a, b in pairs])
+
+    return distances
+
+
+def _facts(work: Work, decoding: DecodingConfig) -> EvaluationFacts:
+    sample = work.recipe.sample
+    return EvaluationFacts(
+        codebook_size=work.recipe.tokenizer.codebook_size,
+        num_steps=decoding.num_steps,
+        temperature=decoding.temperature,
+        sample_temperature=sample.temperature,
+        cfg_scale=sample.cfg_scale,
+        resize=f"{PREPROCESSING} to {work.recipe.data.image_size}",
+        seeds={"recipe": work.recipe.seed},
+    )
+
+
+def _in_order(rows: CodeRows, images: ImageRows) -> CodeRows:
+    """The centre view of every image, in the order of `images`."""
+    keys = zip(rows.image_id, rows.variant, strict=True)
+    place = {key: row for row, key in enumerate(keys)}
+    missing = [image_id for image_id in images.image_ids if (image_id, "center") not in place]
+    if missing:
+        raise ValueError(f"the codes lack the view center of {len(missing)} held-out images, {missing[0]!r} for one")
+    order = [place[image_id, "center"] for image_id in images.image_ids]
+    return CodeRows(images.image_ids, rows.class_id[order], ["center"] * len(order), rows.codes[order])
+
+
+def images_at_once(device: str, micro_batch: int) -> int:
+    """Images that the teacher and LPIPS look at together: on CUDA no more than a pixel decoder paints."""
+    return micro_batch if device == CPU else min(micro_batch, AT_ONCE)
+
+
+@torch.no_grad()
+def _teacher_codes(teacher: Teacher, images: Tensor, at_once: int) -> Tensor:
+    device = teacher.codebook.weight.device
+    return torch.cat([teacher.encode(to_float(part).to(device)).cpu() for part in images.split(at_once)])

@@ -1,0 +1,92 @@
+"""What samples are compared with under a protocol: statistics of real images, and features of some of them."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flows.evaluation.features import feature_shards, of_real_images
+from flows.recipes.schema import ScoresConfig
+from flows.stage import CPU, Work
+from infra.artifacts.lineage import resolve
+from infra.artifacts.manifest import Manifest
+from infra.settings import Settings
+from infra.store.store import Store
+from sftok.metrics.frechet import Gaussian
+from sftok.metrics.functional import FeatureMoments
+from sftok.metrics.measure import Reference
+from sftok.metrics.protocols import ScoreProtocol
+from sftok.metrics.reference_file import Statistics, write_statistics
+
+
+def real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, seed: int) -> Reference:
+    """The reference that the training images are: statistics of all, features of some, drawn by a seed.
+
+    Raises:
+        ValueError: the weights are not there, or are others.
+    """
+    made = of_real_images(work, config, protocol)
+    store = work.job.store
+    pool, spatial = _statistics(store, made, work.job.device)
+    return Reference(
+        description=f"the real training images of images/{work.ref('images').digest[:12]}",
+        pool=pool,
+        spatial=spatial,
+        features=_chosen(store, made, config.reference_features, seed),
+        num_images=pool.count,
+        extractor_sha256=protocol.extractor_sha256,
+        resize=protocol.resize,
+    )
+
+
+def export_statistics(text: str, file: str, *, store: str | None) -> int:
+    """Write the statistics of a `features` artifact as an .npz that clean-fid, pytorch-fid and ADM's evaluator read.
+
+    Returns:
+        How many images they are of.
+
+    Raises:
+        ValueError: there is no such artifact, it is of another kind, or the file is there or cannot be written.
+    """
+    place, path = Store(store or Settings().store), Path(file).expanduser()
+    manifest = resolve(place, text)
+    if manifest.kind != "features":
+        raise ValueError(f"{text!r} is {manifest.kind}/{manifest.digest}, where features are wanted: see `sftok ls`")
+    if path.exists():
+        raise ValueError(f"{path} exists: name another file, or remove it")
+    pool, spatial = _statistics(place, manifest)
+    try:
+        path.write_bytes(write_statistics(Statistics(pool, spatial)))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}): name another file") from error
+    return manifest.counts["images"]
+
+
+def _statistics(store: Store, made: Manifest, device: str = CPU) -> tuple[Gaussian, Gaussian]:
+    """Of pool and of spatial features, one shard of them in memory, and on the device, at a time."""
+    pool = spatial = None
+    for features in feature_shards(store, made):
+        assert features.spatial is not None
+        pool = _added(pool, features.pool.to(device))
+        spatial = _added(spatial, features.spatial.to(device))
+    assert pool is not None, "a split without images is refused by prepare"
+    assert spatial is not None
+    return Gaussian.of(pool.to(CPU)), Gaussian.of(spatial.to(CPU))
+
+
+def _chosen(store: Store, made: Manifest, most: int, seed: int) -> Tensor:
+    """Pool features of at most `most` images, as many of each shard as its share, the same for a seed."""
+    count = made.counts["images"]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(count, generator=generator)[:most].sort().values
+    parts, before = [], 0
+    for features in feature_shards(store, made):
+        here = chosen[(chosen >= before) & (chosen < before + len(features))] - before
+        parts.append(features.pool[here])
+        before += len(features)
+    return torch.cat(parts)
+
+
+def _added(total: FeatureMoments | None, rows: Tensor) -> FeatureMoments:
+    found = FeatureMoments.of(rows)
+    return found if total is None else total + found

@@ -1,0 +1,4 @@
+"""Inference: sampling images from trained generators, and reconstructing images with trained tokenizers.
+
+`sample` and `reconstruct` are what the commands of these names call.
+"""

@@ -1,0 +1,265 @@
+"""What a run would do: each stage's artifact, whether it is there, what it asks of Ray, and estimates of time and size.
+
+Nothing is written and nothing trained. Arithmetic is counted on networks without memory (torch's meta device); hours
+are that arithmetic at an assumed rate, and say so.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from pydantic import JsonValue
+
+from flows.pipeline.graph import (
+    ALIGN,
+    ENCODE,
+    EVALUATE,
+    FINE_TUNE,
+    PREPARE,
+    REPORT,
+    SAMPLE,
+    TEACHER,
+    TRAIN_GENERATOR,
+    WARM_UP,
+)
+from flows.recipes.small import Recipe
+from flows.requests.checks import Request
+from flows.stage import Job, Stage, plan_of
+from flows.store.inventory import size_text
+from infra.artifacts.manifest import ArtifactRef, find, folder_of, ref_of
+from infra.compute.workers import WorkerOptions
+
+RATE = 125e12  # operations a second of one GPU
+RATE_SOURCE = "125 TFLOP/s a GPU: assumed, 40 % of an A100's 312 in bf16"
+IMAGE_BYTES = 110_000  # of an encoded JPEG
+CODE_BYTES = 1.67  # a code with its share of ids and labels: 106.8 bytes measured for 64 of 13 bits
+SIZE_SOURCE = "110 KB an image (ImageNet's mean, assumed); codes as measured in infra/CODES.md; weights 4 bytes each"
+FIRST = "after prepare"
+
+
+class Planned(NamedTuple):
+    """One stage."""
+
+    stage: str
+    kind: str
+    digest: str | None
+    """None: known only when prepare has read the images."""
+    state: str
+    """Cached, to do, or after prepare."""
+    resources: str
+    gpu_hours: float | None
+    bytes: int | None
+
+    def as_row(self) -> tuple[str, ...]:
+        """Cells of a table."""
+        hours = "" if self.gpu_hours is None else f"{self.gpu_hours:,.{0 if self.gpu_hours >= 10 else 2}f}"
+        name = f"{self.kind}/{self.digest[:12]}" if self.digest else self.kind
+        size = "" if self.bytes is None else size_text(self.bytes)
+        return (self.stage, self.state, name, self.resources, hours, size)
+
+
+HEAD = ("stage", "state", "artifact", "Ray", "GPU hours", "size")
+
+
+class DryRun(NamedTuple):
+    """A run that was not made."""
+
+    recipe: str
+    device: str
+    store: str
+    source: str
+    images: int | None
+    stages: tuple[Planned, ...]
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """One object; estimates beside what they stand on."""
+        return {
+            "recipe": self.recipe,
+            "device": self.device,
+            "store": self.store,
+            "source": self.source,
+            "images": self.images,
+            "stages": [dict(stage._asdict()) for stage in self.stages],
+            "estimates": {"gpu_hours": RATE_SOURCE, "bytes": SIZE_SOURCE},
+        }
+
+    def notes(self) -> tuple[str, ...]:
+        """What the figures stand on, and how to read them."""
+        count = "an unknown number of" if self.images is None else f"{self.images:,}"
+        return (
+            f"{count} images; GPU hours of what is still to do: {RATE_SOURCE}; none where a CPU is enough",
+            f"sizes: {SIZE_SOURCE}",
+        )
+
+
+def dry_run(request: Request) -> DryRun:
+    """Plan all stages of a run; the source is listed once, nothing is written.
+
+    Raises:
+        ValueError: the source cannot be listed.
+    """
+    recipe, store = request.recipe, request.store
+    options = WorkerOptions(workers=request.workers, gpus_per_worker=request.gpus_per_worker)
+    job = Job(recipe, store, request.source, options, "", request.ranks)
+    known: dict[str, ArtifactRef] = {}
+    planned: list[Planned] = []
+    images: int | None = None
+    costs = _costs(recipe)
+    for stage, name, needs in stage_table(recipe):
+        inputs = {need: known[need_name] for need, need_name in needs.items() if need_name in known}
+        is_known = len(inputs) == len(needs)
+        plan = plan_of(stage, job, inputs) if is_known else None
+        found = find(store, plan) if plan else None
+        if plan is not None:
+            known[name] = ref_of(store, found) if found else _ref(job, plan.kind, plan.digest)
+        if stage is PREPARE:
+            images = found.counts.get("accepted") if found else _listed(job)
+            if found is None:
+                known.pop(name, None)  # what follows depends on what the images hold
+        cost = costs[stage.name](images) if found is None else (None, found.num_bytes)
+        state = "Cached" if found else "to do" if is_known else FIRST
+        resources = _resources(stage, request)
+        planned.append(Planned(stage.name, stage.kind, plan.digest if plan else None, state, resources, *cost))
+    return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, tuple(planned))
+
+
+def stage_table(recipe: Recipe) -> list[tuple[Stage, str, dict[str, str]]]:
+    """Every stage of the run, what it is called, and what it is made of; as flows.pipeline.full has it."""
+    teacher = {} if recipe.teacher.origin == "imported" else {"images": "images"}
+    start = {} if recipe.align.from_scratch else {"tokenizer": "warm_up"}
+    stages: list[tuple[Stage, str, dict[str, str]]] = [(PREPARE, "images", {}), (TEACHER, "teacher", teacher)]
+    both = {"images": "images", "teacher": "teacher"}
+    if not recipe.align.from_scratch:
+        stages.append((WARM_UP, "warm_up", both))
+    evaluated = {**both, "tokenizer": "tokenizer", "codes": "codes", "samples": "samples"}
+    return [
+        *stages,
+        (ALIGN, "align", {**both, **start}),
+        (FINE_TUNE, "tokenizer", {**both, "tokenizer": "align"}),
+        (ENCODE, "codes", {"images": "images", "tokenizer": "tokenizer"}),
+        (TRAIN_GENERATOR, "generator", {"codes": "codes"}),
+        (SAMPLE, "samples", {"generator": "generator"}),
+        (EVALUATE, "evaluation", evaluated),
+        (REPORT, "report", {"evaluation": "evaluation"}),
+    ]
+
+
+def _ref(job: Job, kind: str, digest: str) -> ArtifactRef:
+    return ArtifactRef(kind=kind, digest=digest, uri=folder_of(job.store, kind, digest).uri)
+
+
+def _listed(job: Job) -> int | None:
+    """Images of the source; None where they lie in containers that only prepare opens."""
+    from sftok.sources.sources import list_source
+
+    source = list_source(job.source, job.recipe.data)
+    return None if source.containers else len(source.entries)
+
+
+def _resources(stage: Stage, request: Request) -> str:
+    if stage.is_trained:
+        return f"{request.ranks} rank{'s' if request.ranks > 1 else ''}, a GPU each where there are any"
+    if stage in (PREPARE, ENCODE, SAMPLE):
+        gpus = f", {request.gpus_per_worker:g} GPU each" if request.gpus_per_worker and stage is not PREPARE else ""
+        return f"{request.workers} workers, 1 core each{gpus}"
+    return "this process"
+
+
+Cost = Callable[[int | None], tuple[float | None, int | None]]
+
+
+def _costs(recipe: Recipe) -> Mapping[str, Cost]:
+    """GPU hours and bytes of each stage, of so many images."""
+    flops, sizes = _arithmetic(recipe), _weights(recipe)
+    views = len(recipe.encode.variants)
+
+    def hours(operations: float | None) -> float | None:
+        return None if operations is None else operations / RATE / 3600
+
+    def training(name: str, steps: int, batch: int, passes: float) -> Cost:
+        return lambda _: (hours(steps * batch * passes), sizes[name])
+
+    def scaled(operations: float, size: float) -> Cost:
+        return lambda images: (None, None) if images is None else (hours(images * operations), int(images * size))
+
+    align, fine = recipe.align.training, recipe.fine_tune.training
+    warm, teach, generate = recipe.warm_up.training, recipe.teacher.training, recipe.train_generator
+    samples = recipe.sample.per_class
+    is_imported = recipe.teacher.origin == "imported"
+    tokens = recipe.tokenizer.num_latent_tokens
+    # A training step is a forward pass and twice that backwards; the teacher, and self-forcing's guide, forward only.
+    guided = flops["encoder"] * 3 + flops["decoder"] * 4 + flops["teacher_encoder"]
+    pixels = flops["encoder"] + flops["decoder"] * 4 + flops["teacher_decoder"] * 3
+    autoencoder = 0.0 if is_imported else flops["teacher_encoder"] + flops["teacher_decoder"]
+    return {
+        "prepare": lambda images: (None, None if images is None else images * IMAGE_BYTES),
+        "teacher": training("teacher", teach.steps, teach.batch_size, 3 * autoencoder),
+        "warm_up": training("tokenizer", warm.steps, warm.batch_size, guided - flops["decoder"]),
+        "align": training("tokenizer", align.steps, align.batch_size, guided),
+        "fine_tune": training("tokenizer", fine.steps, fine.batch_size, pixels),
+        "encode": scaled(flops["encoder"] * views, CODE_BYTES * tokens * views),
+        "train_generator": training("generator", generate.steps, generate.batch_size, flops["generator"] * 3),
+        "sample": lambda _: (None, int(samples * 1000 * CODE_BYTES * tokens)),
+        "evaluate": lambda _: (None, None),
+        "report": lambda _: (None, None),
+    }
+
+
+def _arithmetic(recipe: Recipe) -> dict[str, float]:
+    """Operations of a forward pass for one image, or one sequence."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from generator.code_space import CodeSpace
+    from generator.flops import forward_flops
+    from sftok.model.decoder import Decoder
+    from sftok.model.teacher import Teacher
+    from sftok.model.tokenizer import SFTok
+
+    size, tokenizer = recipe.data.image_size, recipe.tokenizer
+
+    def count(call: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        return float(counter.get_total_flops())
+
+    with torch.device("meta"):
+        teacher = Teacher(recipe.teacher.model)
+        model = SFTok(tokenizer, recipe.teacher.model, size, pixels=False)
+        images = torch.empty(1, 3, size, size)
+        positions = (size // recipe.teacher.model.downsample_factor) ** 2
+        codes = torch.zeros(1, positions, dtype=torch.int64)
+        latents = torch.empty(1, tokenizer.num_latent_tokens, tokenizer.code_dim)
+        assert isinstance(model.decoder, Decoder)
+        space = CodeSpace(
+            codebook_size=tokenizer.codebook_size, num_tokens=tokenizer.num_latent_tokens, num_classes=1000
+        )
+        return {
+            "encoder": count(lambda: model.encoder(images)),
+            "decoder": count(lambda: model.decoder(codes, latents)),
+            "teacher_encoder": count(lambda: teacher.encoder(images)),
+            "teacher_decoder": count(lambda: teacher.decode(codes)),
+            "generator": float(forward_flops(recipe.generator, space)),
+        }
+
+
+def _weights(recipe: Recipe) -> dict[str, int]:
+    """Bytes of each network's weights, in float32."""
+    import torch
+
+    from generator.autoregressive import Generator
+    from generator.code_space import CodeSpace
+    from generator.masked import MaskedGenerator
+    from sftok.model.teacher import Teacher
+    from sftok.model.tokenizer import SFTok
+
+    tokenizer = recipe.tokenizer
+    space = CodeSpace(codebook_size=tokenizer.codebook_size, num_tokens=tokenizer.num_latent_tokens, num_classes=1000)
+    with torch.device("meta"):
+        made = {
+            "teacher": Teacher(recipe.teacher.model),
+            "tokenizer": SFTok(tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True),
+            "generator": Generator(recipe.generator, space)
+            if recipe.generator.kind == "autoregressive"
+            else MaskedGenerator(recipe.generator, space),
+        }
+    return {name: 4 * sum(p.numel() for p in model.parameters()) for name, model in made.items()}

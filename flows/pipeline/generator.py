@@ -1,0 +1,84 @@
+"""The stages of the generator: train_generator and sample."""
+
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
+from flows.stage import Job, Result, Stage, Work, computed, give_up_others, seeded, training_run, what_of
+from infra.artifacts.manifest import ArtifactRef, manifest_of
+from infra.codes.contract import CodesInfo
+
+
+def _train_generator_what(job: Job) -> dict[str, JsonValue]:
+    recipe = job.recipe
+    return {
+        "generator": recipe.generator.as_json(),
+        **what_of(recipe.train_generator),
+        **seeded(job),
+        **computed(recipe.compute),
+    }
+
+
+def _train_generator(work: Work) -> Result:
+    from generator.data import CodeData
+    from generator.train import train_generator
+    from infra.codes.shared import share_codes
+
+    recipe, run = work.recipe, training_run(work)
+    info, train = share_codes(work.job.store, work.keys("codes", "train"), work.ranks, run.device)
+    val_info, val = share_codes(work.job.store, work.keys("codes", "val"), work.ranks, run.device)
+    codes = work.ref("codes")
+    if not recipe.train_generator.any_tokenizer:
+        check_tokenizer(
+            manifest_of(work.job.store, codes).inputs.get("tokenizer"), codes, {"train": info, "val": val_info}
+        )
+    model, training = recipe.generator, recipe.train_generator
+    return Result(*train_generator(CodeData.of(train), CodeData.of(val), info, model, training, run=run))
+
+
+def check_tokenizer(tokenizer: ArtifactRef | None, codes: ArtifactRef, splits: Mapping[str, CodesInfo]) -> None:
+    """Refuse codes that are of another tokenizer than their manifest says, or of two.
+
+    Raises:
+        ValueError: naming the split and both tokenizers.
+    """
+    said = next(iter(splits.values())).tokenizer if tokenizer is None else tokenizer.digest
+    for split, info in splits.items():
+        if info.tokenizer != said:
+            raise ValueError(
+                f"{codes}: its {split} shards hold codes of tokenizer/{info.tokenizer}, its manifest says "
+                f"tokenizer/{said}: codes of two tokenizers do not mix; delete that folder and encode again, or set "
+                "train_generator.any_tokenizer=true if they mean the same"
+            )
+
+
+def _sample_what(job: Job) -> dict[str, JsonValue]:
+    threads = job.workers.threads_per_worker
+    return {
+        "sample": job.recipe.sample.as_json(),
+        "seed": job.recipe.seed,
+        "threads": threads,
+        **computed(job.recipe.compute),
+    }
+
+
+def _sample(work: Work) -> Result:
+    from generator.sampling.shards import SampleJob, generate
+
+    if work.job.anew:
+        give_up_others(work.out, work.recipe.compute, work.job.workers)
+    job = SampleJob(
+        generator=work.folder("generator"),
+        out=work.out,
+        config=work.recipe.sample,
+        seed=work.recipe.seed,
+        identity=work.ref("generator").digest,
+        device=work.job.device,
+        numerics=work.recipe.compute.numerics,
+    )
+    files = generate(job, options=work.job.workers, progress=work.progress)
+    return Result(files, {"shards": len(files), "samples": sum(file.rows or 0 for file in files)}, {})
+
+
+TRAIN_GENERATOR = Stage("train_generator", "generator", 1, _train_generator_what, _train_generator, is_trained=True)
+SAMPLE = Stage("sample", "samples", 2, _sample_what, _sample)

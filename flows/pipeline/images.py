@@ -1,0 +1,117 @@
+"""The stages between images and codes: prepare and encode."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
+
+from flows.stage import Job, Result, Stage, Work, computed, encode_what, give_up_others, shards, what_of, worker_facts
+from infra.artifacts.made_on import claim_shards, decisive, said
+from infra.artifacts.manifest import Manifest, manifest_of, shards_of
+from infra.errors import TransientError
+
+if TYPE_CHECKING:
+    from sftok.sources.sources import Source
+
+
+def _prepare_what(job: Job) -> dict[str, JsonValue]:
+    from sftok.sources.sources import list_source
+
+    source = list_source(job.source, job.recipe.data)
+    digest = source.digest
+    if job.listing is not None:
+        job.listing.put(digest, source)
+    return {"data": what_of(job.recipe.data), "listing": digest}
+
+
+def _accept_images(job: Job, manifest: Manifest) -> None:
+    from sftok.prepare.prepare import check_reject_rate
+
+    if job.listing is not None:
+        job.listing.drop()
+    check_reject_rate(manifest.counts, job.recipe.data, f"images/{manifest.digest}")
+
+
+def _prepare(work: Work) -> Result:
+    from sftok.prepare.prepare import prepare
+
+    made = prepare(
+        _listed(work),
+        work.recipe.data,
+        out=work.out,
+        options=work.job.workers,
+        progress=work.progress,
+    )
+    return Result(made.files, made.counts, {}, made.content_digest)
+
+
+def _listed(work: Work) -> "Source":
+    """The source as it was listed for the plan; where nobody handed that on, as it is listed again and is the same."""
+    from sftok.sources.sources import list_source
+
+    digest = str(work.plan.config["listing"])
+    if work.job.listing is not None and (held := work.job.listing.take(digest)) is not None:
+        return held
+    source = list_source(work.job.source, work.recipe.data)
+    if source.digest != digest:
+        raise TransientError(f"source {work.job.source} changed while it was listed; it is listed again")
+    return source
+
+
+def _encode_what(job: Job) -> dict[str, JsonValue]:
+    from sftok.images.preprocess import PREPROCESSINGS
+
+    return {
+        "encode": encode_what(job.recipe.encode),
+        "image_size": job.recipe.data.image_size,
+        "shards": shards(job),
+        "preprocessing": PREPROCESSINGS[job.recipe.encode.decoder],
+        "augment": job.recipe.augment.as_json(),
+        "threads": job.workers.threads_per_worker,
+        **computed(job.recipe.compute),
+    }
+
+
+def _encode(work: Work) -> Result:
+    from infra.artifacts.reuse import Reuse
+    from infra.codes.contract import CodesInfo
+    from sftok.coding.encode import EncodeJob, encode
+    from sftok.images.dataset import ImageSet
+
+    config, tokenizer = work.recipe.encode, work.recipe.tokenizer
+    images = manifest_of(work.job.store, work.ref("images"))
+    paths = [shard.path for shard in shards_of(work.job.store, images)]
+    info = CodesInfo(
+        tokenizer=work.ref("tokenizer").digest,
+        codebook_size=tokenizer.codebook_size,
+        num_tokens=tokenizer.num_latent_tokens,
+        image_size=work.recipe.data.image_size,
+        assignment=config.assignment,
+        precision=config.precision,
+        class_names=ImageSet.of(work.folder("images"), paths).class_names,
+    )
+    if work.job.anew:
+        give_up_others(work.out, work.recipe.compute, work.job.workers)
+    facts = worker_facts(work.recipe.compute, work.job.workers)
+    claim_shards(work.out, facts)  # before shards of this kind are found among earlier versions
+    without_images = work.plan.model_copy(update={"inputs": {"tokenizer": work.ref("tokenizer")}})
+    job = EncodeJob(
+        images=work.folder("images"),
+        tokenizer=work.folder("tokenizer"),
+        out=work.out,
+        info=info,
+        variants={"train": config.variants, "val": config.val_variants},
+        augment=work.recipe.augment,
+        micro_batch=config.micro_batch,
+        reuse=Reuse(work.job.store, work.plan.prefix, f"{without_images.digest} on {said(decisive(facts))}"),
+        ten_crop_resize=config.ten_crop_resize,
+        decoder=config.decoder,
+        device=work.job.device,
+        compile=bool(config.compile),
+        numerics=work.recipe.compute.numerics,
+    )
+    made = encode(job, images, options=work.job.workers, progress=work.progress)
+    return Result(made.files, made.counts, {}, pages=made.pages)
+
+
+PREPARE = Stage("prepare", "images", 2, _prepare_what, _prepare, accept=_accept_images)
+ENCODE = Stage("encode", "codes", 2, _encode_what, _encode)

@@ -1,0 +1,42 @@
+"""The stages that judge and show: evaluate and report."""
+
+from pydantic import JsonValue
+
+from flows.stage import Job, Result, Stage, Work, computed, decoding_what, encode_what, seeded, what_of
+
+
+def _evaluate_what(job: Job) -> dict[str, JsonValue]:
+    recipe = job.recipe
+    return {
+        "evaluate": what_of(recipe.evaluate),
+        "decoding": decoding_what(recipe.decoding),
+        "image_size": recipe.data.image_size,
+        "micro_batch": recipe.encode.micro_batch,
+        **seeded(job),
+        **computed(recipe.compute),
+    }
+
+
+def _evaluate(work: Work) -> Result:
+    from flows.evaluation.inputs import measure
+    from flows.evaluation.sweep import with_sweep
+
+    return with_sweep(work, measure(work))
+
+
+def _report_what(job: Job) -> dict[str, JsonValue]:
+    recipe = job.recipe.as_json()
+    del recipe["compute"]
+    recipe |= {"decoding": decoding_what(job.recipe.decoding), "encode": encode_what(job.recipe.encode)}
+    return {"recipe": {**recipe, **computed(job.recipe.compute)}}
+
+
+def _report(work: Work) -> Result:
+    from flows.report.pages import write_pages
+
+    return write_pages(work)
+
+
+# Version 2: features are summed batch by batch, which changes the last digits of their distances.
+EVALUATE = Stage("evaluate", "evaluation", 2, _evaluate_what, _evaluate, is_measured=True)
+REPORT = Stage("report", "report", 1, _report_what, _report)

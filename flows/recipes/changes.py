@@ -1,0 +1,33 @@
+"""In what a recipe differs from the one of the same name: the settings that make it again."""
+
+import json
+from collections.abc import Iterator
+
+from pydantic import JsonValue
+
+from flows.recipes.files import load_recipe
+from flows.recipes.small import RECIPES, Recipe
+
+
+def changes_of(recipe: Recipe, base: Recipe | None = None) -> tuple[str, ...] | None:
+    """The `section.field=value` that turn `base` into `recipe`; None if that cannot be said so.
+
+    Args:
+        recipe: any recipe.
+        base: what it is compared with; None for the recipe of the same name, if there is one.
+    """
+    if base is None:
+        if recipe.name not in RECIPES:
+            return None
+        base = load_recipe(recipe.name)
+    found = tuple(_changes("", base.model_dump(mode="json"), recipe.model_dump(mode="json")))
+    return None if None in found else tuple(one for one in found if one is not None)
+
+
+def _changes(path: str, old: JsonValue, new: JsonValue) -> Iterator[str | None]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in new:
+            yield from _changes(f"{path}.{name}" if path else name, old.get(name), new[name])
+    elif old != new:
+        # JSON's words are TOML's, but TOML has none for nothing.
+        yield None if new is None or isinstance(new, dict) else f"{path}={json.dumps(new)}"

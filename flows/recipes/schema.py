@@ -1,0 +1,268 @@
+"""What a recipe is: everything that decides what is computed, from images to report, as data."""
+
+from typing import Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from flows.results.gate import GateConfig
+from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
+from infra.artifacts.pretrained import PretrainedConfig
+from infra.compute.device import DeviceChoice, NumericsConfig, default_precision
+from infra.config import Config
+from infra.training.schedule import COMPILED_WIDTH
+from sftok.config import (
+    INCEPTION_SHA256,
+    AlignmentStageConfig,
+    Assignment,
+    AugmentConfig,
+    DataConfig,
+    DecodingConfig,
+    FineTuneStageConfig,
+    TeacherStageConfig,
+    TokenizerConfig,
+)
+from sftok.images.views import TEN_CROP_RESIZE, expanded, has_crops, ten_crop_side
+
+
+class EncodeConfig(Config):
+    """Tokenization of the dataset."""
+
+    variants: tuple[str, ...] = Field(
+        ("center",), description="views of a training image: center, flip, affine-1, affine-2 ..., ten_crop"
+    )
+    val_variants: tuple[str, ...] = Field(("center",), description="views of a held-out image")
+    assignment: Assignment = "nearest"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="arithmetic of the encoder; bf16 changes some codes; auto: fp32 on CPUs, bf16 on CUDA"
+    )
+    micro_batch: NonNegativeInt = Field(
+        0, description="images encoded at once; fixed, the last one padded; 0: 64 on CPUs, 256 on CUDA"
+    )
+    compile: bool | None = Field(
+        None,
+        description="compile the encoder's blocks; not given: on CUDA, unless the encoder is so small that it would "
+        "take longer than encoding",
+    )
+    # Left out where it is the usual one, so that digests of codes stay as they always were.
+    decoder: Literal["pil", "torchcodec"] = Field(
+        "pil",
+        exclude_if=lambda name: name == "pil",
+        description="what decodes and resizes images: pil, or torchcodec (which is to be installed) and torch, on a "
+        "GPU where the encoder is: pixels differ by a level of 255 here and there",
+    )
+    ten_crop_resize: float = Field(
+        TEN_CROP_RESIZE,
+        gt=1,
+        le=2,
+        description="side of the square that the views crop-1 to crop-10 are cut from, over data.image_size",
+    )
+
+    @field_validator("variants", "val_variants")
+    @classmethod
+    def _ten_crop_stands_for_ten(cls, views: tuple[str, ...]) -> tuple[str, ...]:
+        return expanded(views)
+
+    def on(self, device: str, *, width: int) -> Self:
+        """Settle what depends on the device, and on the width of the encoder: precision, micro-batch, compilation."""
+        is_cuda = device.startswith("cuda")
+        settled = {
+            "micro_batch": self.micro_batch or (256 if is_cuda else 64),
+            "precision": default_precision(device) if self.precision == "auto" else self.precision,
+            "compile": is_cuda and width >= COMPILED_WIDTH if self.compile is None else self.compile,
+        }
+        return self.model_copy(update=settled)
+
+    @property
+    def has_crops(self) -> bool:
+        """Whether any view is one of the ten crops."""
+        return has_crops((*self.variants, *self.val_variants))
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A config without crops stays as it always was, and so do the digests made from it."""
+        values: dict[str, Any] = handler(self)
+        if not self.has_crops:
+            values.pop("ten_crop_resize", None)
+        return values
+
+    @model_validator(mode="after")
+    def _resize_is_used(self) -> Self:
+        if self.ten_crop_resize != TEN_CROP_RESIZE and not self.has_crops:
+            raise ValueError(f"ten_crop_resize = {self.ten_crop_resize:g} changes nothing: name ten_crop as a view")
+        return self
+
+    @model_validator(mode="after")
+    def _each_view_once(self) -> Self:
+        for name, views in (("variants", self.variants), ("val_variants", self.val_variants)):
+            if not views:
+                raise ValueError(f"{name} is empty: name one view at least, such as center")
+            if len(set(views)) != len(views):
+                raise ValueError(f"{name} = {', '.join(views)} names a view twice: name each once")
+        return self
+
+
+class SweepConfig(Config):
+    """Class accuracy of samples against guidance and temperature, of the run's generator and of one beside it."""
+
+    cfg_scales: tuple[NonNegativeFloat, ...] = Field((), description="guidance that is tried; empty: no sweep")
+    temperatures: tuple[PositiveFloat, ...] = Field((1.0, 1.5), description="of an autoregressive generator")
+    masked_temperatures: tuple[PositiveFloat, ...] = Field((1.0, 8.0), description="of a masked generator")
+    per_class: PositiveInt = Field(10, description="samples of every class at every setting")
+    generator: AnyGeneratorConfig | None = Field(
+        None, description="a second generator of the same codes, trained where the store has none like it"
+    )
+    train_generator: GeneratorTrainingConfig | None = Field(None, description="how the second one is trained")
+
+    @model_validator(mode="after")
+    def _second_one_is_whole(self) -> Self:
+        if (self.generator is None) != (self.train_generator is None):
+            raise ValueError("generator and train_generator belong together: give both, or neither")
+        if self.cfg_scales and not (self.temperatures and self.masked_temperatures):
+            raise ValueError("temperatures and masked_temperatures need one value each: 1.0 for one")
+        return self
+
+
+class ScoresConfig(Config):
+    """FID and its kin, for which Inception's weights are needed."""
+
+    protocol: Literal["none", "torch_fidelity", "clean", "adm"] = Field(
+        "none", description="how images are scored (sftok.metrics.protocols); none: by random features alone"
+    )
+    inception: PretrainedConfig = Field(
+        PretrainedConfig(sha256=INCEPTION_SHA256),
+        description="the network's weights: `sftok weights fetch inception-2015` puts the published ones there",
+    )
+    num_samples: PositiveInt | None = Field(
+        None, description="samples that are scored; another N than the protocol's is named behind it"
+    )
+    reference: str = Field("", description="an .npz of ADM or clean-fid; empty: the real training images")
+    reference_features: PositiveInt = Field(
+        10_000, description="training images whose features KID, precision and recall are given, drawn by the seed"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the features")
+
+    @model_serializer(mode="wrap")
+    def _nothing_where_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nothing is scored, the settings of scoring are no part of an identity."""
+        values: dict[str, Any] = handler(self)
+        return {"protocol": "none"} if self.protocol == "none" else values
+
+
+class EvaluateConfig(Config):
+    """What is measured."""
+
+    steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), description="numbers of decoding steps that are compared")
+    class_reader: bool = Field(
+        False,
+        description="train a classifier (scikit-learn) on the real training images and let it read the classes",
+    )
+    classifier_images: PositiveInt = Field(
+        20_000, description="training images that the classifier is trained on: all, or as many chosen by hash"
+    )
+    nearest_images: PositiveInt = Field(
+        1_000, description="samples, and held-out images, whose nearest training image is looked for, spread evenly"
+    )
+    feature_seed: int = Field(0, description="seed of the random feature extractor")
+    sweep: SweepConfig = SweepConfig()
+    scores: ScoresConfig = ScoresConfig()
+    lpips: PretrainedConfig = Field(
+        PretrainedConfig(), description="VGG16's weights, for LPIPS of reconstructions; not given: it is not measured"
+    )
+
+    @model_validator(mode="after")
+    def _sweep_has_a_reader(self) -> Self:
+        if self.sweep.cfg_scales and not self.class_reader:
+            raise ValueError("sweep.cfg_scales needs the class reader: set class_reader = true, or sweep.cfg_scales=[]")
+        return self
+
+
+class ComputeConfig(NumericsConfig):
+    """Where a run computes, and how."""
+
+    device: DeviceChoice = Field(
+        "auto",
+        description="cpu, or cuda: a GPU for each worker and rank; auto: cuda where the machine, or the Ray cluster "
+        "that is joined, has one. What is computed on CUDA has digests of its own",
+    )
+
+    @property
+    def numerics(self) -> NumericsConfig:
+        """The arithmetic alone."""
+        return NumericsConfig(**self.model_dump(include=set(NumericsConfig.model_fields)))
+
+
+class Recipe(Config):
+    """Everything that decides what is computed, from images to report."""
+
+    name: str
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    threads: PositiveInt = Field(
+        2, description="threads of a training process; sums round differently with another number"
+    )
+    compute: ComputeConfig = ComputeConfig()
+    source: str = Field("", description="images to use where --data is not given; empty: --data is required")
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    teacher: TeacherStageConfig
+    tokenizer: TokenizerConfig
+    warm_up: AlignmentStageConfig
+    align: AlignmentStageConfig
+    fine_tune: FineTuneStageConfig
+    decoding: DecodingConfig = DecodingConfig()
+    encode: EncodeConfig = EncodeConfig()
+    generator: AnyGeneratorConfig
+    train_generator: GeneratorTrainingConfig
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+
+    def on(self, device: str) -> Self:
+        """Settle the device, and what depends on it."""
+        teacher, generator, sweep = self.teacher, self.generator, self.evaluate.sweep
+        encoder = self.tokenizer.encoder.width
+        settled: dict[str, object] = {}
+        for name in ("warm_up", "align", "fine_tune"):
+            stage: AlignmentStageConfig | FineTuneStageConfig = getattr(self, name)
+            settled[name] = stage.model_copy(update={"training": stage.training.on(device, width=encoder)})
+        width = teacher.model.base_channels * max(teacher.model.channel_multipliers)
+        settled["teacher"] = teacher.model_copy(update={"training": teacher.training.on(device, width=width)})
+        settled["train_generator"] = self.train_generator.on(device, width=generator.width)
+        if sweep.generator is not None and sweep.train_generator is not None:
+            training = sweep.train_generator.on(device, width=sweep.generator.width)
+            changed = sweep.model_copy(update={"train_generator": training})
+            settled["evaluate"] = self.evaluate.model_copy(update={"sweep": changed})
+        settled |= {
+            "compute": self.compute.model_copy(update={"device": device}),
+            "encode": self.encode.on(device, width=self.tokenizer.encoder.width),
+            "decoding": self.decoding.on(device),
+            "sample": self.sample.on(device),
+        }
+        return self.model_copy(update=settled)
+
+    @model_validator(mode="after")
+    def _samples_fit_the_generator(self) -> Self:
+        self.sample.fit(self.generator.kind)
+        return self
+
+    @model_validator(mode="after")
+    def _image_divides(self) -> Self:
+        for what, side in (
+            ("tokenizer.patch_size", self.tokenizer.patch_size),
+            ("the teacher's down-sampling factor", self.teacher.model.downsample_factor),
+        ):
+            if self.data.image_size % side:
+                raise ValueError(f"data.image_size = {self.data.image_size} does not divide by {what} = {side}")
+        if self.encode.has_crops:
+            ten_crop_side(self.data.image_size, self.encode.ten_crop_resize)
+        return self

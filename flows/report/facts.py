@@ -1,0 +1,95 @@
+"""What a run's artifacts tell about how it went: losses, rates, and what was rejected."""
+
+import json
+from collections.abc import Mapping
+
+import pyarrow.parquet as pq
+
+from flows.results.types import GeneratorFit, LossCurve, Rejects
+from infra.artifacts.manifest import Manifest, folder_of
+from infra.store.store import Store
+from sftok.prepare.prepare import REJECTS, gist
+
+LOG = "log.jsonl"
+VAL_NLL = "val_nll/"  # and a position
+POINTS = 160  # of a drawn curve
+REASONS = 8  # of rejects that are told
+DONE = {  # what a stage did, by its counts
+    "images": ("accepted", "images"),
+    "codes": ("rows", "rows"),
+    "samples": ("samples", "samples"),
+    "teacher": ("steps", "steps"),
+    "tokenizer": ("steps", "steps"),
+    "generator": ("steps", "steps"),
+}
+
+
+def loss_curves(store: Store, made: Mapping[str, Manifest]) -> tuple[LossCurve, ...]:
+    """The loss of each training among the stages, thinned out evenly."""
+    curves = []
+    for stage, manifest in made.items():
+        if not any(entry.path == LOG for entry in manifest.files):
+            continue
+        lines = folder_of(store, manifest.kind, manifest.digest).read(LOG).decode().splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
+        step = max(1, len(rows) // POINTS)
+        kept = [*rows[::step], *([rows[-1]] if rows and (len(rows) - 1) % step else [])]
+        if kept:
+            steps, losses = tuple(int(row["step"]) for row in kept), tuple(float(row["loss"]) for row in kept)
+            curves.append(LossCurve(stage=stage, steps=steps, losses=losses))
+    return tuple(curves)
+
+
+def fit_of(manifest: Manifest) -> GeneratorFit | None:
+    """How likely held-out codes are to a generator, where its training measured that and what to hold it against."""
+    found = manifest.metrics
+    if not {"val_nll", "val_top1", "frequency_nll"} <= found.keys():
+        return None
+    keys = {int(name.removeprefix(VAL_NLL)): name for name in found if name.startswith(VAL_NLL)}
+    positions, model = sorted(keys), manifest.config["generator"]
+    assert isinstance(model, dict)
+    return GeneratorFit(
+        generator=str(model["kind"]),
+        nll=found["val_nll"],
+        top1=found["val_top1"],
+        positions=tuple(positions),
+        by_position=tuple(found[keys[place]] for place in positions),
+        frequency_nll=found["frequency_nll"],
+        frequency_by_position=tuple(found[f"frequency_nll/{keys[place].removeprefix(VAL_NLL)}"] for place in positions),
+    )
+
+
+def rate_of(manifest: Manifest) -> str:
+    """What a stage did a second, where its counts tell; an imported model did nothing.
+
+    Of a training: what its steps alone took in, and which share of the device's peak their arithmetic is.
+    """
+    for unit in ("images", "tokens"):
+        if rate := manifest.metrics.get(f"{unit}_per_s"):
+            share = manifest.metrics.get("mfu")
+            return _per_second(rate, unit) + ("" if share is None else f", {100 * share:.2g} % of peak")
+    name, unit = DONE.get(manifest.kind, ("", ""))
+    count = manifest.counts.get(name)
+    if not count or manifest.seconds <= 0:
+        return ""
+    return _per_second(count / manifest.seconds, unit)
+
+
+def _per_second(rate: float, unit: str) -> str:
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
+
+
+def rejects_of(store: Store, images: Manifest) -> tuple[Rejects, ...]:
+    """What prepare rejected, by reason, the commonest first."""
+    folder = folder_of(store, images.kind, images.digest)
+    if not any(entry.path == REJECTS for entry in images.files):
+        return ()
+    with folder.open(REJECTS) as opened, pq.ParquetFile(opened) as file:
+        table = file.read(["path", "reason"])
+    found: dict[str, tuple[int, str]] = {}
+    for path, reason in zip(table["path"].to_pylist(), table["reason"].to_pylist(), strict=True):
+        kind = gist(reason)
+        count, example = found.get(kind, (0, path))
+        found[kind] = count + 1, example
+    ordered = sorted(found.items(), key=lambda item: (-item[1][0], item[0]))[:REASONS]
+    return tuple(Rejects(reason=kind, count=count, example=example) for kind, (count, example) in ordered)

@@ -1,0 +1,125 @@
+"""The report stage: what the manifests behind an evaluation say, as a page, as Markdown and as JSON."""
+
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from pydantic import JsonValue, ValidationError
+
+from flows.evaluation.inputs import EVALUATION, PICTURES
+from flows.evaluation.sweep import read_sweep
+from flows.report.facts import fit_of, loss_curves, rate_of, rejects_of
+from flows.report.render import build_report
+from flows.results.types import EvaluationReport, ReportData, StageRow
+from flows.runs.journal import REPORT_FILES
+from flows.stage import Result, Work
+from infra.artifacts.lineage import Lineage, lineage
+from infra.artifacts.made_on import summary
+from infra.artifacts.manifest import Manifest, folder_of, manifest_of
+from infra.artifacts.shards import put
+from infra.store.store import Store
+
+FILES = 20  # of an artifact, named in the report
+ORDER = ("prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample", "evaluate")
+STAGE_OF_KIND = {
+    "images": "prepare",
+    "codes": "encode",
+    "generator": "train_generator",
+    "samples": "sample",
+    "evaluation": "evaluate",
+}
+
+
+def write_pages(work: Work) -> Result:
+    """Write the report's three forms."""
+    evaluation = manifest_of(work.job.store, work.ref("evaluation"))
+    recipe = work.recipe
+    told = Told(work.job.run, recipe.name, recipe.description, work.job.source, recipe.as_json())
+    report = build_report(report_data(work.job.store, evaluation, told))
+    texts = zip(REPORT_FILES, (report.html, report.markdown, report.json), strict=True)
+    return Result([put(work.out, name, text.encode()) for name, text in texts], {}, {})
+
+
+class Told(NamedTuple):
+    """What a run says of itself."""
+
+    run: str
+    recipe: str
+    description: str
+    source: str
+    config: dict[str, JsonValue]
+
+
+def report_data(store: Store, evaluation: Manifest, told: Told) -> ReportData:
+    """All that a page needs, from the manifests behind an evaluation.
+
+    Raises:
+        ValueError: the evaluation is of another version, or what it was made of is not in the store.
+    """
+    folder = folder_of(store, evaluation.kind, evaluation.digest)
+    made = _manifests(lineage(store, evaluation))
+    if "prepare" not in made:
+        raise ValueError(f"the images behind evaluation/{evaluation.digest} are not in {store.uri}: name their store")
+    pictures = [file.path for file in evaluation.files if file.path.startswith(PICTURES)]
+    return ReportData(
+        run_id=told.run,
+        recipe=told.recipe,
+        description=told.description,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        source=told.source,
+        command=evaluation.command,
+        counts=made["prepare"].counts,
+        stages=tuple(_row(name, made[name]) for name in ORDER if name in made),
+        evaluation=read_evaluation(store, evaluation),
+        sweep=read_sweep(folder, evaluation),
+        images={path.removeprefix(PICTURES): folder.read(path) for path in pictures},
+        losses=loss_curves(store, {name: made[name] for name in ORDER if name in made}),
+        fit=fit_of(made["train_generator"]) if "train_generator" in made else None,
+        rejects=rejects_of(store, made["prepare"]),
+        config=told.config,
+        versions=evaluation.versions,
+        hardware=evaluation.hardware,
+        git_revision=evaluation.git_revision,
+    )
+
+
+def read_evaluation(store: Store, evaluation: Manifest) -> EvaluationReport:
+    """What an evaluation found.
+
+    Raises:
+        ValueError: it is of another version.
+    """
+    folder = folder_of(store, evaluation.kind, evaluation.digest)
+    try:
+        return EvaluationReport.model_validate_json(folder.read(EVALUATION))
+    except ValidationError as error:
+        said = error.errors()[0]
+        where = ".".join(map(str, said["loc"]))
+        raise ValueError(f"{folder.uri}/{EVALUATION}: {where}: {said['msg']}; evaluate the run again") from error
+
+
+def _manifests(tree: Lineage) -> dict[str, Manifest]:
+    """The manifests behind an artifact, by the stage that made them."""
+    found: dict[str, Manifest] = {}
+    if tree.manifest is not None:
+        found[stage_of(tree.manifest)] = tree.manifest
+    for below in tree.inputs.values():
+        found |= _manifests(below)
+    return found
+
+
+def stage_of(manifest: Manifest) -> str:
+    """The stage that made an artifact; tokenizers name it in their config."""
+    return str(manifest.config.get("stage", STAGE_OF_KIND.get(manifest.kind, manifest.kind)))
+
+
+def _row(name: str, manifest: Manifest) -> StageRow:
+    return StageRow(
+        name=name,
+        state="Completed",
+        seconds=manifest.seconds,
+        digest=manifest.digest,
+        inputs=tuple(ref.digest for ref in manifest.inputs.values()),
+        rate=rate_of(manifest),
+        made_on=summary(manifest.made_on),
+        files=tuple(f"{e.path} · {e.size:,} bytes · {e.sha256}" for e in manifest.files[:FILES]),
+    )

@@ -1,0 +1,51 @@
+"""Precisions that a machine multiplies in more slowly than in fp32: found in what is to run, said before it begins."""
+
+import logging
+from collections.abc import Mapping
+
+from flows.recipes.schema import Recipe
+from infra.settings import Settings
+from infra.training.schedule import Precision
+
+HALF: tuple[Precision, ...] = ("bf16", "fp16")
+
+log = logging.getLogger(__name__)
+
+
+def precisions_of(recipe: Recipe) -> dict[str, str]:
+    """The precision of everything that a run computes, by the option that sets it; `recipe` has its device."""
+    evaluate = recipe.evaluate
+    found: dict[str, str] = {}
+    if recipe.teacher.origin == "trained":
+        found["teacher.training.precision"] = recipe.teacher.training.precision
+    if not recipe.align.from_scratch:
+        found["warm_up.training.precision"] = recipe.warm_up.training.precision
+    found |= {
+        "align.training.precision": recipe.align.training.precision,
+        "fine_tune.training.precision": recipe.fine_tune.training.precision,
+        "encode.precision": recipe.encode.precision,
+        "train_generator.precision": recipe.train_generator.precision,
+        "sample.precision": recipe.sample.precision,
+        "decoding.precision": recipe.decoding.precision,
+    }
+    if evaluate.sweep.cfg_scales and evaluate.sweep.train_generator is not None:
+        found["evaluate.sweep.train_generator.precision"] = evaluate.sweep.train_generator.precision
+    if evaluate.scores.protocol != "none":
+        found["evaluate.scores.precision"] = evaluate.scores.precision
+    return found
+
+
+def warn_of_slow(chosen: Mapping[str, str], settings: Settings, device: str) -> None:
+    """Log a line for each precision that does not pay on a device of this machine, with the options that chose it.
+
+    Nothing is said of a Ray cluster's machines, which may be others.
+    """
+    for precision in HALF:
+        options = [option for option, value in chosen.items() if value == precision]
+        if not options or settings.ray_address:
+            continue
+        from infra.compute.precision import slow_because  # with torch, which takes seconds to import
+
+        if reason := slow_because(precision, device):
+            remedy = ", ".join(f"{option}=fp32" for option in options)
+            log.warning("%s = %s: %s; %s would be faster", ", ".join(options), precision, reason, remedy)

@@ -1,0 +1,272 @@
+"""What `sftok serve` does: a server with all its services, the deployments, and a process that executes them."""
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import Field
+
+from flows.prefect_server.permanent import whole_server
+from flows.prefect_server.temporary import LOOPBACK
+from flows.recipes.files import load_recipe
+from flows.requests.checks import check_home, check_ranks, check_request, check_weights
+from flows.service.parameters import (
+    BenchmarkParameters,
+    CheckDataParameters,
+    Overlap,
+    PipelineParameters,
+    RetokenizeParameters,
+)
+from infra.config import Config
+from infra.settings import Settings
+from infra.store.store import Store
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
+
+OFF = "off"
+PORT = 4200
+
+
+class ServeOptions(Config):
+    """What is served, and when."""
+
+    recipes: tuple[str, ...] = Field(("digits",), min_length=1, description="recipes with deployments of their own")
+    data: str | None = Field(None, description="images of all of them; None: each recipe's own")
+    store: str | None = Field(None, description="folder or s3://bucket/prefix; None: the default")
+    overrides: tuple[str, ...] = Field((), description="section.field=value, for all of them")
+    seed: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    ranks: int = Field(1, ge=1)
+    overlap: Overlap = Field("wait", description="what a second run does while the first is under way")
+    pipeline_cron: str = Field("0 3 * * 0", description="five fields, or off")
+    check_cron: str = Field("0 1 * * *", description="five fields, or off")
+    report_cron: str = Field("0 5 * * *", description="five fields, or off")
+    timezone: str = Field("UTC", description="of the schedules, such as Europe/Berlin")
+    gpus: int | None = Field(None, ge=1, description="slots of the limit that runs share; None: as it is")
+    port: int = Field(PORT, ge=1, le=65535, description="of the server, if one is started")
+
+
+class Planned(NamedTuple):
+    """One deployment: all that Prefect is told."""
+
+    flow: Any  # prefect's own class, with parameters of its own
+    name: str
+    cron: str | None
+    parameters: PipelineParameters | RetokenizeParameters | CheckDataParameters | BenchmarkParameters
+
+    @property
+    def full_name(self) -> str:
+        """As Prefect's commands take it."""
+        return f"{self.flow.name}/{self.name}"
+
+
+def check_options(options: ServeOptions, *, contact: bool) -> None:
+    """Refuse what no scheduled run could do; with `contact` also try store, data, servers and notifications' block.
+
+    Raises:
+        ValueError: one line that names the option or the setting, and the remedy.
+    """
+    for option in ("pipeline_cron", "check_cron", "report_cron"):
+        check_cron(f"--{option.replace('_', '-')}", getattr(options, option), options.timezone)
+    settings = Settings()
+    check_home(settings.home)
+    names = []
+    for name in options.recipes:
+        recipe = load_recipe(name, overrides=options.overrides, seed=options.seed)
+        names.append(recipe.name)
+        check_weights(recipe)
+        check_ranks(recipe, options.ranks)
+        if contact:
+            check_request(
+                name,
+                data=options.data,
+                store=options.store,
+                overrides=options.overrides,
+                workers=options.workers,
+                ranks=options.ranks,
+                seed=options.seed,
+                gpus=options.gpus_per_worker,
+            )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--recipe: two of them are called {twice[0]}; give one of them another name in its file")
+
+
+def check_cron(option: str, cron: str, timezone: str) -> None:
+    """Refuse a schedule that Prefect cannot read.
+
+    Raises:
+        ValueError: naming the option, the value and the remedy.
+    """
+    if cron == OFF:
+        return
+    from prefect.client.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
+
+    try:
+        CronSchedule(cron=cron, timezone=timezone)
+    except ValidationError as error:
+        if error.errors()[0]["loc"][-1:] == ("timezone",):
+            raise ValueError(f"--timezone {timezone}: unknown; name one such as UTC or Europe/Berlin") from None
+        raise ValueError(
+            f"{option} {cron!r}: not a cron schedule; write minute, hour, day, month, weekday, such as '0 3 * * 0', "
+            f"or {OFF}"
+        ) from None
+
+
+def plan(options: ServeOptions) -> list[Planned]:
+    """The deployments, every path absolute: a scheduled run may begin anywhere."""
+    from flows.service import deployments as deploy
+
+    store = Store(options.store or Settings().store).uri
+    planned = []
+    for given in options.recipes:
+        name = load_recipe(given, overrides=options.overrides, seed=options.seed).name
+        recipe = str(Path(given).absolute()) if given.endswith(".toml") else given
+        same: dict[str, Any] = {
+            "recipe": recipe,
+            "store": store,
+            "data": options.data,
+            "workers": options.workers,
+            "overlap": options.overlap,
+        }
+        whole = PipelineParameters(
+            **same,
+            seed=options.seed,
+            overrides=options.overrides,
+            gpus_per_worker=options.gpus_per_worker,
+            ranks=options.ranks,
+        )
+        again = RetokenizeParameters(
+            **same,
+            overrides=tuple(
+                one for one in options.overrides if one.split(".")[0] in ("data", "augment", "encode", "compute")
+            ),
+            gpus_per_worker=options.gpus_per_worker or 0.0,
+        )
+        check = CheckDataParameters(retokenize=again, deployment=f"retokenize/{name}")
+        planned += [
+            Planned(deploy.pipeline, name, _cron(options.pipeline_cron), whole),
+            Planned(deploy.retokenize, name, None, again),
+            Planned(deploy.check_data, name, _cron(options.check_cron), check),
+        ]
+    if deploy.has_benchmark():
+        report = BenchmarkParameters(store=store)
+        planned.append(Planned(deploy.benchmark_report, "nightly", _cron(options.report_cron), report))
+    return planned
+
+
+def deployment_of(planned: Planned, options: ServeOptions) -> "RunnerDeployment":
+    """What Prefect registers: at most one run of a deployment at a time; the next one waits, or is cancelled."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import RunnerDeployment
+    from prefect.schedules import Cron
+    from prefect.types.entrypoint import EntrypointType
+
+    from flows.prefect_server.heartbeat import TAG
+
+    wait = options.overlap == "wait"
+    made = planned.flow.to_deployment(
+        planned.name,
+        schedules=[Cron(planned.cron, timezone=options.timezone)] if planned.cron else [],
+        paused=False,
+        parameters={"parameters": planned.parameters.as_json()},
+        concurrency_limit=ConcurrencyLimitConfig(
+            limit=1,
+            collision_strategy=ConcurrencyLimitStrategy.ENQUEUE if wait else ConcurrencyLimitStrategy.CANCEL_NEW,
+        ),
+        tags=[TAG],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    assert isinstance(made, RunnerDeployment)  # it is a coroutine in async code only
+    return made
+
+
+def as_json(planned: Sequence[Planned], options: ServeOptions) -> dict[str, Any]:
+    """What would be registered, as plain values."""
+    from flows.prefect_server.heartbeat import AUTOMATION, WITHIN_SECONDS
+
+    settings = Settings()
+    shown = [
+        {
+            "deployment": one.full_name,
+            "cron": one.cron,
+            "timezone": options.timezone if one.cron else None,
+            "parameters": one.parameters.as_json(),
+            "overlap": options.overlap,
+            "command": one.parameters.command(),
+        }
+        for one in planned
+    ]
+    return {
+        "server": settings.prefect_api_url or f"http://{LOOPBACK}:{options.port}/api",
+        "starts_server": settings.prefect_api_url is None,
+        "deployments": shown,
+        "automation": {"name": AUTOMATION, "within_seconds": WITHIN_SECONDS},
+        "gpus": options.gpus,
+        "notify": settings.notify,
+    }
+
+
+def serve(options: ServeOptions, *, say: Callable[[str], None], verbose: bool = False) -> None:
+    """Serve until a signal ends it: then runs under way are cancelled, schedules paused, and the server stopped.
+
+    Raises:
+        ValueError: the port is taken, or the notifications' block is not there.
+        ServerError: the server does not start.
+    """
+    settings = Settings()
+    with whole_server(settings.home, port=options.port, api_url=settings.prefect_api_url, verbose=verbose) as server:
+        server.wait()
+        from flows.prefect_server import heartbeat
+        from flows.service import concurrency as overlap
+        from flows.service import liveness, notify
+
+        if settings.notify:
+            notify.check_block(settings.notify)
+        heartbeat.ensure_automation(settings.notify)
+        if options.gpus:
+            overlap.set_gpus(options.gpus)
+        planned = plan(options)
+        deployments = [deployment_of(one, options) for one in planned]
+        marked = liveness.mark([Store(options.store or settings.store)])
+        for name in sorted({*marked.records, *marked.flow_runs}):
+            say(f"run {name} had crashed; what it has done is found by the next one")
+        lines = [
+            f"{one.full_name}: {one.cron or 'on demand'}{f' ({options.timezone})' * bool(one.cron)}" for one in planned
+        ]
+        lines.append(f"serving at {server.url.removesuffix('/api')}; elsewhere: export PREFECT_API_URL={server.url}")
+        asyncio.run(_execute(deployments, ready=lambda: say("\n".join(lines))))
+
+
+async def _execute(deployments: Sequence["RunnerDeployment"], *, ready: Callable[[], None]) -> None:
+    """Register the deployments and execute their runs, each in a process of its own, until SIGTERM or SIGINT.
+
+    Prefect's own handler leaves the runs under way to chance: here they are cancelled, and end before this returns.
+    """
+    from prefect.runner import Runner
+
+    class Stoppable(Runner):
+        def handle_sigterm(self, *_: Any, **__: Any) -> None:
+            loop.call_soon_threadsafe(stopping.set)
+
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    runner = Stoppable(pause_on_shutdown=True)
+    for deployment in deployments:
+        await runner.aadd_deployment(deployment)
+    ready()
+    running = asyncio.create_task(runner.start())
+    signalled = asyncio.create_task(stopping.wait())
+    signal.signal(signal.SIGINT, runner.handle_sigterm)
+    await asyncio.wait({running, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    if not running.done():
+        await runner.astop()
+    signalled.cancel()
+    await running
+
+
+def _cron(text: str) -> str | None:
+    return None if text == OFF else text

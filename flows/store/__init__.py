@@ -1,0 +1,1 @@
+"""Store maintenance: list, trace, verify and compare artifacts, import and export weights."""

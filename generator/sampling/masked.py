@@ -1,0 +1,129 @@
+"""Sampling from the masked generator: predict all codes, keep the most confident, hide the rest again (METHOD 1.5).
+
+Shapes: B sequences, N codes a sequence, V codebook size, T steps.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from generator.code_space import CodeSpace
+from generator.config import SampleConfig
+from generator.sampling.autoregressive import check_inputs
+from generator.sampling.filters import guidance_scales, guide, invert
+
+NUMBERS = 2
+"""Uniform numbers a code and step: one chooses the code, one perturbs its confidence."""
+
+
+class Predicts(Protocol):
+    """What a sampler asks of a network: class ids and codes, `mask_id` where hidden, to logits (B, N, V)."""
+
+    space: CodeSpace
+
+    @property
+    def mask_id(self) -> int:
+        """What stands for a hidden code."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def __call__(self, class_B: Tensor, ids_BN: Tensor) -> Tensor:
+        """Logits (B, N, V)."""
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniform numbers in [0, 1), float32."""
+    return -(-uniform.double().clamp_min(1e-20).log()).clamp_min(1e-20).log().float()
+
+
+def kept_hidden(num_tokens: int, progress: float) -> int:
+    """Codes that stay hidden after a share `progress` of the steps: floor(N * arccos(progress) / (pi / 2))."""
+    return math.floor(num_tokens * math.acos(progress) / (math.pi / 2))
+
+
+def choose(logits_BNV: Tensor, uniform_BN: Tensor, noise: float) -> Tensor:
+    """The argmax of logits + noise * Gumbel, (B, N) int64.
+
+    Drawn from what it is distributed by, softmax(logits / noise), which takes one number a code instead of V.
+    """
+    if noise == 0:
+        return logits_BNV.argmax(-1)
+    probability_MV = (logits_BNV / noise).softmax(-1).flatten(0, 1)
+    return invert(probability_MV, uniform_BN.flatten()).view(uniform_BN.shape)
+
+
+def hide(confidence_BN: Tensor, hidden_BN: Tensor, wanted: int) -> Tensor:
+    """The least confident of the hidden codes, by rank and per sequence: `wanted`, but one at least is given away.
+
+    At least one stays hidden, too, unless the last one is given away.
+    """
+    count_B = (hidden_BN.sum(1) - 1).clamp(max=max(wanted, 1))
+    rank_BN = confidence_BN.masked_fill(~hidden_BN, math.inf).argsort(dim=1, stable=True).argsort(1)
+    return rank_BN < count_B[:, None]
+
+
+class MaskedSampler:
+    """Draws micro-batches from one masked generator with one config."""
+
+    def __init__(self, network: Predicts, config: SampleConfig) -> None:
+        """Take a network in evaluation mode.
+
+        Raises:
+            ValueError: the config has settings of autoregressive generators.
+        """
+        config.fit("masked")
+        self.network, self.config = network, config
+        self.numbers: tuple[int, ...] = (config.num_steps, NUMBERS, network.space.num_tokens)
+        """Shape of the uniform numbers that a sample needs."""
+
+    def __call__(self, class_B: Tensor, uniform_BT2N: Tensor) -> Tensor:
+        """Draw codes (B, N) int64; `null_class` draws without a class.
+
+        Args:
+            class_B: class ids in [0, num_classes].
+            uniform_BT2N: numbers in [0, 1), shape (B, *numbers), float32 or float64.
+
+        Raises:
+            ValueError: class ids out of range, or numbers of another shape.
+        """
+        check_inputs(self.network.space, class_B, uniform_BT2N, self.numbers)
+        return self._draw(class_B.to(self.network.device), uniform_BT2N.to(self.network.device)).clone()
+
+    @torch.inference_mode()
+    def _draw(self, class_B: Tensor, uniform_BT2N: Tensor) -> Tensor:
+        network, steps = self.network, self.config.num_steps
+        mask_id, num_tokens = network.mask_id, network.space.num_tokens
+        ids_BN = torch.full((len(class_B), num_tokens), mask_id, device=network.device)
+        for step, scale in enumerate(guidance_scales(self.config, steps)):
+            progress = (step + 1) / steps
+            noise, hidden_BN = self.config.temperature * (1 - progress), ids_BN == mask_id
+            logits_BNV = guided(network, class_B, ids_BN, scale)
+            if self.config.annealing is not None:
+                start, slope = self.config.annealing
+                logits_BNV = logits_BNV / (start + slope * (1 - progress))
+            chosen_BN = choose(logits_BNV, uniform_BT2N[:, step, 0], noise)
+            ids_BN = torch.where(hidden_BN, chosen_BN, ids_BN)
+            if step < steps - 1:
+                confidence_BN = logits_BNV.gather(-1, ids_BN[..., None])[..., 0]
+                confidence_BN = confidence_BN + noise * gumbel(uniform_BT2N[:, step, 1])
+                again_BN = hide(confidence_BN, hidden_BN, kept_hidden(num_tokens, progress))
+                ids_BN = ids_BN.masked_fill(again_BN, mask_id)
+        return ids_BN
+
+
+def guided(network: Predicts, class_B: Tensor, ids_BN: Tensor, scale: float) -> Tensor:
+    """Logits (B, N, V) in float32 with guidance, as one batch twice as large; at scale 1 or without classes none."""
+    if scale == 1 or not network.space.num_classes:
+        return network(class_B, ids_BN).float()
+    rows = torch.cat([class_B, torch.full_like(class_B, network.space.null_class)])
+    cond_BNV, uncond_BNV = network(rows, ids_BN.repeat(2, 1)).float().chunk(2)
+    return guide(cond_BNV, uncond_BNV, scale)
+
+
+def sample_masked(network: Predicts, class_B: Tensor, uniform_BT2N: Tensor, config: SampleConfig) -> Tensor:
+    """Draw codes (B, N) int64 from the network as it is, on its device and in its type; see `MaskedSampler`."""
+    return MaskedSampler(network, config)(class_B, uniform_BT2N)

@@ -1,0 +1,279 @@
+"""Generators prepared for sampling: the modules' numbers, computed the way that suits the machine.
+
+On CPUs linear layers run through weights that are laid out for oneDNN once, the gain of the norm before them folded in,
+and attention reads just the positions that are there, in float32: eager operations that are fused like this cost a tiny
+job nothing, and are the fastest in float32. Compiled, a step is one graph, which suits CPUs in bfloat16. On CUDA the
+modules run in the type that is asked for; compiled, a step is a few kernels a layer, replayed as one CUDA graph.
+
+Shapes: B sequences, R rows (twice B with guidance), N codes a sequence, V codebook size, W width, H heads, M = R * H
+heads of all rows, D channels a head.
+"""
+
+import copy
+import functools
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generator.autoregressive import NORM_EPSILON, Block, Generator
+from generator.config import SampleConfig, SamplePrecision
+from generator.masked import Block as MaskedBlock
+from generator.masked import MaskedGenerator
+from generator.sampling.autoregressive import Advance, Sampler, advance_of, guides, pick_of
+from generator.sampling.compiled import compiled
+from generator.sampling.cuda_graph import Captured, Desk, Record, record_cuda_graph
+from generator.sampling.fused import FusedGenerator, Wrap
+from generator.sampling.masked import MaskedSampler
+from infra.compute.packed import PackedLinear
+
+DTYPES: dict[SamplePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LARGE = 20_000_000
+"""Parameters of a generator that is worth compiling on CUDA."""
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_large(model: Generator | MaskedGenerator) -> bool:
+    """Whether compiling a generator's step for CUDA gains more than it takes."""
+    return sum(p.numel() for p in model.parameters()) > LARGE
+
+
+def prepare_sampler(model: Generator | MaskedGenerator, config: SampleConfig) -> Sampler | MaskedSampler:
+    """Prepare a generator for sampling on the device that it is on; once a worker, since weights are copied.
+
+    Raises:
+        ValueError: the config has settings of the other kind of generator, or asks for a compiler that is missing.
+    """
+    config.fit(model.config.kind)
+    config = config.on(model.device.type)
+    return Prepared(model, config.arithmetic, compile=bool(config.compile)).sampler(config)
+
+
+class Prepared:
+    """A generator prepared for samplers of many settings, which share its weights and, recorded, the room of a batch.
+
+    What `compile` means depends on the device. On CPUs the step becomes one compiled graph. On CUDA the step of an
+    autoregressive generator is recorded, which takes no time to speak of, and what lies between its attentions is
+    compiled if it has more than `LARGE` parameters: drawing from a smaller one takes less time than compiling it. Of
+    a masked generator the blocks are compiled by the same rule; its few passes are long, so nothing is recorded.
+    """
+
+    def __init__(
+        self,
+        model: Generator | MaskedGenerator,
+        precision: SamplePrecision,
+        *,
+        compile: bool,
+        record: Record | None = None,
+    ) -> None:
+        """Copy its weights.
+
+        Args:
+            model: on the device that is to draw.
+            precision: of weights and products.
+            compile: as the class says.
+            record: how steps are recorded; None: on CUDA as CUDA graphs, on CPUs not at all.
+
+        Raises:
+            ValueError: a compiler is missing.
+        """
+        self.precision, self.compile, self.device = precision, compile, model.device
+        dtype, is_cpu = DTYPES[precision], model.device.type == "cpu" and record is None
+        is_packed, is_whole = is_cpu and not compile, is_cpu and compile
+        is_by_parts = compile and not is_cpu and is_large(model)
+        wrap = functools.partial(compiled, device=model.device)
+        self.network: PackedGenerator | Generator | MaskedGenerator
+        self.fused: FusedGenerator | None = None
+        self.desk = Desk(record or record_cuda_graph) if compile and not is_cpu else None
+        self.wrap = wrap if is_by_parts or is_whole else None
+        if isinstance(model, MaskedGenerator):
+            self.network = packed_copy(model, dtype) if is_packed else typed_copy(model, dtype)
+            if is_whole:
+                self.network.forward = wrap(self.network.forward)  # type: ignore[method-assign]
+            if is_by_parts:
+                compile_blocks(self.network, wrap)
+        else:
+            self.network = PackedGenerator(model, dtype) if is_packed else typed_copy(model, dtype)
+            if is_by_parts and isinstance(self.network, Generator):
+                self.fused = FusedGenerator(self.network, wrap)
+        self.graphs: dict[tuple[object, ...], Advance | Captured] = {}
+
+    def sampler(self, config: SampleConfig) -> Sampler | MaskedSampler:
+        """A sampler with the precision and compilation of this preparation.
+
+        Raises:
+            ValueError: the config has others, or settings of the other kind of generator, or a compiler is missing.
+        """
+        config = config.on(self.device.type)
+        if (config.precision, config.compile) != (self.precision, self.compile):
+            raise ValueError(f"prepared for {self.precision}, compile = {self.compile}: prepare it again for others")
+        if isinstance(self.network, MaskedGenerator):
+            return MaskedSampler(self.network, config)
+        sampler = Sampler(self.network, config)
+        if self.compile:
+            # One for all scales of guidance, which are inputs.
+            key = (guides(config, self.network.space), config.temperature, config.top_k, config.top_p)
+            if key not in self.graphs:
+                self.graphs[key] = self._graph(sampler)
+            graph = self.graphs[key]
+            if isinstance(graph, Captured):
+                sampler.draw_all = graph
+            else:
+                sampler.advance = graph
+        return sampler
+
+    def _graph(self, sampler: Sampler) -> "Advance | Captured":
+        if self.desk is None:
+            assert self.wrap is not None
+            return self.wrap(sampler.advance)
+        ways = {"recorded": sampler.advance}
+        if self.fused is not None and self.wrap is not None:
+            pick = self.wrap(pick_of(sampler.network, sampler.config))
+            ways = {"compiled": advance_of(self.fused, pick), **ways}
+        return Captured(sampler.network, sampler.config, ways, self.desk)
+
+
+def compile_blocks(network: MaskedGenerator, wrap: Wrap) -> None:
+    """Compile the blocks as one function, which serves all of them."""
+    call = wrap(MaskedBlock.forward)
+    for block in network.blocks:
+        block.forward = functools.partial(call, block)
+
+
+def typed_copy(model: M, dtype: torch.dtype) -> M:
+    """A frozen copy with weights of a type; tables that are computed stay in float32."""
+    twin = copy.deepcopy(model).requires_grad_(False).eval().to(dtype)
+    if isinstance(twin, Generator):
+        twin.place_tables()
+    return twin
+
+
+def packed_copy(model: M, dtype: torch.dtype) -> M:
+    """A frozen copy on a CPU whose linear layers are packed: products in `dtype`, everything else in float32."""
+    twin = copy.deepcopy(model).requires_grad_(False).eval()
+    for parent in list(twin.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, _PackedModule(child, dtype))
+    return twin
+
+
+class _PackedModule(nn.Module):
+    """A packed linear layer with input and output in float32."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = PackedLinear(linear.weight, linear.bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return self.packed(x.to(self.packed.dtype)).float()
+
+
+class PackedBlock:
+    """A block on a CPU: one position of R rows at a time; norms, attention and residuals in float32."""
+
+    def __init__(self, block: Block, width: int, dtype: torch.dtype) -> None:
+        attention, feed_forward = block.attention, block.feed_forward
+        self.heads = attention.heads
+        head_dim = width // self.heads
+        gain = width**0.5
+        # Rows of queries and keys in pairs, as complex numbers have it; scores do not change with the order of D.
+        pairs_D = torch.arange(head_dim).view(2, -1).T.flatten()
+        heads_3HDW = attention.qkv.weight.detach().view(3, self.heads, head_dim, width)
+        heads_3HDW = torch.cat([heads_3HDW[:2, :, pairs_D], heads_3HDW[2:]])
+        self.qkv = PackedLinear(heads_3HDW.flatten(0, 2) * (block.norm_1.weight * gain), None, dtype)
+        self.out = PackedLinear(attention.out.weight, None, dtype)
+        self.gate_up = PackedLinear(feed_forward.gate_up.weight * (block.norm_2.weight * gain), None, dtype)
+        self.down = PackedLinear(feed_forward.down.weight, None, dtype)
+        self.dtype = dtype
+        self.floor, self.head_floor = norm_floor(width), norm_floor(head_dim)
+        self.head_gain_2D: Tensor | None = None
+        if isinstance(attention.q_norm, nn.RMSNorm) and isinstance(attention.k_norm, nn.RMSNorm):
+            gains = torch.stack([attention.q_norm.weight, attention.k_norm.weight]).detach()
+            self.head_gain_2D = (gains[:, pairs_D] * head_dim**0.5)[:, None]
+
+    def step(self, x_RW: Tensor, turn: Tensor, past_2NMD: Tensor, position: int) -> Tensor:
+        """One position, (R, W) to (R, W), in place.
+
+        Args:
+            x_RW: float32.
+            turn: complex (2, 1, D / 2), what queries and keys are multiplied by.
+            past_2NMD: keys and values of R * H heads, written at `position`.
+            position: from 0.
+        """
+        rows = len(x_RW)
+        qkv_R3HD = self.qkv(direction(x_RW, self.floor).to(self.dtype)).float().view(rows, 3, self.heads, -1)
+        if self.head_gain_2D is not None:
+            qkv_R3HD[:, :2] = direction(qkv_R3HD[:, :2], self.head_floor) * self.head_gain_2D
+        torch.view_as_complex(qkv_R3HD[:, :2].unflatten(-1, (-1, 2))).mul_(turn)
+        past_2NMD[:, position].unflatten(1, (rows, self.heads)).copy_(qkv_R3HD[:, 1:].transpose(0, 1))
+        keys_SMD, values_SMD = past_2NMD[:, : position + 1]
+        q_M1D = qkv_R3HD[:, 0].reshape(-1, 1, qkv_R3HD.shape[-1])
+        share_M1S = torch.bmm(q_M1D, keys_SMD.permute(1, 2, 0)).softmax(-1)
+        y_RW = torch.bmm(share_M1S, values_SMD.transpose(0, 1)).view(rows, -1)
+        x_RW += self.out(y_RW.to(self.dtype))
+        gate, up = self.gate_up(direction(x_RW, self.floor).to(self.dtype)).chunk(2, dim=-1)
+        x_RW += self.down(F.silu(gate).mul_(up))
+        return x_RW
+
+
+def norm_floor(width: int) -> Tensor:
+    """What the epsilon of a root mean square is in the norm of a vector."""
+    return torch.tensor((width * NORM_EPSILON) ** 0.5)
+
+
+def direction(x: Tensor, floor: Tensor) -> Tensor:
+    """The root-mean-square norm over the last dimension W without gain, divided by sqrt(W): in the weights."""
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+
+
+class PackedGenerator:
+    """The cached steps of an autoregressive generator on a CPU; holds the weights as they were when it was made."""
+
+    @torch.no_grad()
+    def __init__(self, model: Generator, dtype: torch.dtype) -> None:
+        self.config, self.space, self.dtype = model.config, model.space, dtype
+        self.class_embed, self.code_embed = copy.deepcopy(model.class_embed), copy.deepcopy(model.code_embed)
+        self.order, self.target_positions = model.order, copy.deepcopy(model.target_positions)
+        width = self.config.width
+        self.blocks = [PackedBlock(b, width, dtype) for b in model.blocks if isinstance(b, Block)]
+        head = model.code_embed if model.head is None else model.head
+        self.head = PackedLinear(head.weight * (model.norm_out.weight * width**0.5), None, dtype)
+        self.floor, self.head_dim = norm_floor(width), width // self.config.heads
+        half = self.head_dim // 2
+        turn = torch.complex(model.cos[:-1, :half], model.sin[:-1, :half])
+        # Scores are scaled where queries are turned.
+        self.turn = torch.stack([turn * self.head_dim**-0.5, turn], dim=1)[:, :, None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.order.device
+
+    def empty_cache(self, batch: int) -> Tensor:
+        """Room for the keys and values of `batch` sequences, (layers, 2, N, batch * H, D).
+
+        In float32 whatever the precision: its products read a slice as it lies, those in bfloat16 copy it first.
+        Positions first, so that a step writes one stretch of memory. Not filled: no step reads what was not written.
+        """
+        heads = batch * self.config.heads
+        return torch.empty(self.config.layers, 2, self.space.num_tokens, heads, self.head_dim)
+
+    def step(self, x_BW: Tensor, position: Tensor, cache: Tensor) -> Tensor:
+        """Logits (B, V) of the code that is drawn at `position`, as `Generator.step` computes them.
+
+        Raises:
+            ValueError: the cache is of other sizes.
+        """
+        place, heads = int(position), len(x_BW) * self.config.heads
+        if cache.shape[2:4] != (self.space.num_tokens, heads):
+            raise ValueError(
+                f"the cache holds {cache.shape[3]} heads of {cache.shape[2]} codes, not {heads} of "
+                f"{self.space.num_tokens}: make it with empty_cache({len(x_BW)})"
+            )
+        x_BW = x_BW.clone() if self.target_positions is None else x_BW + self.target_positions(position)
+        for block, past_2NMD in zip(self.blocks, cache, strict=True):
+            x_BW = block.step(x_BW, self.turn[place], past_2NMD, place)
+        return self.head(direction(x_BW, self.floor).to(self.dtype))

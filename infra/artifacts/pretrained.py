@@ -1,0 +1,58 @@
+"""Weights that were trained elsewhere: how a recipe names them, and how they are found and checked by their hash."""
+
+import hashlib
+import os
+
+from pydantic import Field
+
+from infra.config import Config
+from infra.store.store import Store
+
+WEIGHTS_ROOT = "weights"
+
+
+class PretrainedConfig(Config):
+    """Weights from elsewhere: where they are, and the hash that proves it; only the hash is part of an identity."""
+
+    uri: str = Field("", description="file, folder or s3:// URI; empty: the store's own weights/{sha256}")
+    sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="of the file; empty: no weights are given")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether weights are named at all."""
+        return bool(self.sha256)
+
+
+def read_pretrained(config: PretrainedConfig, store: Store, what: str) -> bytes:
+    """The bytes of a file of weights, from `config.uri` or else from the store, checked by their sha256.
+
+    Args:
+        config: where to look. A folder is searched for a file of that hash.
+        store: the run's store, whose `weights/{sha256}/` is looked at where no URI is given.
+        what: the weights' name in errors, such as "LPIPS (fine_tune.lpips)".
+
+    Raises:
+        ValueError: nothing is given, the file is not there, or it has another hash; one line with the remedy.
+    """
+    if not config.is_given:
+        raise ValueError(f"{what}: no weights are given; set its sha256 and uri")
+    files = _files(config.uri) if config.uri else _files(store.at(WEIGHTS_ROOT, config.sha256).uri)
+    for folder, name in files:
+        data = folder.read(name)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 == config.sha256:
+            return data
+        if len(files) == 1:
+            raise ValueError(f"{what}: {folder.uri}/{name} has sha256 {sha256}, {config.sha256} is wanted")
+    where = config.uri or store.at(WEIGHTS_ROOT, config.sha256).uri
+    raise ValueError(f"{what}: no file of sha256 {config.sha256} in {where}; put it there, or correct uri or sha256")
+
+
+def _files(uri: str) -> list[tuple[Store, str]]:
+    """The file that `uri` names, or the files of the folder that it names."""
+    path = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    parent, _, name = path.rstrip("/").rpartition("/")
+    if name and not parent.endswith("/") and Store(parent or "/").exists(name):
+        return [(Store(parent or "/"), name)]
+    folder = Store(path)
+    return [(folder, key) for key in folder.list() if "/" not in key]

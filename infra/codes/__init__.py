@@ -1,0 +1,1 @@
+"""Code Parquet: the format between tokenizers and generators, written and verified in one place."""

@@ -1,0 +1,119 @@
+"""Code Parquet in memory once a node: one rank reads it into shared memory, the other ranks of its node map that.
+
+The memory is anonymous: it has no name in any file system, no size limit but the machine's (a container's /dev/shm is
+often 64 MB), and is gone with the last process that maps it, however that ends. Needs Linux; elsewhere, and where a
+process may not look at its neighbour's files, a rank reads a copy of its own.
+"""
+
+import hashlib
+import logging
+import mmap
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infra.codes.contract import CodeArrays, CodesInfo, load_codes, load_info
+from infra.compute.ranks import Ranks
+from infra.store.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def share_codes(folder: Store, names: Sequence[str], ranks: Ranks, device: str) -> tuple[CodesInfo, CodeArrays]:
+    """What `load_codes` reads, for all ranks; every rank has to call it, and alone a rank just loads.
+
+    The arrays can be written to without any other rank seeing it: what is written to is copied, by page.
+
+    Args:
+        folder: where the files are.
+        names: which of them.
+        ranks: who reads together.
+        device: where the ranks' tensors are summed.
+
+    Raises:
+        ValueError: naming the file, where one is damaged or is of another tokenizer or of other settings.
+    """
+    if ranks.size == 1 or sys.platform != "linux":
+        return load_codes(folder, names)
+    nodes = _gather([_node()], ranks, device)
+    leader = nodes.index(nodes[ranks.rank])
+    blocks = _Blocks()
+    try:
+        if ranks.rank == leader:
+            load_codes(folder, names, allocate=blocks.allocate)
+        shared = _gather([os.getpid(), *blocks.files] if blocks.files else [0, 0, 0], ranks, device)[leader]
+        mapped = _mapped(folder, names, shared)
+        ranks.wait()  # the leader's files stay open until all have mapped them
+        return mapped
+    finally:
+        blocks.close()
+
+
+class _Blocks:
+    """Arrays in shared memory, each a file without a name that this process holds open."""
+
+    def __init__(self) -> None:
+        self.files: list[int] = []
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array of zeros that other processes can map."""
+        size = max(1, int(np.prod(shape)) * dtype.itemsize)  # nothing cannot be mapped
+        self.files.append(os.memfd_create("sftok-codes"))
+        os.ftruncate(self.files[-1], size)
+        return _array(mmap.mmap(self.files[-1], size), shape, dtype)
+
+    def close(self) -> None:
+        """Let go of the files; what is mapped stays."""
+        for file in self.files:
+            os.close(file)
+        self.files = []
+
+
+def _array(memory: mmap.mmap, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The array that begins the memory, which lives as long as the array."""
+    return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
+
+
+def _mapped(folder: Store, names: Sequence[str], shared: Sequence[int]) -> tuple[CodesInfo, CodeArrays]:
+    """The leader's arrays, mapped by this process."""
+    info, (pid, codes_file, classes_file), class_type = load_info(folder, names[0]), shared, np.dtype(np.int32)
+    try:
+        codes, classes = _open(pid, codes_file), _open(pid, classes_file)
+    except OSError as error:
+        log.warning("process %d does not share its codes (%s): reading a copy", pid, error.strerror)
+        return load_codes(folder, names)
+    rows = len(classes) // class_type.itemsize
+    return info, CodeArrays(
+        _array(codes, (rows, info.num_tokens), info.dtype), _array(classes, (rows,), class_type), None, None
+    )
+
+
+def _open(pid: int, number: int) -> mmap.mmap:
+    """A file of another process, mapped so that writing makes a private copy of a page."""
+    file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY)
+    try:
+        return mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(file)
+
+
+def _node() -> int:
+    """What tells machines apart, and on one machine containers that do not see each other's processes."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    name = f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def _gather(mine: Sequence[int], ranks: Ranks, device: str) -> list[Any]:
+    """The numbers of every rank, in the order of ranks; a single number of each as itself."""
+    table = torch.zeros(ranks.size, len(mine), dtype=torch.int64, device=device)
+    table[ranks.rank] = torch.tensor(mine, dtype=torch.int64)
+    rows: list[Any] = ranks.total(table).tolist()
+    return [row[0] for row in rows] if len(mine) == 1 else rows

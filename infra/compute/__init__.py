@@ -1,0 +1,1 @@
+"""Compute: devices and numerics, Ray workers, data-parallel ranks, compilation. Only this package imports Ray."""

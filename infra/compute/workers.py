@@ -1,0 +1,210 @@
+"""Map a function over shards: in this process, or by Ray actors on one machine or many."""
+
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from infra.compute.cluster import Session, interruptible, one_line, session
+from infra.compute.device import release_memory
+from infra.config import Config
+from infra.errors import TransientError
+from infra.progress import Progress, silent
+
+T = TypeVar("T")
+R = TypeVar("R")
+Work = Callable[[T], R]
+
+RESTARTS = 3  # attempts more at a shard, or at a start, whose worker died
+WAIT_SECONDS = 1.0  # between looks at the pool; an interrupt is noticed at once
+
+
+class WorkerOptions(Config):
+    """How wide the work runs; of these, only the threads can change a result."""
+
+    workers: NonNegativeInt = Field(0, description="worker processes; 0 works in this process, without Ray")
+    cpus_per_worker: float = Field(1.0, ge=0, description="cores that Ray reserves for a worker")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves for a worker; fractions share one")
+    threads_per_worker: PositiveInt = Field(1, description="threads of a worker's matrix products, also for workers=0")
+
+
+def map_shards(
+    make_worker: Callable[[], Work[T, R]],
+    shards: Sequence[T],
+    *,
+    options: WorkerOptions,
+    progress: Progress = silent,
+) -> list[R]:
+    """Call a worker on every shard and return the results in the shards' order.
+
+    A worker that dies is replaced and its shard is done again, so the work on a shard must be repeatable. Where a
+    machine was lost and the others have no room for more, those that are left do all of the work.
+
+    Args:
+        make_worker: makes the function that does the work, once in each worker: loads models and the like. It is sent
+            to other processes, so it should be importable: a function of a module, or a partial of one.
+        shards: what each call gets; small and picklable.
+        options: how wide to run.
+        progress: called after each shard.
+
+    Raises:
+        Exception: what the work raised, as itself.
+        TransientError: workers were lost for good, or Ray did not start.
+    """
+    if not shards:
+        return []
+    if options.workers == 0:
+        return _in_process(make_worker, shards, options, progress)
+    with session() as connection:
+        return _Pool(connection, make_worker, shards, options).run(progress)
+
+
+class _Actor(Generic[T, R]):
+    """One worker process."""
+
+    def __init__(self, make_worker: Callable[[], Work[T, R]], threads: int) -> None:
+        self._make, self._threads = make_worker, threads
+        self._work: Work[T, R] | None = None
+
+    def start(self) -> None:
+        """Make the worker: not in __init__, whose errors Ray turns into a death of the actor."""
+        if self._work is None:
+            os.environ["OMP_NUM_THREADS"] = str(self._threads)  # for torch, if the work imports it later
+            _set_threads(self._threads)
+            self._work = self._make()
+            _set_threads(self._threads)
+
+    def work(self, shard: T) -> R:
+        """Do one shard; a restarted actor starts over first."""
+        self.start()
+        assert self._work is not None
+        return self._work(shard)
+
+
+class _Pool(Generic[T, R]):
+    """Actors that are given one shard each at a time, as they become free."""
+
+    def __init__(
+        self, connection: Session, make_worker: Callable[[], Work[T, R]], shards: Sequence[T], options: WorkerOptions
+    ) -> None:
+        self.shards, self.options = shards, options
+        count = min(options.workers, len(shards))
+        self.ray = connection.connect(
+            cpus=options.cpus_per_worker, gpus=options.gpus_per_worker, processes=options.workers
+        )
+        # Ray's own restarts would keep the shard for the new worker, for which there may be no room any more.
+        self.actor = self.ray.remote(
+            num_cpus=options.cpus_per_worker, num_gpus=options.gpus_per_worker, max_restarts=0, max_task_retries=0
+        )(_Actor)
+        self.make_worker, self.count = make_worker, count
+        self.busy: dict[Any, tuple[Any, int | None]] = {}  # call: actor and shard, None while it starts
+        self.idle: list[Any] = []
+        self.deaths: Counter[int | None] = Counter()
+
+    def run(self, progress: Progress) -> list[R]:
+        """All results, in the shards' order."""
+        try:
+            return self._run(progress)
+        finally:
+            for actor in [*self.idle, *(actor for actor, _ in self.busy.values())]:
+                self.ray.kill(actor)
+
+    def _run(self, progress: Progress) -> list[R]:
+        results: dict[int, R] = {}
+        waiting = deque(range(len(self.shards)))
+        for _ in range(self.count):
+            self._start()
+        started = time.monotonic()
+        while len(results) < len(self.shards):
+            with interruptible():
+                ready, _ = self.ray.wait(list(self.busy), num_returns=1, timeout=WAIT_SECONDS)
+            for call in ready:
+                actor, index = self.busy[call]
+                try:
+                    result = self._get(call)
+                except self.ray.exceptions.RayError as error:
+                    del self.busy[call]
+                    self._bury(actor, index, error)
+                    waiting.extendleft([] if index is None else [index])
+                    continue
+                del self.busy[call]
+                self.idle.append(actor)
+                if index is None:
+                    self.deaths[None] = 0
+                else:
+                    results[index] = result
+                    _report(progress, len(results), len(self.shards), started)
+            while waiting and self.idle:
+                actor, index = self.idle.pop(), waiting.popleft()
+                self.busy[actor.work.remote(self.shards[index])] = (actor, index)
+        return [results[index] for index in range(len(self.shards))]
+
+    def _start(self) -> None:
+        """Ask for a worker. It gets no shard before it has started: without room it would keep it for ever."""
+        actor = self.actor.remote(self.make_worker, self.options.threads_per_worker)
+        self.busy[actor.start.remote()] = (actor, None)
+
+    def _bury(self, actor: Any, index: int | None, error: Exception) -> None:
+        """Replace a worker that was lost with a shard or while it started, unless that happens too often."""
+        self.ray.kill(actor)  # if it is cut off and not dead, it must not go on
+        self.deaths[index] += 1
+        if self.deaths[index] > RESTARTS:
+            raise TransientError(
+                f"lost a worker {RESTARTS + 1} times ({one_line(error)}); "
+                "if memory ran out, use fewer workers or smaller batches"
+            ) from error
+        self._start()
+
+    def _get(self, call: Any) -> Any:
+        """A call's result; its error as itself."""
+        try:
+            with interruptible():
+                return self.ray.get(call)
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else RuntimeError(one_line(error))
+            raise cause from error
+
+
+def _in_process(
+    make_worker: Callable[[], Work[T, R]], shards: Sequence[T], options: WorkerOptions, progress: Progress
+) -> list[R]:
+    """The same with as many threads, so that the results are the same too."""
+    results: list[R] = []
+    started = time.monotonic()
+    with _threads(options.threads_per_worker):
+        work = make_worker()
+        _set_threads(options.threads_per_worker)  # it may have been making the worker that loaded torch
+        for shard in shards:
+            results.append(work(shard))
+            _report(progress, len(results), len(shards), started)
+        del work
+    release_memory()
+    return results
+
+
+def _report(progress: Progress, done: int, total: int, started: float) -> None:
+    progress(done, total, {"shards_per_s": done / max(time.monotonic() - started, 1e-9)})
+
+
+def _set_threads(threads: int) -> None:
+    """Set torch's threads if it is loaded; work that does not use it should not wait for it."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Torch with so many threads, and with as many as before afterwards; work that does not use it need not load it."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch is not None else None
+    _set_threads(threads)
+    try:
+        yield
+    finally:
+        if before is not None:
+            _set_threads(before)

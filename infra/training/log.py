@@ -1,0 +1,85 @@
+"""What a training loop writes down: its log, pictures, events and checkpoints."""
+
+import io
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from torch import Tensor
+
+from infra.artifacts.shards import FileEntry, put
+from infra.training.checkpoint import Checkpoints
+from infra.training.events import FOLDER as EVENTS
+from infra.training.events import Events
+from infra.training.speed import Clock, Effort, peak_flops
+
+if TYPE_CHECKING:
+    from infra.training.loop import Run, Saved
+
+log = logging.getLogger(__name__)
+
+LOG, PICTURES = "log.jsonl", "pictures"
+
+
+class Book:
+    """What a loop writes down; of several ranks the first one writes, and the others wait where they must."""
+
+    def __init__(self, run: "Run", lines: list[dict[str, float]], first: int, effort: Effort) -> None:
+        self.run, self.lines, self.first = run, lines, first
+        is_measured = effort.flops > 0 and run.ranks.is_first
+        is_tf32 = run.numerics.fp32 == "tf32"
+        peak = peak_flops(run.device, effort.precision, is_tf32=is_tf32) if is_measured else None
+        self.clock = Clock(effort, None if peak is None else peak * run.ranks.size)
+        self._events = Events(run.out.at(EVENTS))
+        self._pictures: dict[str, bytes] = {}
+        self._began = time.perf_counter()
+
+    def note(self, done: int, total: int, seen: Mapping[str, float]) -> None:
+        """Log the figures of a step."""
+        self.lines.append({"step": float(done), **seen})
+        if not self.run.ranks.is_first:
+            return
+        # Figures of a place, such as val_nll/07, are for the files: a line on a terminal has no room for them.
+        shown = {name: value for name, value in seen.items() if "/" not in name}
+        log.info("%s", json.dumps({"event": "step", "step": done, **{k: round(v, 6) for k, v in shown.items()}}))
+        speed = {"steps_per_s": (done - self.first) / (time.perf_counter() - self._began)}
+        self._events.figures(done, {**seen, **speed, **self.clock.figures()})
+        self.run.progress(done, total, {**shown, **speed})
+
+    def show(self, done: int, pictures: Mapping[str, Tensor]) -> None:
+        """Keep the pictures of a validation beside the artifact, and the last ones for it."""
+        if not self.run.ranks.is_first:
+            return
+        for name, image in pictures.items():
+            self._pictures[name] = _png(image)
+            self._events.picture(done, name, image)
+            self.run.out.at(PICTURES).write(f"{name}-{done:09d}.png", self._pictures[name])
+
+    def save(self, done: int, checkpoints: Checkpoints, saved: "Mapping[str, Saved]") -> None:
+        """Write a checkpoint, and the log so far for those who watch."""
+        if self.run.ranks.is_first:
+            tensors = {f"{name}/{k}": t for name, part in saved.items() for k, t in part.tensors().items()}
+            checkpoints.save(done, tensors, {"lines": [dict(line) for line in self.lines]})
+            self.run.out.write(LOG, self._text())
+            self._events.flush(done)
+        self.run.ranks.wait()
+
+    def close(self, done: int) -> list[FileEntry]:
+        """Write the log and the last pictures as files of the artifact."""
+        if not self.run.ranks.is_first:
+            return []
+        self._events.flush(done)
+        pictures = [put(self.run.out, f"{name}.png", data) for name, data in sorted(self._pictures.items())]
+        return [put(self.run.out, LOG, self._text()), *pictures]
+
+    def _text(self) -> bytes:
+        return "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+
+
+def _png(image: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,176 @@
+"""How much arithmetic a forward pass of each network takes, an image: by formula, from sizes alone.
+
+A product of (a, b) and (b, c) is 2abc operations, a convolution the products that it is made of. What is neither is
+left out, as is usual: norms, softmax, embeddings, and products of a matrix and a vector.
+
+Sizes: S positions, N latent tokens, P proxy positions, W width, K codes, V proxy codes, D and C channels of a code.
+"""
+
+from itertools import pairwise
+
+from sftok.config import AdversarialConfig, TeacherConfig, TokenizerConfig, TransformerConfig
+from sftok.losses.dino import LAYERS, PATCH, READOUTS, SIZE, WIDTH
+from sftok.losses.perceptual import LEVELS
+
+
+def product(rows: int, inputs: int, outputs: int) -> int:
+    """Of a (rows, inputs) and an (inputs, outputs) matrix."""
+    return 2 * rows * inputs * outputs
+
+
+def convolution(inputs: int, outputs: int, kernel: int, side: int) -> int:
+    """Of `side` x `side` positions in its output, with a `kernel` x `kernel` window."""
+    return product(side**2, inputs * kernel**2, outputs)
+
+
+def res_block(inputs: int, outputs: int, side: int) -> int:
+    """Two 3x3 convolutions, and a projection where the width changes."""
+    shortcut = convolution(outputs, outputs, 1, side) if inputs != outputs else 0
+    return convolution(inputs, outputs, 3, side) + convolution(outputs, outputs, 3, side) + shortcut
+
+
+def _level(inputs: int, outputs: int, side: int, config: TeacherConfig) -> int:
+    """A level's blocks, of which the first one changes the width."""
+    return res_block(inputs, outputs, side) + (config.num_res_blocks - 1) * res_block(outputs, outputs, side)
+
+
+def teacher_first(config: TeacherConfig, image_size: int) -> int:
+    """The encoder's first convolution, whose input needs no gradient."""
+    return convolution(3, config.base_channels, 3, image_size)
+
+
+def teacher_encoder(config: TeacherConfig, image_size: int) -> int:
+    """Image to latents."""
+    widths = [config.base_channels * m for m in config.channel_multipliers]
+    side = image_size // config.downsample_factor
+    levels = sum(
+        _level(inputs, outputs, image_size >> at, config)
+        for at, (inputs, outputs) in enumerate(pairwise([config.base_channels, *widths]))
+    )
+    mid = config.num_res_blocks * res_block(widths[-1], widths[-1], side)
+    return teacher_first(config, image_size) + levels + mid + convolution(widths[-1], config.latent_channels, 1, side)
+
+
+def teacher_decoder(config: TeacherConfig, image_size: int) -> int:
+    """Latents to image."""
+    widths = [config.base_channels * m for m in config.channel_multipliers]
+    side = image_size // config.downsample_factor
+    total = convolution(config.latent_channels, widths[-1], 3, side)
+    total += config.num_res_blocks * res_block(widths[-1], widths[-1], side)
+    for at, (inputs, outputs) in enumerate(pairwise([widths[-1], *reversed(widths)])):
+        total += _level(inputs, outputs, side << at, config)
+        if at + 1 < len(widths):
+            total += convolution(outputs, outputs, 3, side << (at + 1))
+    return total + convolution(widths[0], 3, 3, image_size)
+
+
+def nearest_code(config: TeacherConfig, image_size: int) -> int:
+    """Distances of all positions to all proxy codes."""
+    return product((image_size // config.downsample_factor) ** 2, config.latent_channels, config.codebook_size)
+
+
+def transformer(config: TransformerConfig, positions: int, kept: int) -> int:
+    """Blocks on S positions, of which the last one goes on with `kept` of them."""
+    width = config.width
+
+    def block(queries: int) -> int:
+        linear = product(queries, width, 10 * width) + product(positions, width, 2 * width)  # q, out, MLP; k, v
+        return linear + 2 * product(queries, width, positions)
+
+    return (config.layers - 1) * block(positions) + block(kept)
+
+
+def patches(config: TokenizerConfig, image_size: int) -> int:
+    """The encoder's embedding of patches, whose input needs no gradient."""
+    return convolution(3, config.encoder.width, config.patch_size, image_size // config.patch_size)
+
+
+def encoder(config: TokenizerConfig, image_size: int) -> int:
+    """Image to latent tokens."""
+    tokens, width = config.num_latent_tokens, config.encoder.width
+    positions = 1 + (image_size // config.patch_size) ** 2 + tokens
+    blocks = transformer(config.encoder, positions, tokens)
+    return patches(config, image_size) + blocks + product(tokens, width, config.code_dim)
+
+
+def assignment(config: TokenizerConfig) -> int:
+    """Similarities of all latent tokens to all codes."""
+    return product(config.num_latent_tokens, config.code_dim, config.codebook_size)
+
+
+def codebook(config: TokenizerConfig) -> int:
+    """The linear layer that all codes share: once a pass, not an image."""
+    return product(config.codebook_size, config.code_dim, config.code_dim)
+
+
+def latents(config: TokenizerConfig) -> int:
+    """The decoder's embedding of quantized latent tokens."""
+    return product(config.num_latent_tokens, config.code_dim, config.decoder.width)
+
+
+def decoder(config: TokenizerConfig, teacher: TeacherConfig, image_size: int) -> int:
+    """Latent tokens and proxy codes to logits."""
+    width, proxies = config.decoder.width, (image_size // teacher.downsample_factor) ** 2
+    blocks = transformer(config.decoder, 1 + proxies + config.num_latent_tokens, proxies)
+    head = product(proxies, width, 2 * width) + product(proxies, 2 * width, teacher.codebook_size)
+    return latents(config) + blocks + head
+
+
+def soft_codes(teacher: TeacherConfig, image_size: int) -> int:
+    """Expected pixel codes of all positions."""
+    return product((image_size // teacher.downsample_factor) ** 2, teacher.codebook_size, teacher.latent_channels)
+
+
+def vgg(image_size: int) -> int:
+    """LPIPS's VGG16."""
+    total, inputs = 0, 3
+    for at, level in enumerate(LEVELS):
+        for outputs in level:
+            total += convolution(inputs, outputs, 3, image_size >> at)
+            inputs = outputs
+    return total
+
+
+def lpips_weights(image_size: int) -> int:
+    """LPIPS's weights of the channels of each level."""
+    return sum(convolution(level[-1], 1, 1, image_size >> at) for at, level in enumerate(LEVELS))
+
+
+def patch_first(config: AdversarialConfig, image_size: int) -> int:
+    """The patch discriminator's first convolution."""
+    return convolution(3, config.channels, 4, image_size // 2)
+
+
+def patch_discriminator(config: AdversarialConfig, image_size: int) -> int:
+    """Image to logits of patches."""
+    widths = [config.channels * min(1 << at, 8) for at in range(config.layers + 1)]
+    total, side = patch_first(config, image_size), image_size // 2
+    for at, (inputs, outputs) in enumerate(pairwise(widths)):
+        side = side - 1 if at == config.layers - 1 else side // 2
+        total += convolution(inputs, outputs, 4, side)
+    return total + convolution(widths[-1], 1, 4, side - 1)
+
+
+def dino_attention(image_size: int) -> int:
+    """Scores and sums of the frozen DINO's attention, of images as it sees them."""
+    tokens = 1 + (min(image_size, SIZE) // PATCH) ** 2
+    return LAYERS * 2 * product(tokens, WIDTH, tokens)
+
+
+def dino(image_size: int) -> int:
+    """The frozen DINO, of images as it sees them."""
+    side = min(image_size, SIZE) // PATCH
+    linear = product(1 + side**2, WIDTH, 12 * WIDTH)
+    return convolution(3, WIDTH, PATCH, side) + LAYERS * linear + dino_attention(image_size)
+
+
+def dino_heads_first(image_size: int) -> int:
+    """The first convolution of each head on DINO."""
+    return READOUTS * product((min(image_size, SIZE) // PATCH) ** 2, WIDTH, WIDTH)
+
+
+def dino_heads(image_size: int) -> int:
+    """The heads on DINO."""
+    positions = (min(image_size, SIZE) // PATCH) ** 2
+    rest = product(positions, 9 * WIDTH, WIDTH) + product(positions, WIDTH, 1)
+    return dino_heads_first(image_size) + READOUTS * rest

@@ -1,0 +1,205 @@
+"""How entries come to their shards without any process that holds them all: dealt into bins, then gathered.
+
+A part of the listing is dealt by the hash of each image id into as many bins as there are, one segment each of a file.
+Whoever gathers a bin reads its segment of every part, and has all entries of the bin's shards, and of every image id in
+them: so here it is seen which id comes twice. It writes a segment a shard. The files go when the images are there.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.errors import TransientError
+from infra.store.store import Store
+from sftok.config import DataConfig
+from sftok.sources.listing import Entries, Part, values
+
+READERS = 8  # segments that are read at once: on S3 each is a request
+_OFFSET = np.dtype("<i8")
+_COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+class Deal(NamedTuple):
+    """How entries are dealt."""
+
+    config: DataConfig
+    folder: Store
+    bins: int
+    by_name: bool  # image ids are the names that entries would rather have
+
+    def file(self, part: int) -> str:
+        """Of a part's entries; spread over folders, for S3 serves so many requests a second for each."""
+        return f"{part % 256:02x}/part-{part:06d}"
+
+    def bin_file(self, number: int) -> str:
+        """Of a bin's entries, by shards."""
+        return f"bin-{number:06d}"
+
+    def open(self, name: str) -> BinaryIO:
+        """One of the files.
+
+        Raises:
+            TransientError: it is gone: another run has finished these images.
+        """
+        try:
+            return self.folder.open(name)
+        except FileNotFoundError as error:
+            raise TransientError(f"{self.folder.uri}/{name} is gone: another run prepared the same images") from error
+
+    def shards(self, number: int) -> tuple[range, range]:
+        """The train and the val shards of a bin."""
+        counts = self.config.num_shards, self.config.num_val_shards
+        train, val = (range(number, count, self.bins) for count in counts)
+        return train, val
+
+
+class Dealt(NamedTuple):
+    """What there was in a part."""
+
+    is_named: bool = True  # every image would rather have another name; with by_name nothing else was done without
+    class_names: frozenset[str] = frozenset()
+    is_held_out: bool = False  # an image is held out by its hash
+    least: tuple[float, str] | None = None  # of the images that are free to be: the first by hash
+
+
+class Gathered(NamedTuple):
+    """A bin's shards, those of train first: where in its file the entries of each end, and bytes of its images."""
+
+    ends: np.ndarray
+    sizes: np.ndarray
+    is_unique: bool = True  # with by_name: no two images would have the same name
+
+
+class Dealer:
+    """A worker: deals one part a call."""
+
+    def __init__(self, deal: Deal) -> None:
+        self.deal = deal
+
+    def __call__(self, part: Part) -> Dealt:
+        """Write the part's file."""
+        deal, entries = self.deal, part.read()
+        if deal.by_name:
+            named = _named(entries)
+            if named is None:
+                return Dealt(is_named=False)
+            entries = named
+        hashes, draws = _hashes(entries)
+        bins = (hashes % np.uint64(deal.bins)).astype(np.int64)
+        data, ends = _packed(_divided(entries, bins, deal.bins))
+        deal.folder.write(deal.file(part.number), ends.tobytes() + data)
+        is_free = _is_free(entries)
+        held_out = is_free & (draws < deal.config.val_fraction)
+        least = None
+        if is_free.any() and not held_out.any():
+            at = int(np.where(is_free, draws, np.inf).argmin())
+            least = float(draws[at]), entries[at].image_id
+        classes = pc.unique(entries.column("class_name")).drop_null().to_pylist()
+        return Dealt(True, frozenset(classes), bool(held_out.any()), least)
+
+
+class Gatherer:
+    """A worker: gathers one bin a call."""
+
+    def __init__(self, deal: Deal, parts: int, held_out: str | None) -> None:
+        """`held_out` is an image id that is held out whatever its hash says."""
+        self.deal, self.parts, self.held_out = deal, parts, held_out
+
+    def __call__(self, number: int) -> Gathered:
+        """Write the bin's file."""
+        deal = self.deal
+        entries = Entries.join(self._read(number))
+        if deal.by_name and pc.any(entries.sorted().repeated()).as_py():
+            return Gathered(np.empty(0), np.empty(0), is_unique=False)
+        entries = entries.without_repetitions()
+        train, val = deal.shards(number)
+        hashes, draws = _hashes(entries)
+        is_val = _is_free(entries) & (draws < deal.config.val_fraction) | _equals(entries, "split", "val")
+        if self.held_out is not None:
+            is_val |= _is_free(entries) & _equals(entries, "image_id", self.held_out)
+        config, bins = deal.config, np.uint64(deal.bins)
+        in_train = hashes % np.uint64(config.num_shards) // bins
+        in_val = hashes % np.uint64(config.num_val_shards) // bins
+        shards = np.where(is_val, in_val + np.uint64(len(train)), in_train).astype(np.int64)
+        count = len(train) + len(val)
+        data, ends = _packed(_divided(entries, shards, count))
+        deal.folder.write(deal.bin_file(number), data)
+        sizes = np.bincount(shards, weights=entries.column("size").to_numpy(), minlength=count)
+        return Gathered(ends, sizes)
+
+    def _read(self, number: int) -> Iterator[Entries]:
+        """The bin's segments; some are read at once, for each is a request."""
+        with ThreadPoolExecutor(READERS, thread_name_prefix="gather") as pool:
+            for at in range(0, self.parts, READERS):
+                some = range(at, min(at + READERS, self.parts))
+                yield from pool.map(lambda part: self._segment(part, number), some)
+
+    def _segment(self, part: int, number: int) -> Entries:
+        with self.deal.open(self.deal.file(part)) as file:
+            head = self.deal.bins * _OFFSET.itemsize
+            ends = np.frombuffer(file.read(head), _OFFSET)
+            start = int(ends[number - 1]) if number else 0
+            file.seek(head + start)
+            return unpacked(file.read(int(ends[number]) - start))
+
+
+def unpacked(data: bytes) -> Entries:
+    """The entries of a segment."""
+    return Entries(pa.ipc.open_stream(data).read_all()) if data else Entries.of(())
+
+
+def _divided(entries: Entries, places: np.ndarray, count: int) -> Iterator[Entries]:
+    """The entries of each place, in their order."""
+    order = np.argsort(places, kind="stable")
+    starts = np.searchsorted(places[order], np.arange(count + 1))
+    for start, end in itertools.pairwise(starts.tolist()):
+        yield entries.take(pa.array(order[start:end]))
+
+
+def _packed(pieces: Iterable[Entries]) -> tuple[bytes, np.ndarray]:
+    """Segments one after the other, and where each ends; one without entries has no bytes."""
+    segments = []
+    for entries in pieces:
+        sink = pa.BufferOutputStream()
+        if len(entries):
+            with pa.ipc.new_stream(sink, entries.table.schema, options=_COMPRESSED) as writer:
+                writer.write_table(entries.table)
+        segments.append(sink.getvalue().to_pybytes())
+    return b"".join(segments), np.cumsum([len(segment) for segment in segments], dtype=_OFFSET)
+
+
+def _named(entries: Entries) -> Entries | None:
+    """Entries called as they would like to be; None if an image has no such name."""
+    is_good = pc.is_null(entries.column("problem"))
+    names = entries.column("name")
+    if pc.any(pc.and_(is_good, pc.is_null(names))).as_py():
+        return None
+    return entries.with_column("image_id", pc.if_else(is_good, names, entries.column("image_id")))
+
+
+def _hashes(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
+    """Two independent draws from each image id: an integer for its bucket, a number in [0, 1) for its split."""
+    hashes, draws = np.empty(len(entries), np.uint64), np.empty(len(entries), np.float64)
+    for at, image_id in enumerate(values(entries.column("image_id"))):
+        digest = hashlib.sha256(image_id.encode()).digest()
+        hashes[at] = int.from_bytes(digest[:8], "big")
+        draws[at] = int.from_bytes(digest[8:16], "big") / 2**64
+    return hashes, draws
+
+
+def _is_free(entries: Entries) -> np.ndarray:
+    """Images that no split is stated for."""
+    no_split, no_problem = pc.is_null(entries.column("split")), pc.is_null(entries.column("problem"))
+    is_free: np.ndarray = pc.and_(no_split, no_problem).to_numpy()
+    return is_free
+
+
+def _equals(entries: Entries, column: str, value: str) -> np.ndarray:
+    equal: np.ndarray = pc.fill_null(pc.equal(entries.column(column), value), False).to_numpy()
+    return equal

@@ -1,0 +1,184 @@
+"""From a source to image Parquet: every entry read once, decoded to prove that it is an image, and kept as it was.
+
+Or, with `data.store_size`, kept at the size that models see: its sha256, width and height are then those of the file
+that is kept.
+
+A shard is a bucket of the hash of the image id, so the same images make the same files for any listing order and any
+number of workers, and one more image changes one file. Files, each with rows sorted by image id:
+
+    train-00000-of-00008.parquet ...  image_id, image {bytes, path}, label, width, height, sha256
+    val-00000-of-00004.parquet ...
+    rejects.parquet                   path, reason, size
+
+Where images lie in tars or Parquet, workers first look into these (`source_containers`); the entries are dealt to
+their shards (`prepare_deal`); then workers make one shard each, from the whole files or ranges of files that its
+entries name. A shard is all that a worker holds, and the driver two kilobytes for each. What is finished has a sidecar
+and is not done again.
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.artifacts import set_hash
+from infra.artifacts.shards import FileEntry, put, split_of
+from infra.compute.workers import WorkerOptions, map_shards
+from infra.progress import Progress, silent
+from infra.store.store import Store
+from sftok.config import DataConfig
+from sftok.prepare.plan import plan_shards
+from sftok.prepare.shard import METADATA_KEY, REJECTED, ShardResult, ShardWriter
+from sftok.sources.containers import BYTES, name_classes, open_containers
+from sftok.sources.listing import SPLITS, Source, values
+
+__all__ = ["METADATA_KEY", "REJECTS", "Prepared", "prepare"]
+
+log = logging.getLogger(__name__)
+
+REJECTS = "rejects.parquet"
+OPENED = "opened"  # folder of what was found in containers, until the source is prepared
+RATE_FROM = 1_000  # entries; one broken file of ten says little
+HERE = WorkerOptions()
+
+
+class Prepared(NamedTuple):
+    """What prepare wrote: found = accepted + rejected, and accepted = train + val."""
+
+    counts: dict[str, int]  # found, accepted, rejected, train, val, classes
+    content_digest: str  # of class names, and of the set of [image id, sha256 in hex, label, split]
+    files: list[FileEntry]
+
+
+def prepare(
+    source: Source,
+    config: DataConfig,
+    *,
+    out: Store,
+    progress: Progress = silent,
+    options: WorkerOptions = HERE,
+) -> Prepared:
+    """Write the source's images as Parquet shards into the folder `out`; finished shards of a killed run are kept.
+
+    Args:
+        source: as `list_source` listed it.
+        config: shards, splits and limits.
+        out: the folder.
+        progress: called with containers looked into, then with images.
+        options: how wide to run; changes no byte.
+
+    Raises:
+        ValueError: where a split or a class is left without a usable image, or too many entries are rejected;
+            rejects.parquet is there nevertheless.
+        TransientError: storage or workers failed.
+    """
+    is_contained = bool(source.containers)
+    if is_contained:
+        source = open_containers(source, folder=out.at(OPENED), options=options, progress=progress)
+    plan = plan_shards(source, config, folder=out.at(OPENED), options=options, progress=progress)
+    if is_contained:
+        source = name_classes(source, plan.class_names, config)
+    found, source = len(source.entries), dataclasses.replace(source, entries=())
+    work = functools.partial(ShardWriter, source, config, out)
+    results = map_shards(work, plan.jobs, options=options, progress=_of_images(progress, found))
+    for done in (plan.jobs.deal.folder, out.at(OPENED, BYTES)):
+        done.delete_tree()
+    rejects = pa.concat_tables([result.rejects for result in results]).sort_by(
+        [(name, "ascending") for name in REJECTED.names]
+    )
+    files = [result.file for result in results]
+    accepted = sum(file.rows or 0 for file in files)
+    assert accepted + len(rejects) == found, "an entry is neither accepted nor rejected"
+    files.append(put(out, REJECTS, _rejects_parquet(rejects), len(rejects)))
+    _check_rate(source, found, rejects, config, out)
+    _check_usable(source, results, rejects)
+    out.at(OPENED).delete_tree()
+    train = sum(file.rows or 0 for file in files if split_of(file.path) == "train")
+    counts = {
+        "found": found,
+        "accepted": accepted,
+        "rejected": len(rejects),
+        "train": train,
+        "val": accepted - train,
+        "classes": len(source.class_names or ()),
+    }
+    images = set_hash.join(result.images for result in results)
+    return Prepared(counts, set_hash.digest(json.dumps(source.class_names).encode() + b"\n", images), files)
+
+
+def _of_images(progress: Progress, found: int) -> Progress:
+    """Tell of shards as of the images that they hold on average."""
+
+    def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
+        progress(found * done // total, found, figures)
+
+    return listen
+
+
+def check_reject_rate(counts: Mapping[str, int], config: DataConfig, where: str) -> None:
+    """Hold prepared images against today's `max_reject_rate`: they may have been prepared under a higher one.
+
+    Raises:
+        ValueError: more was rejected.
+    """
+    found, rejected = counts.get("found", 0), counts.get("rejected", 0)
+    if found >= RATE_FROM and rejected > config.max_reject_rate * found:
+        raise ValueError(
+            f"{where}: {rejected:,} of {found:,} entries were rejected, a share of {rejected / found:.3g} above "
+            f"data.max_reject_rate = {config.max_reject_rate:g}: see its {REJECTS}; mend the source, or raise the rate"
+        )
+
+
+def _check_rate(source: Source, found: int, rejects: pa.Table, config: DataConfig, out: Store) -> None:
+    """Refuse a large source of which too much is rejected: rather a mistake than noise."""
+    if found < RATE_FROM or len(rejects) <= config.max_reject_rate * found:
+        return
+    alike = collections.Counter(gist(reason) for reason in values(rejects["reason"]))
+    commonest = "; ".join(f"{count:,} x {gist}" for gist, count in alike.most_common(3))
+    raise ValueError(
+        f"source {source.uri!r}: {len(rejects):,} of {found:,} entries are rejected, a share of "
+        f"{len(rejects) / found:.3g} above data.max_reject_rate = {config.max_reject_rate:g} ({commonest}): "
+        f"see {out.uri}/{REJECTS}; mend the source, or raise data.max_reject_rate"
+    )
+
+
+def gist(reason: str) -> str:
+    """A reason without what differs from file to file."""
+    return re.sub(r"'[^']*'", "'...'", re.sub(r"[0-9]+", "N", reason))[:120]
+
+
+def _check_usable(source: Source, results: Sequence[ShardResult], rejects: pa.Table) -> None:
+    """Refuse what nothing can be trained on or measured with."""
+    example = ""
+    if len(rejects):
+        first = rejects.slice(0, 1).to_pylist()[0]
+        example = f" (rejected: {first['path']!r}, {first['reason']})"
+    for split in SPLITS:
+        if not any(result.file.rows for result in results if split_of(result.file.path) == split):
+            raise ValueError(f"source {source.uri!r} has no usable image in {split}{example}: add images")
+    train = (result.labels for result in results if split_of(result.file.path) == "train")
+    labels = functools.reduce(int.__or__, train, 0)
+    names = source.class_names or ()
+    missing = [name for label, name in enumerate(names) if not labels >> label & 1]
+    if missing and source.is_declared:
+        log.warning("source %s: %d of %d classes have no image in train", source.uri, len(missing), len(names))
+    elif missing:
+        raise ValueError(
+            f"source {source.uri!r}: class {missing[0]!r} has no usable image in train{example}:"
+            " add images to it, remove it, or lower data.val_fraction"
+        )
+
+
+def _rejects_parquet(rejects: pa.Table) -> bytes:
+    schema = pa.schema([("path", pa.string()), ("reason", pa.string()), ("size", pa.int64())])
+    sink = io.BytesIO()
+    pq.write_table(rejects.cast(schema), sink, compression="zstd")
+    return sink.getvalue()

@@ -1,0 +1,220 @@
+"""Sources whose images lie in containers (tar, Parquet): which files there are, then, by workers, what is in them.
+
+Each container is read once. What comes out is a small table of its entries, and, where the container compresses
+(Parquet), the images laid open in files beside it; so that afterwards every image is a range of bytes of some file, as
+an ImageFolder's is a whole file, and one way of making shards serves all sources. The alternative, to sort the bytes of
+each container into the shards' buckets, would write containers x shards pieces: for ImageNet as many as images.
+"""
+
+import dataclasses
+import functools
+import io
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Sequence
+
+import pyarrow.parquet as pq
+
+from infra.artifacts.shards import FileEntry, shard_entry, write_shard
+from infra.compute.workers import WorkerOptions, map_shards
+from infra.progress import Progress
+from infra.store.store import Store
+from sftok.config import DataConfig
+from sftok.sources.files import FolderReader, Item, beside, is_litter, locate, open_files
+from sftok.sources.folder import check_exists
+from sftok.sources.labels import are_numbers, names_of, no_labels
+from sftok.sources.listing import POSSIBLE, Container, Entries, Entry, Source, Tables, Task, Unpacker
+
+log = logging.getLogger(__name__)
+
+BYTES = "bytes"  # folder of images laid open
+_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|test)(?=$|[-_.0-9])")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
+MOST_NAMES = 1_000_000  # of one pattern
+
+
+# --- which files
+
+
+def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Container, ...], Entries]:
+    """The folder, the containers (sorted by path), and entries for those that cannot be read, of one of three forms.
+
+    Args:
+        uri: a folder or prefix, a file, or a pattern such as `s3://bucket/train-{00000..00009}.tar`.
+        suffixes: of the containers' names, in small letters.
+
+    Raises:
+        ValueError: there is none, a file of the pattern is missing, or there is only a val split.
+    """
+    if "{" in uri or uri.lower().endswith(suffixes):
+        root, items = _named_files(uri)
+    else:
+        files = open_files(uri)
+        check_exists(files)
+        root = files.uri
+        items = [item for item in files.walk("") if item.path.lower().endswith(suffixes) and not _is_hidden(item.path)]
+        if not items:
+            raise ValueError(f"source {uri!r} holds no {' or '.join(suffixes)} file: give {POSSIBLE}")
+    splits = splits_of(root, [item.path for item in items])
+    kept = sorted(item for item in items if item.path in splits)
+    broken = Entries.of(
+        Entry(item.path, item.size, item.version, problem=item.problem) for item in kept if item.problem
+    )
+    good = (item for item in kept if not item.problem)
+    return root, tuple(Container(item.path, item.size, item.version, splits[item.path]) for item in good), broken
+
+
+def _named_files(uri: str) -> tuple[str, list[Item]]:
+    """The files that a name or pattern stands for, each of which has to exist."""
+    head, _, _ = uri.partition("{")
+    files, start = beside(head)
+    wanted = [name[len(head) - len(start) :] for name in expand(uri)]
+    found: dict[str, Item] = {}
+    for inner in sorted({name.rpartition("/")[0] for name in wanted}):
+        try:
+            found |= {item.path: item for item in files.scan(f"{inner}/" if inner else "")}
+        except FileNotFoundError:
+            continue
+    if missing := [name for name in wanted if name not in found or found[name].is_folder]:
+        raise ValueError(
+            f"source {uri!r}: {missing[0]!r} does not exist ({len(missing)} of {len(wanted)} files): correct the name"
+        )
+    return files.uri, [found[name] for name in dict.fromkeys(wanted)]
+
+
+def expand(pattern: str) -> list[str]:
+    """All names of a pattern with {00..12} and {a,b}, as a shell would.
+
+    Raises:
+        ValueError: braces without a meaning, or too many names.
+    """
+    parts: list[Sequence[str]] = []
+    for position, text in enumerate(_BRACES.split(pattern)):
+        if position % 2 == 0:
+            parts.append([text])
+        elif match := _RANGE.fullmatch(text):
+            width, numbers = len(match[1]), range(int(match[1]), int(match[2]) + 1)
+            if len(numbers) > MOST_NAMES:
+                raise ValueError(f"source {pattern!r}: {{{text}}} stands for {len(numbers)} files; give a narrower one")
+            parts.append([f"{number:0{width}d}" for number in numbers])
+        else:
+            parts.append(text.split(",") if "," in text else [])
+        if not parts[-1]:
+            raise ValueError(f"source {pattern!r}: {{{text}}} is no range such as {{00000..00009}} or list {{a,b}}")
+    return ["".join(name) for name in itertools.product(*parts)]
+
+
+def splits_of(root: str, paths: Sequence[str]) -> dict[str, str | None]:
+    """The split of each path that is read, by the names of its folders or its own; None for all: by hash.
+
+    Raises:
+        ValueError: there is a val split and no train split.
+    """
+    named = {path: _split_of(path) for path in paths}
+    if "train" not in named.values():
+        if "val" in named.values():
+            raise ValueError(f"source {root!r} has val files but no train files: add them, or rename {_some(paths)}")
+        if unread := sorted(path for path, split in named.items() if split == "test" and len(set(named.values())) > 1):
+            log.warning("source %s: test files are not read: %s", root, _some(unread))
+        return dict.fromkeys(path for path in paths if path not in unread)
+    if unread := sorted(path for path, split in named.items() if split not in ("train", "val")):
+        log.warning("source %s: only train and val files are read, not %s", root, _some(unread))
+    if "val" in named.values():
+        return {path: split for path, split in named.items() if split in ("train", "val")}
+    log.info("source %s has no val files: a hash of the image ids holds images out", root)
+    return {path: None for path, split in named.items() if split == "train"}
+
+
+def _split_of(path: str) -> str | None:
+    *folders, name = path.lower().split("/")
+    for folder in folders:
+        if folder in _PARTS:
+            return _PARTS[folder]
+    match = _SPLIT.search(name)
+    return _PARTS[match[1]] if match else None
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/")) or is_litter(path.rpartition("/")[2])
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else ", ".join(names)
+
+
+# --- what is in them
+
+
+def open_containers(source: Source, *, folder: Store, options: WorkerOptions, progress: Progress) -> Source:
+    """Look into all containers; the source with its entries, and without class names that are not stated yet.
+
+    Those that `folder` tells of are not read again.
+    """
+    assert source.unpack is not None
+    tasks = [Task(container, number, folder) for number, container in enumerate(source.containers)]
+    work = functools.partial(_Opener, source.unpack)
+    files = map_shards(work, tasks, options=options, progress=progress)
+    root = folder.at(BYTES).uri if source.unpack.lays_open else source.unpack.uri
+    return dataclasses.replace(
+        source,
+        entries=Tables(source.entries, folder, files),
+        read=FolderReader(root),
+        containers=(),
+        unpack=None,
+        has_names=source.unpack.lays_open,
+    )
+
+
+def name_classes(source: Source, found: Iterable[str], config: DataConfig) -> Source:
+    """The source with the class names that were found in its containers, where none are stated.
+
+    Raises:
+        ValueError: there are no labels where they are required, or they cannot be understood.
+    """
+    names = source.class_names
+    if names is None and config.labels != "none":
+        names = names_of(found, source.uri)
+        if names is None and config.labels == "required":
+            raise no_labels(source.uri, f"none of its {len(source.entries)} entries has one")
+    return dataclasses.replace(source, class_names=names, is_declared=source.is_declared or are_numbers(names))
+
+
+class _Opener:
+    """A worker: makes the table of one container a call."""
+
+    def __init__(self, unpack: Unpacker) -> None:
+        self.unpack = unpack
+
+    def __call__(self, task: Task) -> FileEntry:
+        name = _name(task)
+        if (done := shard_entry(task.folder, name)) is not None:
+            return done
+        entries = Entries.of(self.unpack(task))
+        sink = io.BytesIO()
+        pq.write_table(entries.table, sink, compression="zstd")
+        return write_shard(task.folder, name, sink.getvalue(), len(entries))
+
+
+def _name(task: Task) -> str:
+    return f"{task.number:06d}.parquet"
+
+
+def container_problem(container: Container, reason: str) -> Entry:
+    """The entry that tells of a damaged container."""
+    return Entry(container.path, container.size, split=container.split, problem=reason)
+
+
+def check_storage(error: Exception, unpack: Unpacker, task: Task) -> None:
+    """Raise the storage's own error, if it was not the container that failed: a reject is for ever."""
+    if isinstance(error, OSError) and (isinstance(error, ConnectionError) or error.errno is not None):
+        raise error
+    files, path = locate(unpack.uri, task.container.path)
+    files.read_range(path, 0, min(1, task.container.size))
+
+
+def stored_range(task: Task, piece: int) -> str:
+    """Name of a file of images laid open."""
+    return f"{task.number:06d}-{piece:04d}.bin"

@@ -1,0 +1,194 @@
+"""ImageFolder, on disk or on S3: DIR/train/CLASS/* and DIR/val/CLASS/*, or DIR/CLASS/*; without classes only if asked.
+
+A folder without class folders is more often a wrong path than unlabelled data, and a run that trains without labels by
+mistake is found out late: hence `data.labels` has to say so.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from sftok.config import DataConfig
+from sftok.sources.files import Files, FolderReader, Item, LocalFiles, is_image_name, is_utf8, open_files, visible
+from sftok.sources.labels import stated_names
+from sftok.sources.listing import POSSIBLE, SPLITS, Entries, Entry, Source, collect
+
+log = logging.getLogger(__name__)
+
+_UNLABELLED = "or set data.labels = none to go without classes"
+
+
+class _Part(NamedTuple):
+    """A folder of class folders."""
+
+    prefix: str  # "" or ends with /
+    split: str | None  # None: by hash
+
+
+def list_folder(uri: str, config: DataConfig) -> Source:
+    """List an ImageFolder.
+
+    Raises:
+        ValueError: it does not exist, or has no images or no classes where `config.labels` requires them.
+    """
+    files = open_files(uri)
+    check_exists(files)
+    parts = _layout(files)
+    classes: dict[str, set[str]] = {part.prefix: set() for part in parts}
+
+    def all_entries() -> Iterator[Entry]:
+        for part in parts:
+            found = _unlabelled(files, part) if config.labels == "none" else _of_classes(files, part, config)
+            for folder in found:
+                for entry in Entries.of(folder).sorted():
+                    if entry.class_name is not None:
+                        classes[part.prefix].add(entry.class_name)
+                    yield entry
+
+    entries = collect(all_entries())
+    if not len(entries):
+        raise _empty(files.uri)
+    names = None if config.labels == "none" else _check_classes(files.uri, len(entries), classes, config)
+    stated = _check_stated(files.uri, names, config)
+    is_stated = stated is not None and names is not None
+    return Source(files.uri, entries, stated if is_stated else names, FolderReader(files.uri), is_declared=is_stated)
+
+
+def check_folder(uri: str, config: DataConfig) -> None:
+    """Look at the top of an ImageFolder: an image, and the class folders; what is in each is not listed.
+
+    Raises:
+        ValueError: as `list_folder`, as far as can be seen from there.
+    """
+    files = open_files(uri)
+    check_exists(files)
+    parts = _layout(files)
+    if not any(next(iter(files.walk(part.prefix)), None) for part in parts):
+        raise _empty(files.uri)
+    if config.labels == "none":
+        return
+    tops = {part.prefix: visible(files.scan(part.prefix)) for part in parts}
+    folders = {prefix: {item.name for item in top if item.is_folder} for prefix, top in tops.items()}
+    # A folder named like an image is a class only if something is in it, which the listing will tell.
+    if not any(map(is_image_name, set().union(*folders.values()))):
+        names = _check_classes(files.uri, sum(map(len, tops.values())), folders, config)
+        _check_stated(files.uri, names, config)
+
+
+def check_exists(files: Files) -> None:
+    """Refuse a folder that is none.
+
+    Raises:
+        ValueError: saying what it is instead.
+    """
+    if isinstance(files, LocalFiles):
+        if not os.path.isdir(files.uri):
+            problem = "is not a folder" if os.path.lexists(files.uri) else "does not exist"
+            raise ValueError(f"source {files.uri!r} {problem}: give {POSSIBLE}")
+    elif next(files.scan(""), None) is None:
+        raise ValueError(f"source {files.uri!r} does not exist: there is nothing below that prefix; give {POSSIBLE}")
+
+
+def _layout(files: Files) -> list[_Part]:
+    """Return train and val, or, to be split by hash, train alone or the root itself.
+
+    A lone `train` that holds files is a class of vehicles, not a split.
+    """
+    folders = {item.name for item in files.scan("") if item.is_folder}
+    present = [split for split in SPLITS if split in folders]
+    is_split = len(present) == 2 or (present and all(item.is_folder for item in visible(files.scan(f"{present[0]}/"))))
+    if not is_split:
+        return [_Part("", None)]
+    if present == ["val"]:
+        raise ValueError(f"source {files.uri!r} has val/CLASS but no train/CLASS: add a train folder")
+    if unread := sorted(name for name in folders - set(present) if not name.startswith(".")):
+        log.warning("source %s: only %s are read, not %s", files.uri, " and ".join(present), ", ".join(unread))
+    if present == ["train"]:
+        log.info("source %s has no val folder: a hash of the image ids holds images out", files.uri)
+        return [_Part("train/", None)]
+    return [_Part(f"{split}/", split) for split in present]
+
+
+def _of_classes(files: Files, part: _Part, config: DataConfig) -> Iterator[Iterable[Entry]]:
+    """Everything in the class folders, one after the other; beside them, only what is named like an image."""
+    for item in _in_order(files.scan(part.prefix)):
+        if not item.is_folder:
+            if is_image_name(item.name):
+                beside = "not in a class folder" if config.labels == "required" else None
+                yield (_entry(item, None, part.split, beside),)
+        else:
+            yield _of_class(files, item, part.split)
+
+
+def _of_class(files: Files, item: Item, split: str | None) -> Iterator[Entry]:
+    name = item.name
+    if not is_utf8(name):
+        raise ValueError(f"the name of class folder {os.fsencode(item.path)!r} is not UTF-8: rename it")
+    inside = iter(files.walk(f"{item.path}/"))
+    first = next(inside, None)
+    if first is None and is_image_name(name):
+        yield _entry(item, None, split, "a folder named like an image")
+    elif first is None:
+        raise ValueError(f"class folder {item.path!r} is empty: put images into it, or remove it")
+    elif first.path == item.path:
+        yield _entry(first, None, split)
+    else:
+        yield from (_entry(found, name, split) for found in itertools.chain([first], inside))
+
+
+def _unlabelled(files: Files, part: _Part) -> Iterator[Iterable[Entry]]:
+    """Every file, at any depth, one folder after the other."""
+    for item in _in_order(files.scan(part.prefix)):
+        found: Iterable[Item] = files.walk(f"{item.path}/") if item.is_folder else (item,)
+        yield (_entry(inside, None, part.split) for inside in found)
+
+
+def _in_order(items: Iterator[Item]) -> list[Item]:
+    """As what is in them comes by path, so that all is sorted when what is in each is."""
+    return sorted(visible(items), key=lambda item: f"{item.path}/" if item.is_folder else item.path)
+
+
+def _entry(item: Item, class_name: str | None, split: str | None, problem: str | None = None) -> Entry:
+    return Entry(item.path, item.size, item.version, class_name, split, item.problem or problem)
+
+
+def _empty(uri: str) -> ValueError:
+    return ValueError(f"source {uri!r} holds no images: put images into DIR/CLASS/, {_UNLABELLED}")
+
+
+def _check_stated(uri: str, names: Sequence[str] | None, config: DataConfig) -> tuple[str, ...] | None:
+    """The class names of the file, which has to hold all those of the folders."""
+    stated = stated_names(config)
+    if stated is not None and names is not None and (unknown := sorted(set(names) - set(stated))):
+        raise ValueError(
+            f"source {uri!r}: class folder {unknown[0]!r} is not in data.class_names_file = "
+            f"{config.class_names_file!r} ({len(unknown)} such): add it to the file, or remove the folder"
+        )
+    return stated
+
+
+def _check_classes(uri: str, count: int, classes: dict[str, set[str]], config: DataConfig) -> tuple[str, ...] | None:
+    """The names of all classes; refuse a source without them, or whose splits hold different ones."""
+    names = tuple(sorted(set().union(*classes.values())))
+    if not names:
+        if config.labels == "optional":
+            return None
+        raise ValueError(
+            f"source {uri!r} holds {count} images but no class folders: "
+            f"put images into DIR/CLASS/, or into DIR/train/CLASS/ and DIR/val/CLASS/, {_UNLABELLED}"
+        )
+    if len(classes) == 2:
+        _check_same(uri, classes)
+    return names
+
+
+def _check_same(uri: str, classes: dict[str, set[str]]) -> None:
+    both: Sequence[tuple[str, str]] = (SPLITS, SPLITS[::-1])
+    for one, other in both:
+        if missing := sorted(classes[f"{one}/"] - classes[f"{other}/"]):
+            raise ValueError(
+                f"source {uri!r}: class {missing[0]!r} is in {one} and not in {other}"
+                f" ({len(missing)} such): both need the same class folders"
+            )

@@ -1,0 +1,107 @@
+"""Classes of images: their names from a file, and what a source's own labels (numbers or names) mean."""
+
+import os
+import re
+from collections.abc import Iterable
+
+from sftok.config import DataConfig
+from sftok.sources.files import locate
+from sftok.sources.listing import RejectedEntryError
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0)?")  # pandas writes integers beside missing ones as 3.0
+MOST_CLASSES = 1_000_000  # a number beyond is no class id
+NO_CLASS = -1  # how Hugging Face's test splits say that there is no label
+
+
+def stated_names(config: DataConfig) -> tuple[str, ...] | None:
+    """The class names of `config.class_names_file`, None where there is none.
+
+    Raises:
+        ValueError: it does not exist, is no text, or a name is empty or repeated.
+    """
+    path = config.class_names_file
+    if not path or config.labels == "none":
+        return None
+    files, name = locate(".", os.path.expanduser(path))
+    try:
+        text = files.read(name).decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"data.class_names_file = {path!r} is no text file that can be read ({type(error).__name__}): "
+            "give a file with one class name a line"
+        ) from error
+    names = tuple(line.strip() for line in text.rstrip().split("\n"))
+    seen: set[str] = set()
+    for number, line in enumerate(names, 1):
+        if not line or line in seen:
+            what = f"{line!r} again" if line else "empty"
+            raise ValueError(f"data.class_names_file = {path!r}: line {number} is {what}; give each class one line")
+        seen.add(line)
+    return names
+
+
+def class_of(label: object, names: tuple[str, ...] | None) -> str | None:
+    """The class that a label means: a number as its name, where names are known, else as its digits.
+
+    Raises:
+        RejectedEntryError: it is no class.
+    """
+    if isinstance(label, bytes):
+        label = _text(label)
+    if isinstance(label, str):
+        label = label.strip()
+        if names is not None and label in names:
+            return label
+        if _INTEGER.fullmatch(label):
+            label = int(label.partition(".")[0])
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if label is None or label == "" or label == NO_CLASS or label != label:
+        return None
+    if isinstance(label, str):
+        if names is not None:
+            raise RejectedEntryError(f"its class {label[:80]!r} is none of the {len(names)} class names")
+        return label
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise RejectedEntryError(f"its label {str(label)[:80]!r} is neither a number nor a name")
+    most = MOST_CLASSES if names is None else len(names)
+    if not 0 <= label < most:
+        raise RejectedEntryError(f"its label {label} is not between 0 and {most - 1}")
+    return str(label) if names is None else names[label]
+
+
+def names_of(found: Iterable[str], uri: str) -> tuple[str, ...] | None:
+    """Class names in the order of their ids: numbers up to the largest, or names sorted; None if there are none.
+
+    Raises:
+        ValueError: for both numbers and names.
+    """
+    classes = set(found)
+    numbers = {name for name in classes if name.isascii() and name.isdigit()}
+    if numbers and numbers != classes:
+        raise ValueError(
+            f"source {uri!r} has numbers ({min(numbers)}) and names ({min(classes - numbers)!r}) as labels: "
+            "use one of both, or state the names in data.class_names_file"
+        )
+    if numbers:
+        return tuple(map(str, range(max(map(int, numbers)) + 1)))
+    return tuple(sorted(classes)) or None
+
+
+def are_numbers(names: tuple[str, ...] | None) -> bool:
+    """Whether the names only stand in for numbers up to the largest, of which not each needs to have been seen."""
+    return bool(names) and names == tuple(map(str, range(len(names or ()))))
+
+
+def no_labels(uri: str, seen: str) -> ValueError:
+    """The error for a source without labels, where they are required."""
+    return ValueError(
+        f"source {uri!r} has no labels ({seen}): add them, or set data.labels = none to go without classes"
+    )
+
+
+def _text(label: bytes) -> str:
+    try:
+        return label.decode()
+    except UnicodeDecodeError as error:
+        raise RejectedEntryError("its label is not UTF-8") from error

@@ -1,0 +1,145 @@
+"""Where images come from: the door to all kinds of sources, each of which has a chapter of its own (`source_*.py`).
+
+A source is listed once, by the driver, without reading pixels; its reader is small and picklable and goes to workers.
+Another kind of source is another `list_...` function and another reader. `check_source` takes a look beforehand.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import PurePosixPath
+
+from sftok.config import DataConfig
+from sftok.sources.digits import list_digits
+from sftok.sources.files import Files, FolderReader, Item, beside, is_image_name, open_files, visible
+from sftok.sources.folder import check_exists, check_folder, list_folder
+from sftok.sources.index import check_index, is_index, list_index
+from sftok.sources.listing import DIGITS, POSSIBLE, SPLITS, Container, Entries, Entry, RejectedEntryError, Source
+from sftok.sources.parquet import image_candidates, list_parquet, schema_of
+from sftok.sources.tar import list_tars
+
+__all__ = [
+    "DIGITS",
+    "SPLITS",
+    "Entries",
+    "Entry",
+    "FolderReader",
+    "RejectedEntryError",
+    "Source",
+    "check_source",
+    "list_source",
+]
+
+KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
+    "folder": list_folder,
+    "webdataset": list_tars,
+    "parquet": list_parquet,
+    "index": list_index,
+}
+# What is looked at beforehand; tars and Parquet files are few beside the images in them, and are listed.
+CHECKS: dict[str, Callable[[str, DataConfig], object]] = {**KINDS, "folder": check_folder, "index": check_index}
+_BY_SUFFIX = {".tar": "webdataset", ".csv": "index", ".tsv": "index"}
+_LOOKED_INTO = 8  # folders that tell what is in the others
+_SEEN = 1000  # files of a folder that tell what the others are
+
+
+def list_source(source: str, config: DataConfig | None = None) -> Source:
+    """List a source: what it is, is recognised, or said by a prefix (`webdataset:s3://bucket/prefix`).
+
+    Args:
+        source: `sklearn:digits`, or a path or s3:// URI of a folder of images, of tars or Parquet files (a folder, one
+            file, or a pattern such as `train-{000..999}.tar`), or of an index; perhaps after `folder:`, `webdataset:`,
+            `parquet:` or `index:`.
+        config: how labels and columns are read; None for the defaults.
+
+    Raises:
+        ValueError: naming the source and the remedy, where it is none of these, or has no classes or no images.
+    """
+    config = config or DataConfig(image_size=1)
+    if source == DIGITS:
+        return list_digits(config)
+    kind, uri = _kind_and_place(source, config)
+    return KINDS[kind](uri, config)
+
+
+def check_source(source: str, config: DataConfig) -> None:
+    """Look whether a source can be listed, at a few requests: that it is there, of which kind, its first entries.
+
+    What only a whole listing tells, such as a class folder without images, is left to `list_source`.
+
+    Raises:
+        ValueError: naming the source and the remedy.
+    """
+    if source != DIGITS:
+        kind, uri = _kind_and_place(source, config)
+        CHECKS[kind](uri, config)
+
+
+def _kind_and_place(source: str, config: DataConfig) -> tuple[str, str]:
+    """The kind of a source, and the path or URI without a prefix that says it."""
+    if not source:
+        raise ValueError(f"no data source is named: give {POSSIBLE}")
+    kind, colon, uri = source.partition(":")
+    if not colon or kind not in KINDS:
+        kind, uri = _recognised(source, config), source
+    if not uri:
+        raise ValueError(f"source {source!r} names no place after {kind}: give a path or s3:// URI")
+    return kind, uri
+
+
+def _recognised(uri: str, config: DataConfig) -> str:
+    """The kind of a source, by its name or by what lies in it."""
+    suffix = PurePosixPath(uri).suffix.lower()
+    if suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[suffix]
+    if suffix == ".parquet":
+        return "parquet" if "{" in uri else _kind_of_table(uri, config)
+    if "{" in uri:
+        raise ValueError(
+            f"source {uri!r} is a pattern of neither .tar nor .parquet files: say which, as webdataset:..."
+        )
+    files = open_files(uri)
+    check_exists(files)
+    return _kind_of_folder(files)
+
+
+def _kind_of_table(uri: str, config: DataConfig) -> str:
+    """Whether a Parquet file holds images or names them."""
+    files, name = beside(uri)
+    try:
+        schema = schema_of(files.uri, [Container(name, 0, "", None)])
+    except FileNotFoundError as error:
+        raise ValueError(f"source {uri!r} does not exist: give {POSSIBLE}") from error
+    if image_candidates(schema):
+        return "parquet"
+    if is_index(schema, config):
+        return "index"
+    raise ValueError(
+        f"source {uri!r} has the columns {', '.join(schema.names)}, of which none holds images or paths: "
+        "name the column in data.image_column"
+    )
+
+
+def _kind_of_folder(files: Files) -> str:
+    """Whether a folder holds tars, Parquet files or images; by what lies directly in it and in its first folders."""
+    top = visible(files.scan(""))
+    items = [item for item in top if not item.is_folder]
+    for folder in [item for item in top if item.is_folder][:_LOOKED_INTO]:
+        items += [item for item in itertools.islice(files.scan(f"{folder.path}/"), _SEEN) if not item.is_folder]
+    seen = {
+        "webdataset": _some(items, ".tar"),
+        "parquet": _some(items, ".parquet"),
+        "folder": [item.path for item in items if is_image_name(item.name)],
+    }
+    kinds = [kind for kind, paths in seen.items() if paths]
+    if len(kinds) > 1:
+        shown = " and ".join(f"{min(seen[kind])} ({kind}:)" for kind in kinds)
+        raise ValueError(f"source {files.uri!r} holds {shown}: say which to read, as {kinds[0]}:{files.uri}")
+    if not kinds and (tables := _some(items, ".csv", ".tsv", ".tar.gz", ".tgz", ".zip")):
+        raise ValueError(
+            f"source {files.uri!r} holds {min(tables)} but no images: name an index itself, unpack archives"
+        )
+    return kinds[0] if kinds else "folder"
+
+
+def _some(items: list[Item], *suffixes: str) -> list[str]:
+    return [item.path for item in items if item.name.lower().endswith(suffixes)]

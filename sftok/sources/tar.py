@@ -1,0 +1,192 @@
+"""WebDataset: tar files of samples, the members KEY.jpg (or .png ...), KEY.cls and KEY.json.
+
+Nothing is ever extracted: of a tar only headers and labels are read, and an image is a range of the tar's bytes.
+"""
+
+import json
+import re
+import struct
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from sftok.config import DataConfig
+from sftok.sources.containers import check_storage, container_problem, list_containers
+from sftok.sources.files import FolderReader, escaped, is_image_name, is_litter, is_utf8, open_files
+from sftok.sources.labels import class_of, stated_names
+from sftok.sources.listing import Container, Entry, RejectedEntryError, Source, Task, Unpacker
+
+SUFFIXES = (".tar",)
+_LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json
+_BLOCK = 512
+_GZIP = b"\x1f\x8b"
+
+
+def list_tars(uri: str, config: DataConfig) -> Source:
+    """List the tar files of a WebDataset: a folder, one file, or a pattern with braces."""
+    root, containers, broken = list_containers(uri, SUFFIXES)
+    names = stated_names(config)
+    return Source(
+        uri=root,
+        entries=broken,
+        class_names=names,
+        read=FolderReader(root),
+        is_declared=names is not None,
+        containers=containers,
+        unpack=TarUnpacker(root, config.labels != "none", names),
+    )
+
+
+@dataclass
+class _Sample:
+    """The members of one key."""
+
+    images: list[tuple[str, int, int]] = field(default_factory=list)  # name, offset, size
+    labels: dict[str, bytes | str] = field(default_factory=dict)  # of .cls and .json; a string is a problem
+    others: list[str] = field(default_factory=list)  # suffixes
+
+
+@dataclass(frozen=True)
+class TarUnpacker(Unpacker):
+    """Finds the images of a tar file; picklable."""
+
+    def __call__(self, task: Task) -> Iterator[Entry]:
+        """An entry for each image and for all that is odd; one more for a damaged tar."""
+        container = task.container
+        samples: dict[str, _Sample] = {}
+        damage = None
+        with open_files(self.uri).open(container.path) as file:
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers all it saw
+                        yield from self._take(tar, member, samples, container)
+                    damage = _after(file, tar.offset, container.size)
+            except (tarfile.TarError, ValueError, IndexError, OverflowError, EOFError, struct.error) as error:
+                check_storage(error, self, task)  # storage may raise ValueErrors too
+                damage = _reason(file, error)
+        for key, sample in samples.items():
+            yield from self._entries(key, sample, container)
+        if damage is not None:
+            yield container_problem(container, damage)
+
+    def _take(
+        self, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, _Sample], container: Container
+    ) -> Iterator[Entry]:
+        """Put a member to its sample, or tell why it is in none."""
+        name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
+        folder, _, base = name.rpartition("/")
+        if is_litter(base) or (member.isdir() and not is_image_name(base)):
+            return
+        if (problem := _member_problem(member, container)) is not None:
+            shown = escaped(f"{container.path}/{member.name}")
+            yield Entry(shown, member.size, split=container.split, problem=problem)
+            return
+        key, dot, suffix = base.partition(".") if not base.startswith(".") else (base, "", "")
+        sample = samples.setdefault(f"{folder}/{key}" if folder else key, _Sample())
+        suffix = suffix.lower()
+        if dot and is_image_name(base):
+            sample.images.append((name, member.offset_data, member.size))
+        elif suffix in ("cls", "json") and suffix not in sample.labels:
+            sample.labels[suffix] = _label(tar, member) if self.is_labelled else ""
+        else:
+            sample.others.append(suffix)
+
+    def _entries(self, key: str, sample: _Sample, container: Container) -> Iterator[Entry]:
+        """The image of a sample, and rejected what else there is."""
+        if not sample.images:
+            members = ", ".join(sorted({*sample.labels, *sample.others} - {""})) or "no suffix"
+            problem = f"no image among its members ({members})"
+            yield Entry(f"{container.path}/{key}", 0, split=container.split, problem=problem)
+            return
+        # KEY.jpg comes before KEY.seg.png, which is something else about the same image.
+        taken = next((image for image in sample.images if image[0].count(".") == key.count(".") + 1), sample.images[0])
+        class_name, unlabelled = self._class(sample)
+        for image in sample.images:
+            name, offset, size = image
+            entry = Entry(f"{container.path}/{name}", size, split=container.split, file=container.path, offset=offset)
+            if image is taken:
+                yield entry._replace(class_name=class_name, problem=unlabelled)
+            elif name == taken[0]:
+                yield entry._replace(problem="the tar holds a member of this name before")
+            else:
+                yield entry._replace(problem="a second image of one key")
+
+    def _class(self, sample: _Sample) -> tuple[str | None, str | None]:
+        """The class of a sample, or the problem with it; .cls goes before .json, "label" before "class"."""
+        if not self.is_labelled:
+            return None, None
+        try:
+            if "cls" in sample.labels:
+                return class_of(_checked(sample.labels["cls"]), self.class_names), None
+            if "json" in sample.labels:
+                return class_of(_of_json(_checked(sample.labels["json"])), self.class_names), None
+        except RejectedEntryError as error:
+            return None, str(error)
+        return None, None
+
+
+def _member_problem(member: tarfile.TarInfo, container: Container) -> str | None:
+    if member.name.startswith("/") or ".." in re.split(r"[/\\]", member.name):
+        return "its path leads out of the tar"
+    if member.issym() or member.islnk():
+        return f"a link to {escaped(member.linkname)[:200]!r}"
+    if member.isdir():
+        return "a folder named like an image"
+    if not member.isreg() or member.issparse():
+        return "not a regular file"
+    if not is_utf8(member.name):
+        return "the file's name is not UTF-8"
+    if member.offset_data + member.size > container.size:
+        return "truncated: the tar ends before it"
+    return None
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
+    """The bytes of a small member; as a string, why not."""
+    if member.size > _LARGEST_LABEL:
+        return f"its label has {member.size} bytes"
+    file = tar.extractfile(member)  # reads in memory; nothing is written
+    assert file is not None
+    return file.read()
+
+
+def _checked(label: bytes | str) -> bytes:
+    if isinstance(label, str):
+        raise RejectedEntryError(label)
+    return label
+
+
+def _of_json(text: bytes) -> object:
+    try:
+        fields: Any = json.loads(text)
+    except ValueError as error:  # also UnicodeDecodeError
+        raise RejectedEntryError("its .json cannot be read") from error
+    except RecursionError as error:
+        raise RejectedEntryError("its .json is nested too deeply") from error
+    if not isinstance(fields, dict):
+        return None
+    label = fields.get("label")
+    return fields.get("class") if label is None else label
+
+
+def _after(file: BinaryIO, offset: int, size: int) -> str | None:
+    """Why there may be more in a tar than tarfile, which stops silently, has seen; None if it ends as it should."""
+    if offset >= size:
+        return f"the tar has no end mark: it may be truncated at byte {size}"
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if any(block):
+        return f"the tar is damaged at byte {offset}: what follows is not read"
+    while more := file.read(1 << 20):
+        if any(more):
+            return f"the tar goes on after its end mark at byte {offset}: that is not read"
+    return None
+
+
+def _reason(file: BinaryIO, error: Exception) -> str:
+    file.seek(0)
+    if file.read(2) == _GZIP:
+        return "the tar is compressed: unpack it with gunzip"
+    return f"the tar is damaged: {' '.join(str(error).split())[:200] or type(error).__name__}"

@@ -1,0 +1,1 @@
+"""Training the tokenizer: the teacher, warm-up and alignment, and fine-tuning towards pixels."""

@@ -1,0 +1,228 @@
+"""What alignment is worth on held-out images: a tokenizer before fine-tuning, seen through the teacher's pixel decoder.
+
+Images stream through in micro-batches; of them stay sums alone. Batches have one fixed size, the last one padded, and
+all chance is drawn from seeds of the image's id, so that no figure depends on batch mates.
+
+Shapes: B images, N latent tokens, P proxy positions, V proxy codes, D channels of a code.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from infra.config import Config
+from infra.training.loop import generator_of
+from sftok.coding.decode import ImageDecoder, noise_keys
+from sftok.config import DecodingConfig
+from sftok.images.preprocess import to_float
+from sftok.metrics import functional
+from sftok.metrics.frechet import frechet_distance
+from sftok.metrics.functional import FeatureMoments
+from sftok.metrics.random_features import RandomFeatures
+from sftok.metrics.step_agreement import StepAgreement, decode_logits
+from sftok.model.decoder import decode_steps, random_mask
+from sftok.model.prepared import prepare_encoder
+from sftok.model.teacher import Teacher
+from sftok.model.tokenizer import SFTok
+
+
+class ImageQuality(Config):
+    """How near images are to the originals: means over images, and a distance between the two sets."""
+
+    psnr: float = Field(description="dB, over RGB")
+    ssim: float
+    fd_random: float = Field(description="Fréchet distance between random features; not FID")
+
+
+class StepQuality(ImageQuality):
+    """Reconstructions in one number of decoding steps."""
+
+    num_steps: int
+    code_agreement: float = Field(description="share of positions with the teacher's code")
+
+
+class CrossEntropies(Config):
+    """Of the teacher's codes at hidden positions, in nats a position."""
+
+    all_hidden: float = Field(description="the first decoding step's input")
+    truth_given: float = Field(description="arccos mask; what is not hidden holds the teacher's codes")
+    own_given: float = Field(description="arccos mask; what is not hidden holds the model's own first-step prediction")
+
+
+class Agreement(Config):
+    """Of a prediction with the final one."""
+
+    kl: float = Field(description="KL(prediction || final), nats a position")
+    top1: float = Field(description="share of positions with the same likeliest code")
+
+
+class AlignmentFigures(Config):
+    """Everything that was measured of one tokenizer."""
+
+    num_images: int
+    temperature: float = Field(description="of decoding; 0 is deterministic")
+    extractor: str
+    extractor_sha256: str
+    teacher: ImageQuality = Field(description="of the teacher's own reconstructions: all codes predicted right")
+    by_steps: tuple[StepQuality, ...]
+    cross_entropy: CrossEntropies
+    agreement_steps: int = Field(description="decoding steps of the comparison with the final prediction")
+    truth: Agreement
+    steps: tuple[Agreement, ...] = Field(description="steps 1 to agreement_steps - 1")
+
+
+class _Pixels:
+    """Sums over images that were made from originals, where the images are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.psnr, self.ssim = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+        self.moments: FeatureMoments | None = None
+
+    def add(self, images: Tensor, originals: Tensor, features: RandomFeatures) -> None:
+        self.count += len(images)
+        self.psnr = functional.psnr(images, originals).sum() + self.psnr.to(images.device)
+        self.ssim = functional.ssim(images, originals).sum() + self.ssim.to(images.device)
+        self.moments = _merged(self.moments, FeatureMoments.of(features(images)))
+
+    def quality(self, reference: FeatureMoments) -> ImageQuality:
+        assert self.moments is not None
+        distance = frechet_distance(self.moments, reference)
+        psnr, ssim = self.psnr.item() / self.count, self.ssim.item() / self.count
+        return ImageQuality(psnr=psnr, ssim=ssim, fd_random=distance)
+
+
+class _Mean:
+    """A mean whose parts come one after the other."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = 0.0, 0
+
+    def add(self, values: Tensor) -> None:
+        self.sum += values.double().sum().item()
+        self.count += values.numel()
+
+    @property
+    def value(self) -> float:
+        return self.sum / max(self.count, 1)
+
+
+class AlignmentMeter:
+    """Takes held-out images a micro-batch at a time, then tells the figures."""
+
+    def __init__(
+        self,
+        model: SFTok,
+        teacher: Teacher,
+        *,
+        steps: Sequence[int],
+        decoding: DecodingConfig,
+        micro_batch: int,
+        features: RandomFeatures,
+        seed: int,
+    ) -> None:
+        """`steps` are the numbers of decoding steps of reconstructions; `decoding` is that of the step agreement."""
+        self.model, self.teacher, self.features, self.seed = model, teacher, features, seed
+        self.steps, self.decoding, self.micro_batch = tuple(steps), decoding, micro_batch
+        self.device = model.quantizer.embedding.device
+        self._encode = prepare_encoder(model)
+        precision = decoding.on(self.device.type).arithmetic
+        self._decode = ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=precision)
+        self._originals: FeatureMoments | None = None
+        self._count, self._ceiling = 0, _Pixels()
+        self._pixels = {num_steps: _Pixels() for num_steps in self.steps}
+        self._right = {num_steps: _Mean() for num_steps in self.steps}
+        self._entropy = {name: _Mean() for name in CrossEntropies.model_fields}
+        self._agreement: StepAgreement | None = None
+
+    @torch.no_grad()
+    def add(self, images: Tensor, image_ids: Sequence[str]) -> None:
+        """Measure some held-out images, uint8 (n, 3, S, S), at most a micro-batch of them.
+
+        Raises:
+            ValueError: there are none, more than a micro-batch, or not one id an image.
+        """
+        count = len(images)
+        if not count == len(image_ids) > 0 or count > self.micro_batch:
+            raise ValueError(f"{count} images, {len(image_ids)} ids: give 1 to {self.micro_batch}, and one id an image")
+        images, missing = images.to(self.device), self.micro_batch - count
+        pixels = to_float(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]))
+        truth_BP, codes_BN = self.teacher.encode(pixels), self._encode(pixels)
+        self._count += count
+        self._originals = _merged(self._originals, FeatureMoments.of(self.features(images)))
+        taught = functional.to_uint8(self.teacher.decode(truth_BP)[:count])
+        self._ceiling.add(taught, images, self.features)
+        for num_steps in self.steps:
+            decoding = self.decoding.model_copy(update={"num_steps": num_steps})
+            made = self._decode.decode(codes_BN[:count], image_ids, decoding)
+            self._pixels[num_steps].add(made.images, images, self.features)
+            self._right[num_steps].add(functional.code_agreement(made.proxy_codes, truth_BP[:count]))
+        self._predictions(truth_BP, codes_BN, image_ids)
+
+    def _predictions(self, truth_BP: Tensor, codes_BN: Tensor, image_ids: Sequence[str]) -> None:
+        """What the decoder says of codes that it does not see."""
+        decoder, count, padding = self.model.decoder, len(image_ids), [""] * (self.micro_batch - len(image_ids))
+        names = [*image_ids, *padding]
+        step, given = self._decode.predictor.step, self._decode.predictor.given(codes_BN)
+        first_BP = decoder.all_masked(given)
+        masks = [random_mask(truth_BP[:1].shape, generator_of(self.seed, "held-out mask", name)) for name in names]
+        hidden_BP = torch.cat(masks).to(self.device)
+        own_BP = decode_steps(step, first_BP, given, num_steps=1)[0]
+        for name, ids_BP in (
+            ("all_hidden", first_BP),
+            ("truth_given", truth_BP.masked_fill(hidden_BP, decoder.mask_id)),
+            ("own_given", own_BP.masked_fill(hidden_BP, decoder.mask_id)),
+        ):
+            logits_BPV, asked_BP = step(ids_BP, given)[:count], (ids_BP == decoder.mask_id)[:count]
+            self._entropy[name].add(F.cross_entropy(logits_BPV[asked_BP], truth_BP[:count][asked_BP], reduction="none"))
+        logits = decode_logits(
+            step,
+            first_BP,
+            given,
+            num_steps=self.decoding.num_steps,
+            temperature=self.decoding.temperature,
+            keys_B=noise_keys(self.seed, names).to(self.device),
+        )
+        found = StepAgreement.of([one[:count] for one in logits], truth_BP[:count])
+        self._agreement = found if self._agreement is None else self._agreement + found
+
+    def figures(self) -> AlignmentFigures:
+        """The figures of all images so far.
+
+        Raises:
+            ValueError: there were too few images for a distance between sets.
+        """
+        if self._originals is None or self._agreement is None or self._count < 2:
+            raise ValueError(f"{self._count} held-out images are too few to measure: hold out at least 2")
+        truth, *steps = map(_agreement, self._agreement.kl, self._agreement.top1)
+        by_steps = [
+            StepQuality(
+                num_steps=num_steps,
+                code_agreement=self._right[num_steps].value,
+                **self._pixels[num_steps].quality(self._originals).model_dump(),
+            )
+            for num_steps in self.steps
+        ]
+        return AlignmentFigures(
+            num_images=self._count,
+            temperature=self.decoding.temperature,
+            extractor=f"{self.features.name}, {self.features.dimensions} dimensions",
+            extractor_sha256=self.features.sha256,
+            teacher=self._ceiling.quality(self._originals),
+            by_steps=tuple(by_steps),
+            cross_entropy=CrossEntropies(**{name: mean.value for name, mean in self._entropy.items()}),
+            agreement_steps=self.decoding.num_steps,
+            truth=truth,
+            steps=tuple(steps),
+        )
+
+
+def _agreement(kl: float, top1: float) -> Agreement:
+    return Agreement(kl=kl, top1=top1)
+
+
+def _merged(total: FeatureMoments | None, more: FeatureMoments) -> FeatureMoments:
+    return more if total is None else total + more

@@ -1,0 +1,113 @@
+"""Fine-tuning towards pixels: encoder and quantizer frozen, decoder, pixel decoder and its codebook trained.
+
+Shapes: B images, P proxy positions, V proxy codes.
+"""
+
+import torch
+from torch import Tensor
+
+from infra.compute.transfer import send
+from infra.training.learner import Best, Learner, Plan
+from infra.training.loop import (
+    Run,
+    TrainResult,
+    Validation,
+    autocast,
+    generator_of,
+    mean_over_ranks,
+    over_micro_batches,
+    seed_torch,
+    train_loop,
+)
+from sftok.config import DecodingConfig, FineTuneStageConfig
+from sftok.metrics.functional import psnr
+from sftok.model.decoder import random_mask
+from sftok.model.teacher import Teacher
+from sftok.model.tokenizer import SFTok
+from sftok.training.alignment import self_prediction
+from sftok.training.common import TrainingImages, Weights, in_passes, set_up
+from sftok.training.flops import fine_tune_effort
+from sftok.training.pixel_losses import PixelLosses
+from sftok.weights.artifacts import save_tokenizer
+
+
+def train_fine_tune(
+    images: TrainingImages,
+    config: FineTuneStageConfig,
+    *,
+    teacher: Teacher,
+    start: SFTok,
+    run: Run,
+    weights: Weights,
+) -> TrainResult:
+    """Fine-tune (METHOD 1.3, stage 3).
+
+    Args:
+        images: what to learn from.
+        config: the stage.
+        teacher: whose codebook and decoder the pixel decoder starts from.
+        start: the tokenizer of the stage before.
+        run: where to write.
+        weights: reads pretrained weights.
+    """
+    seed_torch(run.seed, run.device)
+    training = config.training
+    model = with_pixel_decoder(start, teacher).to(run.device).requires_grad_(False)
+    assert model.pixel_decoder is not None
+    model.pixel_decoder.to(memory_format=torch.channels_last)
+    trained = [(n, p) for n, p in model.named_parameters() if n.startswith(("decoder.", "pixel_"))]
+    for _, parameter in trained:
+        parameter.requires_grad_(True)
+    set_up([model.encoder, model.decoder, model.pixel_decoder], training)
+    learner = Learner(trained, Plan.of(training, run.ranks))
+    pixels = PixelLosses.of(config, model.image_size, run=run, weights=weights)
+    stream, held_out = images.stream(run, training), images.held_out(run)
+
+    def step(step: int) -> dict[str, Tensor | float]:
+        def part(part: int) -> dict[str, Tensor]:
+            batch, masks = stream.batch(step, part), generator_of(run.seed, "mask", step, part)
+            reconstruction = fine_tune_pass(model, batch, config, masks)
+            loss, figures = pixels.of_batch(reconstruction, batch, step, part)
+            learner.backward(loss)
+            return {"loss": loss, **figures}
+
+        figures = over_micro_batches(part, step, training.micro_batches, run=run)
+        return figures | learner.update(step) | pixels.update(step)
+
+    @torch.no_grad()
+    def validate(_: int) -> Validation:
+        def work(images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+            proxy_BP, logits_BPV = model.predict_proxy(model.encode(images).codes, DecodingConfig())
+            decoded = model.render(proxy_BP, logits_BPV, None)
+            return {"val_psnr": psnr(decoded, images)}, [images, decoded]
+
+        with learner.averaged():
+            found, picture = in_passes(work, held_out, training.at_once)
+        return Validation({"val_psnr": mean_over_ranks(found["val_psnr"], run)}, {"reconstructions": picture})
+
+    best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
+    effort = fine_tune_effort(config, model.config, teacher.config, model.image_size)
+    saved = {"model": learner, **pixels.saved()}
+    end = train_loop(saved, step, training, run=run, validate=validate, best=best, effort=effort)
+    with learner.averaged():
+        files = save_tokenizer(model, run.out) if run.ranks.is_first else []
+    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation | end.speed)
+
+
+def with_pixel_decoder(start: SFTok, teacher: Teacher) -> SFTok:
+    """The tokenizer with a pixel decoder of its own, which begins as the teacher's."""
+    model = SFTok(start.config, start.teacher_config, start.image_size, pixels=True)
+    model.take_weights(start)
+    model.take_pixel_decoder(teacher)
+    return model
+
+
+def fine_tune_pass(model: SFTok, images: Tensor, config: FineTuneStageConfig, masks: torch.Generator) -> Tensor:
+    """Images through the frozen encoder, a partly masked self-prediction and the pixel decoder; (B, 3, H, W)."""
+    with autocast(config.training.precision, images.device.type):
+        with torch.no_grad():
+            z_q = model.encode(images, config.assignment).z_q
+        guide_BP = self_prediction(model.decoder, z_q, config.guide_steps)
+        hidden_BP = random_mask(guide_BP.shape, masks, config.mask_schedule, config.mask_power)
+        logits_BPV = model.decoder(guide_BP.masked_fill(send(hidden_BP, images.device), model.decoder.mask_id), z_q)
+        return model.soft_decode(logits_BPV.float()).float()

@@ -1,0 +1,94 @@
+"""How much arithmetic a training step of each stage takes, over all ranks: forward passes by formula, times how often.
+
+A network that is trained has two products in the backward pass for each of the forward pass; one that is frozen and
+only led through has one, and so has a first layer, whose input needs no gradient. Blocks that are computed twice to
+save memory count once: this is the model's arithmetic, not the machine's.
+"""
+
+from infra.training.schedule import TrainingConfig
+from infra.training.speed import Effort
+from sftok.config import (
+    AlignmentStageConfig,
+    FineTuneStageConfig,
+    PixelStageConfig,
+    TeacherConfig,
+    TeacherStageConfig,
+    TokenizerConfig,
+)
+from sftok.model import flops
+
+
+def alignment_effort(
+    config: AlignmentStageConfig, tokenizer: TokenizerConfig, teacher: TeacherConfig, image_size: int
+) -> Effort:
+    """Of warming up and alignment: the teacher's codes, the guide, encoder and decoder."""
+    guides = config.guide_steps if config.replacement == "self_forcing" else 0
+    image = (
+        flops.teacher_encoder(teacher, image_size)
+        + flops.nearest_code(teacher, image_size)
+        + 3 * flops.encoder(tokenizer, image_size)
+        - flops.patches(tokenizer, image_size)
+        + flops.assignment(tokenizer)
+        + (guides + 3) * flops.decoder(tokenizer, teacher, image_size)
+    )
+    return _effort(config.training, image, a_pass=3 * flops.codebook(tokenizer))
+
+
+def fine_tune_effort(
+    config: FineTuneStageConfig, tokenizer: TokenizerConfig, teacher: TeacherConfig, image_size: int
+) -> Effort:
+    """Of fine-tuning: the frozen encoder, the guide, decoder and pixel decoder, losses on pixels."""
+    image = (
+        flops.encoder(tokenizer, image_size)
+        + flops.assignment(tokenizer)
+        + (config.guide_steps + 3) * flops.decoder(tokenizer, teacher, image_size)
+        - flops.latents(tokenizer)
+        + 3 * flops.soft_codes(teacher, image_size)
+        + 3 * flops.teacher_decoder(teacher, image_size)
+        + _perceptual(config, image_size)
+    )
+    effort = _effort(config.training, image, a_pass=flops.codebook(tokenizer))
+    return _with_adversary(effort, config, image_size)
+
+
+def teacher_effort(config: TeacherStageConfig, image_size: int) -> Effort:
+    """Of the teacher's training: encoder, distances to codes, decoder, losses on pixels."""
+    model = config.model
+    image = (
+        3 * flops.teacher_encoder(model, image_size)
+        - flops.teacher_first(model, image_size)
+        + flops.nearest_code(model, image_size)
+        + 3 * flops.teacher_decoder(model, image_size)
+        + _perceptual(config, image_size)
+    )
+    return _with_adversary(_effort(config.training, image), config, image_size)
+
+
+def _effort(training: TrainingConfig, image: int, a_pass: int = 0) -> Effort:
+    step = training.batch_size * image + training.micro_batches * a_pass
+    return Effort({"images": training.batch_size}, step, training.precision)
+
+
+def _perceptual(config: PixelStageConfig, image_size: int) -> int:
+    """LPIPS: its network on the image, with the gradient to it, and on the target."""
+    if not config.perceptual_weight:
+        return 0
+    return 3 * flops.vgg(image_size) + 2 * flops.lpips_weights(image_size)
+
+
+def _with_adversary(effort: Effort, config: PixelStageConfig, image_size: int) -> Effort:
+    adversary = config.adversarial
+    if not adversary.weight:
+        return effort
+    # Once with the gradient to the image, then on the target and the image, each with gradients of the weights.
+    if adversary.kind == "patch":
+        whole, first = flops.patch_discriminator(adversary, image_size), flops.patch_first(adversary, image_size)
+        image = (2 + 3 + 3) * whole - 2 * first
+    else:
+        whole, first = flops.dino_heads(image_size), flops.dino_heads_first(image_size)
+        # Of a product in attention both sides depend on the image, so it has two in the backward pass, frozen or not.
+        image = (
+            (2 + 1 + 1) * flops.dino(image_size) + flops.dino_attention(image_size) + (2 + 3 + 3) * whole - 2 * first
+        )
+    later = config.training.batch_size * image
+    return Effort(effort.items, effort.flops, effort.precision, later, adversary.start_step)

@@ -1,0 +1,95 @@
+"""The losses of a stage that is trained towards pixels, and the training of the discriminator behind one of them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infra.training.learner import Learner, Plan
+from infra.training.loop import Run, Saved, generator_of
+from sftok.config import PixelStageConfig
+from sftok.losses.adversarial import Adversary
+from sftok.losses.perceptual import Lpips, load_lpips
+from sftok.training.common import Weights
+
+
+class PixelLosses:
+    """Mean squared error, LPIPS where it has weights, and a discriminator from its first step on; all in float32."""
+
+    def __init__(self, config: PixelStageConfig, *, run: Run, lpips: Lpips | None, adversary: Adversary | None) -> None:
+        self.config, self.run, self.lpips, self.adversary = config, run, lpips, adversary
+        self.learner = _learner(adversary, config, run) if adversary is not None else None
+
+    @classmethod
+    def of(cls, config: PixelStageConfig, image_size: int, *, run: Run, weights: Weights) -> "PixelLosses":
+        """With the networks that the config asks for.
+
+        Raises:
+            ValueError: weights that the config asks for are not there.
+        """
+        lpips = adversary = None
+        if config.perceptual_weight:
+            lpips = load_lpips(weights(config.lpips, "LPIPS (lpips)")).to(run.device)
+        if config.adversarial.weight:
+            is_dino = config.adversarial.kind == "dino"
+            adversary = Adversary(
+                config.adversarial,
+                steps=config.training.steps,
+                image_size=image_size,
+                micro_batch=config.training.micro_batch or config.training.batch_size,
+                dino=weights(config.adversarial.dino, "DINO (adversarial.dino)") if is_dino else None,
+                device=run.device,
+            )
+        return cls(config, run=run, lpips=lpips, adversary=adversary)
+
+    def of_batch(self, images: Tensor, targets: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, float (b, 3, S, S) each; adds to the discriminator's gradients on the way.
+
+        Returns:
+            The loss to train the images' network with, and figures to log.
+        """
+        error = F.mse_loss(images, targets)
+        loss, figures = self.config.reconstruction_weight * error, {"mse": error}
+        if self.lpips is not None:
+            figures["lpips"] = self.lpips(images, targets).mean()
+            loss = loss + self.config.perceptual_weight * figures["lpips"]
+        if self.adversary is None or not self.adversary.is_active(step):
+            return loss, figures
+        adversarial = self.adversary.generator_loss(images, self._noise("generator", step, part))
+        figures["adversarial"] = adversarial
+        return loss + adversarial, figures | self._discriminate(images, targets, step, part)
+
+    def _discriminate(self, fakes: Tensor, reals: Tensor, step: int, part: int) -> dict[str, Tensor]:
+        assert self.adversary is not None
+        assert self.learner is not None
+        loss, figures = self.adversary.discriminator_loss(reals, fakes, self._noise("discriminator", step, part))
+        self.learner.backward(loss)
+        return figures
+
+    def update(self, step: int) -> dict[str, Tensor | float]:
+        """One step of the discriminator on the gradients of the step's micro-batches."""
+        if self.adversary is None or self.learner is None or not self.adversary.is_active(step):
+            return {}
+        figures = {f"d_{name}": value for name, value in self.learner.update(step).items()}
+        self.adversary.end_step(self.run.ranks.total)
+        return figures
+
+    def saved(self) -> dict[str, Saved]:
+        """What checkpoints hold of it."""
+        if self.adversary is None or self.learner is None:
+            return {}
+        return {"discriminator": self.learner, "adversary": self.adversary}
+
+    def _noise(self, who: str, step: int, part: int) -> torch.Generator:
+        return generator_of(self.run.seed, "augment", who, step, part)
+
+
+def _learner(adversary: Adversary, config: PixelStageConfig, run: Run) -> Learner:
+    plan = Plan(
+        config.adversarial.optimizer,
+        adversary.steps,
+        start=config.adversarial.start_step,
+        micro_batches=config.training.micro_batches,
+        may_skip=config.training.precision == "fp16",  # its images come out of half precision
+        ranks=run.ranks,
+    )
+    return Learner(adversary.named_parameters(), plan)

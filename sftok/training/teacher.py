@@ -1,0 +1,148 @@
+"""Training of the teacher on the data, where no weights are given: pixels, codebook, and what makes pixels look real.
+
+Shapes: B images, M latents, C channels of a code, V codes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from infra.training.learner import Best, Learner, Plan
+from infra.training.loop import (
+    Run,
+    Saved,
+    TrainResult,
+    Validation,
+    autocast,
+    generator_of,
+    mean_over_ranks,
+    over_micro_batches,
+    seed_torch,
+    train_loop,
+)
+from sftok.config import TeacherStageConfig
+from sftok.losses.proxy import vq_loss
+from sftok.metrics.functional import psnr
+from sftok.model.teacher import Teacher
+from sftok.training.common import TrainingImages, Weights, in_passes, set_up, share_used
+from sftok.training.flops import teacher_effort
+from sftok.training.pixel_losses import PixelLosses
+from sftok.weights.artifacts import save_teacher
+
+
+def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Run, weights: Weights) -> TrainResult:
+    """Train a teacher on the images: reconstruction, perceptual and adversarial losses, codebook and commitment.
+
+    Args:
+        images: what to learn from.
+        config: the stage.
+        run: where to write.
+        weights: reads pretrained weights.
+    """
+    seed_torch(run.seed, run.device)
+    training = config.training
+    model = Teacher(config.model).to(torch.device(run.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    set_up([model.encoder, model.decoder], training)
+    learner = Learner(model.named_parameters(), Plan.of(training, run.ranks))
+    stream, held_out = images.stream(run, training), images.held_out(run)
+    pixels = PixelLosses.of(config, held_out.shape[-1], run=run, weights=weights)
+    restart = CodebookRestart(model, config, run)
+
+    def step(step: int) -> dict[str, Tensor | float]:
+        if restart.is_due(step):
+            restart.replace(step, stream.batch(step, 0))
+
+        def part(part: int) -> dict[str, Tensor]:
+            batch = stream.batch(step, part)
+            with autocast(training.precision, run.device):
+                out = model(batch)
+            latents, quantized = out.latents.float(), out.quantized.float()
+            loss, figures = pixels.of_batch(out.images.float(), batch, step, part)
+            loss = loss + vq_loss(latents, quantized, config.commitment_weight)
+            learner.backward(loss)
+            restart.count(out.codes)
+            return {"loss": loss, **figures}
+
+        figures = over_micro_batches(part, step, training.micro_batches, run=run)
+        return figures | learner.update(step) | pixels.update(step)
+
+    @torch.no_grad()
+    def validate(_: int) -> Validation:
+        def work(images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+            codes = model.encode(images)
+            decoded = model.decode(codes)
+            return {"codes": codes, "val_psnr": psnr(decoded, images)}, [images, decoded]
+
+        with learner.averaged():
+            found, picture = in_passes(work, held_out, training.at_once)
+        figures = {
+            "val_psnr": mean_over_ranks(found["val_psnr"], run),
+            "val_code_usage": share_used(torch.cat(found["codes"]), config.model.codebook_size, run),
+        }
+        return Validation(figures, {"reconstructions": picture})
+
+    saved: dict[str, Saved] = {"model": learner, "restart": restart, **pixels.saved()}
+    best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
+    effort = teacher_effort(config, held_out.shape[-1])
+    end = train_loop(saved, step, training, run=run, validate=validate, best=best, effort=effort)
+    with learner.averaged():
+        files = save_teacher(model, run.out) if run.ranks.is_first else []
+    return TrainResult([*files, *end.files], {"steps": training.steps}, end.validation | end.speed)
+
+
+class CodebookRestart:
+    """Starts the codebook at latents of the data, and moves codes that nothing uses to where the others are far."""
+
+    def __init__(self, model: Teacher, config: TeacherStageConfig, run: Run) -> None:
+        self.model, self.every, self.run = model, config.restart_every, run
+        self.until = config.training.steps // 2
+        self.used = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=model.codebook.weight.device)
+
+    def is_due(self, step: int) -> bool:
+        """Whether codes are replaced before this step."""
+        return step == 0 or (self.every > 0 and step % self.every == 0 and step < self.until)
+
+    @torch.no_grad()
+    def replace(self, step: int, images_B3HW: Tensor) -> None:
+        """Replace unused codes by latents of these images: every rank looks at the same ones and picks the same."""
+        used = self.run.ranks.total(self.used)
+        latents_MC = self.model.encoder(images_B3HW).permute(0, 2, 3, 1).flatten(0, 2)
+        unused = (used == 0).nonzero()[:, 0]
+        kept_VC = self.model.codebook.weight[used > 0]
+        seeds = generator_of(self.run.seed, "restart", step)
+        self.model.codebook.weight[unused] = spread_out(latents_MC, kept_VC, len(unused), seeds)
+        self.used.zero_()
+
+    def count(self, codes_BP: Tensor) -> None:
+        """Note which codes a step used."""
+        codes_M = codes_BP.flatten()
+        self.used.scatter_add_(0, codes_M, torch.ones_like(codes_M))  # bincount would have the host wait for the codes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The counts since the last restart."""
+        return {"used": self.used}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the counts."""
+        self.used.copy_(tensors["used"])
+
+
+def spread_out(latents_MC: Tensor, kept_VC: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Pick `count` latents far from each other and from those kept (k-means++), (count, C).
+
+    Picking uniformly would crowd codes where latents are dense, such as a plain background, whose many equal codes
+    nothing could then predict.
+    """
+    nearest_M = torch.full((len(latents_MC),), torch.inf, device=latents_MC.device)
+    if len(kept_VC):
+        nearest_M = torch.cdist(latents_MC, kept_VC).amin(1).square()
+    picked = []
+    for uniform in torch.rand(count, generator=generator, dtype=torch.float64).tolist():
+        weight_M = torch.ones_like(nearest_M) if nearest_M.isinf().all() else nearest_M
+        # Added up on the CPU, always in the same order; the host has to wait for the index anyway.
+        cumulative_M = weight_M.double().cpu().cumsum(0)
+        index = int(torch.searchsorted(cumulative_M, uniform * cumulative_M[-1]).clamp(max=len(latents_MC) - 1))
+        picked.append(latents_MC[index])
+        nearest_M = torch.minimum(nearest_M, (latents_MC - latents_MC[index]).square().sum(1))
+    return torch.stack(picked) if picked else latents_MC[:0]

@@ -1,0 +1,173 @@
+"""Ranks: they share, sum and wait; what goes wrong in one is said as itself; a lost one is replaced."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.compute.cluster import session
+from infra.compute.ranks import ALONE, Ranks, process_group, run_ranks
+from infra.compute.workers import WorkerOptions, map_shards
+from infra.progress import Progress
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with session(num_cpus=2):
+        yield
+
+
+def sum_up(ranks: Ranks, progress: Progress) -> tuple[list[float], list[float]]:
+    mine = torch.tensor([ranks.rank + 1.0, 10.0])
+    gradients = [torch.full((3, 2), float(ranks.rank)), torch.full((2,), 1.0)]
+    ranks.totals_(gradients)
+    ranks.wait()
+    progress(1, 1, {"rank": ranks.rank})
+    return ranks.total(mine).tolist(), [g.mean().item() for g in gradients]
+
+
+def test_two_ranks_sum_and_the_first_ones_result_is_the_result() -> None:
+    assert run_ranks(sum_up, 2) == ([3.0, 20.0], [1.0, 2.0])
+
+
+def test_alone_there_is_nothing_to_sum() -> None:
+    assert run_ranks(sum_up, 1) == ([1.0, 10.0], [0.0, 1.0])
+    assert os.getpid() == run_ranks(lambda ranks, progress: os.getpid(), 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_part_is_some_ranks_and_in_order(size: int) -> None:
+    shares = [list(Ranks(rank, size).share(8)) for rank in range(size)]
+    assert [part for share in shares for part in share] == list(range(8))
+
+
+def test_parts_that_cannot_be_shared_are_refused() -> None:
+    assert list(ALONE.share(3)) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"3 micro-batches .* divide by 2 ranks; set training\.micro_batch"):
+        Ranks(0, 2).share(3)
+
+
+def fail_in_the_second(ranks: Ranks, progress: Progress) -> None:
+    if ranks.rank == 1:
+        raise ValueError("a broken config")
+    ranks.wait()  # the first one waits for somebody who will not come
+
+
+def test_an_error_of_one_rank_is_the_error_of_all() -> None:
+    with pytest.raises(ValueError, match="a broken config"):
+        run_ranks(fail_in_the_second, 2)
+
+
+@pytest.mark.parametrize(("backend", "left"), [("gloo", 1), ("nccl", 0)])
+def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(
+    backend: str, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's groups are left by all at once, and the others wait for a sum: the error would never be told."""
+    leaving: list[str] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: leaving.append(backend))
+    with process_group(Ranks(1, 2), ("there", 0), object(), backend=backend):
+        pass
+    assert len(leaving) == 1
+    leaving.clear()
+    with pytest.raises(ValueError, match="memory"), process_group(Ranks(1, 2), ("there", 0), object(), backend=backend):
+        raise ValueError("memory ran out")
+    assert len(leaving) == left
+
+
+def die_once(marker: Path, ranks: Ranks, progress: Progress) -> str:
+    if ranks.rank == 1 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.wait()
+    return "done"
+
+
+def test_a_killed_rank_is_replaced(tmp_path: Path) -> None:
+    assert run_ranks(partial(die_once, tmp_path / "died"), 2) == "done"
+    assert (tmp_path / "died").exists()
+
+
+def place_and_workers(ranks: Ranks, progress: Progress) -> tuple[int, str, list[str]]:
+    """Where a process is, and where workers are that it starts itself."""
+    options = WorkerOptions(workers=1, gpus_per_worker=0.99)
+    return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], map_shards(make_place, [0], options=options)
+
+
+def make_place() -> partial[str]:
+    return partial(lambda shard: os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+GPU = """
+import json
+import ray
+from infra.compute.ranks import run_ranks
+from tests.infra.compute.test_ranks import place_and_workers
+
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+pid, *places = run_ranks(place_and_workers, 1, gpus=0.01)
+import os
+refused = ""
+try:
+    run_ranks(place_and_workers, 2, gpus=1.0)
+except ValueError as error:
+    refused = str(error)
+print(json.dumps([pid != os.getpid(), places, refused]))
+ray.shutdown()
+"""
+
+
+def test_on_a_gpu_one_rank_has_a_process_of_its_own_and_leaves_room_for_its_workers() -> None:
+    """On a declared GPU, which need not exist; guards against an evaluation that waits for its own card."""
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": root}
+    command = [sys.executable, "-c", GPU]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    is_own, places, refused = json.loads(done.stdout)
+    assert is_own
+    assert places == ["0", ["0"]]
+    assert refused == "2 processes need a GPU each, and this machine has 1: lower --ranks"
+
+
+class Rung(BaseException):
+    pass
+
+
+def ring(*_: object) -> None:
+    raise Rung
+
+
+def wait_long(ranks: Ranks, progress: Progress) -> None:
+    time.sleep(60)
+
+
+def make_long() -> partial[None]:
+    return partial(lambda seconds: time.sleep(seconds))
+
+
+WAITS = {
+    "ranks": lambda: run_ranks(wait_long, 2),
+    "workers": lambda: map_shards(make_long, [60, 60], options=WorkerOptions(workers=2)),
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_a_signal_while_ray_waits_comes_out_as_itself(what: str) -> None:
+    """Ray's compiled code makes a SystemError of it, which was told as a failure of the stage."""
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 6)
+    try:
+        with pytest.raises(Rung):
+            WAITS[what]()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,227 @@
+import io
+import logging
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from sftok.images.preprocess import to_rgb
+from sftok.sources import files
+from sftok.sources.sources import RejectedEntryError, Source, list_source
+
+
+def png(color: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (color % 256, color // 256, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def fill(root, *paths):
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(png(number))
+    return root
+
+
+def ids(source: Source) -> list[str]:
+    return [entry.image_id for entry in source.entries]
+
+
+def problems(source: Source) -> dict[str, str]:
+    return {entry.image_id: entry.problem for entry in source.entries if entry.problem}
+
+
+def test_digits():
+    source = list_source("sklearn:digits")
+    assert len(source.entries) == 1797
+    assert source.class_names == tuple("0123456789")
+    assert ids(source)[7] == "digits/0007.png"
+    scans = load_digits()
+    assert [int(entry.class_name) for entry in source.entries] == scans.target.tolist()
+    for index in (0, 7, 1796):
+        data = source.read(source.entries[index])
+        assert len(data) == source.entries[index].size
+        image = to_rgb(data)
+        assert image.size == (32, 32)
+        back = np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX)) / 255 * 16
+        assert np.corrcoef(back.ravel(), scans.images[index].ravel())[0, 1] > 0.97
+    assert list_source("sklearn:digits").digest == source.digest
+
+
+def test_folders_with_both_splits(tmp_path):
+    source = list_source(str(fill(tmp_path, "train/b/1.png", "train/a/x/2.png", "val/a/1.png", "val/b/1.png")))
+    assert ids(source) == ["train/a/x/2.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"]
+    assert source.class_names == ("a", "b")
+    assert [(entry.split, entry.class_name) for entry in source.entries] == [
+        ("train", "a"),
+        ("train", "b"),
+        ("val", "a"),
+        ("val", "b"),
+    ]
+    assert source.read(source.entries[0]) == png(1)
+    assert pickle.loads(pickle.dumps(source)) == source, "workers get it by pickle"
+
+
+def test_folders_without_splits(tmp_path):
+    source = list_source(f"file://{fill(tmp_path, 'b/1.png', 'a/2.png')}")
+    assert ids(source) == ["a/2.png", "b/1.png"]
+    assert {entry.split for entry in source.entries} == {None}
+
+
+def test_train_alone_is_split_by_hash_and_says_what_is_not_read(tmp_path, caplog):
+    fill(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png")
+    with caplog.at_level(logging.INFO):
+        source = list_source(str(tmp_path))
+    assert ids(source) == ["train/a/1.png", "train/b/1.png"]
+    assert {entry.split for entry in source.entries} == {None}
+    assert "not test" in caplog.text
+    assert "no val folder" in caplog.text
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    source = list_source(str(fill(tmp_path, "train/1.png", "bus/1.png", "car/1.png")))
+    assert source.class_names == ("bus", "car", "train")
+
+
+def test_names_of_any_kind(tmp_path):
+    names = [
+        "ü 日本 🦆.png",
+        "é.png",
+        "e\u0301.png",
+        "'\"`.png",
+        "a\nb\r.png",
+        "<b>&amp;</b>.png",
+        "%2e%2e.png",
+        "a\\b.png",
+        " ",
+        "-rf",
+    ]
+    fill(tmp_path, *(f"a, b'\n<i>/{name}" for name in names))
+    source = list_source(str(tmp_path))
+    assert sorted(ids(source)) == sorted(f"a, b'\n<i>/{name}" for name in names)
+    assert not problems(source)
+    assert sorted(map(source.read, source.entries)) == sorted(png(number) for number in range(len(names)))
+
+
+def test_what_cannot_be_an_image_is_listed_with_the_reason(tmp_path):
+    fill(tmp_path, "a/good.png", "a/folder.png/inside.png", "loose.PNG", "notes.txt", "a/.DS_Store", "a/._good.png")
+    folder = tmp_path / "a"
+    (folder / "broken.png").symlink_to("nowhere.png")
+    (folder / "self.png").symlink_to("self.png")
+    (folder / "up").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "link.png").symlink_to("good.png")
+    (tmp_path / "empty.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    os.close(os.open(os.fsencode(folder) + b"/caf\xe9.png", os.O_CREAT | os.O_WRONLY))
+    source = list_source(str(tmp_path))
+    assert problems(source) == {
+        "a/broken.png": "broken symbolic link to 'nowhere.png'",
+        "a/caf\\xe9.png": "the file's name is not UTF-8",
+        "a/folder.png": "a folder named like an image",
+        "a/pipe.png": "not a regular file",
+        "a/self.png": "broken symbolic link to 'self.png'",
+        "a/up": "a symbolic link to a folder above it",
+        "empty.png": "a folder named like an image",
+        "loose.PNG": "not in a class folder",
+    }
+    assert [name for name in ids(source) if name not in problems(source)] == [
+        "a/folder.png/inside.png",
+        "a/good.png",
+        "a/link.png",
+    ]
+    assert source.class_names == ("a",)
+
+
+def test_a_linked_class_folder_is_read(tmp_path):
+    fill(tmp_path, "elsewhere/1.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert ids(list_source(str(tmp_path / "data"))) == ["a/1.png"]
+
+
+def test_digest_is_of_paths_sizes_and_times_not_of_order(tmp_path, monkeypatch):
+    fill(tmp_path, *(f"{label}/{number}.png" for label in "ab" for number in range(5)))
+    before = list_source(str(tmp_path))
+    scandir = os.scandir
+
+    class Reversed:
+        def __init__(self, path):
+            with scandir(path) as items:
+                self.items = sorted(items, key=lambda item: item.name, reverse=True)
+
+        def __enter__(self):
+            return self.items
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(files.os, "scandir", Reversed)
+    assert list_source(str(tmp_path)) == before
+    monkeypatch.undo()
+
+    digests = {before.digest}
+    os.utime(tmp_path / "a/0.png", ns=(1, 1))
+    digests.add(list_source(str(tmp_path)).digest)
+    (tmp_path / "a/0.png").write_bytes(b"other")
+    os.utime(tmp_path / "a/0.png", ns=(1, 1))
+    digests.add(list_source(str(tmp_path)).digest)
+    (tmp_path / "a/0.png").rename(tmp_path / "a/00.png")
+    digests.add(list_source(str(tmp_path)).digest)
+    assert len(digests) == 4
+
+
+def test_moved_data_has_the_same_digest(tmp_path):
+    fill(tmp_path, "here/a/1.png")
+    before = list_source(str(tmp_path / "here")).digest
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert list_source(str(tmp_path / "there")).digest == before
+
+
+@pytest.mark.parametrize(
+    ("paths", "source", "message"),
+    [
+        ([], "missing", "missing' does not exist: give a folder"),
+        (["file"], "file", "is not a folder"),
+        (["1.png", "2.jpg"], "", "holds 2 images but no class folders: put images into DIR/CLASS/"),
+        (["train/1.png", "val/1.png"], "", "holds 2 images but no class folders: put images into"),
+        ([], "", "holds no images"),
+        (["notes.txt"], "", "holds no images"),
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "", "class 'b' is in train and not in val"),
+        (["train/a/1.png", "val/a/1.png", "val/c/1.png"], "", "class 'c' is in val and not in train"),
+        (["val/a/1.png"], "", "val/CLASS but no train/CLASS"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_with_a_remedy(tmp_path, paths, source, message):
+    fill(tmp_path, *paths)
+    with pytest.raises(ValueError, match=message):
+        list_source(str(tmp_path / source))
+
+
+def test_empty_class_folders_are_refused(tmp_path):
+    fill(tmp_path, "a/1.png")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="b' is empty: put images into it"):
+        list_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["", "https://example.org/data", "sklearn:iris", "gs://bucket/data"])
+def test_other_sources_are_refused(source):
+    with pytest.raises(ValueError, match="sklearn:digits"):
+        list_source(source)
+
+
+def test_a_file_that_went_away_is_rejected_and_other_errors_pass(tmp_path, monkeypatch):
+    source = list_source(str(fill(tmp_path, "a/1.png")))
+    (tmp_path / "a/1.png").unlink()
+    with pytest.raises(RejectedEntryError, match="gone"):
+        source.read(source.entries[0])
+
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files.Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        source.read(source.entries[0])
