@@ -1,6 +1,10 @@
-"""The base of every config that leaves the process: frozen, described, unknown keys refused."""
+"""Define the base of every config (frozen, described, unknown keys rejected) and types that configs share."""
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Config(BaseModel):

@@ -6,8 +6,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.device import default_precision
-from infra.config import Config
-from infra.training.schedule import OptimizerConfig, Precision, TrainingConfig
+from infra.config import Config, Precision
+from infra.training.schedule import OptimizerConfig, TrainingConfig
 
 Assignment = Literal["nearest", "sinkhorn"]
 MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]

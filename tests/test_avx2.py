@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 # Read when torch, oneDNN and MKL are first used: hence a process of its own. As `make test-avx2` has them.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-QUICK = ("sftok/test_inference.py", "generator/test_sample.py", "infra/test_precision.py")
+QUICK = ("sftok/model/test_prepared.py", "generator/sampling/test_autoregressive.py", "infra/compute/test_precision.py")
 WHOLE = ("sftok", "generator", "infra")
 SCRIPT = """\
 import sys, pytest, torch

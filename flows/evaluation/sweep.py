@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flows.pipeline.generator import TRAIN_GENERATOR
 from flows.results.types import SweepPoint, SweepRow
-from flows.stage import Job, Result, Work, plan_of
+from flows.stage import Job, Result, Stage, Work, plan_of
 from generator.artifacts import load_generator
 from generator.autoregressive import Generator
 from generator.code_space import CodeSpace
@@ -57,13 +56,13 @@ class Swept(NamedTuple):
     temperatures: tuple[float, ...]
 
 
-def with_sweep(work: Work, measured: Result) -> Result:
+def with_sweep(work: Work, measured: Result, train: Stage) -> Result:
     """Add the sweep, if the recipe asks for one, to what the evaluate stage has measured."""
     if not work.recipe.evaluate.sweep.cfg_scales:
         return measured
     torch.set_num_threads(work.recipe.threads)
     reader, decoder, points, seconds = _reader(work), _decoder(work), [], []
-    for swept in _generators(work):
+    for swept in _generators(work, train):
         for config in _settings(work, swept):
             codes, wanted, taken = _drawn(work, swept, config)
             images = decoder(codes, [each.sample_id for each in wanted], work.recipe.decoding).images
@@ -94,7 +93,7 @@ def read_sweep(folder: Store, evaluation: Manifest) -> tuple[SweepRow, ...]:
     )
 
 
-def _generators(work: Work) -> Iterator[Swept]:
+def _generators(work: Work, train: Stage) -> Iterator[Swept]:
     """The run's generator, then the second one where the recipe has one."""
     sweep, sample, store = work.recipe.evaluate.sweep, work.recipe.sample, work.job.store
     temperatures: dict[GeneratorKind, tuple[float, ...]] = {
@@ -107,7 +106,7 @@ def _generators(work: Work) -> Iterator[Swept]:
     yield Swept(first, _prepared(model, sample, work.job.device), model.space, sample, temperatures[first])
     if sweep.generator is None:
         return
-    manifest = _second(work)
+    manifest = _second(work, train)
     model, _ = load_generator(folder_of(store, manifest.kind, manifest.digest))
     kind = model.config.kind
     name = kind if kind != first else f"{kind}, the second"
@@ -119,18 +118,18 @@ def _prepared(model: Generator | MaskedGenerator, config: SampleConfig, device: 
     return Prepared(model.to(device), config.arithmetic, compile=bool(config.compile))
 
 
-def _second(work: Work) -> Manifest:
-    """The second generator: what `train_generator` makes of these codes with the sweep's settings."""
+def _second(work: Work, train: Stage) -> Manifest:
+    """The second generator: what the stage `train` makes of these codes with the sweep's settings."""
     sweep, store = work.recipe.evaluate.sweep, work.job.store
     changes = {"generator": sweep.generator, "train_generator": sweep.train_generator}
     job: Job = work.job._replace(recipe=work.recipe.model_copy(update=changes), ranks=1)
-    plan = plan_of(TRAIN_GENERATOR, job, {"codes": work.ref("codes")})
+    plan = plan_of(train, job, {"codes": work.ref("codes")})
     if (found := find(store, plan)) is not None:
         return found
     log.info("sweep: training the second generator, which the store has none like")
     began, out = time.monotonic(), folder_of(store, plan.kind, plan.digest)
     note(out, device_facts(job.device, job.recipe.compute.numerics))
-    made = TRAIN_GENERATOR.call(Work(job, plan, out, silent))
+    made = train.call(Work(job, plan, out, silent))
     taken = round(time.monotonic() - began, 3)
     manifest = publish(store, plan, files=made.files, counts=made.counts, metrics=made.metrics, seconds=taken)
     Checkpoints(out.at(CHECKPOINTS)).clear()

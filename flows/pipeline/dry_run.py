@@ -32,7 +32,9 @@ RATE = 125e12  # operations a second of one GPU
 RATE_SOURCE = "125 TFLOP/s a GPU: assumed, 40 % of an A100's 312 in bf16"
 IMAGE_BYTES = 110_000  # of an encoded JPEG
 CODE_BYTES = 1.67  # a code with its share of ids and labels: 106.8 bytes measured for 64 of 13 bits
-SIZE_SOURCE = "110 KB an image (ImageNet's mean, assumed); codes as measured in infra/CODES.md; weights 4 bytes each"
+SIZE_SOURCE = (
+    "110 KB an image (ImageNet's mean, assumed); codes as measured in docs/reference/codes.md; weights 4 bytes each"
+)
 FIRST = "after prepare"
 
 

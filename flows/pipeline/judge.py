@@ -2,6 +2,7 @@
 
 from pydantic import JsonValue
 
+from flows.pipeline.generator import TRAIN_GENERATOR
 from flows.stage import Job, Result, Stage, Work, computed, decoding_what, encode_what, seeded, what_of
 
 
@@ -21,7 +22,7 @@ def _evaluate(work: Work) -> Result:
     from flows.evaluation.inputs import measure
     from flows.evaluation.sweep import with_sweep
 
-    return with_sweep(work, measure(work))
+    return with_sweep(work, measure(work), TRAIN_GENERATOR)
 
 
 def _report_what(job: Job) -> dict[str, JsonValue]:

@@ -9,8 +9,7 @@ from pydantic import JsonValue, ValidationError
 from flows.report.history import HISTORY, history_page
 from flows.report.pages import Told, read_evaluation, report_data
 from flows.report.render import Report, build_report
-from flows.results.compare import compare
-from flows.results.compared import Comparison, GateResult
+from flows.results.comparison import Comparison, GateResult, compare
 from flows.results.gate import GateConfig, Threshold, judge
 from flows.runs.history import PastRun, before, is_evaluated, latest, records, ref_of
 from flows.runs.journal import REPORT_FILES

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Mapping
 
 from flows.recipes.schema import Recipe
+from infra.config import Precision
 from infra.settings import Settings
-from infra.training.schedule import Precision
 
 HALF: tuple[Precision, ...] = ("bf16", "fp16")
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from pydantic import Field, field_validator
 
-from flows.results.compared import Compared, Comparison, GateResult
+from flows.results.comparison import Comparison, FigureChange, GateResult
 from infra.config import Config
 
 
@@ -52,7 +52,7 @@ class GateConfig(Config):
 class Loss(NamedTuple):
     """A figure that became worse than it may."""
 
-    figure: Compared
+    figure: FigureChange
     threshold: Threshold
 
     def __str__(self) -> str:

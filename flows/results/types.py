@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, FiniteFloat, JsonValue, model_validator
 
-from flows.results.compared import Comparison, GateResult
+from flows.results.comparison import Comparison, GateResult
 from infra.config import Config
 
 

@@ -33,7 +33,7 @@ from infra.compute.cluster import session
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress, silent
 from infra.store.store import Store
-from sftok.prepare.shard import METADATA_KEY
+from sftok.images.contract import METADATA_KEY
 from sftok.prepare.verify import UNREADABLE, ClassNames, ImagesCheck
 
 MIB = 1 << 20

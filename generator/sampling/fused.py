@@ -1,7 +1,7 @@
 """The cached steps of an autoregressive generator on a GPU, in few kernels: what its blocks compute, cut at attention.
 
 Between one attention and the next lies a function of tensors alone, the same for every layer: compiled once, it serves
-them all. Attention is a kernel of its own (generator/sampling/attention_kernel.py), since it writes the cache, which a compiled
+them all. Attention is a kernel of its own (`attention_kernel`), since it writes the cache, which a compiled
 function would have to hand out again.
 
 Shapes: R rows, N codes a sequence, V codebook size, W width, H heads, D channels a head, C = 3 * W.

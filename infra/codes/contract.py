@@ -7,7 +7,7 @@ One row is one view of one image (or one sample of the generator):
     variant    string                     center, flip, affine-1 ...
     codes      fixed_size_list<uint16>[N] in the order of the latent tokens; uint32 above 65,536 codes
 
-The schema metadata hold `CodesInfo` as JSON under the key `sftok`. CODES.md, beside this file, shows how other tools
+The schema metadata hold `CodesInfo` as JSON under the key `sftok`. docs/reference/codes.md shows how other tools
 read it, and the measurements behind the layout.
 """
 

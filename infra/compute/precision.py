@@ -6,7 +6,7 @@ import time
 import torch
 
 from infra.compute.device import cpu_features
-from infra.training.schedule import Precision
+from infra.config import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIDE = 192  # of the product that is timed: some CPUs do half a GFLOP/s in bfloat16

@@ -1,4 +1,4 @@
-"""An S3 prefix as a place to keep files, through s3fs; used by `infra.store.store`, and for reading sources of images."""
+"""Keep files under an S3 prefix, through s3fs; used by `infra.store.store`, and for reading sources of images."""
 
 import errno
 import io

@@ -20,12 +20,13 @@ from infra.compute.device import default_device as default_device
 from infra.compute.memory import full_memory
 from infra.compute.ranks import ALONE, Ranks
 from infra.compute.transfer import fetch
+from infra.config import Precision
 from infra.progress import Progress, silent
 from infra.store.store import Store
 from infra.training.checkpoint import CHECKPOINTS, Checkpoints
 from infra.training.learner import Best, Learner
 from infra.training.log import Book
-from infra.training.schedule import LoopConfig, Precision, TrainingConfig
+from infra.training.schedule import LoopConfig, TrainingConfig
 from infra.training.speed import Effort
 
 log = logging.getLogger(__name__)

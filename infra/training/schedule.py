@@ -4,10 +4,9 @@ from typing import Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
-from infra.config import Config
+from infra.config import Config, Precision
 
 COMPILED_WIDTH = 512  # narrower networks are trained before they are compiled
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class OptimizerConfig(Config):

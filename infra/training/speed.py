@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from infra.training.schedule import Precision
+from infra.config import Precision
 
 # Dense TFLOP/s in half precision, in single precision, and in single precision by TF32 where the GPU has it, from the
 # vendor's data sheets (which double what tensor cores do where they mean sparse products).

@@ -16,6 +16,7 @@ from infra.artifacts.shards import SHARD, split_of
 from infra.compute.transfer import send
 from infra.store.store import Store
 from sftok.config import AugmentConfig
+from sftok.images.contract import METADATA_KEY, NO_CLASS, SPLITS
 from sftok.images.preprocess import (
     affine,
     augment,
@@ -27,10 +28,7 @@ from sftok.images.preprocess import (
     uniforms,
     variant_name,
 )
-from sftok.prepare.prepare import METADATA_KEY
-from sftok.sources.sources import SPLITS
 
-NO_CLASS = -1
 _ROWS_READ = 64  # at once
 _LABELS_READ = 1 << 14
 

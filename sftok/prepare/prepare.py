@@ -35,12 +35,13 @@ from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress, silent
 from infra.store.store import Store
 from sftok.config import DataConfig
+from sftok.images.contract import SPLITS
 from sftok.prepare.plan import plan_shards
-from sftok.prepare.shard import METADATA_KEY, REJECTED, ShardResult, ShardWriter
+from sftok.prepare.shard import REJECTED, ShardResult, ShardWriter
 from sftok.sources.containers import BYTES, name_classes, open_containers
-from sftok.sources.listing import SPLITS, Source, values
+from sftok.sources.listing import Source, values
 
-__all__ = ["METADATA_KEY", "REJECTS", "Prepared", "prepare"]
+__all__ = ["REJECTS", "Prepared", "prepare"]
 
 log = logging.getLogger(__name__)
 

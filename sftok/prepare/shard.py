@@ -18,11 +18,11 @@ from infra.artifacts import set_hash
 from infra.artifacts.shards import FileEntry, shard_entry, write_shard
 from infra.store.store import Store
 from sftok.config import DataConfig
+from sftok.images.contract import METADATA_KEY
 from sftok.images.decode import UnreadableImageError, resized, to_rgb
 from sftok.prepare.plan import ShardJob
 from sftok.sources.listing import Entry, RejectedEntryError, Source
 
-METADATA_KEY = b"sftok"
 _REJECTS_KEY = b"sftok.rejects"
 ROWS_A_GROUP = 256  # 28 MB of ImageNet's JPEGs: one request to S3, and a bound on what a reader holds
 READERS = 8  # threads that read ahead of the decoding: on S3 an image is a request of some 20 ms

@@ -15,8 +15,8 @@ from infra.artifacts import set_hash
 from infra.artifacts.manifest import MANIFEST, Manifest
 from infra.artifacts.shards import SHARD, FileEntry
 from infra.artifacts.verify import Finding, bucket_of, some
+from sftok.images.contract import METADATA_KEY
 from sftok.prepare.prepare import REJECTS
-from sftok.prepare.shard import METADATA_KEY
 
 UNREADABLE = (pa.ArrowException, KeyError, TypeError, ValueError, OSError)
 

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from sftok.config import DataConfig
+from sftok.images.contract import SPLITS
 from sftok.sources.files import Files, FolderReader, Item, LocalFiles, is_image_name, is_utf8, open_files, visible
 from sftok.sources.labels import stated_names
-from sftok.sources.listing import POSSIBLE, SPLITS, Entries, Entry, Source, collect
+from sftok.sources.listing import POSSIBLE, Entries, Entry, Source, collect
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from infra.artifacts.shards import FileEntry
 from infra.store.store import Store
 
-SPLITS = ("train", "val")
 DIGITS = "sklearn:digits"
 POSSIBLE = f"a folder of images, WebDataset tars, Parquet, an index of paths (.csv, .parquet), or {DIGITS}"
 _TEXT = pa.large_string()  # offsets of 64 bits: a hundred million paths are more than 2 GB

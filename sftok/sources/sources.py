@@ -13,13 +13,12 @@ from sftok.sources.digits import list_digits
 from sftok.sources.files import Files, FolderReader, Item, beside, is_image_name, open_files, visible
 from sftok.sources.folder import check_exists, check_folder, list_folder
 from sftok.sources.index import check_index, is_index, list_index
-from sftok.sources.listing import DIGITS, POSSIBLE, SPLITS, Container, Entries, Entry, RejectedEntryError, Source
+from sftok.sources.listing import DIGITS, POSSIBLE, Container, Entries, Entry, RejectedEntryError, Source
 from sftok.sources.parquet import image_candidates, list_parquet, schema_of
 from sftok.sources.tar import list_tars
 
 __all__ = [
     "DIGITS",
-    "SPLITS",
     "Entries",
     "Entry",
     "FolderReader",

@@ -15,6 +15,7 @@ from sftok.config import (
     TeacherStageConfig,
     TokenizerConfig,
 )
+from sftok.losses import flops as loss_flops
 from sftok.model import flops
 
 
@@ -73,7 +74,7 @@ def _perceptual(config: PixelStageConfig, image_size: int) -> int:
     """LPIPS: its network on the image, with the gradient to it, and on the target."""
     if not config.perceptual_weight:
         return 0
-    return 3 * flops.vgg(image_size) + 2 * flops.lpips_weights(image_size)
+    return 3 * loss_flops.vgg(image_size) + 2 * loss_flops.lpips_weights(image_size)
 
 
 def _with_adversary(effort: Effort, config: PixelStageConfig, image_size: int) -> Effort:
@@ -82,13 +83,19 @@ def _with_adversary(effort: Effort, config: PixelStageConfig, image_size: int) -
         return effort
     # Once with the gradient to the image, then on the target and the image, each with gradients of the weights.
     if adversary.kind == "patch":
-        whole, first = flops.patch_discriminator(adversary, image_size), flops.patch_first(adversary, image_size)
+        whole, first = (
+            loss_flops.patch_discriminator(adversary, image_size),
+            loss_flops.patch_first(adversary, image_size),
+        )
         image = (2 + 3 + 3) * whole - 2 * first
     else:
-        whole, first = flops.dino_heads(image_size), flops.dino_heads_first(image_size)
+        whole, first = loss_flops.dino_heads(image_size), loss_flops.dino_heads_first(image_size)
         # Of a product in attention both sides depend on the image, so it has two in the backward pass, frozen or not.
         image = (
-            (2 + 1 + 1) * flops.dino(image_size) + flops.dino_attention(image_size) + (2 + 3 + 3) * whole - 2 * first
+            (2 + 1 + 1) * loss_flops.dino(image_size)
+            + loss_flops.dino_attention(image_size)
+            + (2 + 3 + 3) * whole
+            - 2 * first
         )
     later = config.training.batch_size * image
     return Effort(effort.items, effort.flops, effort.precision, later, adversary.start_step)

@@ -18,10 +18,11 @@ from generator.data import CodeData
 from generator.flops import training_flops
 from generator.train import training_step
 from infra.compute.compiler import compile_in_place
+from infra.config import Precision
 from infra.store.store import Store
 from infra.training.learner import Learner, Plan
 from infra.training.loop import Run, autocast
-from infra.training.schedule import OptimizerConfig, Precision
+from infra.training.schedule import OptimizerConfig
 from tests.benchmarks import machine
 from tests.benchmarks.table import percent, seconds, show, times
 

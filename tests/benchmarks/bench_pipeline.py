@@ -32,10 +32,10 @@ from infra.compute.workers import WorkerOptions, map_shards
 from infra.store.store import Store
 from sftok.coding.encode import EncodeJob, ShardEncoder, encode
 from sftok.config import AugmentConfig, DataConfig, TeacherConfig, TokenizerConfig, TransformerConfig
+from sftok.images.contract import METADATA_KEY
 from sftok.model.prepared import prepare_encoder
 from sftok.model.tokenizer import SFTok
 from sftok.prepare.prepare import prepare
-from sftok.prepare.shard import METADATA_KEY
 from sftok.sources.sources import list_source
 from sftok.weights.artifacts import save_tokenizer
 from tests.benchmarks import subjects

@@ -1,4 +1,4 @@
-"""What SCALE.md stands on: the driver's time a shard, size and parsing of manifests, and a small S3 server's rates."""
+"""Measure what docs/explanation/scale.md states: driver time per shard, manifests, and rates of a small S3 server."""
 
 import contextlib
 import functools

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from infra.compute.ranks import ALONE
+from infra.config import Precision
 from infra.training.learner import Learner, Plan
-from infra.training.schedule import OptimizerConfig, Precision, TrainingConfig
+from infra.training.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import AlignmentStageConfig, TeacherConfig
 from sftok.model.decoder import random_mask
 from sftok.model.teacher import Teacher

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 FAKES = """
 import os, sys
 if {"prefect.engine", "prefect.flow_engine"} & set(sys.orig_argv) or "execute" in sys.orig_argv:

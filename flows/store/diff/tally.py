@@ -50,7 +50,7 @@ class Agreement(NamedTuple):
 
 
 def frequencies(counts_K: Counts) -> Frequencies:
-    """Usage, entropy and perplexity of a histogram; those of `sftok.metrics.functional`, from counts that were summed up."""
+    """Usage, entropy and perplexity of a histogram; as `sftok.metrics.functional`, from summed counts."""
     shares = counts_K[counts_K > 0] / max(counts_K.sum(), 1)
     entropy = max(float(-(shares * np.log2(shares)).sum()), 0.0)
     return Frequencies(float((counts_K > 0).mean()), entropy, 2.0**entropy)

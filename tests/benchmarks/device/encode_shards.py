@@ -16,10 +16,10 @@ from infra.store.store import Store
 from sftok.coding.encode import EncodeJob, ShardEncoder
 from sftok.config import AugmentConfig
 from sftok.images.chunks import decoded_shards
+from sftok.images.contract import METADATA_KEY
 from sftok.images.decode_ahead import DECODERS, Decoders, spare_processes
 from sftok.model.prepared import prepare_encoder
 from sftok.model.tokenizer import SFTok
-from sftok.prepare.shard import METADATA_KEY
 from sftok.weights.artifacts import save_tokenizer
 from tests.benchmarks.device import subjects
 from tests.benchmarks.device.bench import Bench, operations

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from flows.ablation.charts import Series, arm_chart
+from flows.ablation.flow import ablation
 from flows.ablation.report import Facts, build_ablation_report, findings
 from flows.ablation.request import parse_seeds
 from flows.ablation.results import Outcome, Results, read_results, thinned

@@ -51,7 +51,8 @@ class Stage:
         self.plan = plan_of(graph.EVALUATE, self.made.job, self.inputs)
 
     def sweep(self, out: Store) -> Result:
-        return with_sweep(Work(self.made.job, self.plan, out, silent), Result([], {}, {"psnr": 1.0}))
+        work = Work(self.made.job, self.plan, out, silent)
+        return with_sweep(work, Result([], {}, {"psnr": 1.0}), graph.TRAIN_GENERATOR)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_a_report_of_an_evaluation_without_a_sweep_has_none(stage: Stage, tmp_pa
     recipe = load_recipe("digits", overrides=["evaluate.sweep.cfg_scales=[]"])
     work = Work(stage.made.job._replace(recipe=recipe), stage.plan, Store(tmp_path), silent)
     measured = Result([], {}, {})
-    assert with_sweep(work, measured) == measured
+    assert with_sweep(work, measured, graph.TRAIN_GENERATOR) == measured
     assert read_sweep(Store(tmp_path), Evaluation(measured)) == ()
 
 

@@ -15,6 +15,7 @@ from infra.artifacts.manifest import ArtifactRef, Manifest, manifest_of, verify
 from infra.compute.cluster import ENVIRONMENT, session
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
+from tests.support import ROOT
 from tests.support.small_dataset import Made, draw_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -48,7 +49,7 @@ def machines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Two nodes; after one is lost the other has room for all workers, or for half of them."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # nodes know the code, as on real machines
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # nodes know the code, as on real machines
     machines = Machines(request.param)
     yield machines
     machines.cluster.shutdown()

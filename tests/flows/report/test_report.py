@@ -10,8 +10,7 @@ from flows.recipes.small import RECIPES, EvaluateConfig
 from flows.report.charts import fit_chart, nice_ticks, show, step_charts, sweep_charts
 from flows.report.facts import rate_of
 from flows.report.render import build_report, confused, duration, markdown_text, tiles
-from flows.results.compare import compare
-from flows.results.compared import GateResult
+from flows.results.comparison import GateResult, compare
 from flows.results.types import (
     ConfusionMatrix,
     FinalAgreement,

@@ -17,8 +17,9 @@ from flows.stage import Job, plan_of
 from infra.compute.workers import WorkerOptions
 from infra.settings import Settings
 from infra.store.store import Store
+from tests.support import ROOT
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "digests.json"
+GOLDEN = ROOT / "tests" / "golden" / "digests.json"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from flows.evaluation.evaluate import evaluate
 from flows.recipes.small import RECIPES, EvaluateConfig
 from flows.report.history import history_page
-from flows.results.compare import compare, why_not
+from flows.results.comparison import compare, why_not
 from flows.results.gate import GateConfig, judge
 from flows.results.types import EvaluationReport, Measure
 from flows.runs.history import before, latest, records, trends

@@ -16,11 +16,11 @@ from flows.prefect_server.temporary import prefect_server
 from flows.recipes.files import load_recipe
 from infra.store.store import Store
 from tests.flows.service.test_schedules import whole_server
+from tests.support import ROOT
 from tests.support.serving_process import FAKES
 
 __all__ = ["whole_server"]
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "deploy"
 YAML = sorted(FOLDER.rglob("*.yaml"))
 TEXTS = sorted(path for path in FOLDER.rglob("*") if path.is_file())

@@ -22,6 +22,7 @@ from flows.pipeline import graph
 from infra.artifacts.manifest import folder_of, manifest_of
 from infra.codes.contract import CodeRows, CodesInfo, from_parquet, load_codes, load_info, read_codes, to_parquet
 from infra.store.store import Store
+from tests.support import ROOT
 from tests.support.small_dataset import Made, draw_images
 
 INFO = CodesInfo(
@@ -315,7 +316,7 @@ def test_loading_holds_a_row_group_beside_the_array(store):
         codes = load_codes(store, names)[1].codes
     finally:
         pa.set_memory_pool(before)
-    group = infra.codes._ROWS_A_GROUP * 64 * 2
+    group = infra.codes.contract._ROWS_A_GROUP * 64 * 2
     assert codes.nbytes == 4 * 40_000 * 64 * 2
     assert 0 < pool.max_memory() < 8 * group < codes.nbytes
     assert pool.bytes_allocated() == 0, "nothing of Arrow's should be left"
@@ -345,7 +346,7 @@ def test_damage_is_named_when_loading(store, monkeypatch):
 
 # --- the examples of the contract ------------------------------------------------------------------------------------
 
-CONTRACT = (Path(infra.codes.__file__).parent / "CODES.md").read_text()
+CONTRACT = (ROOT / "docs" / "reference" / "codes.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", CONTRACT, flags=re.DOTALL)
 
 
@@ -374,7 +375,7 @@ def test_examples_give_what_was_encoded(example, encoded, tmp_path, monkeypatch)
     info, train = read_codes(encoded, [name for name in encoded.list("train-") if name.endswith(".parquet")])
     _, val = read_codes(encoded, [name for name in encoded.list("val-") if name.endswith(".parquet")])
     scope = {"folder": encoded.uri}
-    exec(compile(example, "CODES.md", "exec"), scope)
+    exec(compile(example, "codes.md", "exec"), scope)
     is_center = np.array(train.variant) == "center"
     if "codes" in scope:
         expected = train.codes[is_center] if "center" in example else train.codes

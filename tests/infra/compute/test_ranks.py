@@ -17,6 +17,7 @@ from infra.compute.cluster import session
 from infra.compute.ranks import ALONE, Ranks, process_group, run_ranks
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +128,7 @@ ray.shutdown()
 
 def test_on_a_gpu_one_rank_has_a_process_of_its_own_and_leaves_room_for_its_workers() -> None:
     """On a declared GPU, which need not exist; guards against an evaluation that waits for its own card."""
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     environment = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, "-c", GPU]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)

@@ -18,13 +18,13 @@ from infra.compute.cluster import session
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.errors import TransientError
 from infra.store.store import Store
+from tests.support import ROOT
 from tests.support.s3_server import S3Server
 
 HERE = WorkerOptions(workers=0)
 TWO = WorkerOptions(workers=2)
 
 
-ROOT = Path(__file__).parents[2]
 MARK = "SFTOK_TEST_MARK"
 
 

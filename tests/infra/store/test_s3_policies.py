@@ -5,7 +5,6 @@ SeaweedFS enforces all of them but the actions it has no name for (`UNKNOWN`), w
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from botocore.session import Session
@@ -15,11 +14,12 @@ from infra.artifacts.shards import put
 from infra.store.store import Store
 from infra.training.checkpoint import CHECKPOINTS
 from tests.conftest import FOREIGN
+from tests.support import ROOT
 from tests.support.s3_server import Instance, S3Server
 
 pytestmark = pytest.mark.s3
 
-POLICIES = Path(__file__).parents[2] / "infra" / "deploy" / "s3"
+POLICIES = ROOT / "infra" / "deploy" / "s3"
 UNKNOWN = {"s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"}
 STORE = "s3://artifacts/sftok"
 PLAN = Plan(kind="images", version=1, config={"x": 1})

@@ -98,7 +98,8 @@ def test_a_damaged_one_ahead_does_not_outlive_the_next_save(store: Store) -> Non
 def test_a_kill_between_data_and_marker_changes_nothing(store: Store) -> None:
     Checkpoints(store).save(1, tensors(1), {})
     script = (
-        "import os, sys, torch; from infra.store.store import Store; from infra.training.checkpoint import Checkpoints\n"
+        "import os, sys, torch\n"
+        "from infra.store.store import Store; from infra.training.checkpoint import Checkpoints\n"
         "Store.create = lambda *a: os._exit(9)\n"
         "Checkpoints(Store(sys.argv[1])).save(2, {'a': torch.ones(3)}, {})"
     )

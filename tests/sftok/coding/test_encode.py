@@ -37,6 +37,7 @@ from sftok.images.views import CROPS
 from sftok.prepare.prepare import prepare
 from sftok.sources.sources import list_source
 from sftok.weights.artifacts import load_tokenizer, save_tokenizer
+from tests.support import ROOT
 from tests.support.tiny_tokenizer import SIZE, TOKENIZER, tokenizer
 
 DATA = DataConfig(image_size=SIZE, val_fraction=0.2, num_shards=6, num_val_shards=2)
@@ -276,7 +277,7 @@ def test_two_processes_at_once_do_not_harm_each_other(copied, reference, tmp_pat
                 sys.executable, "-c", ENCODE, store.uri, f"artifacts/images/{images.digest}/manifest.json",
                 str(mine), str(theirs),
             ],
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -586,8 +587,8 @@ def test_no_more_than_a_micro_batch_is_ever_float(copied, monkeypatch) -> None:
         sizes.append(len(rows.image_ids))
         return variant_images(rows, variant, augment)
 
-    for module in ("encode", "encode_shard"):
-        monkeypatch.setattr(f"sftok.{module}.variant_images", measured)
+    for module in ("encode", "shard"):
+        monkeypatch.setattr(f"sftok.coding.{module}.variant_images", measured)
     encode(job_of(store, images, micro_batch=2), images, options=HERE)
     assert max(sizes) == 2
     assert sum(sizes) == rows_of(images) + 2  # and one image for each view, to see that it is known

@@ -33,11 +33,11 @@ from sftok.prepare.prepare import prepare
 from sftok.sources.sources import list_source
 from tests.conftest import FOREIGN
 from tests.sftok.coding.test_encode import DATA, HERE, TWO, draw, hashes, job_of, plan_of, rows_of
+from tests.support import ROOT
 from tests.support.s3_faults import FAULTS, FaultProxy, running_proxy
 from tests.support.s3_server import Instance, running_instance
 from tests.support.weights_cli import a_tokenizer, published
 
-ROOT = Path(__file__).parents[2]
 MANY = DATA.model_copy(update={"num_shards": 28, "num_val_shards": 4})
 MARK = "SFTOK_TEST_MARK"
 VIEWS = ("center", *(f"affine-{number}" for number in range(1, 100)))  # so many that a signal finds shards open

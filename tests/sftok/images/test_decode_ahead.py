@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,6 +18,7 @@ from sftok.images import decode_process
 from sftok.images.decode_ahead import Decoders, Order, square_buffers
 from sftok.images.decode_process import DecodeProcess
 from sftok.images.preprocess import crop, resize_shorter, to_rgb
+from tests.support import ROOT
 
 SIDES = (16, 21)
 
@@ -104,7 +104,6 @@ def test_processes_end_with_their_decoders() -> None:
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-ROOT = Path(__file__).parents[2]
 WORKER = """
 import sys, time
 from tests.sftok.images.test_decode_ahead import Decoders, decoded, picture

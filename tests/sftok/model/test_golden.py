@@ -22,12 +22,13 @@ from sftok.model.tokenizer import SFTok
 from sftok.weights.convert import load_published, save_tensors, to_published
 from sftok.weights.layout import size_name
 from tests.golden import rule
+from tests.support import ROOT
 
 log = logging.getLogger(__name__)
 
 pytestmark = pytest.mark.parity
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 TOLERANCE = 1e-4
 STEPS = (1, 2, 4, 8)
 EXCUSES = 2  # ids of an array that may be near-ties; one is, of 128 nearest codes

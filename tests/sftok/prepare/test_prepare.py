@@ -21,9 +21,10 @@ from infra.compute.workers import WorkerOptions
 from infra.errors import TransientError
 from infra.store.store import Store
 from sftok.config import DataConfig
+from sftok.images.contract import METADATA_KEY
 from sftok.images.dataset import ImageSet
 from sftok.prepare.plan import plan_shards
-from sftok.prepare.prepare import METADATA_KEY, REJECTS, Prepared, check_reject_rate, prepare
+from sftok.prepare.prepare import REJECTS, Prepared, check_reject_rate, prepare
 from sftok.sources.listing import Entries, Spooled
 from sftok.sources.sources import Entry, FolderReader, Source, list_source
 

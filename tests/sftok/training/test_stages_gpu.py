@@ -20,6 +20,7 @@ from infra.training.learner import Learner
 from infra.training.loop import Run, TrainResult
 from sftok.losses.dino import shrink
 from tests.sftok.training.test_stages import STAGES, figures, losses, run_align
+from tests.support import ROOT
 
 DETERMINISTIC = NumericsConfig(deterministic=True)
 FILES = ("model.safetensors", "log.jsonl")
@@ -108,7 +109,7 @@ def test_a_killed_process_is_gone_on_from(device: str, store: Store) -> None:
 def process(folder: Path, device: str, *, kill_at: int) -> int:
     """Train in a process of its own, which kills itself at a step; how it ended."""
     command = [sys.executable, "-m", "tests.sftok.training.test_stages_gpu", str(folder), device, str(kill_at)]
-    return subprocess.run(command, cwd=Path(__file__).parents[2], timeout=280, check=False).returncode
+    return subprocess.run(command, cwd=ROOT, timeout=280, check=False).returncode
 
 
 def main(folder: str, device: str, kill_at: str) -> None:
