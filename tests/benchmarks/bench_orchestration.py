@@ -17,7 +17,7 @@ from tests.benchmarks.table import percent, show
 
 LIMIT_SHARE, LIMIT_SECONDS = 0.15, 20.0
 ROUNDS = 7
-SFTOK = [sys.executable, "-c", "from flows import cli; cli.main()"]
+SFTOK = [sys.executable, "-c", "from flows.cli.main import main; main()"]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ if {"prefect.engine", "prefect.flow_engine"} & set(sys.orig_argv) or "execute" i
     if stage and not Path(file).exists():
         fakes.waits[stage] = Path(file)
 """
-MAIN = "from flows import cli; cli.main()"
+MAIN = "from flows.cli.main import main; main()"
 
 
 def free_port() -> int:

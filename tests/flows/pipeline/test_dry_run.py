@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.cli import main
+from flows.cli.main import main
 from flows.pipeline import graph
 from flows.pipeline.dry_run import RATE_SOURCE, _arithmetic, _weights, dry_run
 from flows.recipes.small import RECIPES
@@ -25,7 +25,7 @@ def request(store: str, recipe: str = "digits", data: str | None = None, *overri
 
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        main.main(["run", *(str(argument) for argument in arguments)])
+        main(["run", *(str(argument) for argument in arguments)])
     return int(ended.value.code or 0)
 
 

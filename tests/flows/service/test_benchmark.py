@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flows.cli import main
+from flows.cli.main import main
 from flows.evaluation.evaluate import evaluate
 from flows.recipes.small import RECIPES, EvaluateConfig
 from flows.results.types import EvaluationReport, Measure
@@ -82,7 +82,7 @@ def runs(store: Store, measured) -> Runs:
 
 def report(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        main.main(["report", *(str(argument) for argument in arguments)])
+        main(["report", *(str(argument) for argument in arguments)])
     return int(ended.value.code or 0)
 
 

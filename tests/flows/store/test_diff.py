@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flows.cli import main
+from flows.cli.main import main
 from flows.pipeline import graph
 from flows.store.diff.diff import diff
 from flows.store.diff.tally import drift, frequencies
@@ -188,7 +188,7 @@ def made(tmp_path_factory) -> tuple[Made, dict[str, ArtifactRef]]:
 def sftok(capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            main.main([str(argument) for argument in arguments])
+            main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         return ended.value.code, printed.out, printed.err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
+from flows.cli.main import main
 from flows.pipeline import graph
 from flows.recipes.small import RECIPES
 from flows.runs.journal import RunRecord, StageRecord
@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
-        main.main([str(argument) for argument in arguments])
+        main([str(argument) for argument in arguments])
     return int(ended.value.code or 0)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flows.cli import main
+from flows.cli.main import main
 from flows.pipeline import graph
 from flows.store.verify import Verification, verify
 from infra.artifacts.manifest import MANIFEST, ArtifactRef, folder_of, manifest_of
@@ -90,7 +90,7 @@ def copy(whole, tmp_path) -> Copy:
 def sftok(capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
-            main.main(arguments)
+            main(arguments)
         printed = capsys.readouterr()
         return ended.value.code, printed.out, printed.err
 

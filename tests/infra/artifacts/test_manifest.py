@@ -367,7 +367,8 @@ def git(folder: Path, *arguments: str) -> None:
 
 def test_importing_the_ground_floor_is_cheap() -> None:
     heavy = ("torch", "ray", "s3fs", "botocore", "numpy", "pyarrow", "prefect")
-    modules = ("store", "artifacts", "checkpoint", "workers", "settings", "provenance")
-    script = f"import sys; from infra import {', '.join(modules)}; print([m for m in {heavy} if m in sys.modules])"
+    modules = ("store.store", "artifacts.manifest", "training.checkpoint", "compute.workers", "settings", "provenance")
+    imports = ", ".join(f"infra.{module}" for module in modules)
+    script = f"import sys, {imports}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

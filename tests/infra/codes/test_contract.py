@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import infra.codes.contract
-from flows.cli import main
+from flows.cli.main import main
 from flows.pipeline import graph
 from infra.artifacts.manifest import folder_of, manifest_of
 from infra.codes.contract import CodeRows, CodesInfo, from_parquet, load_codes, load_info, read_codes, to_parquet
@@ -393,7 +393,7 @@ def test_examples_give_what_was_encoded(example, encoded, tmp_path, monkeypatch)
 
 def run_cli(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        main.main(list(arguments))
+        main(list(arguments))
     return int(ended.value.code or 0)
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from flows.cli import main
+from flows.cli.main import main
 from infra.compute.threads import SPINS, wait_briefly
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -27,5 +27,5 @@ def test_what_the_user_has_set_stays(given: dict[str, str], monkeypatch: pytest.
 
 def test_the_command_line_settles_it_first(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main.main(["recipes"])
+        main(["recipes"])
     assert os.environ["GOMP_SPINCOUNT"] == SPINS
