@@ -55,6 +55,11 @@ lint: $(READY)  ## style, types and dropped results
 	$(BIN)/mypy
 	$(BIN)/pylint flows sftok generator infra
 
+.PHONY: docs
+docs: $(READY)  ## check the links of the documents and build their site, in build/docs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+
 format: $(READY)  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

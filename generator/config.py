@@ -27,7 +27,7 @@ class FixedOrder(Config):
 
 
 class AnnealedOrder(Config):
-    """Every sequence in an order of its own, more and more often the natural one (RAR, METHOD 1.5)."""
+    """Every sequence in an order of its own, more and more often the natural one (RAR, method.md 1.5)."""
 
     kind: Literal["annealed"] = "annealed"
     start_step: int = Field(ge=0, description="training step up to which every order is random")
@@ -66,7 +66,7 @@ class GeneratorConfig(Config):
 
 
 class MaskedConfig(Config):
-    """MaskGIT on the codes, the paper's generator: a bidirectional transformer of BERT's shape (METHOD 1.5)."""
+    """MaskGIT on the codes, the paper's generator: a bidirectional transformer of BERT's shape (method.md 1.5)."""
 
     kind: Literal["masked"] = "masked"
     width: PositiveInt = Field(768, description="model width")

@@ -1,6 +1,6 @@
 """The masked generator: a bidirectional transformer that predicts hidden codes from the class and the others.
 
-The paper's generator (METHOD 1.5): BERT's shape, that is norms after the residuals, exact GELU and learned positions.
+The paper's generator (method.md 1.5): BERT's shape, with norms after the residuals, exact GELU and learned positions.
 The sequence is [class, code 1, ..., code N]; its outputs are the logits of codes 1 to N. One table embeds everything:
 V codes, the mask, the classes, the null class.
 

@@ -1,4 +1,4 @@
-"""The published layout of masked generators (METHOD 1.6): weights from there and back, bit for bit.
+"""The published layout of masked generators (method.md 1.6): weights from there and back, bit for bit.
 
 Published names are those of a BERT model with a head. Queries, keys and values stand apart there and together here.
 """

@@ -91,7 +91,7 @@ class AugmentConfig(Config):
 
 
 class TeacherConfig(Config):
-    """MaskGIT-VQGAN, the frozen teacher whose codes the decoder predicts (METHOD: teacher)."""
+    """MaskGIT-VQGAN, the frozen teacher whose codes the decoder predicts (method.md 1.2)."""
 
     base_channels: PositiveInt = Field(128, description="channels of the first level")
     channel_multipliers: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4), description="one level an entry")
@@ -191,7 +191,7 @@ class DecodingConfig(Config):
 
 
 class AdversarialConfig(Config):
-    """A discriminator beside the reconstruction losses: hinge loss, LeCAM, a start of its own (METHOD 1.3)."""
+    """A discriminator beside the reconstruction losses: hinge loss, LeCAM, a start of its own (method.md 1.3)."""
 
     weight: float = Field(
         ge=0, description="of the generator's adversarial loss (published: 0.5); 0 trains without a discriminator"

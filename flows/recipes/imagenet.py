@@ -32,7 +32,7 @@ from sftok.config import (
 def _imagenet_training(
     steps: int, batch_size: int, micro_batch: int, *, warmup_steps: int, beta_2: float
 ) -> TrainingConfig:
-    """A stage as published: fp16, AdamW at 1e-4 falling to 1e-5, micro-batches of one of eight GPUs (METHOD 1.3)."""
+    """A stage as published: fp16, AdamW at 1e-4 falling to 1e-5, micro-batches of one of eight GPUs (method.md 1.3)."""
     return TrainingConfig(
         steps=steps,
         batch_size=batch_size,
@@ -57,7 +57,7 @@ class _Generator(NamedTuple):
 
 
 def _autoregressive(size: str, micro_batch: int) -> _Generator:
-    """Ours: RAR's optimizer and length (400 epochs of 2,048 sequences a step, METHOD 1.5), in the natural order.
+    """Ours: RAR's optimizer and length (400 epochs of 2,048 sequences a step, method.md 1.5), in the natural order.
 
     Queries and keys are normalised, as RAR has it, for the sake of its high rate.
     """
@@ -72,7 +72,7 @@ def _autoregressive(size: str, micro_batch: int) -> _Generator:
 
 
 def _maskgit() -> _Generator:
-    """The paper's generator, schedule and sampling (METHOD 1.5); guidance of 4.5 there is 5.5 here."""
+    """The paper's generator, schedule and sampling (method.md 1.5); guidance of 4.5 there is 5.5 here."""
     optimizer = OptimizerConfig(
         lr=2e-4, end_lr=1e-5, warmup_steps=10_000, betas=(0.9, 0.96), weight_decay=0.03, ema_decay=0.999
     )

@@ -23,7 +23,7 @@ def guide(cond: Tensor, uncond: Tensor, cfg_scale: float | Tensor) -> Tensor:
 def guidance_scales(config: SampleConfig, steps: int) -> list[float]:
     """The scale of every step (masked) or code (autoregressive).
 
-    Progress is step / steps as published (METHOD 1.5): growing schedules begin at 1 and end one step short of
+    Progress is step / steps as published (method.md 1.5): growing schedules begin at 1 and end one step short of
     `cfg_scale`.
     """
     grown = {

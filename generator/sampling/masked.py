@@ -1,4 +1,4 @@
-"""Sampling from the masked generator: predict all codes, keep the most confident, hide the rest again (METHOD 1.5).
+"""Sampling from the masked generator: predict all codes, keep the most confident, hide the rest again (method.md 1.5).
 
 Shapes: B sequences, N codes a sequence, V codebook size, T steps.
 """

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 TEN_CROP = "ten_crop"
 CROPS = tuple(f"crop-{number}" for number in range(1, 11))
-# METHOD names no crops. LlamaGen's extraction of codes cuts its ten from the centre square of int(1.1 S) pixels.
+# The paper names no crops. LlamaGen's extraction of codes cuts its ten from the centre square of int(1.1 S) pixels.
 TEN_CROP_RESIZE = 1.1
 
 

@@ -1,4 +1,4 @@
-"""The adversarial part of a loss on pixels: hinge losses, LeCAM, and what a training loop calls (METHOD 1.3)."""
+"""The adversarial part of a loss on pixels: hinge losses, LeCAM, and what a training loop calls (method.md 1.3)."""
 
 from collections.abc import Callable, Mapping
 

@@ -18,7 +18,7 @@ DRAWS = 7  # an image: two of translation, three of colour, two of cutout
 
 @dataclass(frozen=True)
 class Strengths:
-    """How far images are changed; 0 leaves out a change. The defaults are the published ones (METHOD 1.3)."""
+    """How far images are changed; 0 leaves out a change. The defaults are the published ones (method.md 1.3)."""
 
     translation: float = 0.125
     """largest shift, as a fraction of the side."""

@@ -1,4 +1,4 @@
-"""The frozen DINO ViT-S/16 whose features the discriminator judges (Caron et al. 2021; METHOD 1.3).
+"""The frozen DINO ViT-S/16 whose features the discriminator judges (Caron et al. 2021; method.md 1.3).
 
 Modules are named as in the published file, `dino_deitsmall16_pretrain.pth`.
 

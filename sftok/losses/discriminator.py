@@ -172,7 +172,7 @@ class _Head(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Trained heads on features of five depths of a frozen DINO (METHOD 1.3)."""
+    """Trained heads on features of five depths of a frozen DINO (method.md 1.3)."""
 
     def __init__(self, dino: Dino) -> None:
         super().__init__()

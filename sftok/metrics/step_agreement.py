@@ -2,7 +2,7 @@
 
 The paper states neither the direction nor the base of its KL. Here it is KL(step || final) in nats, the mean over all
 positions, given or hidden; a step's prediction is the softmax of its logits without noise, the final one is the last
-step's; the truth is the teacher's codes as one-hot vectors smoothed by 1e-6 (METHOD 3).
+step's; the truth is the teacher's codes as one-hot vectors smoothed by 1e-6 (method.md 3).
 
 Shapes: B images, P proxy positions, V proxy codes, T decoding steps.
 """

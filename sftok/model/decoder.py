@@ -87,7 +87,7 @@ def decode_steps(
     temperature: float = 0.0,
     keys_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Iterative decoding: predict all positions, keep the most confident, hide the rest again (METHOD 1.4).
+    """Iterative decoding: predict all positions, keep the most confident, hide the rest again (method.md 1.4).
 
     Args:
         decoder: (ids (B, P), z_q) to logits (B, P, V).

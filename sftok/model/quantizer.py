@@ -1,4 +1,4 @@
-"""The quantizer: continuous latent tokens to the nearest of K normalised codes (OptVQ, METHOD: quantizer).
+"""The quantizer: continuous latent tokens to the nearest of K normalised codes (OptVQ, method.md 1.1).
 
 Shapes: B images, N latent tokens, M = B * N, K codes, D channels of a code.
 """

@@ -1,4 +1,4 @@
-"""The teacher: MaskGIT-VQGAN, whose codes are the proxy codes that the decoder predicts (METHOD: teacher).
+"""The teacher: MaskGIT-VQGAN, whose codes are the proxy codes that the decoder predicts (method.md 1.2).
 
 Shapes: B images, C channels, h x w the latent grid, P = h * w proxy positions, V proxy codes.
 """

@@ -1,4 +1,4 @@
-"""The pre-norm transformer that the encoder and the decoder share (METHOD: transformer block).
+"""The pre-norm transformer that the encoder and the decoder share (method.md 1.1).
 
 Shapes: B images, S sequence positions, W width, H heads, D channels a head.
 """

@@ -41,7 +41,7 @@ def train_alignment(
     image_size: int,
     run: Run,
 ) -> TrainResult:
-    """Warm up or align (METHOD 1.3).
+    """Warm up or align (method.md 1.3).
 
     Args:
         images: what to learn from.

@@ -40,7 +40,7 @@ def train_fine_tune(
     run: Run,
     weights: Weights,
 ) -> TrainResult:
-    """Fine-tune (METHOD 1.3, stage 3).
+    """Fine-tune (method.md 1.3, stage 3).
 
     Args:
         images: what to learn from.

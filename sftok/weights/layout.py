@@ -1,4 +1,4 @@
-"""The layout of the authors' files (METHOD 1.6): what their weights are called, and which sizes their shapes tell.
+"""The layout of the authors' files (method.md 1.6): what their weights are called, and which sizes their shapes tell.
 
 Every published tensor is one of ours under another name; some have axes of length 1 more, because a linear layer was
 written as a 1x1 convolution, or a codebook as a group of one. Values never change.

@@ -1,4 +1,4 @@
-"""SFTok as the published code computes it, to measure against; written anew from METHOD, with our weights put in.
+"""SFTok as the published code computes it, to measure against; written anew from method.md, with our weights put in.
 
 What differs from ours is how the work is done: attention by `nn.MultiheadAttention`, positions first; every block
 computes every position; Sinkhorn assigns codes at inference too; the decoder runs on all tokens in every step, twice
@@ -53,7 +53,7 @@ def run_all(transformer: Transformer, blocks: nn.ModuleList, x_BSW: Tensor, keep
 
 
 def sinkhorn_codes(distance_MK: Tensor, iterations: int = 5) -> Tensor:
-    """The published assignment, as METHOD 1.1 states it."""
+    """The published assignment, as method.md 1.1 states it."""
     q_KM = torch.exp(-10 * (distance_MK - distance_MK.min())).T
     K, M = q_KM.shape
     q_KM = q_KM / (q_KM.sum() + 1e-8)

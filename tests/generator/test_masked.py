@@ -59,7 +59,7 @@ def transcription(weights: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor
 
 
 def token_ids(classes: Tensor, codes: Tensor, hidden: Tensor) -> Tensor:
-    """METHOD 1.5: codes, then the mask 11, then the classes from 12 on, the null class last."""
+    """method.md 1.5: codes, then the mask 11, then the classes from 12 on, the null class last."""
     return torch.cat([12 + classes[:, None], torch.where(hidden, 11, codes)], dim=1)
 
 
@@ -259,7 +259,7 @@ def test_guidance_is_one_batch_of_both_and_none_at_scale_one() -> None:
 
 
 def test_the_published_scale_is_one_less() -> None:
-    """METHOD 1.5: published constant guidance is cond + s (cond - uncond); its 4.5 is 5.5 here."""
+    """method.md 1.5: published constant guidance is cond + s (cond - uncond); its 4.5 is 5.5 here."""
     model, ids = masked(), CODES.masked_fill(HIDDEN, 11)
     cond, uncond = model(CLASSES, ids), model(torch.full((3,), 3), ids)
     (scale,) = guidance_scales(SampleConfig(cfg_scale=5.5), 1)

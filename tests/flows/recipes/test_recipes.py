@@ -21,7 +21,7 @@ from sftok.model.tokenizer import SFTok
 from tests.support.small_dataset import draw_images
 
 MILLION = 1e6
-# METHOD: encoder, decoder and all of stage 3, in millions.
+# method.md 1.1: encoder, decoder and all of stage 3, in millions.
 PUBLISHED = {"imagenet256_sftok_b": (85.92, 88.87, 205.85), "imagenet256_sftok_l": (85.92, 307.92, 424.90)}
 WEIGHTS = "0" * 64
 

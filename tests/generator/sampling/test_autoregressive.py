@@ -130,7 +130,7 @@ def test_guidance_follows_its_formula() -> None:
 
 
 def test_schedules_grow_from_one() -> None:
-    """METHOD 1.5, in this project's convention: (s - 1) * (1 - cos(pi (step / T)^p)) / 2 + 1."""
+    """method.md 1.5, in this project's convention: (s - 1) * (1 - cos(pi (step / T)^p)) / 2 + 1."""
     config = SampleConfig(cfg_scale=5.0)
     assert guidance_scales(config, 4) == [5.0] * 4
     assert guidance_scales(config.model_copy(update={"cfg_schedule": "linear"}), 4) == [1.0, 2.0, 3.0, 4.0]

@@ -65,7 +65,7 @@ def test_hinge_losses() -> None:
 
 
 def test_lecam_is_the_plain_formula() -> None:
-    """METHOD 1.3: losses see the averages of the steps before, which start at 0."""
+    """method.md 1.3: losses see the averages of the steps before, which start at 0."""
     lecam, decay = LeCam(0.9, "cpu"), 0.9
     ema_real = ema_fake = 0.0
     for step in range(12):

@@ -212,7 +212,7 @@ def test_dino_logits_have_five_depths_and_train_the_heads_alone(dino: Dino) -> N
 
 
 def test_a_head_is_the_formula_on_its_readout(dino: Dino) -> None:
-    """METHOD 1.3, written with torch's own layers: circular convolutions, batch norm, (f(x) + x) / sqrt(2)."""
+    """method.md 1.3, written with torch's own layers: circular convolutions, batch norm, (f(x) + x) / sqrt(2)."""
     torch.manual_seed(0)
     model, images = DinoDiscriminator(dino), torch.rand(4, 3, 48, 48)
     head = model.heads[1]

@@ -44,7 +44,7 @@ def test_the_number_hidden_follows_the_schedule() -> None:
 
 
 def test_the_published_counts_for_256_positions() -> None:
-    """METHOD 1.4: 235, 214, 193, 170, 145, 117, 82 for eight steps."""
+    """method.md 1.4: 235, 214, 193, 170, 145, 117, 82 for eight steps."""
     seen: list[torch.Tensor] = []
 
     def decode(ids: torch.Tensor, z_q: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def test_sinkhorn_marginals_are_balanced() -> None:
 
 
 def test_sinkhorn_equals_the_published_formula() -> None:
-    """Written as METHOD states it, codes by rows and vectors by columns."""
+    """Written as method.md 1.1 states it, codes by rows and vectors by columns."""
     d = torch.rand(40, 16, generator=torch.Generator().manual_seed(3))
     q = torch.exp(-10 * (d - d.min())).T
     q /= q.sum() + 1e-8

@@ -19,7 +19,7 @@ def millions(module: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize(("decoder", "size", "total"), [(BASE, 88.87, 205.85), (LARGE, 307.92, 424.90)])
 def test_published_sizes(decoder: object, size: float, total: float) -> None:
-    """METHOD 1.1: B and L differ in the decoder alone."""
+    """method.md 1.1: B and L differ in the decoder alone."""
     with torch.device("meta"):
         model = SFTok(TokenizerConfig(decoder=decoder), TeacherConfig(), 256, pixels=True)
         teacher = Teacher(TeacherConfig())
@@ -31,7 +31,7 @@ def test_published_sizes(decoder: object, size: float, total: float) -> None:
 
 
 def test_legacy_layout_rereads_the_memory() -> None:
-    """METHOD 1.1: token t, channel c reads row (c * N + t) // W, column (c * N + t) % W."""
+    """method.md 1.1: token t, channel c reads row (c * N + t) // W, column (c * N + t) % W."""
     model, width, tokens = tokenizer(), 32, 8
     y = torch.randn(2, tokens, width)
     model.encoder.transformer.forward = lambda x, keep: y

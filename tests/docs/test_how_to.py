@@ -1,0 +1,78 @@
+"""The pages on adding something, followed step by step on toy data."""
+
+import json
+
+import numpy as np
+import torch
+
+from infra.artifacts.manifest import folder_of, manifest_of, shards_of
+from infra.codes.contract import load_codes, read_codes
+from infra.store.store import Store
+from sftok.model.teacher import Teacher
+from sftok.sources import sources
+from tests.docs.pages import DOCS, blocks, follow
+from tests.support import tiny_tokenizer
+
+
+def test_add_a_source(tmp_path, monkeypatch):
+    random, path = np.random.default_rng(0), tmp_path / "images.npz"
+    np.savez(path, images=random.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8), labels=np.arange(30) % 3)
+    monkeypatch.setattr(sources, "KINDS", dict(sources.KINDS))
+    page = DOCS / "how-to/add-a-source.md"
+    first, last = blocks(page, "python")
+    scope = {"__name__": "page", "path": str(path), "folder": str(tmp_path / "out")}
+    exec(compile(first.text, page.name, "exec"), scope)
+    sources.KINDS["arrays"] = scope["list_arrays"]
+    exec(compile(last.text, page.name, "exec"), scope)
+    counts = scope["prepared"].counts
+    assert (counts["accepted"], counts["rejected"], counts["classes"]) == (30, 0, 3)
+    assert counts["train"] + counts["val"] == 30
+
+
+def test_add_a_tokenizer(tmp_path):
+    scope = follow("how-to/add-a-tokenizer.md", folder=str(tmp_path))
+    store, ref = scope["store"], scope["codes"]
+    manifest = manifest_of(store, ref)
+    names = [entry.path for entry in shards_of(store, manifest)]
+    info, rows = read_codes(folder_of(store, ref.kind, ref.digest), names)
+    assert info.num_tokens == 16
+    assert rows.codes.shape == (80, 16)
+
+
+def test_add_a_generator(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    model = tiny_tokenizer.tokenizer()
+    info, folder = _codes_of(model, random, tmp_path / "codes")
+    given = {"codes_folder": folder, "codes_names": ["train-00000-of-00001.parquet"], "folder": str(tmp_path / "out")}
+    scope = follow("how-to/add-a-generator.md", model=model, teacher=Teacher(tiny_tokenizer.TEACHER).eval(), **given)
+    assert scope["images"].shape == (4 * len(info.class_names), 3, tiny_tokenizer.SIZE, tiny_tokenizer.SIZE)
+    seen, _ = load_codes(folder, given["codes_names"])
+    assert scope["described"].tokenizer == seen.tokenizer
+
+
+def _codes_of(model, random, path):
+    """Code Parquet of a tokenizer with random codes in two classes."""
+    from infra.artifacts.shards import put
+    from infra.codes.contract import CodeRows, CodesInfo, to_parquet
+
+    config = model.config
+    info = CodesInfo(
+        tokenizer="0" * 32,
+        codebook_size=config.codebook_size,
+        num_tokens=config.num_latent_tokens,
+        image_size=model.image_size,
+        assignment="nearest",
+        precision="fp32",
+        class_names=("a", "b"),
+    )
+    codes = torch.randint(config.codebook_size, (12, config.num_latent_tokens), generator=random).numpy()
+    rows = CodeRows([f"{i:02d}" for i in range(12)], np.arange(12, dtype=np.int32) % 2, ["center"] * 12, codes)
+    folder = Store(path)
+    put(folder, "train-00000-of-00001.parquet", to_parquet(info, rows), 12)
+    return info, folder
+
+
+def test_add_a_metric():
+    scope = follow("how-to/add-a-metric.md")
+    assert scope["measure"].value > 0
+    json.loads(scope["measure"].model_dump_json())
