@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: help setup demo test test-all test-avx2 test-gpu test-oldest-torch lint format bench bench-gpu audit clean browser
+.PHONY: help setup demo test test-all coverage test-avx2 test-gpu test-oldest-torch lint format bench bench-gpu audit clean browser
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -22,13 +22,16 @@ demo: $(READY)  ## the whole pipeline on handwritten digits, then the path of it
 	$(BIN)/sftok run digits
 
 browser:
-	@sh tests/find_browser.sh
+	@sh tests/find_browser.sh || true
 
 test: $(READY) browser  ## the default tests
 	$(BIN)/python -m pytest
 
 test-all: $(READY) browser  ## all tests that this machine can run
 	$(BIN)/python -m pytest -m "not gpu"
+
+coverage: $(READY) browser  ## the default tests, and which lines and branches they run
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 test-avx2: $(READY)  ## the numeric tests, as a CPU without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -49,10 +52,11 @@ $(OLDEST)/.ready: pyproject.toml constraints.txt
 test-oldest-torch: $(OLDEST)/.ready  ## the numeric tests with torch 2.11, in an environment of its own (6 GB)
 	$(OLDEST)/bin/python -m pytest tests/sftok tests/generator tests/infra -m "not slow and not gpu and not s3"
 
-lint: $(READY)  ## style, types and dropped results
+lint: $(READY)  ## style, types, imports and dropped results
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pylint flows sftok generator infra
 
 .PHONY: docs
@@ -84,5 +88,5 @@ audit: $(READY)  ## bill of materials, licences and known vulnerabilities of wha
 		exit 1; }
 
 clean:  ## remove what was built; the store is kept
-	rm -rf .venv .venv-audit $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-audit $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .coverage
 	find . -name __pycache__ -prune -exec rm -rf {} +
