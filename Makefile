@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
+# Test files are shared by a process for each core.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: help setup demo test test-all coverage test-avx2 test-gpu test-oldest-torch lint format bench bench-gpu audit clean browser
 
@@ -25,7 +27,7 @@ browser:
 	@sh tests/find_browser.sh || true
 
 test: $(READY) browser  ## the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(READY) browser  ## all tests that this machine can run
 	$(BIN)/python -m pytest -m "not gpu"

@@ -1,5 +1,6 @@
 """Fixtures of all rooms: stores, an S3 server, and torch's global state put back after each test."""
 
+import os
 import sys
 import uuid
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from infra.compute.threads import wait_briefly
 from infra.store.store import Store
 from tests.support.s3_server import S3Server, running_server
 
-wait_briefly()  # before any test loads torch
+# Before any test loads torch: its threads share the cores with those of the other processes of pytest-xdist.
+wait_briefly()
+if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
 
 FOREIGN = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_SECURITY_TOKEN")
 
