@@ -7,39 +7,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from flows.recipes.small import ComputeConfig, EncodeConfig, Recipe
+from flows.recipes.small import ComputeConfig, Recipe
 from infra.artifacts.made_on import decisive, said, shards_begun_on
 from infra.artifacts.manifest import ArtifactRef, Manifest, Plan, files_of, folder_of, key_of, manifest_of
 from infra.artifacts.pages import Page
 from infra.artifacts.shards import FileEntry, split_of
 from infra.compute.ranks import ALONE, Ranks
 from infra.compute.workers import WorkerOptions
-from infra.config import Config
 from infra.progress import Progress
 from infra.store.store import Store
 
 if TYPE_CHECKING:
     from infra.training.loop import Run
-    from sftok.config import DecodingConfig
     from sftok.sources.listing import Source
 
 log = logging.getLogger(__name__)
 
 Refs = Mapping[str, ArtifactRef]
 
-# How a training runs and where weights come from, not what is computed: kept out of the digest.
-HOW = frozenset(
-    {
-        "max_reject_rate",
-        "class_names_file",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "log_every",
-        "activation_checkpointing",
-        "uri",
-        "any_tokenizer",
-    }
-)
 CPU = "cpu"
 
 
@@ -160,19 +145,6 @@ def plan_of(stage: Stage, job: Job, inputs: Refs) -> Plan:
     return Plan(kind=stage.kind, version=stage.version, config=stage.what(job), inputs=dict(inputs))
 
 
-def what_of(config: Config) -> dict[str, JsonValue]:
-    """A stage's config without the settings that say only how it runs."""
-    what = _without_how(config.as_json())
-    assert isinstance(what, dict)
-    return what
-
-
-def _without_how(value: JsonValue) -> JsonValue:
-    if isinstance(value, dict):
-        return {key: _without_how(inner) for key, inner in value.items() if key not in HOW}
-    return value
-
-
 def shards(job: Job) -> JsonValue:
     """How the images are divided: the same images make other files, and are streamed in another order."""
     return [job.recipe.data.num_shards, job.recipe.data.num_val_shards]
@@ -186,24 +158,6 @@ def seeded(job: Job) -> dict[str, JsonValue]:
 def computed(compute: ComputeConfig) -> dict[str, JsonValue]:
     """What decides the rounding of a stage that computes on a GPU; nothing on CPUs, as it always was."""
     return {} if compute.device == CPU else {"compute": compute.as_json()}
-
-
-def encode_what(config: EncodeConfig) -> dict[str, JsonValue]:
-    """What decides how images are encoded; not compiled goes without saying, as it always did."""
-    what = config.as_json()
-    if not what["compile"]:
-        del what["compile"]
-    return what
-
-
-def decoding_what(config: "DecodingConfig") -> dict[str, JsonValue]:
-    """What decides how codes are decoded; fp32 goes without saying, as it always did, and so does no noise."""
-    from sftok.config import DECODING_NOISE
-
-    what = config.as_json()
-    if what["precision"] == "fp32":
-        del what["precision"]
-    return {**what, "noise": DECODING_NOISE} if config.temperature else what
 
 
 def worker_facts(compute: ComputeConfig, options: WorkerOptions) -> dict[str, str]:

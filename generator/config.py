@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
 from infra.compute.device import default_precision
-from infra.config import Config
+from infra.config import RUNTIME, Config
 from infra.training.schedule import TrainingConfig
 
 GeneratorKind = Literal["autoregressive", "masked"]
@@ -116,7 +116,7 @@ class GeneratorTrainingConfig(TrainingConfig):
         0.1, ge=0, lt=1, description="share of labels replaced by the null class, for guidance"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    any_tokenizer: bool = Field(
+    any_tokenizer: Annotated[bool, RUNTIME] = Field(
         False, description="take codes though they are another tokenizer's than their manifest says"
     )
 

@@ -1,12 +1,12 @@
 """What a tokenizer is and how it is trained, as data. Defaults are those of the paper; recipes state the rest."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.device import default_precision
-from infra.config import Config, Precision
+from infra.config import RUNTIME, Config, OmittedAt, Precision
 from infra.training.schedule import OptimizerConfig, TrainingConfig
 
 Assignment = Literal["nearest", "sinkhorn"]
@@ -34,7 +34,7 @@ class DataConfig(Config):
         description="required: an image without a class is rejected, a source without classes refused; optional: such "
         "images are taken without one; none: classes are not looked at, every image is taken",
     )
-    class_names_file: str = Field(
+    class_names_file: Annotated[str, RUNTIME] = Field(
         "",
         description="text file (path or s3://) of class names, one a line in the order of their ids; empty: "
         "names come from the source",
@@ -45,22 +45,19 @@ class DataConfig(Config):
         "empty: recognised",
     )
     label_column: str = Field("", description="column that holds the labels of such a source; empty: recognised")
-    max_reject_rate: float = Field(
+    max_reject_rate: Annotated[float, RUNTIME] = Field(
         0.01,
         ge=0,
         le=1,
         description="share of entries that may be rejected before prepare fails, for sources of 1,000 entries and more",
     )
-    # Left out where they are not used, so that digests of images whose files are kept stay as they always were.
-    store_size: NonNegativeInt = Field(
+    store_size: Annotated[NonNegativeInt, OmittedAt(0)] = Field(
         0,
-        exclude_if=lambda size: size == 0,
         description="shorter side, in pixels, to which images are resized once and kept without loss, so that no large "
         "file is decoded again; 0: files are kept as they are. With image_size, centre crops are the same",
     )
-    store_format: Literal["webp", "ppm"] = Field(
+    store_format: Annotated[Literal["webp", "ppm"], OmittedAt("webp")] = Field(
         "webp",
-        exclude_if=lambda name: name == "webp",
         description="how resized images are kept: webp, or ppm, twice as large and read some ten times as fast",
     )
 
@@ -174,10 +171,14 @@ class DecodingConfig(Config):
     temperature: float = Field(
         0.0, ge=0, description="Gumbel noise at the first step, falling to 0; 0 is deterministic"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Annotated[Literal["auto", "fp32", "bf16"], OmittedAt("fp32")] = Field(
         "auto",
         description="of the decoder's and the pixel decoder's products; auto: fp32 on CPUs, bf16 on CUDA",
     )
+
+    def identity(self) -> dict[str, JsonValue]:
+        """Return what decides the images; with noise, also the way in which its numbers are drawn."""
+        return {**super().identity(), **({"noise": DECODING_NOISE} if self.temperature else {})}
 
     @property
     def arithmetic(self) -> Literal["fp32", "bf16"]:
@@ -258,7 +259,7 @@ class AlignmentStageConfig(Config):
     """Warming up (everything masked) or distribution alignment (SFVR): cross-entropy on the teacher's codes."""
 
     training: TrainingConfig
-    teacher_precision: Precision = Field(
+    teacher_precision: Annotated[Precision, OmittedAt("fp32")] = Field(
         "fp32",
         description="autocast type of the frozen teacher's pass (published: fp32). In half precision, faster on CUDA, "
         "some of its codes are others; a training where too few stay the same is refused",

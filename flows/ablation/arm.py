@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, decoding_what, seeded, shards
+from flows.stage import Job, Result, Stage, Work, computed, seeded, shards
 from infra.artifacts.shards import put
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def _arm_what(job: Job) -> dict[str, JsonValue]:
     recipe = job.recipe
     return {
         "steps": list(recipe.evaluate.steps),
-        "decoding": decoding_what(recipe.decoding),
+        "decoding": recipe.decoding.identity(),
         "feature_seed": recipe.evaluate.feature_seed,
         "image_size": recipe.data.image_size,
         "shards": shards(job),  # sums are taken shard after shard

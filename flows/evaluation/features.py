@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flows.recipes.schema import ScoresConfig
-from flows.stage import Work, computed, decoding_what, give_up_others
+from flows.stage import Work, computed, give_up_others
 from infra.artifacts.made_on import begin_shards
 from infra.artifacts.manifest import ArtifactRef, Manifest, Plan, find, folder_of, key_of, publish
 from infra.artifacts.pretrained import PretrainedConfig
@@ -249,7 +249,7 @@ def _plan_of_codes(
 ) -> Plan:
     what: dict[str, JsonValue] = {
         **which,
-        "decoding": decoding_what(decoding),
+        "decoding": decoding.identity(),
         "micro_batch": work.recipe.encode.micro_batch,
         "seed": work.recipe.seed,
         "threads": work.recipe.threads,

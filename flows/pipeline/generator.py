@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, give_up_others, seeded, training_run, what_of
+from flows.stage import Job, Result, Stage, Work, computed, give_up_others, seeded, training_run
 from infra.artifacts.manifest import ArtifactRef, manifest_of
 from infra.codes.contract import CodesInfo
 
@@ -13,7 +13,7 @@ def _train_generator_what(job: Job) -> dict[str, JsonValue]:
     recipe = job.recipe
     return {
         "generator": recipe.generator.as_json(),
-        **what_of(recipe.train_generator),
+        **recipe.train_generator.identity(),
         **seeded(job),
         **computed(recipe.compute),
     }

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, encode_what, give_up_others, shards, what_of, worker_facts
+from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
 from infra.artifacts.made_on import claim_shards, decisive, said
 from infra.artifacts.manifest import Manifest, manifest_of, shards_of
 from infra.errors import TransientError
@@ -20,7 +20,7 @@ def _prepare_what(job: Job) -> dict[str, JsonValue]:
     digest = source.digest
     if job.listing is not None:
         job.listing.put(digest, source)
-    return {"data": what_of(job.recipe.data), "listing": digest}
+    return {"data": job.recipe.data.identity(), "listing": digest}
 
 
 def _accept_images(job: Job, manifest: Manifest) -> None:
@@ -61,7 +61,7 @@ def _encode_what(job: Job) -> dict[str, JsonValue]:
     from sftok.images.preprocess import PREPROCESSINGS
 
     return {
-        "encode": encode_what(job.recipe.encode),
+        "encode": job.recipe.encode.identity(),
         "image_size": job.recipe.data.image_size,
         "shards": shards(job),
         "preprocessing": PREPROCESSINGS[job.recipe.encode.decoder],

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, seeded, shards, training_run, what_of
+from flows.stage import Job, Result, Stage, Work, computed, seeded, shards, training_run
 from infra.artifacts.manifest import manifest_of, shards_of
 from infra.artifacts.pretrained import read_pretrained
 from infra.config import Config
@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
     from sftok.images.preprocess import PREPROCESSING
 
-    what = what_of(config)
-    if what.get("teacher_precision") == "fp32":  # goes without saying, as it always did
-        del what["teacher_precision"]
     return {
-        **what,
+        **config.identity(),
         "image_size": job.recipe.data.image_size,
         "shards": shards(job),
         "preprocessing": PREPROCESSING,

@@ -1,16 +1,15 @@
 """What a recipe is: everything that decides what is computed, from images to report, as data."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
+    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -18,7 +17,7 @@ from flows.results.gate import GateConfig
 from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.device import DeviceChoice, NumericsConfig, default_precision
-from infra.config import Config
+from infra.config import Config, OmittedAt
 from infra.training.schedule import COMPILED_WIDTH
 from sftok.config import (
     INCEPTION_SHA256,
@@ -48,15 +47,13 @@ class EncodeConfig(Config):
     micro_batch: NonNegativeInt = Field(
         0, description="images encoded at once; fixed, the last one padded; 0: 64 on CPUs, 256 on CUDA"
     )
-    compile: bool | None = Field(
+    compile: Annotated[bool | None, OmittedAt(None, False)] = Field(
         None,
         description="compile the encoder's blocks; not given: on CUDA, unless the encoder is so small that it would "
         "take longer than encoding",
     )
-    # Left out where it is the usual one, so that digests of codes stay as they always were.
-    decoder: Literal["pil", "torchcodec"] = Field(
+    decoder: Annotated[Literal["pil", "torchcodec"], OmittedAt("pil")] = Field(
         "pil",
-        exclude_if=lambda name: name == "pil",
         description="what decodes and resizes images: pil, or torchcodec (which is to be installed) and torch, on a "
         "GPU where the encoder is: pixels differ by a level of 255 here and there",
     )
@@ -87,13 +84,12 @@ class EncodeConfig(Config):
         """Whether any view is one of the ten crops."""
         return has_crops((*self.variants, *self.val_variants))
 
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A config without crops stays as it always was, and so do the digests made from it."""
-        values: dict[str, Any] = handler(self)
+    def identity(self) -> dict[str, JsonValue]:
+        """Return what decides the codes; the size of ten crops only where a view is one of them."""
+        identity = super().identity()
         if not self.has_crops:
-            values.pop("ten_crop_resize", None)
-        return values
+            del identity["ten_crop_resize"]
+        return identity
 
     @model_validator(mode="after")
     def _resize_is_used(self) -> Self:
@@ -151,11 +147,9 @@ class ScoresConfig(Config):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the features")
 
-    @model_serializer(mode="wrap")
-    def _nothing_where_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Where nothing is scored, the settings of scoring are no part of an identity."""
-        values: dict[str, Any] = handler(self)
-        return {"protocol": "none"} if self.protocol == "none" else values
+    def identity(self) -> dict[str, JsonValue]:
+        """Return what decides the scores: nothing else where none are taken."""
+        return {"protocol": "none"} if self.protocol == "none" else super().identity()
 
 
 class EvaluateConfig(Config):

@@ -9,7 +9,7 @@ from flows.recipes.small import EncodeConfig, Recipe
 from flows.requests.encode import Dataset, find_dataset
 from flows.runs.history import records, ref_of
 from flows.service.parameters import RetokenizeParameters
-from flows.stage import Job, plan_of, what_of
+from flows.stage import Job, plan_of
 from infra.artifacts.inventory import manifests
 from infra.artifacts.manifest import ArtifactRef, Manifest, find
 from infra.artifacts.manifest import ref_of as ref_of_manifest
@@ -101,7 +101,7 @@ def _verdict(dataset: Dataset, images: ArtifactRef, count: int) -> Verdict:
 
 def _newest_images(store: Store, dataset: Dataset) -> Manifest | None:
     """The newest images of these settings."""
-    data = what_of(dataset.recipe.data)
+    data = dataset.recipe.data.identity()
     same = [one for one in manifests(store, PREPARE.kind).values() if one.config.get("data") == data]
     return max(same, key=lambda one: one.created_at, default=None)
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+from typing import Annotated
 
 from pydantic import Field
 
-from infra.config import Config
+from infra.config import RUNTIME, Config
 from infra.store.store import Store
 
 WEIGHTS_ROOT = "weights"
@@ -14,7 +15,9 @@ WEIGHTS_ROOT = "weights"
 class PretrainedConfig(Config):
     """Weights from elsewhere: where they are, and the hash that proves it; only the hash is part of an identity."""
 
-    uri: str = Field("", description="file, folder or s3:// URI; empty: the store's own weights/{sha256}")
+    uri: Annotated[str, RUNTIME] = Field(
+        "", description="file, folder or s3:// URI; empty: the store's own weights/{sha256}"
+    )
     sha256: str = Field("", pattern=r"^([0-9a-f]{64})?$", description="of the file; empty: no weights are given")
 
     @property

@@ -1,10 +1,10 @@
 """How long and how fast a training stage learns, as data; imports no torch, so that the command line starts fast."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
-from infra.config import Config, Precision
+from infra.config import RUNTIME, Config, Precision
 
 COMPILED_WIDTH = 512  # narrower networks are trained before they are compiled
 
@@ -31,9 +31,9 @@ class LoopConfig(Config):
     model_config = ConfigDict(allow_inf_nan=False)
 
     steps: PositiveInt = Field(description="optimizer steps")
-    checkpoint_every: PositiveInt = Field(1000, description="steps between checkpoints")
-    keep_checkpoints: PositiveInt = Field(1, description="newest checkpoints that are kept")
-    log_every: PositiveInt = Field(10, description="steps between logged lines")
+    checkpoint_every: Annotated[PositiveInt, RUNTIME] = Field(1000, description="steps between checkpoints")
+    keep_checkpoints: Annotated[PositiveInt, RUNTIME] = Field(1, description="newest checkpoints that are kept")
+    log_every: Annotated[PositiveInt, RUNTIME] = Field(10, description="steps between logged lines")
     validate_every: int = Field(0, ge=0, description="steps between validations; 0 validates at the end only")
     keep: Literal["best", "last"] = Field(
         "last",
@@ -57,7 +57,7 @@ class TrainingConfig(LoopConfig):
         None,
         description="compile the networks' blocks; not given: on CUDA, for networks that are large enough to gain",
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Annotated[bool, RUNTIME] = Field(
         False, description="compute transformer blocks again in the backward pass instead of keeping what they hold"
     )
 
