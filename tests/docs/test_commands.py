@@ -31,7 +31,7 @@ def commands(line: str) -> list[list[str]]:
 def in_blocks(page: Path) -> list[list[str]]:
     shell = "\n".join(block.text for block in blocks(page) if block.language in ("", "bash", "sh"))
     lines = shell.replace("\\\n", " ").splitlines()
-    return [command for line in lines if line.startswith("sftok ") for command in commands(line)]
+    return [command for line in lines if re.match(r"sftok [a-z-]", line) for command in commands(line)]
 
 
 def parse(arguments: list[str]) -> None:
