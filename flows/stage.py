@@ -1,17 +1,19 @@
-"""What a stage is: the config and inputs that identify its artifact, and the one library call that makes it."""
+"""Stages of the pipeline: the config and inputs that identify an artifact, and the one library call that makes it."""
 
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
 from flows.recipes.small import ComputeConfig, Recipe
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import decisive, said, shards_begun_on
-from infra.artifacts.manifest import ArtifactRef, Manifest, Plan, files_of, folder_of, key_of, manifest_of
+from infra.artifacts.manifest import ArtifactRef, Manifest, Plan
 from infra.artifacts.pages import Page
-from infra.artifacts.shards import FileEntry, split_of
+from infra.artifacts.shards import FileEntry
 from infra.compute.ranks import ALONE, Ranks
 from infra.compute.workers import WorkerOptions
 from infra.progress import Progress
@@ -29,25 +31,25 @@ CPU = "cpu"
 
 
 class Listing:
-    """Hands the source that an attempt has listed to name its artifact on to the call that reads the images.
+    """Pass the listing of a source from the plan, which needs its digest, to the call that reads the images.
 
-    One listing at most is held, in memory or a temporary file, until it is taken; other processes get an empty holder.
+    At most one listing is held, in memory or in a temporary file, until it is taken; a pickled holder is empty.
     """
 
     def __init__(self) -> None:
         self._held: tuple[str, Source] | None = None
 
     def put(self, digest: str, source: "Source") -> None:
-        """Hold a listing, instead of one that was held."""
+        """Hold a listing, replacing any other."""
         self._held = digest, source
 
     def take(self, digest: str) -> "Source | None":
-        """The listing if it has this digest; none is held afterwards."""
+        """Return the listing if it has this digest, else None; none is held afterwards."""
         held, self._held = self._held, None
         return held[1] if held is not None and held[0] == digest else None
 
     def drop(self) -> None:
-        """Hold none: nobody will read the images."""
+        """Discard the listing: nobody will read the images."""
         self._held = None
 
     def __reduce__(self) -> tuple[type["Listing"], tuple[()]]:
@@ -55,7 +57,7 @@ class Listing:
 
 
 class Job(NamedTuple):
-    """One run of a recipe: where it reads and writes, and how wide it runs."""
+    """One run of a recipe: its source, its store, and the number of workers and ranks."""
 
     recipe: Recipe
     store: Store
@@ -63,105 +65,100 @@ class Job(NamedTuple):
     workers: WorkerOptions
     run: str = ""
     ranks: int = 1
-    listing: Listing | None = None  # between the parts of an attempt; without it each lists the source itself
-    anew: bool = False  # give up shards that were begun on another kind of device
+    listing: Listing | None = None  # shared by the parts of an attempt; without it each lists the source itself
+    anew: bool = False  # discard shards that were begun on another kind of device
 
     @property
     def device(self) -> str:
-        """Where its stages compute: "cpu" or "cuda"."""
+        """The device that its stages compute on: "cpu" or "cuda"."""
         from infra.compute.device import default_device
 
         chosen = self.recipe.compute.device
         return default_device() if chosen == "auto" else chosen
 
     def settled(self) -> "Job":
-        """The job with its device chosen, and what depends on it; who has looked at the cluster has done so before."""
+        """Return the job with "auto" settings resolved for its device; on a cluster they are resolved before this."""
         recipe = self.recipe.on(self.device)
         return self if recipe == self.recipe else self._replace(recipe=recipe)
 
 
 class Result(NamedTuple):
-    """What a stage's library call leaves behind in its folder."""
+    """The result of a stage's library call: the files that it wrote into its folder, counts and metrics."""
 
     files: list[FileEntry]
     counts: dict[str, int]
     metrics: dict[str, float]
     content_digest: str | None = None
-    pages: Sequence[Page] = ()  # where the stage has listed its shards itself
+    pages: Sequence[Page] = ()  # if the stage has written pages of shards itself
 
 
-class Work(NamedTuple):
-    """Everything one stage's call may use."""
+@dataclass(frozen=True)
+class Work:
+    """Everything that one stage's call may use."""
 
     job: Job
     plan: Plan
     out: Store
     progress: Progress
     ranks: Ranks = ALONE
+    _loaded: dict[str, Artifact] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def recipe(self) -> Recipe:
-        """The run's recipe, settled for its device."""
+        """The run's recipe, resolved for its device."""
         return self.job.settled().recipe
 
-    def folder(self, name: str) -> Store:
-        """The folder of the input called `name`."""
-        ref = self.plan.inputs[name]
-        return folder_of(self.job.store, ref.kind, ref.digest)
+    def input(self, name: str) -> Artifact:
+        """Load the input called `name`; its manifest is read once.
 
-    def keys(self, name: str, split: str) -> list[str]:
-        """Keys of the input's shards of a split: where in the store each of them lies."""
-        manifest = manifest_of(self.job.store, self.plan.inputs[name])
-        files = files_of(self.job.store, manifest)
-        return [key_of(manifest, file) for file in files if split_of(file.path) == split]
-
-    def rows(self, name: str, split: str) -> dict[str, int]:
-        """The same keys, each with the rows that the manifest says are there."""
-        manifest = manifest_of(self.job.store, self.plan.inputs[name])
-        files = files_of(self.job.store, manifest)
-        return {key_of(manifest, file): file.rows or 0 for file in files if split_of(file.path) == split}
+        Raises:
+            ValueError: it is not in the store, or its manifest is damaged or rejected.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = Artifact.load(self.job.store, self.ref(name))
+        return self._loaded[name]
 
     def ref(self, name: str) -> ArtifactRef:
-        """The input called `name`."""
+        """Return the reference to the input called `name`."""
         return self.plan.inputs[name]
 
 
 class Stage(NamedTuple):
-    """A named step of the pipeline."""
+    """A named step of the pipeline, which makes one kind of artifact."""
 
     name: str
     kind: str
     version: int  # raised by hand when the same config gives another artifact
-    what: Callable[[Job], dict[str, JsonValue]]
+    what: Callable[[Job], dict[str, JsonValue]]  # the config that identifies the artifact
     call: Callable[[Work], Result]
     is_trained: bool = False  # by as many ranks as the job has
-    is_measured: bool = False  # by one process, where a GPU is if the job has any
-    accept: Callable[[Job, Manifest], None] | None = None  # refuses what was made under other conditions
+    is_measured: bool = False  # by one process, placed on a GPU if the job has any
+    accept: Callable[[Job, Manifest], None] | None = None  # rejects a cached artifact that fails this job's checks
 
 
 def plan_of(stage: Stage, job: Job, inputs: Refs) -> Plan:
-    """Identify the artifact that `stage` makes of `inputs`."""
+    """Return the plan that identifies the artifact which `stage` makes of `inputs`."""
     job = job.settled()
     return Plan(kind=stage.kind, version=stage.version, config=stage.what(job), inputs=dict(inputs))
 
 
 def shards(job: Job) -> JsonValue:
-    """How the images are divided: the same images make other files, and are streamed in another order."""
+    """Return the numbers of image shards: they decide which files the images make, and the order of streaming."""
     return [job.recipe.data.num_shards, job.recipe.data.num_val_shards]
 
 
 def seeded(job: Job) -> dict[str, JsonValue]:
-    """What decides a stage's random numbers and the rounding of its sums."""
+    """Return the settings that decide a stage's random numbers and the rounding of its sums."""
     return {"seed": job.recipe.seed, "threads": job.recipe.threads}
 
 
 def computed(compute: ComputeConfig) -> dict[str, JsonValue]:
-    """What decides the rounding of a stage that computes on a GPU; nothing on CPUs, as it always was."""
+    """Return the settings that decide rounding on a GPU; none on CPUs, whose digests stay as they always were."""
     return {} if compute.device == CPU else {"compute": compute.as_json()}
 
 
 def worker_facts(compute: ComputeConfig, options: WorkerOptions) -> dict[str, str]:
-    """Facts of the device that workers compute on; asks one of them where this process may differ."""
+    """Return the facts of the device that workers compute on; asks a worker if this process may differ."""
     from infra.compute.device import device_facts
     from infra.compute.workers import map_shards
     from infra.settings import Settings
@@ -178,7 +175,7 @@ def _asking(ask: Callable[[], dict[str, str]]) -> Callable[[None], dict[str, str
 
 
 def give_up_others(out: Store, compute: ComputeConfig, options: WorkerOptions) -> None:
-    """Delete the unfinished shards in an artifact's folder that another kind of device than the workers' has begun."""
+    """Delete an artifact's unfinished shards if they were begun on another kind of device than the workers'."""
     begun = shards_begun_on(out)
     if begun is None or begun == (own := decisive(worker_facts(compute, options))):
         return
@@ -187,7 +184,7 @@ def give_up_others(out: Store, compute: ComputeConfig, options: WorkerOptions) -
 
 
 def training_run(work: Work) -> "Run":
-    """Where and how a training goes on."""
+    """Return the folder, seed, device and ranks that a training runs with."""
     from infra.training.loop import Run
 
     recipe = work.recipe

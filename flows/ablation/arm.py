@@ -41,15 +41,15 @@ def _arm(work: Work) -> Result:
     recipe, device = work.recipe, work.job.device
     torch.set_num_threads(recipe.threads)
     meter = AlignmentMeter(
-        load_tokenizer(work.folder("tokenizer")).to(device),
-        load_teacher(work.folder("teacher")).to(device),
+        load_tokenizer(work.input("tokenizer").folder).to(device),
+        load_teacher(work.input("teacher").folder).to(device),
         steps=recipe.evaluate.steps,
         decoding=recipe.decoding,
         micro_batch=recipe.encode.micro_batch,
         features=RandomFeatures(recipe.evaluate.feature_seed, recipe.data.image_size),
         seed=recipe.seed,
     )
-    total, done = sum(work.rows("images", "val").values()), 0
+    total, done = sum(work.input("images").rows("val").values()), 0
     for rows in _held_out(work):
         meter.add(rows.images, rows.image_ids)
         done += len(rows.image_ids)
@@ -74,7 +74,7 @@ def _held_out(work: Work) -> Iterator["ImageRows"]:
     from sftok.images.chunks import decoded_chunks
 
     store, size = work.job.store, work.recipe.data.image_size
-    for key in work.keys("images", "val"):
+    for key in work.input("images").keys("val"):
         for chunk in decoded_chunks(store, key, size, work.recipe.encode.micro_batch):
             if chunk.failed:
                 raise ValueError(f"{store.uri}/{key}: an image does not decode; delete its folder and prepare")

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from flows.ablation.arm import ARM
 from flows.recipes.ablations import Ablation
-from infra.artifacts.manifest import ArtifactRef, Manifest, folder_of, manifest_of
+from infra.artifacts.artifact import Artifact
+from infra.artifacts.manifest import ArtifactRef
 from infra.config import Config
 from infra.store.store import Store
 from sftok.training.alignment_meter import AlignmentFigures, StepQuality
@@ -166,37 +167,38 @@ def check_equal(outcomes: Mapping[tuple[str, int], Outcome]) -> None:
 
 
 def _outcome(store: Store, arm: str, seed: int, ref: ArtifactRef) -> Outcome:
-    judged = manifest_of(store, ref)
-    text = folder_of(store, ref.kind, ref.digest).read(ARM)
+    judged = Artifact.load(store, ref)
     training, loss, before = {}, [], 0
     refs = {"ablation_arm": ref, **{name: judged.inputs[name] for name in ("images", "teacher")}}
-    for stage, tokenizer, manifest in reversed(list(_tokenizers(store, judged))):
-        training[stage] = manifest.counts["steps"]
-        refs[stage] = tokenizer
-        loss += [LossPoint(step=before + step, loss=value) for step, value in _log(store, tokenizer)]
+    for tokenizer in reversed(list(_tokenizers(judged))):
+        stage = str(tokenizer.manifest.config["stage"])
+        training[stage], refs[stage] = tokenizer.manifest.counts["steps"], tokenizer.ref
+        loss += [LossPoint(step=before + step, loss=value) for step, value in _log(tokenizer)]
         before += training[stage]
     return Outcome(
         arm=arm,
         seed=seed,
-        figures=AlignmentFigures.model_validate_json(text),
+        figures=AlignmentFigures.model_validate_json(judged.folder.read(ARM)),
         training=training,
         loss=tuple(loss),
         refs=refs,
     )
 
 
-def _tokenizers(store: Store, manifest: Manifest) -> Iterator[tuple[str, ArtifactRef, Manifest]]:
-    """The tokenizer below an artifact, then the one that it began with: the last stage first."""
-    while (ref := manifest.inputs.get("tokenizer")) is not None:
-        manifest = manifest_of(store, ref)
-        yield str(manifest.config["stage"]), ref, manifest
+def _tokenizers(artifact: Artifact) -> Iterator[Artifact]:
+    """Yield the tokenizer that an artifact was made of, then the one that this one's training started from, and so on.
+
+    The last training stage comes first.
+    """
+    while "tokenizer" in artifact.inputs:
+        artifact = artifact.input("tokenizer")
+        yield artifact
 
 
-def _log(store: Store, tokenizer: ArtifactRef) -> list[tuple[int, float]]:
-    """Step and loss of every logged line."""
-    lines = folder_of(store, tokenizer.kind, tokenizer.digest).read(LOG).decode().splitlines()
-    read = [json.loads(line) for line in lines]
-    return [(int(line["step"]), float(line[LOSS])) for line in read if LOSS in line]
+def _log(tokenizer: Artifact) -> list[tuple[int, float]]:
+    """Return the step and loss of every logged line."""
+    lines = [json.loads(line) for line in tokenizer.folder.read(LOG).decode().splitlines()]
+    return [(int(line["step"]), float(line[LOSS])) for line in lines if LOSS in line]
 
 
 def thinned(points: Sequence[LossPoint], bins: int) -> list[LossPoint]:

@@ -12,7 +12,7 @@ from flows.cli.console import log_lines_above, logging_on_stderr, stdout_for_res
 from flows.cli.options import AnewOption, DeviceOption, Failed, JsonOption, StoreOption, one_line_refusals
 
 if TYPE_CHECKING:
-    from flows.inference.sample import Sampled
+    from flows.inference.sample import SampleResult
     from generator.config import SampleConfig
 
 SHARD = 256  # rows, or as many more as fill the last micro-batch
@@ -112,7 +112,7 @@ def sample(
     with stdout_for_results(), logging_on_stderr(verbose=False):
         with one_line_refusals():
             from flows.inference.files import Outputs
-            from flows.inference.sample import Job, check
+            from flows.inference.sample import SampleArguments, check
             from flows.inference.sample import sample as run
             from flows.inference.tokenizer import Choice
             from flows.recipes.small import ComputeConfig
@@ -136,7 +136,9 @@ def sample(
             outputs = Outputs(*(Path(path).expanduser() if path else None for path in (images, grid, npz)))
             width, choice = (store, workers, gpus_per_worker), Choice(tokenizer, any_tokenizer)
             compute = ComputeConfig(device=device.value if device else "auto")
-            asked = Job(generator, config, seed, classes or (), outputs, decode_steps, *width, choice, compute, anew)
+            asked = SampleArguments(
+                generator, config, seed, classes or (), outputs, decode_steps, *width, choice, compute, anew
+            )
             request = check(asked)
         try:
             with on_stderr() as display, log_lines_above(display):
@@ -164,7 +166,7 @@ def _config(**settings: Any) -> "SampleConfig":
         raise ValueError(f"{option} {first['input']}: {first['msg'][:1].lower()}{first['msg'][1:]}") from refused
 
 
-def _show(made: "Sampled", names: "tuple[str, ...]") -> None:
+def _show(made: "SampleResult", names: "tuple[str, ...]") -> None:
     typer.echo(f"{made.ref}  {'drawn before' if made.state == 'Cached' else 'drawn'}")
     typer.echo(f"generator  {made.generator}")
     shown = ", ".join(names[class_id] for class_id in made.classes[:NAMED])

@@ -1,12 +1,12 @@
-"""Inception features of many images, one file for each shard, and kept: whoever scores alike finds them again.
+"""Inception features of many images, one file per shard, cached as an artifact `features` that all scores share.
 
-Of real images, what others are compared with, Ray workers take them, resumed by shards. Of samples and reconstructions
-they are taken as the decoded images pass by everything that measures them, since decoding costs more than all else.
-An artifact `features` is named by images, the extractor's hash, the resize and the precision.
+Ray workers compute those of real images, the reference, and resume shard by shard. Those of samples and reconstructions
+are computed while the decoded images pass through all metrics once, since decoding costs more than everything else.
+The artifact is identified by the images, the extractor's hash, the resize and the precision.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +15,12 @@ from pydantic import JsonValue
 from safetensors.torch import load, save
 from torch import Tensor
 
+from flows.make import find_or_publish
 from flows.recipes.schema import ScoresConfig
-from flows.stage import Work, computed, give_up_others
+from flows.stage import Result, Work, computed, give_up_others
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import begin_shards
-from infra.artifacts.manifest import ArtifactRef, Manifest, Plan, find, folder_of, key_of, publish
+from infra.artifacts.manifest import ArtifactRef, Plan
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.artifacts.shards import FileEntry, shard_entry, write_shard
 from infra.codes.contract import read_codes
@@ -35,24 +37,24 @@ from sftok.metrics.protocols import ScoreProtocol
 
 VERSION = 1  # raised by hand when the same config gives other features
 BATCH = 64  # images in memory at once
-SHOWN = "center"  # the view that is reconstructed
+SHOWN = "center"  # the view whose reconstructions are scored
 
 
 class Shard(NamedTuple):
-    """A shard of images, or of codes of samples."""
+    """A shard of images or of codes, by its key in the store."""
 
     key: str
     rows: int
 
     @property
     def name(self) -> str:
-        """The file of its features."""
+        """The name of the file of its features."""
         return f"{self.key.rpartition('/')[2].removesuffix('.parquet')}.safetensors"
 
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """What every worker needs; small and picklable."""
+    """The settings that every worker is sent; small and picklable."""
 
     store: Store
     out: Store
@@ -64,7 +66,7 @@ class FeatureJob:
 
 
 class ShardFeatures:
-    """A worker: holds the network, takes the features of one shard of images a call, some in memory at a time."""
+    """A worker that holds the network and computes the features of one shard per call, a batch in memory at a time."""
 
     def __init__(self, job: FeatureJob) -> None:
         self.job = job
@@ -74,7 +76,7 @@ class ShardFeatures:
         self.network = prepare_inception(network, precision=job.precision, device=job.device)
 
     def __call__(self, shard: Shard) -> FileEntry:
-        """Take the features of a shard; one that is done is not done again."""
+        """Compute the features of a shard; a finished shard is not computed again."""
         if (done := shard_entry(self.job.out, shard.name)) is not None:
             return done
         images = StoredImages(self.job.store, {shard.key: shard.rows}, self.job.image_size)
@@ -85,23 +87,23 @@ class ShardFeatures:
 
 
 class PassingFeatures:
-    """Features of images that pass, taken with a network."""
+    """Features of images that arrive in batches."""
 
     def __init__(self, network: PreparedInception, resize: Resize) -> None:
         self.network, self.resize = network, resize
         self._parts: list[Features] = []
 
     def add(self, images: Tensor) -> None:
-        """See the next uint8 images (n, 3, S, S), on any device."""
+        """Compute the features of the next uint8 images (n, 3, S, S), on any device."""
         self._parts.append(features_of(self.network, images, self.resize))
 
     def features(self) -> Features:
-        """Those of all images so far."""
+        """Return the features of all images so far."""
         return joined(self._parts)
 
 
 class KeptFeatures(PassingFeatures):
-    """The same of decoded images, kept as an artifact; where they were taken before, images pass unseen."""
+    """Features of decoded images, published as an artifact; if they are cached, the images are ignored."""
 
     def __init__(
         self,
@@ -111,61 +113,62 @@ class KeptFeatures(PassingFeatures):
         store: Store,
         plan: Plan,
         shards: Sequence[Shard],
-        facts: Mapping[str, str],
+        begin: Callable[[Store], None],
         places: Tensor | None = None,
     ) -> None:
-        """Look whether they are in the store.
+        """Look for the features in the store.
 
         Args:
-            network: what takes them.
-            resize: how images come to the network's size.
-            store: where they are kept.
-            plan: what identifies them.
+            network: computes the features.
+            resize: brings images to the network's size.
+            store: where the features are kept.
+            plan: identifies them.
             shards: the files that are written.
-            facts: of the device that computes them.
-            places: where in the files each image lies; by default they come in the files' order.
+            begin: called with the artifact's folder before its first file is written.
+            places: index of each arriving image in the files; by default images arrive in the files' order.
         """
         super().__init__(network, resize)
-        self.store, self.plan, self.shards, self.facts, self.places = store, plan, shards, facts, places
-        self._made = find(store, plan)
+        self.store, self.plan, self.shards, self.begin, self.places = store, plan, shards, begin, places
+        self._kept = Artifact.find(store, plan)
 
     def add(self, images: Tensor) -> None:
-        """See the next uint8 images (n, 3, S, S), on any device."""
-        if self._made is None:
+        """Compute the features of the next uint8 images (n, 3, S, S), on any device, unless they are cached."""
+        if self._kept is None:
             super().add(images)
 
     def features(self) -> Features:
-        """Those of all images, in the order of the files.
+        """Return the features of all images, in the order of the files.
 
         Raises:
-            ValueError: fewer images passed than the files are to have.
+            ValueError: fewer images arrived than the files have rows.
         """
-        if self._made is None:
-            self._made = self._publish(super().features())
-        return joined(feature_shards(self.store, self._made))
+        if self._kept is None:
+            write = functools.partial(self._write, super().features())
+            self._kept, _ = find_or_publish(self.store, self.plan, write)
+        return joined(feature_shards(self._kept))
 
-    def _publish(self, found: Features) -> Manifest:
+    def _write(self, found: Features, out: Store) -> Result:
         if len(found) != sum(shard.rows for shard in self.shards):
             raise ValueError(f"{len(found)} images passed, of {sum(shard.rows for shard in self.shards)}")
         if self.places is not None:
             found = found.rows(torch.argsort(self.places))
-        out, files, at = folder_of(self.store, self.plan.kind, self.plan.digest), [], 0
-        begin_shards(out, self.facts)
+        self.begin(out)
+        files, at = [], 0
         for shard in self.shards:
             some = found.rows(torch.arange(at, at + shard.rows))
             files.append(shard_entry(out, shard.name) or _write(out, shard.name, some))
             at += shard.rows
-        return publish(self.store, self.plan, files=files, counts={"images": len(found)}, metrics={}, seconds=0)
+        return Result(files, {"images": len(found)}, {})
 
 
 def features_of(network: PreparedInception, images: Tensor, how: Resize) -> Features:
-    """Features of uint8 images (n, 3, S, S), in memory of this machine."""
+    """Compute the features of uint8 images (n, 3, S, S); they are returned on the CPU."""
     made = [network(batch, how) for batch in images.split(max(BATCH, network.batches.whole))]
     return joined(Features(one.pool.cpu(), one.spatial.cpu(), one.logits.cpu()) for one in made)
 
 
 def joined(parts: Iterable[Features]) -> Features:
-    """Features one after the other; each is copied once.
+    """Concatenate features; each is copied once.
 
     Raises:
         ValueError: there are none.
@@ -174,43 +177,43 @@ def joined(parts: Iterable[Features]) -> Features:
     return Features(torch.cat(pool), torch.cat(spatial), torch.cat(logits))
 
 
-def of_real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, split: str = "train") -> Manifest:
-    """Features of the training images, or of those that are held out, found or taken by workers.
+def of_real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, split: str = "train") -> Artifact:
+    """Return the features of the training images, or of another split's; workers compute them unless they are cached.
 
     Raises:
-        ValueError: the network's weights are not there, or are others.
+        ValueError: the network's weights are missing or have another hash.
     """
-    store, inputs = work.job.store, {"images": work.ref("images")}
-    plan = _plan(work, config, protocol, {"split": split}, inputs)
-    if (made := find(store, plan)) is not None:
-        return made
-    assert protocol.resize != "none"
-    out, size = folder_of(store, plan.kind, plan.digest), work.recipe.data.image_size
-    if work.job.anew:
-        _give_up_others(work, out)
-    job = FeatureJob(store, out, config.inception, protocol.resize, config.precision, size, work.job.device)
-    shards = [Shard(key, count) for key, count in work.rows("images", split).items() if count]
-    files = map_shards(functools.partial(ShardFeatures, job), shards, options=work.job.workers)
-    counts = {"images": sum(file.rows or 0 for file in files)}
-    return publish(store, plan, files=files, counts=counts, metrics={}, seconds=0)
+    store, size, resize = work.job.store, work.recipe.data.image_size, protocol.resize
+    assert resize != "none"
+
+    def write(out: Store) -> Result:
+        if work.job.anew:
+            _give_up_others(work, out)
+        job = FeatureJob(store, out, config.inception, resize, config.precision, size, work.job.device)
+        shards = [Shard(key, count) for key, count in work.input("images").rows(split).items() if count]
+        files = map_shards(functools.partial(ShardFeatures, job), shards, options=work.job.workers)
+        return Result(files, {"images": sum(file.rows or 0 for file in files)}, {})
+
+    plan = _plan(work, config, protocol, {"split": split}, {"images": work.ref("images")})
+    return find_or_publish(store, plan, write)[0]
 
 
 def of_samples(work: Work, config: ScoresConfig, protocol: ScoreProtocol, network: PreparedInception) -> KeptFeatures:
-    """What takes the features of the samples as they pass, in the order of their files."""
+    """Return a meter of the samples' features; samples arrive in the order of their files."""
     decoding = work.recipe.decoding
     plan = _plan_of_codes(work, config, protocol, {}, "samples", decoding)
-    shards = [Shard(key, count) for key, count in work.rows("samples", "sample").items() if count]
+    shards = [Shard(key, count) for key, count in work.input("samples").rows("sample").items() if count]
     return _kept(work, protocol, network, plan, shards)
 
 
 def of_reconstructions(
     work: Work, config: ScoresConfig, protocol: ScoreProtocol, network: PreparedInception, num_steps: int
 ) -> KeptFeatures:
-    """What takes those of the held-out images' reconstructions as they pass, in the order of the images' ids."""
+    """Return a meter of the features of held-out reconstructions, which arrive in the order of the images' ids."""
     decoding = work.recipe.decoding.model_copy(update={"num_steps": num_steps})
     plan = _plan_of_codes(work, config, protocol, {"variant": SHOWN}, "codes", decoding)
     shards, ids = [], []
-    for key in work.keys("codes", "val"):
+    for key in work.input("codes").keys("val"):
         _, rows = read_codes(work.job.store, [key])
         shown = [name for name, variant in zip(rows.image_id, rows.variant, strict=True) if variant == SHOWN]
         shards += [Shard(key, len(shown))] if shown else []
@@ -228,11 +231,14 @@ def _kept(
     places: Tensor | None = None,
 ) -> KeptFeatures:
     assert protocol.resize != "none"
-    facts = device_facts(work.job.device, IEEE)
-    store = work.job.store
-    if work.job.anew:
-        _give_up_others(work, folder_of(store, plan.kind, plan.digest))
-    return KeptFeatures(network, protocol.resize, store=store, plan=plan, shards=shards, facts=facts, places=places)
+    facts, store = device_facts(work.job.device, IEEE), work.job.store
+
+    def begin(out: Store) -> None:
+        if work.job.anew:
+            _give_up_others(work, out)
+        begin_shards(out, facts)
+
+    return KeptFeatures(network, protocol.resize, store=store, plan=plan, shards=shards, begin=begin, places=places)
 
 
 def _give_up_others(work: Work, out: Store) -> None:
@@ -275,10 +281,10 @@ def _plan(
     return Plan(kind="features", version=VERSION, config={**taken, **what}, inputs=inputs)
 
 
-def feature_shards(store: Store, made: Manifest) -> Iterator[Features]:
-    """Features of one shard at a time, in the order of the shards."""
-    for entry in made.files:
-        tensors = load(store.read(key_of(made, entry)))
+def feature_shards(made: Artifact) -> Iterator[Features]:
+    """Yield the features of one shard at a time, in the order of the shards."""
+    for entry in made.files():
+        tensors = load(made.read(entry))
         yield Features(tensors["pool"], tensors["spatial"], tensors["logits"])
 
 

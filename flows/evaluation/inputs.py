@@ -90,18 +90,18 @@ def measure(work: Work) -> Result:
 def _inputs(work: Work) -> EvaluationInputs:
     recipe = work.recipe
     store, size = work.job.store, recipe.data.image_size
-    train = StoredImages(store, work.rows("images", "train"), size)
-    val = StoredImages(store, work.rows("images", "val"), size).load()
-    info, val_codes = read_codes(store, work.keys("codes", "val"))
+    train = StoredImages(store, work.input("images").rows("train"), size)
+    val = StoredImages(store, work.input("images").rows("val"), size).load()
+    info, val_codes = read_codes(store, work.input("codes").keys("val"))
     codes = Codes(
-        StoredCodes(store, work.rows("codes", "train")),
+        StoredCodes(store, work.input("codes").rows("train")),
         _in_order(val_codes, val),
-        read_codes(store, work.keys("samples", "sample"))[1],
+        read_codes(store, work.input("samples").keys("sample"))[1],
     )
     device = work.job.device
     teacher, model = (
-        load_teacher(work.folder("teacher")).to(device),
-        load_tokenizer(work.folder("tokenizer")).to(device),
+        load_teacher(work.input("teacher").folder).to(device),
+        load_tokenizer(work.input("tokenizer").folder).to(device),
     )
     decoder = ImageDecoder(
         model,

@@ -8,8 +8,8 @@ from torch import Tensor
 from flows.evaluation.features import feature_shards, of_real_images
 from flows.recipes.schema import ScoresConfig
 from flows.stage import CPU, Work
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import resolve
-from infra.artifacts.manifest import Manifest
 from infra.settings import Settings
 from infra.store.store import Store
 from sftok.metrics.frechet import Gaussian
@@ -26,13 +26,12 @@ def real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, seed:
         ValueError: the weights are not there, or are others.
     """
     made = of_real_images(work, config, protocol)
-    store = work.job.store
-    pool, spatial = _statistics(store, made, work.job.device)
+    pool, spatial = _statistics(made, work.job.device)
     return Reference(
         description=f"the real training images of images/{work.ref('images').digest[:12]}",
         pool=pool,
         spatial=spatial,
-        features=_chosen(store, made, config.reference_features, seed),
+        features=_chosen(made, config.reference_features, seed),
         num_images=pool.count,
         extractor_sha256=protocol.extractor_sha256,
         resize=protocol.resize,
@@ -49,23 +48,23 @@ def export_statistics(text: str, file: str, *, store: str | None) -> int:
         ValueError: there is no such artifact, it is of another kind, or the file is there or cannot be written.
     """
     place, path = Store(store or Settings().store), Path(file).expanduser()
-    manifest = resolve(place, text)
-    if manifest.kind != "features":
-        raise ValueError(f"{text!r} is {manifest.kind}/{manifest.digest}, where features are wanted: see `sftok ls`")
+    made = Artifact(place, resolve(place, text))
+    if made.manifest.kind != "features":
+        raise ValueError(f"{text!r} is {made}, where features are wanted: see `sftok ls`")
     if path.exists():
         raise ValueError(f"{path} exists: name another file, or remove it")
-    pool, spatial = _statistics(place, manifest)
+    pool, spatial = _statistics(made)
     try:
         path.write_bytes(write_statistics(Statistics(pool, spatial)))
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror or error}): name another file") from error
-    return manifest.counts["images"]
+    return made.manifest.counts["images"]
 
 
-def _statistics(store: Store, made: Manifest, device: str = CPU) -> tuple[Gaussian, Gaussian]:
+def _statistics(made: Artifact, device: str = CPU) -> tuple[Gaussian, Gaussian]:
     """Of pool and of spatial features, one shard of them in memory, and on the device, at a time."""
     pool = spatial = None
-    for features in feature_shards(store, made):
+    for features in feature_shards(made):
         assert features.spatial is not None
         pool = _added(pool, features.pool.to(device))
         spatial = _added(spatial, features.spatial.to(device))
@@ -74,13 +73,13 @@ def _statistics(store: Store, made: Manifest, device: str = CPU) -> tuple[Gaussi
     return Gaussian.of(pool.to(CPU)), Gaussian.of(spatial.to(CPU))
 
 
-def _chosen(store: Store, made: Manifest, most: int, seed: int) -> Tensor:
+def _chosen(made: Artifact, most: int, seed: int) -> Tensor:
     """Pool features of at most `most` images, as many of each shard as its share, the same for a seed."""
-    count = made.counts["images"]
+    count = made.manifest.counts["images"]
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=generator)[:most].sort().values
     parts, before = [], 0
-    for features in feature_shards(store, made):
+    for features in feature_shards(made):
         here = chosen[(chosen >= before) & (chosen < before + len(features))] - before
         parts.append(features.pool[here])
         before += len(features)

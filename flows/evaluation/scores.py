@@ -120,7 +120,7 @@ def scorer_of(work: Work) -> Scorer | None:
         return of_reconstructions(work, config, protocol, prepared, num_steps)
 
     def originals() -> Features:
-        return joined(feature_shards(work.job.store, of_real_images(work, config, protocol, "val")))
+        return joined(feature_shards(of_real_images(work, config, protocol, "val")))
 
     return Scorer(
         protocol, prepared, protocol.resize, reference, config.num_samples, kept, originals, seed=work.recipe.seed

@@ -1,7 +1,7 @@
-"""The sweep: how often samples show their class at each guidance and temperature, and how long it takes to draw one.
+"""Sweep over guidance scales and temperatures: class accuracy of the samples, and seconds per sample.
 
-Of the generator that drew the run's samples and, side by side, of a second one of the same codes. The second one is an
-artifact like any other: what another recipe has trained alike is found, not trained again.
+It covers the generator that drew the run's samples and, side by side, a second one that was trained on the same codes.
+The second one is an artifact like any other: one that another recipe has trained alike is cached, not trained again.
 """
 
 import json
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flows.make import make
 from flows.results.types import SweepPoint, SweepRow
-from flows.stage import Job, Result, Stage, Work, plan_of
+from flows.stage import Result, Stage, Work
 from generator.artifacts import load_generator
 from generator.autoregressive import Generator
 from generator.code_space import CodeSpace
@@ -23,13 +24,11 @@ from generator.config import GeneratorKind, SampleConfig
 from generator.masked import MaskedGenerator
 from generator.sampling.prepared import Prepared
 from generator.sampling.shards import Wanted, draw_samples
-from infra.artifacts.made_on import note
-from infra.artifacts.manifest import Manifest, find, folder_of, manifest_of, publish
+from infra.artifacts.artifact import Artifact
+from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
-from infra.compute.device import device_facts
-from infra.progress import silent
+from infra.compute.device import IEEE, use_numerics
 from infra.store.store import Store
-from infra.training.checkpoint import CHECKPOINTS, Checkpoints
 from sftok.coding.decode import ImageDecoder
 from sftok.images.stored import StoredImages
 from sftok.metrics.class_reader import ClassReader, accuracy, thumbnails
@@ -38,38 +37,38 @@ from sftok.weights.artifacts import load_teacher, load_tokenizer
 log = logging.getLogger(__name__)
 
 SWEEP = "sweep.json"
-# Beside the artifact, not part of it: artifacts are the same bytes whenever they are made, and times are not.
+# Beside the artifact, not part of it: an artifact has the same bytes whenever it is made, and times differ.
 SECONDS = "sweep_seconds.json"
-DRAWS = 2  # the first one chooses kernels; the time is that of the faster one
-_BATCH = 64  # training images that are looked at at once
+DRAWS = 2  # the first one chooses kernels; the faster one is timed
+_BATCH = 64  # training images in memory at once
 
 
-class Swept(NamedTuple):
-    """A generator of the sweep."""
+class SweepEntry(NamedTuple):
+    """One generator of the sweep, and the settings that it is sampled with."""
 
     name: str
-    """its kind; a second one of the same kind is called so."""
+    """its kind; a second generator of the same kind is marked as the second."""
     model: Prepared
     space: CodeSpace
     config: SampleConfig
-    """what of the sampling stays as it is."""
+    """the sampling settings that are not entry."""
     temperatures: tuple[float, ...]
 
 
 def with_sweep(work: Work, measured: Result, train: Stage) -> Result:
-    """Add the sweep, if the recipe asks for one, to what the evaluate stage has measured."""
+    """Add the sweep, if the recipe asks for one, to the result of the evaluate stage."""
     if not work.recipe.evaluate.sweep.cfg_scales:
         return measured
     torch.set_num_threads(work.recipe.threads)
     reader, decoder, points, seconds = _reader(work), _decoder(work), [], []
-    for swept in _generators(work, train):
-        for config in _settings(work, swept):
-            codes, wanted, taken = _drawn(work, swept, config)
+    for entry in _entries(work, train):
+        for config in _settings(work, entry):
+            codes, wanted, taken = _draw(work, entry, config)
             images = decoder(codes, [each.sample_id for each in wanted], work.recipe.decoding).images
             classes = torch.tensor([each.class_id for each in wanted])
             points.append(
                 SweepPoint(
-                    generator=swept.name,
+                    generator=entry.name,
                     cfg_scale=config.cfg_scale,
                     temperature=config.temperature,
                     samples=len(wanted),
@@ -83,7 +82,7 @@ def with_sweep(work: Work, measured: Result, train: Stage) -> Result:
 
 
 def read_sweep(folder: Store, evaluation: Manifest) -> tuple[SweepRow, ...]:
-    """The rows of an evaluation's sweep, with the times of the machine where it ran; none where there was no sweep."""
+    """Return the rows of an evaluation's sweep, with the times of the machine where it ran; none without a sweep."""
     if SWEEP not in {file.path for file in evaluation.files}:
         return ()
     points = [SweepPoint.model_validate(point) for point in json.loads(folder.read(SWEEP))]
@@ -93,64 +92,59 @@ def read_sweep(folder: Store, evaluation: Manifest) -> tuple[SweepRow, ...]:
     )
 
 
-def _generators(work: Work, train: Stage) -> Iterator[Swept]:
-    """The run's generator, then the second one where the recipe has one."""
-    sweep, sample, store = work.recipe.evaluate.sweep, work.recipe.sample, work.job.store
+def _entries(work: Work, train: Stage) -> Iterator[SweepEntry]:
+    """Yield the run's generator, then the second one if the recipe has one."""
+    sweep, sample = work.recipe.evaluate.sweep, work.recipe.sample
     temperatures: dict[GeneratorKind, tuple[float, ...]] = {
         "autoregressive": sweep.temperatures,
         "masked": sweep.masked_temperatures,
     }
-    ref = manifest_of(store, work.ref("samples")).inputs["generator"]
-    model, _ = load_generator(folder_of(store, ref.kind, ref.digest))
+    model, _ = load_generator(work.input("samples").input("generator").folder)
     first = model.config.kind
-    yield Swept(first, _prepared(model, sample, work.job.device), model.space, sample, temperatures[first])
+    yield SweepEntry(first, _prepared(model, sample, work.job.device), model.space, sample, temperatures[first])
     if sweep.generator is None:
         return
-    manifest = _second(work, train)
-    model, _ = load_generator(folder_of(store, manifest.kind, manifest.digest))
+    model, _ = load_generator(_second(work, train).folder)
     kind = model.config.kind
     name = kind if kind != first else f"{kind}, the second"
     config = SampleConfig(precision=sample.precision, compile=sample.compile, micro_batch=sample.micro_batch)
-    yield Swept(name, _prepared(model, config, work.job.device), model.space, config, temperatures[kind])
+    yield SweepEntry(name, _prepared(model, config, work.job.device), model.space, config, temperatures[kind])
 
 
 def _prepared(model: Generator | MaskedGenerator, config: SampleConfig, device: str) -> Prepared:
     return Prepared(model.to(device), config.arithmetic, compile=bool(config.compile))
 
 
-def _second(work: Work, train: Stage) -> Manifest:
-    """The second generator: what the stage `train` makes of these codes with the sweep's settings."""
-    sweep, store = work.recipe.evaluate.sweep, work.job.store
-    changes = {"generator": sweep.generator, "train_generator": sweep.train_generator}
-    job: Job = work.job._replace(recipe=work.recipe.model_copy(update=changes), ranks=1)
-    plan = plan_of(train, job, {"codes": work.ref("codes")})
-    if (found := find(store, plan)) is not None:
-        return found
-    log.info("sweep: training the second generator, which the store has none like")
-    began, out = time.monotonic(), folder_of(store, plan.kind, plan.digest)
-    note(out, device_facts(job.device, job.recipe.compute.numerics))
-    made = train.call(Work(job, plan, out, silent))
-    taken = round(time.monotonic() - began, 3)
-    manifest = publish(store, plan, files=made.files, counts=made.counts, metrics=made.metrics, seconds=taken)
-    Checkpoints(out.at(CHECKPOINTS)).clear()
-    return manifest
-
-
-def _settings(work: Work, swept: Swept) -> Iterator[SampleConfig]:
-    """Every temperature with every guidance, in equal micro-batches so that none is filled up."""
+def _second(work: Work, train: Stage) -> Artifact:
+    """Return the second generator: what the stage `train` makes of these codes with the sweep's settings."""
     sweep = work.recipe.evaluate.sweep
-    count = sweep.per_class * max(swept.space.num_classes, 1)
-    parts = -(-count // swept.config.micro_batch)
+    changes = {"generator": sweep.generator, "train_generator": sweep.train_generator}
+    job = work.job._replace(recipe=work.recipe.model_copy(update=changes), ranks=1)
+
+    def call(training: Work) -> Result:
+        log.info("sweep: training the second generator, which the store has none like")
+        return train.call(training)
+
+    second, _ = make(train._replace(call=call), job, {"codes": work.ref("codes")}, here=True)
+    use_numerics(IEEE, work.job.device)  # training sets its own
+    return second
+
+
+def _settings(work: Work, entry: SweepEntry) -> Iterator[SampleConfig]:
+    """Yield every temperature with every guidance scale, in micro-batches of equal size so that none is padded."""
+    sweep = work.recipe.evaluate.sweep
+    count = sweep.per_class * max(entry.space.num_classes, 1)
+    parts = -(-count // entry.config.micro_batch)
     fixed = {"per_class": sweep.per_class, "micro_batch": -(-count // parts)}
-    for temperature in swept.temperatures:
+    for temperature in entry.temperatures:
         for cfg_scale in sweep.cfg_scales:
-            yield swept.config.model_copy(update={**fixed, "temperature": temperature, "cfg_scale": cfg_scale})
+            yield entry.config.model_copy(update={**fixed, "temperature": temperature, "cfg_scale": cfg_scale})
 
 
-def _drawn(work: Work, swept: Swept, config: SampleConfig) -> tuple[Tensor, list[Wanted], float]:
-    """Codes (B, N) of every class equally often, what they are samples of, and the seconds that drawing them takes."""
-    sampler = swept.model.sampler(config)
-    wanted = [Wanted(c, i) for c in range(swept.space.num_classes) for i in range(config.per_class)]
+def _draw(work: Work, entry: SweepEntry, config: SampleConfig) -> tuple[Tensor, list[Wanted], float]:
+    """Draw codes (B, N), class-balanced; return them with what they are samples of and the seconds that it took."""
+    sampler = entry.model.sampler(config)
+    wanted = [Wanted(c, i) for c in range(entry.space.num_classes) for i in range(config.per_class)]
     seconds = []
     for _ in range(DRAWS):
         began = time.perf_counter()
@@ -162,17 +156,17 @@ def _drawn(work: Work, swept: Swept, config: SampleConfig) -> tuple[Tensor, list
 def _decoder(work: Work) -> ImageDecoder:
     recipe, device = work.recipe, work.job.device
     teacher, model = (
-        load_teacher(work.folder("teacher")).to(device),
-        load_tokenizer(work.folder("tokenizer")).to(device),
+        load_teacher(work.input("teacher").folder).to(device),
+        load_tokenizer(work.input("tokenizer").folder).to(device),
     )
     precision = recipe.decoding.arithmetic
     return ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed, precision=precision)
 
 
 def _reader(work: Work) -> ClassReader:
-    """The evaluation's class reader: taught by the same images in the same order."""
+    """Fit the evaluation's class reader, on the same images in the same order."""
     recipe = work.recipe
-    train = StoredImages(work.job.store, work.rows("images", "train"), recipe.data.image_size)
+    train = StoredImages(work.job.store, work.input("images").rows("train"), recipe.data.image_size)
     rows = train.sample(recipe.evaluate.classifier_images, recipe.seed)
     is_kept = torch.zeros(len(train), dtype=torch.bool)
     is_kept[rows] = True

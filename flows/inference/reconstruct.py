@@ -11,8 +11,9 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from flows.evaluation.gallery import png
-from flows.store.weights import Found, find_artifact, new_files
-from infra.artifacts.manifest import folder_of, manifest_of
+from flows.outputs import new_files
+from infra.artifacts.artifact import Artifact
+from infra.artifacts.lineage import find_artifact
 from infra.codes.contract import NO_CLASS, CodeRows, CodesInfo, to_parquet
 from infra.compute.device import IEEE, default_device, use_numerics
 from infra.progress import Progress, silent
@@ -112,10 +113,10 @@ def reconstruct(job: Job, progress: Progress = silent) -> Reconstruction:
         shown += [side_by_side] if len(shown) < ON_SHEET else []
     progress(len(images), len(images), {})
     if not pairs:
-        return Reconstruction(str(found.ref), pairs, rejects, None, None)
+        return Reconstruction(str(found), pairs, rejects, None, None)
     (job.out / SHEET).write_bytes(png(contact_sheet(shown)))
     (job.out / CODES).write_bytes(_code_file(model, found, [pair.image for pair in pairs], torch.cat(codes)))
-    return Reconstruction(str(found.ref), pairs, rejects, job.out / SHEET, job.out / CODES)
+    return Reconstruction(str(found), pairs, rejects, job.out / SHEET, job.out / CODES)
 
 
 def read_square(path: str, size: int) -> Tensor:
@@ -148,25 +149,23 @@ def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
     return sheet
 
 
-def _teacher(model: SFTok, found: Found, job: Job) -> Teacher | None:
+def _teacher(model: SFTok, found: Artifact, job: Job) -> Teacher | None:
     """The teacher that turns proxy codes into pixels, where the tokenizer does not do it itself."""
     if model.pixel_decoder is not None:
         if job.teacher:
-            raise ValueError(f"{found.ref} has a pixel decoder of its own: leave out --teacher")
+            raise ValueError(f"{found} has a pixel decoder of its own: leave out --teacher")
         return None
     if job.teacher:
         given = find_artifact(job.teacher, job.store or found.store.uri, "teacher")
-        folder, name = given.folder, str(given.ref)
-    elif ref := found.manifest.inputs.get("teacher"):
-        manifest_of(found.store, ref)  # says what to do where it is not there any more
-        folder, name = folder_of(found.store, ref.kind, ref.digest), str(ref)
+    elif "teacher" in found.inputs:
+        given = found.input("teacher")
     else:
-        raise ValueError(f"{found.ref} ends in proxy codes and names no teacher: give one by --teacher REF")
-    teacher = load_teacher(folder).to(default_device())
+        raise ValueError(f"{found} ends in proxy codes and names no teacher: give one by --teacher REF")
+    teacher = load_teacher(given.folder).to(default_device())
     for field in ("codebook_size", "downsample_factor"):
         ours, theirs = getattr(model.teacher_config, field), getattr(teacher.config, field)
         if ours != theirs:
-            raise ValueError(f"{name} has {field} = {theirs}, {found.ref} was made for {ours}: give another --teacher")
+            raise ValueError(f"{given} has {field} = {theirs}, {found} was made for {ours}: give another --teacher")
     return teacher
 
 
@@ -182,7 +181,7 @@ def _names(images: Sequence[str], out: Path) -> Iterator[Path]:
         yield out / f"{name}.png"
 
 
-def _code_file(model: SFTok, found: Found, images: list[str], codes: Tensor) -> bytes:
+def _code_file(model: SFTok, found: Artifact, images: list[str], codes: Tensor) -> bytes:
     info = CodesInfo(
         tokenizer=found.manifest.digest,
         codebook_size=model.config.codebook_size,

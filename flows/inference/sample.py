@@ -4,7 +4,6 @@ Images are decoded a micro-batch at a time and go straight into files: 50,000 of
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,41 +16,35 @@ from flows.evaluation.gallery import name_of
 from flows.inference.classes import chosen_classes
 from flows.inference.files import Outputs, Part, begun, check_names, is_begun, picture_file, writing
 from flows.inference.tokenizer import Choice, DecodingModels, decoding_device, decoding_models, decoding_precision
-from flows.pipeline.generator import SAMPLE
+from flows.make import find_or_publish
+from flows.outputs import new_files
+from flows.pipeline.generator import SAMPLE, samples_result
 from flows.recipes.small import ComputeConfig
 from flows.requests.checks import check_ray
 from flows.requests.devices import choose_device
 from flows.requests.precisions import warn_of_slow
-from flows.stage import computed, give_up_others
-from flows.store.weights import Found, find_artifact, new_files
+from flows.stage import Result, computed, give_up_others
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
 from generator.data import space_of
 from generator.sampling.shards import SampleJob, Wanted, generate, plan_shards
-from infra.artifacts.manifest import (
-    ArtifactRef,
-    Manifest,
-    Plan,
-    find,
-    folder_of,
-    key_of,
-    publish,
-    ref_of,
-    shards_of,
-)
+from infra.artifacts.artifact import Artifact
+from infra.artifacts.lineage import find_artifact
+from infra.artifacts.manifest import ArtifactRef, Plan, find
 from infra.artifacts.weights import load_config
 from infra.codes.contract import CodesInfo, read_codes
 from infra.compute.cluster import session
 from infra.compute.workers import WorkerOptions
 from infra.progress import Progress
 from infra.settings import Settings
+from infra.store.store import Store
 from sftok.config import DecodingConfig
 
 SHEET_CLASSES, SHEET_SAMPLES = 20, 10  # on a contact sheet, at most: classes, and samples of each
 
 
-class Job(NamedTuple):
-    """What was asked for."""
+class SampleArguments(NamedTuple):
+    """The arguments of `sftok sample`, not checked yet."""
 
     generator: str
     """reference of an artifact."""
@@ -72,11 +65,11 @@ class Job(NamedTuple):
     """whether samples that another kind of device began are given up."""
 
 
-class Request(NamedTuple):
-    """A sampling that can begin."""
+class SampleRequest(NamedTuple):
+    """Checked arguments, with the generator that they name."""
 
-    job: Job
-    found: Found
+    arguments: SampleArguments
+    generator: Artifact
     info: CodesInfo
     """what the generator's codes mean."""
     classes: tuple[int, ...] | None
@@ -86,46 +79,48 @@ class Request(NamedTuple):
     @property
     def models(self) -> DecodingModels:
         """What makes images of the samples; raises ValueError where the store has no such thing."""
-        return decoding_models(self.found, self.job.choice)
+        return decoding_models(self.generator, self.arguments.choice)
 
     @property
     def pictures(self) -> dict[str, Path]:
         """Files of the folder of pictures, by the ids of the samples."""
-        folder = self.job.outputs.folder
-        wanted = [] if folder is None else [each for shard in self.wanted for each in shard]
-        return {each.sample_id: picture_file(folder, each.sample_id) for each in wanted if folder is not None}
+        folder = self.arguments.outputs.folder
+        if folder is None:
+            return {}
+        ids = [sample.sample_id for shard in self.shards for sample in shard]
+        return {sample_id: picture_file(folder, sample_id) for sample_id in ids}
 
     @property
     def settings(self) -> dict[str, JsonValue]:
         """What decides the pixels."""
-        models, precision = self.models, decoding_precision(decoding_device(self.job.compute.device))
+        models, precision = self.models, decoding_precision(decoding_device(self.arguments.compute.device))
         rounded: dict[str, JsonValue] = {} if precision == "fp32" else {"precision": precision}
         return {
             **rounded,
             "samples": self.plan.digest,
-            "tokenizer": models.tokenizer.digest,
-            "teacher": None if models.teacher is None else models.teacher.digest,
-            "decode_steps": self.job.decode_steps,
-            "micro_batch": self.job.config.micro_batch,
+            "tokenizer": models.tokenizer.ref.digest,
+            "teacher": None if models.teacher is None else models.teacher.ref.digest,
+            "decode_steps": self.arguments.decode_steps,
+            "micro_batch": self.arguments.config.micro_batch,
         }
 
     @property
-    def wanted(self) -> list[tuple[Wanted, ...]]:
+    def shards(self) -> list[tuple[Wanted, ...]]:
         """The samples of every shard."""
-        shards = plan_shards(space_of(self.info), self.job.config, self.classes)
+        shards = plan_shards(space_of(self.info), self.arguments.config, self.classes)
         return [shard.wanted for shard in shards]
 
     @property
     def plan(self) -> Plan:
         """Identifies the samples; those of all classes are what the pipeline draws with the same settings."""
         some: dict[str, JsonValue] = {} if self.classes is None else {"classes": list(self.classes)}
-        config = {"sample": self.job.config.as_json(), "seed": self.job.seed, **some}
+        config = {"sample": self.arguments.config.as_json(), "seed": self.arguments.seed, **some}
         config["threads"] = self.options.threads_per_worker
-        config |= computed(self.job.compute)
-        return Plan(kind=SAMPLE.kind, version=SAMPLE.version, config=config, inputs={"generator": self.found.ref})
+        config |= computed(self.arguments.compute)
+        return Plan(kind=SAMPLE.kind, version=SAMPLE.version, config=config, inputs={"generator": self.generator.ref})
 
 
-class Sampled(NamedTuple):
+class SampleResult(NamedTuple):
     """Samples that are an artifact now, and the files that were written of them."""
 
     ref: ArtifactRef
@@ -158,32 +153,33 @@ class Sampled(NamedTuple):
 # --- what was asked for ----------------------------------------------------------------------------------------------
 
 
-def check(job: Job) -> Request:
+def check(arguments: SampleArguments) -> SampleRequest:
     """Turn what was asked for into a request, before anything is drawn; makes the folders of the files.
 
     Raises:
         ValueError: one line that names what is wrong and the remedy.
     """
-    found = find_artifact(job.generator, job.store, "generator")
-    file = load_config(found.folder, GeneratorFile)
-    job.config.fit(file.generator.kind)
-    classes = chosen_classes(job.classes, file.codes.class_names or (), str(found.ref))
+    generator = find_artifact(arguments.generator, arguments.store, "generator")
+    file = load_config(generator.folder, GeneratorFile)
+    arguments.config.fit(file.generator.kind)
+    classes = chosen_classes(arguments.classes, file.codes.class_names or (), str(generator))
     settings = Settings()
-    device, gpus = choose_device(job.compute, gpus=job.gpus_per_worker, settings=settings)
-    job = job._replace(
-        config=job.config.on(device), compute=job.compute.model_copy(update={"device": device}), gpus_per_worker=gpus
+    device, gpus = choose_device(arguments.compute, gpus=arguments.gpus_per_worker, settings=settings)
+    arguments = arguments._replace(
+        config=arguments.config.on(device),
+        compute=arguments.compute.model_copy(update={"device": device}),
+        gpus_per_worker=gpus,
     )
-    request = Request(job, found, file.codes, classes, WorkerOptions())
-    width = _width(len(request.wanted)) if job.workers is None else job.workers
-    options = WorkerOptions(workers=width, gpus_per_worker=gpus)
-    request = request._replace(options=options)
-    check_names(job.outputs)
-    if any(job.outputs) or job.choice != Choice():
-        decoding_models(found, job.choice)
-    if find(found.store, request.plan) is None:
+    request = SampleRequest(arguments, generator, file.codes, classes, WorkerOptions())
+    width = _width(len(request.shards)) if arguments.workers is None else arguments.workers
+    request = request._replace(options=WorkerOptions(workers=width, gpus_per_worker=gpus))
+    check_names(arguments.outputs)
+    if any(arguments.outputs) or arguments.choice != Choice():
+        decoding_models(generator, arguments.choice)
+    if find(generator.store, request.plan) is None:
         check_ray(settings.ray_address)
-        found.store.check()
-        warn_of_slow({"--precision": job.config.arithmetic}, settings, device)
+        generator.store.check()
+        warn_of_slow({"--precision": arguments.config.arithmetic}, settings, device)
     new_files(_files(request))
     return request
 
@@ -194,9 +190,9 @@ def _width(shards: int) -> int:
     return width if width > 1 else 0
 
 
-def _files(request: Request) -> list[Path]:
+def _files(request: SampleRequest) -> list[Path]:
     """All files that must not be there, or whose folders are to be made."""
-    folder, sheet, npz = request.job.outputs
+    folder, sheet, npz = request.arguments.outputs
     pictures = list(request.pictures.values())
     if folder is not None and is_begun(folder, request.settings):
         pictures = [file for file in pictures if not file.exists()]
@@ -206,53 +202,53 @@ def _files(request: Request) -> list[Path]:
 # --- codes -----------------------------------------------------------------------------------------------------------
 
 
-def sample(request: Request, progress: Callable[[str], Progress]) -> Sampled:
+def sample(request: SampleRequest, progress: Callable[[str], Progress]) -> SampleResult:
     """Draw the samples, unless that was done before, then write the images that were asked for.
 
     Raises:
         ValueError: not all samples were drawn, or what was drawn is damaged.
     """
-    plan, store = request.plan, request.found.store
-    manifest, state = find(store, plan), "Cached"
-    if manifest is None:
-        manifest, state = _draw(request, progress("sample")), "Completed"
-    if any(request.job.outputs):
-        _write_images(request, manifest, progress("decode"))
+    asked = request.arguments
+
+    def draw(out: Store) -> Result:
+        return _draw(request, out, progress("sample"))
+
+    samples, state = find_or_publish(request.generator.store, request.plan, draw)
+    if any(asked.outputs):
+        _write_images(request, samples, progress("decode"))
     names = request.info.class_names or ()
     classes = tuple(range(len(names))) if request.classes is None else request.classes
-    count = manifest.counts["samples"]
-    ref, config = ref_of(store, manifest), request.job.config
-    return Sampled(ref, state, request.found.ref, classes, config.per_class, count, request.job.outputs)
+    count = samples.manifest.counts["samples"]
+    return SampleResult(
+        samples.ref, state, request.generator.ref, classes, asked.config.per_class, count, asked.outputs
+    )
 
 
-def _draw(request: Request, progress: Progress) -> Manifest:
-    began, plan, store = time.monotonic(), request.plan, request.found.store
-    out = folder_of(store, plan.kind, plan.digest)
+def _draw(request: SampleRequest, out: Store, progress: Progress) -> Result:
+    asked = request.arguments
     job = SampleJob(
-        generator=request.found.folder,
+        generator=request.generator.folder,
         out=out,
-        config=request.job.config,
-        seed=request.job.seed,
-        identity=request.found.ref.digest,
+        config=asked.config,
+        seed=asked.seed,
+        identity=request.generator.ref.digest,
         classes=request.classes,
-        device=request.job.compute.device,
-        numerics=request.job.compute.numerics,
+        device=asked.compute.device,
+        numerics=asked.compute.numerics,
     )
     with session(Settings().ray_address, request.options.workers):
-        if request.job.anew:
-            give_up_others(out, request.job.compute, request.options)
-        files = generate(job, options=request.options, progress=progress)
-    counts = {"shards": len(files), "samples": sum(file.rows or 0 for file in files)}
-    return publish(store, plan, files=files, counts=counts, metrics={}, seconds=time.monotonic() - began)
+        if asked.anew:
+            give_up_others(out, asked.compute, request.options)
+        return samples_result(generate(job, options=request.options, progress=progress))
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def _write_images(request: Request, manifest: Manifest, progress: Progress) -> None:
+def _write_images(request: SampleRequest, samples: Artifact, progress: Progress) -> None:
     """Decode what is needed, once, into all files that were asked for."""
-    folder, sheet, npz = request.job.outputs
-    count = sum(map(len, request.wanted))
+    folder, sheet, npz = request.arguments.outputs
+    count = sum(map(len, request.shards))
     shown = sheet_rows(request) if sheet is not None else {}
     needed = None
     if not npz:
@@ -260,33 +256,33 @@ def _write_images(request: Request, manifest: Manifest, progress: Progress) -> N
         needed = missing.union(*shown.values())
     with (
         begun(folder, request.settings),
-        writing(request.job.outputs, count=count, size=request.info.image_size, rows=shown) as take,
+        writing(request.arguments.outputs, count=count, size=request.info.image_size, rows=shown) as take,
     ):
         done, total = 0, count if needed is None else len(needed)
-        for part in decoded(request, manifest, needed):
+        for part in decoded(request, samples, needed):
             take(part)
             done += len(part.sample_ids)
             progress(done, total, {})
         if done != total:
-            raise ValueError(f"{manifest.kind}/{manifest.digest} has {done} of {total} samples: `sftok verify` it")
+            raise ValueError(f"{samples} has {done} of {total} samples: `sftok verify` it")
 
 
-def decoded(request: Request, manifest: Manifest, needed: set[str] | None = None) -> Iterator[Part]:
+def decoded(request: SampleRequest, samples: Artifact, needed: set[str] | None = None) -> Iterator[Part]:
     """The samples as images, in the order of shards and in a shard of ids, at most a micro-batch at once.
 
     Args:
         request: whose generator names the tokenizer.
-        manifest: the samples.
+        samples: the codes.
         needed: ids of the samples that are decoded; None for all.
     """
-    store, size, job = request.found.store, request.job.config.micro_batch, request.job
-    decoding = DecodingConfig(num_steps=job.decode_steps)
-    decoder = request.models.decoder(decoding_device(job.compute.device), micro_batch=size, seed=job.seed)
+    asked, size = request.arguments, request.arguments.config.micro_batch
+    decoding = DecodingConfig(num_steps=asked.decode_steps)
+    decoder = request.models.decoder(decoding_device(asked.compute.device), micro_batch=size, seed=asked.seed)
     missing = None if needed is None else set(needed)
-    for entry in shards_of(request.found.store, manifest):
+    for entry in samples.shards():
         if missing is not None and not missing:
             return
-        _, rows = read_codes(store, [key_of(manifest, entry)])
+        _, rows = read_codes(samples.store, [samples.key(entry)])
         chosen = [row for row, name in enumerate(rows.image_id) if missing is None or name in missing]
         for at in range(0, len(chosen), size):
             part = chosen[at : at + size]
@@ -296,9 +292,9 @@ def decoded(request: Request, manifest: Manifest, needed: set[str] | None = None
             missing.difference_update(rows.image_id)
 
 
-def sheet_rows(request: Request) -> dict[str, list[str]]:
+def sheet_rows(request: SampleRequest) -> dict[str, list[str]]:
     """The first samples of evenly spaced classes: their ids by what is written above them on the contact sheet."""
-    names, first = request.info.class_names or (), min(request.job.config.per_class, SHEET_SAMPLES)
+    names, first = request.info.class_names or (), min(request.arguments.config.per_class, SHEET_SAMPLES)
     classes: Sequence[int] = request.classes or range(max(len(names), 1))
     at = np.linspace(0, len(classes) - 1, min(len(classes), SHEET_CLASSES)).round().astype(int)
     titles = [_title(classes[i], names) for i in at.tolist()]

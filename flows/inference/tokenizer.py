@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-from flows.store.weights import Found, find_artifact
 from generator.artifacts import GeneratorFile
-from infra.artifacts.manifest import MANIFEST, ArtifactRef, Manifest, folder_of, manifest_of
+from infra.artifacts.artifact import Artifact
+from infra.artifacts.lineage import find_artifact
+from infra.artifacts.manifest import MANIFEST, ArtifactRef, folder_of
 from infra.artifacts.weights import load_config
 from infra.compute.device import IEEE, default_device, use_numerics
-from infra.store.store import Store
 from sftok.coding.decode import ImageDecoder
 from sftok.config import DecodingConfig
 from sftok.model.prepared import InferencePrecision
@@ -28,18 +28,15 @@ class Choice(NamedTuple):
 class DecodingModels(NamedTuple):
     """What turns codes into images."""
 
-    store: Store
-    tokenizer: Manifest
-    teacher: ArtifactRef | None
+    tokenizer: Artifact
+    teacher: Artifact | None
     """paints for a tokenizer that ends in proxy codes."""
 
     def decoder(self, device: str, *, micro_batch: int, seed: int) -> ImageDecoder:
         """The models, loaded."""
         use_numerics(IEEE, device)
-        model = load_tokenizer(folder_of(self.store, self.tokenizer.kind, self.tokenizer.digest)).to(device)
-        teacher = None
-        if self.teacher is not None:
-            teacher = load_teacher(folder_of(self.store, self.teacher.kind, self.teacher.digest)).to(device)
+        model = load_tokenizer(self.tokenizer.folder).to(device)
+        teacher = None if self.teacher is None else load_teacher(self.teacher.folder).to(device)
         return ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=decoding_precision(device))
 
 
@@ -53,7 +50,7 @@ def decoding_precision(device: str) -> InferencePrecision:
     return DecodingConfig().on(device).arithmetic
 
 
-def decoding_models(generator: Found, choice: Choice) -> DecodingModels:
+def decoding_models(generator: Artifact, choice: Choice) -> DecodingModels:
     """The tokenizer for the images of a generator's samples, and the teacher if it does not paint itself.
 
     Raises:
@@ -63,37 +60,33 @@ def decoding_models(generator: Found, choice: Choice) -> DecodingModels:
         raise ValueError(
             "--any-tokenizer allows another tokenizer but names none: give --tokenizer too, or leave it out"
         )
-    store, tokenizer = _own(generator) if choice.tokenizer is None else _other(generator, choice)
-    ref = f"tokenizer/{tokenizer.digest}"
-    if load_config(folder_of(store, tokenizer.kind, tokenizer.digest), TokenizerFile).pixels:
-        return DecodingModels(store, tokenizer, None)
-    teacher = tokenizer.inputs.get("teacher")
-    if teacher is None:
+    tokenizer = _own(generator) if choice.tokenizer is None else _other(generator, choice.tokenizer, choice.is_any)
+    if load_config(tokenizer.folder, TokenizerFile).pixels:
+        return DecodingModels(tokenizer, None)
+    if "teacher" not in tokenizer.inputs:
         raise ValueError(
-            f"{ref} ends in proxy codes and names no teacher that would paint them: sample with a generator of another "
-            f"tokenizer, {WITHOUT}"
+            f"{tokenizer} ends in proxy codes and names no teacher that would paint them: sample with a generator of "
+            f"another tokenizer, {WITHOUT}"
         )
-    manifest_of(store, teacher)  # says what to do where it is not there any more
-    return DecodingModels(store, tokenizer, teacher)
+    return DecodingModels(tokenizer, tokenizer.input("teacher"))
 
 
-def _own(generator: Found) -> tuple[Store, Manifest]:
+def _own(generator: Artifact) -> Artifact:
     store, digest = generator.store, load_config(generator.folder, GeneratorFile).codes.tokenizer
     folder = folder_of(store, "tokenizer", digest)
     if not folder.exists(MANIFEST):
         raise ValueError(
-            f"{generator.ref} draws codes of tokenizer/{digest}, which is not in {store.uri}: bring it there, {WITHOUT}"
+            f"{generator} draws codes of tokenizer/{digest}, which is not in {store.uri}: bring it there, {WITHOUT}"
         )
-    return store, manifest_of(store, ArtifactRef(kind="tokenizer", digest=digest, uri=folder.uri))
+    return Artifact.load(store, ArtifactRef(kind="tokenizer", digest=digest, uri=folder.uri))
 
 
-def _other(generator: Found, choice: Choice) -> tuple[Store, Manifest]:
-    assert choice.tokenizer is not None
-    found = find_artifact(choice.tokenizer, generator.store.uri, "tokenizer")
+def _other(generator: Artifact, text: str, is_any: bool) -> Artifact:
+    found = find_artifact(text, generator.store.uri, "tokenizer")
     codes = load_config(generator.folder, GeneratorFile).codes
-    if found.manifest.digest != codes.tokenizer and not choice.is_any:
+    if found.manifest.digest != codes.tokenizer and not is_any:
         raise ValueError(
-            f"{generator.ref} draws codes of tokenizer/{codes.tokenizer}, not of {found.ref}, to which they mean other "
+            f"{generator} draws codes of tokenizer/{codes.tokenizer}, not of {found}, to which they mean other "
             "images: leave out --tokenizer, or add --any-tokenizer if the two share their codebook"
         )
     file = load_config(found.folder, TokenizerFile)
@@ -103,5 +96,5 @@ def _other(generator: Found, choice: Choice) -> tuple[Store, Manifest]:
         ("codes an image", "codes in the codebook", "pixels a side"), theirs, ours, strict=True
     ):
         if their != our:
-            raise ValueError(f"{found.ref} has {their} {what}, {generator.ref} {our}: name a tokenizer that fits")
-    return found.store, found.manifest
+            raise ValueError(f"{found} has {their} {what}, {generator} {our}: name a tokenizer that fits")
+    return found

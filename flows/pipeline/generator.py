@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 from flows.stage import Job, Result, Stage, Work, computed, give_up_others, seeded, training_run
-from infra.artifacts.manifest import ArtifactRef, manifest_of
+from infra.artifacts.manifest import ArtifactRef
+from infra.artifacts.shards import FileEntry
 from infra.codes.contract import CodesInfo
 
 
@@ -25,13 +26,11 @@ def _train_generator(work: Work) -> Result:
     from infra.codes.shared import share_codes
 
     recipe, run = work.recipe, training_run(work)
-    info, train = share_codes(work.job.store, work.keys("codes", "train"), work.ranks, run.device)
-    val_info, val = share_codes(work.job.store, work.keys("codes", "val"), work.ranks, run.device)
-    codes = work.ref("codes")
+    codes = work.input("codes")
+    info, train = share_codes(codes.store, codes.keys("train"), work.ranks, run.device)
+    val_info, val = share_codes(codes.store, codes.keys("val"), work.ranks, run.device)
     if not recipe.train_generator.any_tokenizer:
-        check_tokenizer(
-            manifest_of(work.job.store, codes).inputs.get("tokenizer"), codes, {"train": info, "val": val_info}
-        )
+        check_tokenizer(codes.inputs.get("tokenizer"), work.ref("codes"), {"train": info, "val": val_info})
     model, training = recipe.generator, recipe.train_generator
     return Result(*train_generator(CodeData.of(train), CodeData.of(val), info, model, training, run=run))
 
@@ -68,7 +67,7 @@ def _sample(work: Work) -> Result:
     if work.job.anew:
         give_up_others(work.out, work.recipe.compute, work.job.workers)
     job = SampleJob(
-        generator=work.folder("generator"),
+        generator=work.input("generator").folder,
         out=work.out,
         config=work.recipe.sample,
         seed=work.recipe.seed,
@@ -76,7 +75,11 @@ def _sample(work: Work) -> Result:
         device=work.job.device,
         numerics=work.recipe.compute.numerics,
     )
-    files = generate(job, options=work.job.workers, progress=work.progress)
+    return samples_result(generate(job, options=work.job.workers, progress=work.progress))
+
+
+def samples_result(files: list[FileEntry]) -> Result:
+    """Return what there is to say about shards of samples."""
     return Result(files, {"shards": len(files), "samples": sum(file.rows or 0 for file in files)}, {})
 
 

@@ -6,7 +6,7 @@ from pydantic import JsonValue
 
 from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
 from infra.artifacts.made_on import claim_shards, decisive, said
-from infra.artifacts.manifest import Manifest, manifest_of, shards_of
+from infra.artifacts.manifest import Manifest
 from infra.errors import TransientError
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def _encode(work: Work) -> Result:
     from sftok.images.dataset import ImageSet
 
     config, tokenizer = work.recipe.encode, work.recipe.tokenizer
-    images = manifest_of(work.job.store, work.ref("images"))
-    paths = [shard.path for shard in shards_of(work.job.store, images)]
+    images = work.input("images")
+    paths = [shard.path for shard in images.shards()]
     info = CodesInfo(
         tokenizer=work.ref("tokenizer").digest,
         codebook_size=tokenizer.codebook_size,
@@ -87,7 +87,7 @@ def _encode(work: Work) -> Result:
         image_size=work.recipe.data.image_size,
         assignment=config.assignment,
         precision=config.precision,
-        class_names=ImageSet.of(work.folder("images"), paths).class_names,
+        class_names=ImageSet.of(images.folder, paths).class_names,
     )
     if work.job.anew:
         give_up_others(work.out, work.recipe.compute, work.job.workers)
@@ -95,8 +95,8 @@ def _encode(work: Work) -> Result:
     claim_shards(work.out, facts)  # before shards of this kind are found among earlier versions
     without_images = work.plan.model_copy(update={"inputs": {"tokenizer": work.ref("tokenizer")}})
     job = EncodeJob(
-        images=work.folder("images"),
-        tokenizer=work.folder("tokenizer"),
+        images=images.folder,
+        tokenizer=work.input("tokenizer").folder,
         out=work.out,
         info=info,
         variants={"train": config.variants, "val": config.val_variants},
@@ -109,7 +109,7 @@ def _encode(work: Work) -> Result:
         compile=bool(config.compile),
         numerics=work.recipe.compute.numerics,
     )
-    made = encode(job, images, options=work.job.workers, progress=work.progress)
+    made = encode(job, images.manifest, options=work.job.workers, progress=work.progress)
     return Result(made.files, made.counts, {}, pages=made.pages)
 
 

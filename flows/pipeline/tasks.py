@@ -9,7 +9,6 @@ import contextlib
 import errno
 import functools
 import logging
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec
 
@@ -20,14 +19,13 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
+from flows.make import make
 from flows.pipeline import graph
 from flows.runs import progress
 from flows.runs.journal import Journal, one_line
-from flows.stage import Job, Stage, Work, plan_of
-from infra.artifacts import manifest as artifacts
+from flows.stage import Job, Stage
 from infra.artifacts.manifest import ArtifactRef
 from infra.settings import ALL_STAGES, Settings
-from infra.training.checkpoint import CHECKPOINTS, Checkpoints
 
 RETRIES = 3
 BACKOFF_SECONDS = 2.0  # then 4, then 8, each with jitter
@@ -118,7 +116,8 @@ def find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[Artifac
     """One attempt at a stage; what it publishes is complete or not there."""
     run.journal.begin(stage.name)
     try:
-        state, ref = _attempt(stage, run.job, inputs)
+        with progress.of_stage(stage.name) as listen:
+            artifact, state = make(stage, run.job, inputs, progress=listen)
     except Exception as error:
         with contextlib.suppress(OSError):  # a store that is full or away takes no record of it either
             run.journal.end(stage.name, "Failed", reason=one_line(error))
@@ -126,34 +125,10 @@ def find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[Artifac
     except asyncio.CancelledError:  # how Prefect ends an attempt whose time is up; SIGTERM and Ctrl-C are others
         run.journal.end(stage.name, "Failed", reason=f"not done within {timeout_of(stage.name):g} s")
         raise
-    record = run.journal.end(stage.name, "Completed" if state == "Completed" else "Cached", ref=ref)
+    ref = artifact.ref
+    record = run.journal.end(stage.name, state, ref=ref)
     progress.display().line(f"{stage.name}: {state} in {record.seconds:.1f} s")
     return Completed(name=state, message=str(ref), data=ref)
-
-
-def _attempt(stage: Stage, job: Job, inputs: dict[str, ArtifactRef]) -> tuple[str, ArtifactRef]:
-    job = job.settled()
-    plan = plan_of(stage, job, inputs)
-    if (found := artifacts.find(job.store, plan)) is not None:
-        if stage.accept is not None:
-            stage.accept(job, found)
-        return "Cached", artifacts.ref_of(job.store, found)
-    began = time.monotonic()
-    out = artifacts.folder_of(job.store, plan.kind, plan.digest)
-    with progress.of_stage(stage.name) as listen:
-        made = graph.run(stage, Work(job, plan, out, listen))
-    manifest = artifacts.publish(
-        job.store,
-        plan,
-        files=made.files,
-        counts=made.counts,
-        metrics=made.metrics,
-        seconds=round(time.monotonic() - began, 3),
-        content_digest=made.content_digest,
-        pages=made.pages,
-    )
-    Checkpoints(out.at(CHECKPOINTS)).clear()  # nothing will resume a stage that is done
-    return "Completed", artifacts.ref_of(job.store, manifest)
 
 
 @stage_task

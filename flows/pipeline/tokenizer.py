@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from flows.stage import Job, Result, Stage, Work, computed, seeded, shards, training_run
-from infra.artifacts.manifest import manifest_of, shards_of
 from infra.artifacts.pretrained import read_pretrained
 from infra.config import Config
 from sftok.config import AlignmentStageConfig, TokenizerConfig
@@ -32,9 +31,9 @@ def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
 def _training_images(work: Work) -> "TrainingImages":
     from sftok.training.common import TrainingImages
 
-    shards = shards_of(work.job.store, manifest_of(work.job.store, work.ref("images")))
-    rows = {shard.path: shard.rows or 0 for shard in shards}
-    return TrainingImages.open(work.folder("images"), rows, work.recipe.data.image_size, work.recipe.augment)
+    images = work.input("images")
+    rows = {shard.path: shard.rows or 0 for shard in images.shards()}
+    return TrainingImages.open(images.folder, rows, work.recipe.data.image_size, work.recipe.augment)
 
 
 def _weights(work: Work) -> "Weights":
@@ -85,7 +84,7 @@ def _align(work: Work) -> Result:
 
     if work.recipe.align.from_scratch:
         return _alignment(work, work.recipe.align, work.recipe.tokenizer)
-    return _alignment(work, work.recipe.align, load_tokenizer(work.folder("tokenizer")))
+    return _alignment(work, work.recipe.align, load_tokenizer(work.input("tokenizer").folder))
 
 
 def _alignment(work: Work, config: AlignmentStageConfig, start: "SFTok | TokenizerConfig") -> Result:
@@ -95,7 +94,7 @@ def _alignment(work: Work, config: AlignmentStageConfig, start: "SFTok | Tokeniz
     made = train_alignment(
         _training_images(work),
         config,
-        teacher=load_teacher(work.folder("teacher")),
+        teacher=load_teacher(work.input("teacher").folder),
         start=start,
         image_size=work.recipe.data.image_size,
         run=training_run(work),
@@ -110,8 +109,8 @@ def _fine_tune(work: Work) -> Result:
     made = train_fine_tune(
         _training_images(work),
         work.recipe.fine_tune,
-        teacher=load_teacher(work.folder("teacher")),
-        start=load_tokenizer(work.folder("tokenizer")),
+        teacher=load_teacher(work.input("teacher").folder),
+        start=load_tokenizer(work.input("tokenizer").folder),
         run=training_run(work),
         weights=_weights(work),
     )

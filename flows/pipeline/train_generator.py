@@ -10,7 +10,7 @@ from flows.pipeline.tasks import Run
 from flows.recipes.small import Recipe
 from flows.runs.journal import RunRecord, start_journal
 from flows.stage import Job
-from flows.store.weights import find_artifact
+from infra.artifacts.lineage import find_artifact
 from infra.compute.cluster import session
 from infra.compute.workers import WorkerOptions
 from infra.settings import Settings

@@ -13,7 +13,7 @@ from flows.results.comparison import Comparison, GateResult, compare
 from flows.results.gate import GateConfig, Threshold, judge
 from flows.runs.history import PastRun, before, is_evaluated, latest, records, ref_of
 from flows.runs.journal import REPORT_FILES
-from infra.artifacts.manifest import Manifest, manifest_of
+from infra.artifacts.artifact import Artifact
 from infra.store.store import Store
 
 PUBLISHED = "published"
@@ -91,7 +91,7 @@ def write_report(
     chosen = choose(found, run)
     other = _other(found, chosen, against)
     evaluation = _evaluation(store, chosen)
-    now = read_evaluation(store, evaluation)
+    now = read_evaluation(evaluation)
     comparison = judged = None
     if other is not None:
         theirs = _evaluation(store, other)
@@ -99,15 +99,15 @@ def write_report(
             chosen.run,
             now,
             other.run,
-            read_evaluation(store, theirs),
+            read_evaluation(theirs),
             same_images=_images(evaluation) == _images(theirs),
         )
         judged = judge(comparison, gate).result(other.run) if gate is not None else None
-    data = report_data(store, evaluation, told_of(chosen))
+    data = report_data(evaluation, told_of(chosen))
     data = data.model_copy(update={"comparison": comparison, "gate": judged})
     files = _write(store, chosen, build_report(data), found, out)
     against_run = other.run if other else None
-    return Reported(chosen.run, against_run, comparison, judged, files, now.metrics(), _picture(store, evaluation))
+    return Reported(chosen.run, against_run, comparison, judged, files, now.metrics(), _picture(evaluation))
 
 
 def gate_of(store: Store, run: str | None, thresholds: Sequence[str]) -> GateConfig:
@@ -144,19 +144,19 @@ def _other(found: Sequence[PastRun], chosen: PastRun, against: str | None) -> Pa
     return before(found, chosen) if against is None else choose(found, against)
 
 
-def _evaluation(store: Store, run: PastRun) -> Manifest:
+def _evaluation(store: Store, run: PastRun) -> Artifact:
     ref = ref_of(run, "evaluate")
     assert ref is not None, "`choose` refuses runs without figures"
-    return manifest_of(store, ref)
+    return Artifact.load(store, ref)
 
 
-def _picture(store: Store, evaluation: Manifest) -> str | None:
-    ref = evaluation.inputs.get("tokenizer")
+def _picture(evaluation: Artifact) -> str | None:
+    store, ref = evaluation.store, evaluation.inputs.get("tokenizer")
     name = f"artifacts/{ref}/{RECONSTRUCTIONS}" if ref else ""
     return f"{store.uri}/{name}" if name and store.exists(name) else None
 
 
-def _images(evaluation: Manifest) -> str | None:
+def _images(evaluation: Artifact) -> str | None:
     ref = evaluation.inputs.get("images")
     return ref.identity if ref else None
 

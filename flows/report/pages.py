@@ -12,11 +12,11 @@ from flows.report.render import build_report
 from flows.results.types import EvaluationReport, ReportData, StageRow
 from flows.runs.journal import REPORT_FILES
 from flows.stage import Result, Work
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import Lineage, lineage
 from infra.artifacts.made_on import summary
-from infra.artifacts.manifest import Manifest, folder_of, manifest_of
+from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
-from infra.store.store import Store
 
 FILES = 20  # of an artifact, named in the report
 ORDER = ("prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample", "evaluate")
@@ -31,10 +31,9 @@ STAGE_OF_KIND = {
 
 def write_pages(work: Work) -> Result:
     """Write the report's three forms."""
-    evaluation = manifest_of(work.job.store, work.ref("evaluation"))
     recipe = work.recipe
     told = Told(work.job.run, recipe.name, recipe.description, work.job.source, recipe.as_json())
-    report = build_report(report_data(work.job.store, evaluation, told))
+    report = build_report(report_data(work.input("evaluation"), told))
     texts = zip(REPORT_FILES, (report.html, report.markdown, report.json), strict=True)
     return Result([put(work.out, name, text.encode()) for name, text in texts], {}, {})
 
@@ -49,52 +48,51 @@ class Told(NamedTuple):
     config: dict[str, JsonValue]
 
 
-def report_data(store: Store, evaluation: Manifest, told: Told) -> ReportData:
+def report_data(evaluation: Artifact, told: Told) -> ReportData:
     """All that a page needs, from the manifests behind an evaluation.
 
     Raises:
         ValueError: the evaluation is of another version, or what it was made of is not in the store.
     """
-    folder = folder_of(store, evaluation.kind, evaluation.digest)
-    made = _manifests(lineage(store, evaluation))
+    store, manifest, folder = evaluation.store, evaluation.manifest, evaluation.folder
+    made = _manifests(lineage(store, manifest))
     if "prepare" not in made:
-        raise ValueError(f"the images behind evaluation/{evaluation.digest} are not in {store.uri}: name their store")
-    pictures = [file.path for file in evaluation.files if file.path.startswith(PICTURES)]
+        raise ValueError(f"the images behind {evaluation} are not in {store.uri}: name their store")
+    pictures = [file.path for file in manifest.files if file.path.startswith(PICTURES)]
     return ReportData(
         run_id=told.run,
         recipe=told.recipe,
         description=told.description,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         source=told.source,
-        command=evaluation.command,
+        command=manifest.command,
         counts=made["prepare"].counts,
         stages=tuple(_row(name, made[name]) for name in ORDER if name in made),
-        evaluation=read_evaluation(store, evaluation),
-        sweep=read_sweep(folder, evaluation),
+        evaluation=read_evaluation(evaluation),
+        sweep=read_sweep(folder, manifest),
         images={path.removeprefix(PICTURES): folder.read(path) for path in pictures},
         losses=loss_curves(store, {name: made[name] for name in ORDER if name in made}),
         fit=fit_of(made["train_generator"]) if "train_generator" in made else None,
         rejects=rejects_of(store, made["prepare"]),
         config=told.config,
-        versions=evaluation.versions,
-        hardware=evaluation.hardware,
-        git_revision=evaluation.git_revision,
+        versions=manifest.versions,
+        hardware=manifest.hardware,
+        git_revision=manifest.git_revision,
     )
 
 
-def read_evaluation(store: Store, evaluation: Manifest) -> EvaluationReport:
-    """What an evaluation found.
+def read_evaluation(evaluation: Artifact) -> EvaluationReport:
+    """Read the scores and galleries of an evaluation.
 
     Raises:
         ValueError: it is of another version.
     """
-    folder = folder_of(store, evaluation.kind, evaluation.digest)
     try:
-        return EvaluationReport.model_validate_json(folder.read(EVALUATION))
+        return EvaluationReport.model_validate_json(evaluation.folder.read(EVALUATION))
     except ValidationError as error:
         said = error.errors()[0]
         where = ".".join(map(str, said["loc"]))
-        raise ValueError(f"{folder.uri}/{EVALUATION}: {where}: {said['msg']}; evaluate the run again") from error
+        raise ValueError(f"{evaluation.uri}/{EVALUATION}: {where}: {said['msg']}; evaluate the run again") from error
 
 
 def _manifests(tree: Lineage) -> dict[str, Manifest]:

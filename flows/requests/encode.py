@@ -9,7 +9,8 @@ from flows.recipes.files import load_recipe
 from flows.recipes.small import EncodeConfig, Recipe
 from flows.requests.checks import check_decoder, check_servers, on_device
 from flows.requests.precisions import warn_of_slow
-from flows.store.weights import Found, find_artifact
+from infra.artifacts.artifact import Artifact
+from infra.artifacts.lineage import find_artifact
 from infra.artifacts.manifest import ROOT, ArtifactRef
 from infra.artifacts.weights import load_config
 from infra.compute.workers import WorkerOptions
@@ -100,7 +101,7 @@ def find_dataset(
     return Dataset(recipe, found.store, found.ref, data, images)
 
 
-def _with_data_of(recipe: Recipe, images: Found) -> Recipe:
+def _with_data_of(recipe: Recipe, images: Artifact) -> Recipe:
     """The recipe with the number of shards that the images have."""
     data = images.manifest.config["data"]
     assert isinstance(data, dict)
@@ -108,7 +109,7 @@ def _with_data_of(recipe: Recipe, images: Found) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=shards)})
 
 
-def _recipe(found: Found, encode: EncodeConfig, overrides: Sequence[str]) -> Recipe:
+def _recipe(found: Artifact, encode: EncodeConfig, overrides: Sequence[str]) -> Recipe:
     """A recipe whose encode stage is the one that is wanted; its training stages are nobody's and are not run."""
     for override in overrides:
         section, _, field = override.partition("=")[0].strip().partition(".")

@@ -7,7 +7,7 @@ from flows.recipes.files import load_recipe
 from flows.recipes.small import Recipe
 from flows.requests.checks import check_compilers, check_servers, check_share, on_device
 from flows.requests.precisions import warn_of_slow
-from flows.store.weights import find_artifact
+from infra.artifacts.lineage import find_artifact
 from infra.artifacts.manifest import ArtifactRef
 from infra.settings import Settings
 from infra.store.store import Store

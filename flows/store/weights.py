@@ -1,18 +1,18 @@
-"""Published weights into the store, and models of the store out as files."""
+"""Import published weights into the store, and export models of the store as files."""
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import JsonValue
 from torch import Tensor
 
-from infra.artifacts.lineage import resolve, store_of
-from infra.artifacts.manifest import ArtifactRef, Manifest, Plan, find, folder_of, publish, ref_of, verify
+from flows.make import find_or_publish
+from flows.outputs import new_files
+from flows.stage import Result
+from infra.artifacts.lineage import find_artifact
+from infra.artifacts.manifest import ArtifactRef, Plan, verify
 from infra.artifacts.weights import CONFIG
 from infra.settings import Settings
 from infra.store.store import Store
@@ -35,105 +35,74 @@ from sftok.weights.layout import size_name
 ExportLayout = Literal["published", "native"]
 
 ARTIFACTS = {"sftok": "tokenizer", "teacher": "teacher"}
-"""Kinds of artifacts by kinds of weights."""
+"""Kind of artifact by kind of weights."""
 FILES: dict[Format, str] = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 VERSION = 1  # raised by hand when the same file gives another artifact
 LAYOUTS = {"stage_1_2": "stages 1 and 2, without pixel decoder", "stage_3": "stage 3, with pixel decoder"}
 
 
-class Imported(NamedTuple):
-    """Weights that are an artifact now."""
+class ImportResult(NamedTuple):
+    """Weights that were imported: the artifact that they are now, and what was understood of the file."""
 
     file: str
     ref: ArtifactRef
     state: str
     """Completed, or Cached where they were imported before."""
     size: str
-    """S, B or L; what it is in a few words for any other."""
+    """S, B or L; for any other, its sizes in a few words."""
     layout: str
     keys: int
     parameters: int
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One flat object; `ref` is kind/digest."""
+        """Return one flat JSON object; `ref` is kind/digest."""
         return {**self._asdict(), "ref": str(self.ref), "uri": self.ref.uri}
 
 
-class Exported(NamedTuple):
-    """A model that is files now."""
+class ExportResult(NamedTuple):
+    """A model that was exported: the files that were written."""
 
     ref: ArtifactRef
     layout: ExportLayout
     files: tuple[str, ...]
     parameters: int
     caveats: tuple[str, ...]
-    """what the published code has to be told."""
+    """settings that the published code needs for this model."""
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One flat object; `ref` is kind/digest."""
+        """Return one flat JSON object; `ref` is kind/digest."""
         return {**self._asdict(), "ref": str(self.ref), "files": list(self.files), "caveats": list(self.caveats)}
 
 
-class Found(NamedTuple):
-    """An artifact that somebody named."""
-
-    store: Store
-    manifest: Manifest
-
-    @property
-    def ref(self) -> ArtifactRef:
-        """How stages name it."""
-        return ref_of(self.store, self.manifest)
-
-    @property
-    def folder(self) -> Store:
-        """Where its files are."""
-        return folder_of(self.store, self.manifest.kind, self.manifest.digest)
-
-
-def find_artifact(text: str, store: str | None, *kinds: str) -> Found:
-    """The artifact of one of the kinds that `text` names; a full URI brings its store along.
+def import_weights(path: str, *, kind: Kind, store: str | None, config_json: str | None = None) -> ImportResult:
+    """Import a file of published weights as an artifact; a file that was imported before is cached by its hash.
 
     Raises:
-        ValueError: there is none, more than one, or it is of another kind.
+        ValueError: `sftok.weights.convert` rejects the file, or the store cannot be used.
     """
-    place = store_of(text, store)
-    manifest = resolve(place, text)
-    if manifest.kind not in kinds:
-        raise ValueError(f"{text!r} is {manifest.kind}/{manifest.digest}, where a {' or a '.join(kinds)} is wanted")
-    return Found(place, manifest)
-
-
-def import_weights(path: str, *, kind: Kind, store: str | None, config_json: str | None = None) -> Imported:
-    """Publish a file of published weights as an artifact; what was imported before is found by the file's hash.
-
-    Raises:
-        ValueError: `sftok.weights.convert` refuses the file, or the store cannot be used.
-    """
-    started, place = time.monotonic(), Store(store or Settings().store)
+    place = Store(store or Settings().store)
     opened = open_published(path, config_json, kind=kind)
     place.check()
-    plan = Plan(kind=ARTIFACTS[kind], version=VERSION, config=_identity(opened))
-    manifest, state = find(place, plan), "Cached"
-    if manifest is None:
-        model, state, folder = build(opened), "Completed", folder_of(place, plan.kind, plan.digest)
+
+    def convert(folder: Store) -> Result:
+        model = build(opened)
         files = save_teacher(model, folder) if isinstance(model, Teacher) else save_tokenizer(model, folder)
-        counts = {"parameters": _parameters(model)}
-        seconds = time.monotonic() - started
-        manifest = publish(place, plan, files=files, counts=counts, metrics={}, seconds=seconds)
+        return Result(files, {"parameters": _parameters(model)}, {})
+
+    plan = Plan(kind=ARTIFACTS[kind], version=VERSION, config=_identity(opened))
+    weights, state = find_or_publish(place, plan, convert)
     layout = LAYOUTS.get(opened.layout, opened.layout)
-    parameters = manifest.counts["parameters"]
-    ref = ref_of(place, manifest)
-    return Imported(str(opened.file), ref, state, _size(opened), layout, len(opened.tensors), parameters)
+    parameters = weights.manifest.counts["parameters"]
+    return ImportResult(str(opened.file), weights.ref, state, _size(opened), layout, len(opened.tensors), parameters)
 
 
 def export_weights(
     ref: str, folder: str, *, layout: ExportLayout, store: str | None, format: Format = "safetensors"
-) -> Exported:
-    """Write a tokenizer or a teacher of the store into a folder: its weights, then config.json.
+) -> ExportResult:
+    """Export a tokenizer or a teacher of the store into a folder: its weights, then config.json.
 
     Raises:
-        ValueError: there is no such artifact, its files are damaged, or there are such files in the folder.
+        ValueError: there is no such artifact, its files are damaged, or the folder has files of these names.
     """
     found, target = find_artifact(ref, store, *ARTIFACTS.values()), Path(folder).expanduser()
     weights, config = target / FILES[format], target / CONFIG
@@ -143,29 +112,11 @@ def export_weights(
     save_tensors(_tensors(model, layout), weights, format)
     config.write_text(json.dumps(config_file_of(model).as_json(), indent=1))
     caveats = tuple(published_caveats(model)) if layout == "published" else ()
-    return Exported(found.ref, layout, (str(weights), str(config)), _parameters(model), caveats)
-
-
-def new_files(files: Sequence[Path]) -> None:
-    """Make the folders of files that are to be written; nothing is overwritten.
-
-    Raises:
-        ValueError: one of the files exists, or its folder cannot be made.
-    """
-    for file in files:
-        if file.exists():
-            raise ValueError(f"{file} exists: name another folder, or remove it")
-    for folder in {file.parent for file in files}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{folder} cannot be made a folder ({error.strerror}): name another one") from error
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"{folder} cannot be written to: name another folder")
+    return ExportResult(found.ref, layout, (str(weights), str(config)), _parameters(model), caveats)
 
 
 def _identity(opened: Published) -> dict[str, JsonValue]:
-    """What decides the artifact: the file, and what was understood of it (a config.json may say more than shapes)."""
+    """Return the artifact's identity: the file's hash and the model read from it (config.json adds to shapes)."""
     with opened.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"imported": digest, "layout": opened.layout, "model": opened.config.as_json()}

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import MANIFEST, ROOT, ArtifactRef, Manifest, folder_of, read_manifest, ref_of, some
 from infra.settings import Settings
 from infra.store.store import Store
@@ -45,6 +46,19 @@ def resolve(store: Store, text: str) -> Manifest:
         listed = ", ".join(f"{m.kind}/{m.digest}" for m in found)
         raise ValueError(f"{text!r} is ambiguous in {store.uri}: {listed}; give more of the digest")
     raise ValueError(f"{text!r} is no finished artifact in {store.uri}; there are: {some(names)}")
+
+
+def find_artifact(text: str, store: str | None, *kinds: str) -> Artifact:
+    """Load the artifact of one of these kinds that a person means; a full URI brings its store along.
+
+    Raises:
+        ValueError: there is none, more than one, or it is of another kind.
+    """
+    place = store_of(text, store)
+    artifact = Artifact(place, resolve(place, text))
+    if artifact.manifest.kind not in kinds:
+        raise ValueError(f"{text!r} is {artifact}, where a {' or a '.join(kinds)} is wanted")
+    return artifact
 
 
 def lineage(store: Store, manifest: Manifest) -> Lineage:

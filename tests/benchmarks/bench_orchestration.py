@@ -78,13 +78,12 @@ def output(command: list[str], environment: dict[str, str]) -> str:
 
 def bare(name: str, root: str) -> None:
     """Every stage of a recipe by its library call; seconds of each."""
-    from flows.pipeline import graph
+    from flows.make import make
     from flows.pipeline.dry_run import stage_table
     from flows.recipes.files import load_recipe
-    from flows.stage import Job, Work, plan_of
-    from infra.artifacts.manifest import ArtifactRef, folder_of, publish, ref_of
+    from flows.stage import Job
+    from infra.artifacts.manifest import ArtifactRef
     from infra.compute.workers import WorkerOptions
-    from infra.progress import silent
     from infra.store.store import Store
 
     recipe, store = load_recipe(name), Store(Path(root))
@@ -93,19 +92,8 @@ def bare(name: str, root: str) -> None:
     seconds: dict[str, float] = {}
     for stage, called, needs in stage_table(recipe):
         started = time.perf_counter()
-        plan = plan_of(stage, job, {need: known[of] for need, of in needs.items()})
-        made = graph.run(stage, Work(job, plan, folder_of(store, plan.kind, plan.digest), silent))
-        manifest = publish(
-            store,
-            plan,
-            files=made.files,
-            counts=made.counts,
-            metrics=made.metrics,
-            seconds=0,
-            content_digest=made.content_digest,
-            pages=made.pages,
-        )
-        known[called] = ref_of(store, manifest)
+        made, _ = make(stage, job, {need: known[of] for need, of in needs.items()})
+        known[called] = made.ref
         seconds[stage.name] = time.perf_counter() - started
     sys.stdout.write(json.dumps(seconds))
 

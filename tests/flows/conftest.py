@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from flows.pipeline import graph
 from flows.prefect_server.temporary import Server, prefect_server, start_server
 from tests.support.fake_stages import FakeStages
 
@@ -45,7 +44,7 @@ def prefect_api(servers: tuple[Server, Server], home: Path, monkeypatch: pytest.
 def fakes(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     """Stages that write a line instead of training, and can be told to fail."""
     fakes = FakeStages()
-    monkeypatch.setattr(graph, "run", fakes)
+    monkeypatch.setattr("flows.make.run_stage", fakes)
     return fakes
 
 

@@ -6,8 +6,8 @@ FAKE_FAIL=stage:message raises a ValueError there; FAKE_WAIT=stage:file touches 
 import os
 from pathlib import Path
 
+from flows import make
 from flows.cli.main import main
-from flows.pipeline import graph
 from tests.support.fake_stages import FakeStages
 
 if __name__ == "__main__":
@@ -18,5 +18,5 @@ if __name__ == "__main__":
     if "FAKE_WAIT" in os.environ:
         stage, _, file = os.environ["FAKE_WAIT"].partition(":")
         fakes.waits[stage] = Path(file)
-    graph.run = fakes
+    make.run_stage = fakes
     main()

@@ -12,7 +12,7 @@ METRICS = {"accuracy": 0.93, "psnr_of_a_copy": math.inf}
 
 
 class FakeStages:
-    """Stands in for `stages.run`: counts attempts, and raises or waits where it is told to."""
+    """Stands in for `flows.make.run_stage`: counts attempts, and raises or waits where it is told to."""
 
     def __init__(self) -> None:
         self.attempts: Counter[str] = Counter()

@@ -21,9 +21,9 @@ FAKES = """
 import os, sys
 if {"prefect.engine", "prefect.flow_engine"} & set(sys.orig_argv) or "execute" in sys.orig_argv:
     from pathlib import Path
-    from flows import stages
+    from flows import make
     from tests.support.fake_stages import FakeStages
-    stages.run = fakes = FakeStages()
+    make.run_stage = fakes = FakeStages()
     stage, _, file = os.environ.get("FAKE_WAIT", "").partition(":")
     if stage and not Path(file).exists():
         fakes.waits[stage] = Path(file)

@@ -5,16 +5,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from flows.pipeline import graph
+from flows.make import find_or_publish, make
 from flows.recipes.files import load_recipe
-from flows.stage import Job, Result, Stage, Work, plan_of
+from flows.stage import Job, Result, Stage
 from generator.artifacts import save_generator
 from generator.autoregressive import Generator
 from generator.data import space_of
-from infra.artifacts.manifest import ArtifactRef, Manifest, Plan, folder_of, manifest_of, publish, ref_of
+from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, manifest_of
 from infra.codes.contract import load_info
 from infra.compute.workers import WorkerOptions
-from infra.progress import silent
 from infra.store.store import Store
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
@@ -47,9 +46,7 @@ class Made:
 
     def run(self, stage: Stage, **inputs: ArtifactRef) -> ArtifactRef:
         """Make and publish what a stage makes."""
-        plan = plan_of(stage, self.job, inputs)
-        out = folder_of(self.store, plan.kind, plan.digest)
-        return self.publish(plan, graph.run(stage, Work(self.job, plan, out, silent)))
+        return make(stage, self.job, inputs)[0].ref
 
     def tokenizer(self, seed: int) -> ArtifactRef:
         """A tokenizer with random weights."""
@@ -80,13 +77,4 @@ class Made:
 
     def publish(self, plan: Plan, result: Result) -> ArtifactRef:
         """Mark as finished."""
-        manifest: Manifest = publish(
-            self.store,
-            plan,
-            files=result.files,
-            counts=result.counts,
-            metrics=result.metrics,
-            seconds=1,
-            content_digest=result.content_digest,
-        )
-        return ref_of(self.store, manifest)
+        return find_or_publish(self.store, plan, lambda _: result)[0].ref

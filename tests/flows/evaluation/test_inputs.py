@@ -16,6 +16,7 @@ from flows.evaluation.evaluate import evaluate
 from flows.evaluation.inputs import StoredCodes, images_at_once
 from flows.evaluation.meters import code_batches
 from flows.evaluation.samples import see_samples
+from flows.make import run_stage
 from flows.pipeline import graph
 from flows.recipes.small import EvaluateConfig
 from flows.stage import Work, plan_of
@@ -174,20 +175,20 @@ def test_the_stage_reads_what_manifests_list(tmp_path) -> None:
     """Files that another run left in the folder are not looked at; those that are listed are, wherever they lie."""
     made, refs = made_artifacts(tmp_path)
     plan = plan_of(graph.EVALUATE, made.job, refs)
-    first = graph.run(graph.EVALUATE, Work(made.job, plan, made.store.at("first"), silent))
+    first = run_stage(graph.EVALUATE, Work(made.job, plan, made.store.at("first"), silent))
     images = folder_of(made.store, "images", refs["images"].digest)
     for name in ("train-00000-of-00001.parquet", "val-00000-of-00001.parquet"):
         images.write(name, b"not finished")
-    second = graph.run(graph.EVALUATE, Work(made.job, plan, made.store.at("second"), silent))
+    second = run_stage(graph.EVALUATE, Work(made.job, plan, made.store.at("second"), silent))
     assert second.metrics == first.metrics
     num_codes = manifest_of(made.store, refs["codes"]).counts["rows"]
     work = Work(made.job, plan, made.store.at("third"), silent)
-    rows = {split: work.rows("codes", split) for split in ("train", "val")}
+    rows = {split: work.input("codes").rows(split) for split in ("train", "val")}
     assert sum(map(sum, (found.values() for found in rows.values()))) == num_codes
     entry = next(e for e in manifest_of(made.store, refs["images"]).files if split_of(e.path) == "train")
     made.store.delete(key_of(manifest_of(made.store, refs["images"]), entry))
     with pytest.raises((FileNotFoundError, ValueError), match=entry.path):
-        graph.run(graph.EVALUATE, work)
+        run_stage(graph.EVALUATE, work)
 
 
 def test_the_number_of_images_that_teach_the_reader_is_part_of_what_is_computed(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import lpips
@@ -233,7 +234,7 @@ class TestReference:
         """Real images in TF32 beside samples in full would be an error of every score."""
         work, asked = self.work_of(made), []
         compute = work.recipe.compute.model_copy(update={"fp32": "tf32"})
-        work = work._replace(job=work.job._replace(recipe=work.recipe.model_copy(update={"compute": compute})))
+        work = replace(work, job=work.job._replace(recipe=work.recipe.model_copy(update={"compute": compute})))
         monkeypatch.setattr("flows.evaluation.features.use_numerics", lambda numerics, _: asked.append(numerics.fp32))
         monkeypatch.setattr(
             "flows.evaluation.features.device_facts", lambda _, numerics: asked.append(numerics.fp32) or {"kind": "any"}
@@ -245,7 +246,7 @@ class TestReference:
         plan = plan_of(
             graph.EVALUATE, made.job, {each: work.ref("images") for each in ("samples", "tokenizer", "teacher")}
         )
-        of_samples(work._replace(plan=plan), config, protocol_of(config), network)
+        of_samples(replace(work, plan=plan), config, protocol_of(config), network)
         assert asked == ["ieee"] * 3
 
     def test_features_of_samples_are_taken_once_and_kept_by_shards(self, made: Made, network) -> None:
@@ -255,7 +256,7 @@ class TestReference:
         plan = plan_of(graph.EVALUATE, made.job, {"samples": samples, "tokenizer": tokenizer, "teacher": teacher})
         work = Work(made.job, plan, folder_of(made.store, plan.kind, plan.digest), silent)
         config = work.recipe.evaluate.scores
-        _, rows = read_codes(made.store, work.keys("samples", "sample"))
+        _, rows = read_codes(made.store, work.input("samples").keys("sample"))
         images = self.decoder(work)(
             torch.from_numpy(rows.codes.astype("int64")), rows.image_id, work.recipe.decoding
         ).images
@@ -272,7 +273,7 @@ class TestReference:
         assert torch.equal(again.features().pool, found.pool)
         made.store.at("artifacts", "features").delete_tree()
         with pytest.raises(ValueError, match=r"0 images passed, of \d+"):
-            of_samples(work, config, protocol_of(config), network)._publish(found.first(0))
+            of_samples(work, config, protocol_of(config), network)._write(found.first(0), made.store.at("few"))
 
     def test_features_of_reconstructions_lie_in_the_order_of_shards(self, made: Made) -> None:
         """Taken in the order of ids, without the views besides the center."""
@@ -284,12 +285,14 @@ class TestReference:
         scorer = scorer_of(work)
         assert scorer is not None
         assert scorer.originals is not None
-        _, rows = read_codes(made.store, work.keys("codes", "val"))
+        _, rows = read_codes(made.store, work.input("codes").keys("val"))
         chosen = [at for at, variant in enumerate(rows.variant) if variant == "center"]
         codes, ids = torch.from_numpy(rows.codes.astype("int64"))[chosen], [rows.image_id[at] for at in chosen]
         assert ids != sorted(ids)
         by_id = sorted(range(len(ids)), key=ids.__getitem__)
-        originals = StoredImages(made.store, work.rows("images", "val"), work.recipe.data.image_size).load().images
+        originals = (
+            StoredImages(made.store, work.input("images").rows("val"), work.recipe.data.image_size).load().images
+        )
         for num_steps in (1, 3):
             decoding = work.recipe.decoding.model_copy(update={"num_steps": num_steps})
             decoded, meter = self.decoder(work)(codes, ids, decoding).images, scorer.meter(num_steps)
@@ -307,8 +310,8 @@ class TestReference:
 
     def decoder(self, work: Work) -> ImageDecoder:
         return ImageDecoder(
-            load_tokenizer(work.folder("tokenizer")),
-            load_teacher(work.folder("teacher")),
+            load_tokenizer(work.input("tokenizer").folder),
+            load_teacher(work.input("teacher").folder),
             micro_batch=work.recipe.encode.micro_batch,
             seed=work.recipe.seed,
         )

@@ -17,7 +17,7 @@ from flows.cli import sample as cli_sample
 from flows.inference import files as sample_files
 from flows.inference.classes import chosen_classes
 from flows.inference.files import GAP, Part, labelled_sheet, npz_writer
-from flows.inference.sample import SHEET_SAMPLES, Job, check, decoded
+from flows.inference.sample import SHEET_SAMPLES, SampleArguments, check, decoded
 from flows.inference.tokenizer import decoding_device
 from flows.pipeline.generator import SAMPLE
 from generator.artifacts import GeneratorFile, save_generator
@@ -27,8 +27,9 @@ from generator.config import GeneratorConfig, MaskedConfig, SampleConfig
 from generator.data import space_of
 from generator.masked import MaskedGenerator
 from generator.sampling.shards import SampleJob, generate, plan_shards
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import begin_shards
-from infra.artifacts.manifest import MANIFEST, ArtifactRef, Plan, find, folder_of, manifest_of, publish, ref_of, verify
+from infra.artifacts.manifest import MANIFEST, ArtifactRef, Plan, folder_of, manifest_of, publish, ref_of, verify
 from infra.artifacts.shards import write_shard
 from infra.artifacts.weights import load_config
 from infra.codes.contract import CodesInfo, read_codes
@@ -501,13 +502,15 @@ def test_images_are_decoded_a_micro_batch_at_a_time(
     """Guards against decoding a shard, or all of them, before the first image is written."""
     made = sample(capsys, generator, store, "--classes", "0-2")
     request = check(
-        Job(str(generator), SampleConfig(per_class=3, micro_batch=4), 0, ["0-2"], store=store.uri, workers=0)
+        SampleArguments(
+            str(generator), SampleConfig(per_class=3, micro_batch=4), 0, ["0-2"], store=store.uri, workers=0
+        )
     )
-    manifest = find(store, request.plan)
-    assert manifest is not None
-    assert str(ref_of(store, manifest)) == made["samples"]
+    samples = Artifact.find(store, request.plan)
+    assert samples is not None
+    assert str(samples.ref) == made["samples"]
     sizes, before = [], None
-    for part in decoded(request, manifest):
+    for part in decoded(request, samples):
         assert before is None or before() is None, "images are kept after they were taken"
         sizes.append(len(part.images))
         before = weakref.ref(part.images)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
+from flows.make import run_stage
 from flows.pipeline import graph
 from flows.recipes.files import load_recipe
 from flows.stage import Work, plan_of
@@ -88,7 +89,7 @@ def test_two_ranks_read_the_codes_together_and_train_what_one_does(made: Made) -
         out = made.store.at(f"ranks-{ranks}")
         plan = plan_of(graph.TRAIN_GENERATOR, job, {"codes": ref})
         with session(num_cpus=2) if ranks > 1 else nullcontext():
-            result = graph.run(graph.TRAIN_GENERATOR, Work(job._replace(ranks=ranks), plan, out, silent))
+            result = run_stage(graph.TRAIN_GENERATOR, Work(job._replace(ranks=ranks), plan, out, silent))
         lines = [json.loads(line) for line in out.read("log.jsonl").decode().splitlines()]
         found[ranks] = [{name: line[name] for name in ("loss", "val_nll", "val_top1", "val_nll/3")} for line in lines]
         assert result.metrics["tokens_per_s"] > 0

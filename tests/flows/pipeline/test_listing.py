@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flows.make import run_stage
 from flows.pipeline import graph
 from flows.recipes.files import load_recipe
 from flows.recipes.small import EncodeConfig
@@ -68,11 +69,11 @@ def attempt(job: Job) -> Work:
 
 def test_the_plan_hands_its_listing_to_the_call(data, store, listed) -> None:
     alone = attempt(job(data, store, None))
-    twice = graph.run(graph.PREPARE, alone)
+    twice = run_stage(graph.PREPARE, alone)
     most = max(listed.values())
     listed.clear()
     handed = job(data, Store(data.parent / "other"), Listing())
-    once = graph.run(graph.PREPARE, attempt(handed))
+    once = run_stage(graph.PREPARE, attempt(handed))
     assert [(file.path, file.sha256) for file in once.files] == [(file.path, file.sha256) for file in twice.files]
     assert handed.listing is not None
     assert max(listed.values()) < most
@@ -110,7 +111,7 @@ def test_a_retry_lists_anew(data, store) -> None:
     draw(data, images=12)  # four more
     second = attempt(this)
     assert second.plan.digest != first.plan.digest
-    assert graph.run(graph.PREPARE, second).counts["found"] == 24
+    assert run_stage(graph.PREPARE, second).counts["found"] == 24
 
 
 def test_a_file_that_changed_after_the_listing_is_noticed(data, store) -> None:
@@ -119,15 +120,15 @@ def test_a_file_that_changed_after_the_listing_is_noticed(data, store) -> None:
     before = path.read_bytes()
     path.write_bytes(before + b"more")
     with pytest.raises(TransientError, match=rf"{path.name}' has {len(before) + 4} bytes, {len(before)} when it was"):
-        graph.run(graph.PREPARE, work)
-    assert graph.run(graph.PREPARE, attempt(this)).counts["found"] == 20
+        run_stage(graph.PREPARE, work)
+    assert run_stage(graph.PREPARE, attempt(this)).counts["found"] == 20
 
 
 def test_a_plan_without_its_listing_is_compared_with_the_source(data, store) -> None:
     work = attempt(job(data, store, None))
     draw(data, images=11)
     with pytest.raises(TransientError, match="changed while it was listed"):
-        graph.run(graph.PREPARE, work)
+        run_stage(graph.PREPARE, work)
 
 
 def test_a_listing_is_held_no_longer_than_it_is_needed(data, store) -> None:
@@ -139,7 +140,7 @@ def test_a_listing_is_held_no_longer_than_it_is_needed(data, store) -> None:
     assert copied.listing.take(digest) is None, "ranks and workers are not sent a million entries"
     assert this.listing.take("another") is None
     assert this.listing.take(digest) is None, "taken, even if it was not the one"
-    made = graph.run(graph.PREPARE, attempt(this))
+    made = run_stage(graph.PREPARE, attempt(this))
     manifest = publish(store, plan, files=made.files, counts=made.counts, metrics={}, seconds=0)
     assert plan_of(graph.PREPARE, this, {}) == plan
     assert graph.PREPARE.accept is not None

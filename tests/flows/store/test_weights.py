@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flows.store.weights import find_artifact
+from infra.artifacts.lineage import find_artifact
 from infra.artifacts.manifest import manifest_of, verify
 from infra.store.store import Store
 from sftok.model.teacher import Teacher

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from flows.make import make, run_stage
 from flows.pipeline import graph
 from flows.recipes.small import EncodeConfig
 from flows.requests.encode import find_dataset
 from flows.stage import Job, Work
-from flows.stage import plan_of as plan_of_stage
 from infra.artifacts.manifest import Manifest, Plan, folder_of, key_of, publish, verify
 from infra.codes.contract import read_codes
 from infra.compute.cluster import session
@@ -360,19 +360,7 @@ class Cli:
         return Job(wanted.recipe, self.store, data, HERE)
 
     def _prepared(self, data: str) -> str:
-        job = self.job(data)
-        plan = plan_of_stage(graph.PREPARE, job, {})
-        made = graph.run(graph.PREPARE, Work(job, plan, folder_of(self.store, plan.kind, plan.digest), silent))
-        manifest = publish(
-            self.store,
-            plan,
-            files=made.files,
-            counts=made.counts,
-            metrics={},
-            seconds=0,
-            content_digest=made.content_digest,
-        )
-        return f"{manifest.kind}/{manifest.digest}"
+        return str(make(graph.PREPARE, self.job(data), {})[0])
 
     def start(self, workers: int) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -467,4 +455,4 @@ def test_a_run_that_is_told_to_end_goes_on_from_there(cli, tmp_path, disturbance
 
 def undisturbed(cli: Cli, manifest: Manifest, out: Store) -> dict[str, str]:
     """Hashes of the shards that the same stage makes elsewhere, in this process and at once."""
-    return hashes(graph.run(graph.ENCODE, Work(cli.job(cli.images), manifest.plan, out, silent)).files)
+    return hashes(run_stage(graph.ENCODE, Work(cli.job(cli.images), manifest.plan, out, silent)).files)
