@@ -109,6 +109,8 @@ def test_hooks_run_the_pinned_tools() -> None:
     assert found == {hook: f"v{PINS[tool]}" for hook, tool in tools.items()} | {
         "import-linter": f"v{PINS['import-linter']}"
     }
+    beside = [name for one in repositories for hook in one["hooks"] for name in hook.get("additional_dependencies", ())]
+    assert all(PINNED[name] in one.specifier for name, one in declared(beside).items())
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -257,7 +257,7 @@ def _weights(recipe: Recipe) -> dict[str, int]:
     tokenizer = recipe.tokenizer
     space = CodeSpace(codebook_size=tokenizer.codebook_size, num_tokens=tokenizer.num_latent_tokens, num_classes=1000)
     with torch.device("meta"):
-        made = {
+        made: dict[str, torch.nn.Module] = {
             "teacher": Teacher(recipe.teacher.model),
             "tokenizer": SFTok(tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True),
             "generator": Generator(recipe.generator, space)

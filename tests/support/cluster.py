@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from flows.prefect_server.temporary import health
-from tests.support.serving_process import ROOT, command_of, free_port, until
+from tests.support import ROOT
+from tests.support.serving_process import command_of, free_port, until
 
 PATIENCE = 90.0  # seconds
 PASSWORD = "postgres-secret"  # of a database that lasts as long as the test

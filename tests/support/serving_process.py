@@ -37,7 +37,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def until(what: Callable[[], Any], patience: float, why: str) -> Any:
+def until(what: Callable[[], Any], patience: float, why: str | Callable[[], object]) -> Any:
     """Wait until something is true; what it is."""
     end = time.monotonic() + patience
     while not (found := what()):

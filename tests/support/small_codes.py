@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from flows.stage import Result
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of
 from infra.artifacts.shards import put
 from infra.codes.contract import CodeRows, CodesInfo, to_parquet
-from tests.support.small_dataset import Made, Result
+from tests.support.small_dataset import Made
 
 TINY = [
     "generator.width=16", "generator.layers=1", "generator.heads=2", "generator.ffn_width=16",

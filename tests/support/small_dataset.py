@@ -10,6 +10,7 @@ from flows.recipes.files import load_recipe
 from flows.stage import Job, Result, Stage
 from generator.artifacts import save_generator
 from generator.autoregressive import Generator
+from generator.config import GeneratorConfig
 from generator.data import space_of
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, manifest_of
 from infra.codes.contract import load_info
@@ -69,7 +70,9 @@ class Made:
         folder = folder_of(self.store, codes.kind, codes.digest)
         info = load_info(folder, next(e.path for e in manifest_of(self.store, codes).files if "train-" in e.path))
         torch.manual_seed(0)
-        model = Generator(self.job.recipe.generator, space_of(info))
+        config = self.job.recipe.generator
+        assert isinstance(config, GeneratorConfig)
+        model = Generator(config, space_of(info))
         model.initialise()
         plan = Plan(kind="generator", version=1, config={}, inputs={"codes": codes})
         out = folder_of(self.store, plan.kind, plan.digest)
