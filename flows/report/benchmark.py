@@ -158,7 +158,7 @@ def _picture(evaluation: Artifact) -> str | None:
 
 def _images(evaluation: Artifact) -> str | None:
     ref = evaluation.inputs.get("images")
-    return ref.identity if ref else None
+    return ref.content_id if ref else None
 
 
 def _write(store: Store, run: PastRun, report: Report, found: Sequence[PastRun], out: str | None) -> tuple[str, ...]:

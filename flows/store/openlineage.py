@@ -66,7 +66,7 @@ def _parent(record: PastRun, run_id: str, store: Store) -> JsonValue:
 
 
 def _dataset(store: Store, ref: ArtifactRef) -> dict[str, JsonValue]:
-    return {"namespace": store.uri, "name": str(ref), "facets": {"version": _version(ref.identity)}}
+    return {"namespace": store.uri, "name": str(ref), "facets": {"version": _version(ref.content_id)}}
 
 
 def _output(store: Store, ref: ArtifactRef, manifest: Manifest) -> JsonValue:

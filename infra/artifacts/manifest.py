@@ -46,8 +46,8 @@ class ArtifactRef(Config):
     content_digest: str | None = Field(None, description="digest of the content, for what is made of outside data")
 
     @property
-    def identity(self) -> str:
-        """What artifacts made of this one depend on."""
+    def content_id(self) -> str:
+        """The digest of its content if that is known, else its own: what artifacts made of this one depend on."""
         return self.content_digest or self.digest
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Plan(Config):
             "kind": self.kind,
             "version": self.version,
             "config": self.config,
-            "inputs": {name: ref.identity for name, ref in self.inputs.items()},
+            "inputs": {name: ref.content_id for name, ref in self.inputs.items()},
         }
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]

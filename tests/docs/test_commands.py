@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from flows.cli.main import app
+from flows.recipes.files import load_recipe
 from tests.docs.pages import PAGES, ROOT, blocks, name_of, spans
 
 COMMANDS = typer.main.get_command(app)
@@ -49,6 +50,22 @@ def test_commands_in_blocks_parse(page):
             parse(list(arguments))
         except (typer.TyperException, KeyError) as error:
             pytest.fail(f"{name_of(page)}: sftok {shlex.join(arguments)}: {error}")
+
+
+def settings() -> list[tuple[str, tuple[str, ...]]]:
+    """Recipes of `sftok run` in the documents, with what is set."""
+    found = set()
+    for page in PAGES:
+        for name, *rest in in_blocks(page):
+            if name == "run" and rest[0] != "mine.toml":
+                made = COMMANDS.commands[name].make_context("sftok run", rest)
+                found.add((made.params["recipe"], tuple(made.params["set_"] or ())))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), settings())
+def test_settings_that_commands_change_exist(recipe, overrides):
+    assert load_recipe(recipe, overrides=overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

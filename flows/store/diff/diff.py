@@ -156,14 +156,14 @@ def _codes_of(store: Store, tokenizer: Manifest) -> Iterator[Manifest]:
 
 
 def _what(codes: Manifest) -> tuple[str | None, object]:
-    return (codes.inputs["images"].identity if "images" in codes.inputs else None, codes.config)
+    return (codes.inputs["images"].content_id if "images" in codes.inputs else None, codes.config)
 
 
 def _dataset(store: Store, manifest: Manifest) -> Dataset:
     keys = {entry.path: key_of(manifest, entry) for entry in shards_of(store, manifest)}
     if not keys:
         raise ValueError(f"{manifest.kind}/{manifest.digest} has no code shards: run encode again")
-    images = manifest.inputs["images"].identity if "images" in manifest.inputs else None
+    images = manifest.inputs["images"].content_id if "images" in manifest.inputs else None
     return Dataset(
         f"{manifest.kind}/{manifest.digest}", store, keys, load_info(store, next(iter(keys.values()))), images
     )

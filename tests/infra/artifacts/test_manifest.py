@@ -78,7 +78,7 @@ class TestPublish:
         assert find(store, PLAN) is None
         manifest = made(store, content="c")
         assert find(store, PLAN) == manifest
-        assert ref_of(store, manifest).identity == "c"
+        assert ref_of(store, manifest).content_id == "c"
         assert str(ref_of(store, manifest)) == f"images/{PLAN.digest}"
 
     def test_tells_where_it_came_from(self, store: Store) -> None:
