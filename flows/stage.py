@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -123,6 +123,10 @@ class Work:
         return self.plan.inputs[name]
 
 
+def _none(_: Recipe) -> Collection[str]:
+    return ()
+
+
 class Stage(NamedTuple):
     """A named step of the pipeline, which makes one kind of artifact."""
 
@@ -134,6 +138,39 @@ class Stage(NamedTuple):
     is_trained: bool = False  # by as many ranks as the job has
     is_measured: bool = False  # by one process, placed on a GPU if the job has any
     accept: Callable[[Job, Manifest], None] | None = None  # rejects a cached artifact that fails this job's checks
+    needs: Mapping[str, str] = {}  # name of an input: stage that makes it
+    unneeded: Callable[[Recipe], Collection[str]] = _none  # inputs that a recipe does without
+
+    def inputs(self, recipe: Recipe) -> dict[str, str]:
+        """Return the inputs that a recipe needs, each with the stage that makes it."""
+        left_out = self.unneeded(recipe)
+        return {name: of for name, of in self.needs.items() if name not in left_out}
+
+
+class Graph(dict[str, Stage]):
+    """Stages by name, in an order in which each comes after those that it needs."""
+
+    def __init__(self, *stages: Stage) -> None:
+        super().__init__()
+        for stage in stages:
+            missing = [of for of in stage.needs.values() if of not in self]
+            assert not missing, f"{stage.name} needs {', '.join(missing)}, which must come before it"
+            self[stage.name] = stage
+
+    def order(self, recipe: Recipe, *, last: str | None = None, given: Collection[str] = ()) -> list[Stage]:
+        """Return the stages that a run makes, in order.
+
+        Args:
+            recipe: decides which inputs stages do without, and so which stages nobody needs.
+            last: the stage that the run is for; None for all that no other stage needs.
+            given: stages whose artifacts are there already.
+        """
+        needed = {of for stage in self.values() for of in stage.needs.values()}
+        wanted = set(self) - needed if last is None else {last}
+        for name in reversed(self):
+            if name in wanted:
+                wanted |= set(self[name].inputs(recipe).values()) - set(given)
+        return [stage for name, stage in self.items() if name in wanted]
 
 
 def plan_of(stage: Stage, job: Job, inputs: Refs) -> Plan:

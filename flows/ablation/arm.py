@@ -81,4 +81,12 @@ def _held_out(work: Work) -> Iterator["ImageRows"]:
             yield chunk.rows
 
 
-ABLATION_ARM = Stage("ablation_arm", "ablation_arm", 1, _arm_what, _arm, is_measured=True)
+ABLATION_ARM = Stage(
+    "ablation_arm",
+    "ablation_arm",
+    1,
+    _arm_what,
+    _arm,
+    is_measured=True,
+    needs={"images": "prepare", "teacher": "teacher", "tokenizer": "align"},
+)

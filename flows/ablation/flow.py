@@ -7,15 +7,14 @@ from typing import Annotated
 import httpx
 from prefect import flow, tags
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.schemas.objects import State
 from pydantic import Field, JsonValue
 
 from flows.ablation.arm import ABLATION_ARM
 from flows.pipeline import tasks
-from flows.pipeline.tasks import Run, stage_task
+from flows.pipeline.graph import PREPARE
+from flows.pipeline.tasks import Run
 from flows.recipes.ablations import Ablation, Trained
-from flows.runs.journal import Journal, RunRecord, StageRecord, start_journal
-from flows.runs.journal import State as StageState
+from flows.runs.journal import Journal, RunRecord, StageRecord, State, start_journal
 from flows.stage import Job, Listing, Result, Stage, Work
 from infra.artifacts.manifest import ArtifactRef, manifest_of
 from infra.artifacts.shards import put
@@ -46,9 +45,10 @@ def ablation(
     journal = start_journal(base, store=place, source=source, run=run, workers=workers)
     this = Run(Job(base, place, source, options, run, ranks, Listing()), journal)
     with journal.kept(), session(Settings().ray_address, max(workers, ranks)):
-        images = tasks.prepare(this)
+        images = tasks.run_task(PREPARE, this, {})
         made = {(arm.name, seed): _arm(this, arm, seed, images) for seed in plan.seeds for arm in plan.arms}
-        report = ablation_report(this, plan, made)
+        inputs = {f"{arm}, seed {seed}": ref for (arm, seed), ref in made.items()}
+        report = tasks.run_task(report_stage(plan, made), this, inputs)
         journal.publish_report(manifest_of(place, report), report)
     _show_in_prefect(place, plan, report)
     return journal.record
@@ -60,24 +60,9 @@ def _arm(whole: Run, arm: Trained, seed: int, images: ArtifactRef) -> ArtifactRe
     job = whole.job._replace(recipe=arm.recipe.model_copy(update={"seed": seed}))
     this = Run(job, _Part(whole.journal, name))
     with tags(arm.name, f"seed {seed}"):
-        teacher = tasks.teacher(this, images=images)
-        is_warmed = not arm.recipe.align.from_scratch
-        warm = tasks.warm_up(this, images=images, teacher=teacher) if is_warmed else None
-        tokenizer = tasks.align(this, images=images, teacher=teacher, tokenizer=warm)
-        return ablation_arm(this, images=images, teacher=teacher, tokenizer=tokenizer)
-
-
-@stage_task
-def ablation_arm(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
-    """What an aligned tokenizer is worth on held-out images."""
-    return tasks.find_or_make(ABLATION_ARM, run, images=images, teacher=teacher, tokenizer=tokenizer)
-
-
-@stage_task
-def ablation_report(run: Run, plan: Ablation, outcomes: Outcomes) -> State[ArtifactRef]:
-    """The page, its Markdown and its JSON."""
-    inputs = {f"{arm}, seed {seed}": ref for (arm, seed), ref in outcomes.items()}
-    return tasks.find_or_make(report_stage(plan, outcomes), run, **inputs)
+        made = tasks.walk(this, last="align", given={"prepare": images})
+        inputs = {name: made[of] for name, of in ABLATION_ARM.inputs(arm.recipe).items()}
+        return tasks.run_task(ABLATION_ARM, this, inputs)
 
 
 def report_stage(plan: Ablation, outcomes: Outcomes) -> Stage:
@@ -111,7 +96,7 @@ class _Part(Journal):
         self._whole.begin(f"{self._name}: {stage}")
 
     def end(
-        self, stage: str, state: StageState, *, ref: ArtifactRef | None = None, reason: str | None = None
+        self, stage: str, state: State, *, ref: ArtifactRef | None = None, reason: str | None = None
     ) -> StageRecord:
         """Note how a stage ended."""
         return self._whole.end(f"{self._name}: {stage}", state, ref=ref, reason=reason)

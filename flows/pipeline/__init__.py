@@ -1,4 +1,4 @@
 """The pipeline: stages, the Prefect tasks around them, and the flows that sequence them.
 
-`graph.STAGES` holds all stages, `full.full_pipeline` runs them, `dry_run` tells what a run would do.
+`graph.GRAPH` holds all stages, `full.full_pipeline` runs them, `dry_run` tells what a run would do.
 """

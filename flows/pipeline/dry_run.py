@@ -9,18 +9,8 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from flows.pipeline.graph import (
-    ALIGN,
-    ENCODE,
-    EVALUATE,
-    FINE_TUNE,
-    PREPARE,
-    REPORT,
-    SAMPLE,
-    TEACHER,
-    TRAIN_GENERATOR,
-    WARM_UP,
-)
+from flows.pipeline import graph
+from flows.pipeline.graph import ENCODE, PREPARE, SAMPLE
 from flows.recipes.small import Recipe
 from flows.requests.checks import Request
 from flows.stage import Job, Stage, plan_of
@@ -106,43 +96,23 @@ def dry_run(request: Request) -> DryRun:
     planned: list[Planned] = []
     images: int | None = None
     costs = _costs(recipe)
-    for stage, name, needs in stage_table(recipe):
-        inputs = {need: known[need_name] for need, need_name in needs.items() if need_name in known}
+    for stage in graph.GRAPH.order(recipe):
+        needs = stage.inputs(recipe)
+        inputs = {need: known[of] for need, of in needs.items() if of in known}
         is_known = len(inputs) == len(needs)
         plan = plan_of(stage, job, inputs) if is_known else None
         found = find(store, plan) if plan else None
         if plan is not None:
-            known[name] = ref_of(store, found) if found else _ref(job, plan.kind, plan.digest)
+            known[stage.name] = ref_of(store, found) if found else _ref(job, plan.kind, plan.digest)
         if stage is PREPARE:
             images = found.counts.get("accepted") if found else _listed(job)
             if found is None:
-                known.pop(name, None)  # what follows depends on what the images hold
-        cost = costs[stage.name](images) if found is None else (None, found.num_bytes)
+                known.pop(stage.name, None)  # what follows depends on what the images hold
+        cost = costs.get(stage.name, _unknown)(images) if found is None else (None, found.num_bytes)
         state = "Cached" if found else "to do" if is_known else FIRST
         resources = _resources(stage, request)
         planned.append(Planned(stage.name, stage.kind, plan.digest if plan else None, state, resources, *cost))
     return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, tuple(planned))
-
-
-def stage_table(recipe: Recipe) -> list[tuple[Stage, str, dict[str, str]]]:
-    """Every stage of the run, what it is called, and what it is made of; as flows.pipeline.full has it."""
-    teacher = {} if recipe.teacher.origin == "imported" else {"images": "images"}
-    start = {} if recipe.align.from_scratch else {"tokenizer": "warm_up"}
-    stages: list[tuple[Stage, str, dict[str, str]]] = [(PREPARE, "images", {}), (TEACHER, "teacher", teacher)]
-    both = {"images": "images", "teacher": "teacher"}
-    if not recipe.align.from_scratch:
-        stages.append((WARM_UP, "warm_up", both))
-    evaluated = {**both, "tokenizer": "tokenizer", "codes": "codes", "samples": "samples"}
-    return [
-        *stages,
-        (ALIGN, "align", {**both, **start}),
-        (FINE_TUNE, "tokenizer", {**both, "tokenizer": "align"}),
-        (ENCODE, "codes", {"images": "images", "tokenizer": "tokenizer"}),
-        (TRAIN_GENERATOR, "generator", {"codes": "codes"}),
-        (SAMPLE, "samples", {"generator": "generator"}),
-        (EVALUATE, "evaluation", evaluated),
-        (REPORT, "report", {"evaluation": "evaluation"}),
-    ]
 
 
 def _ref(job: Job, kind: str, digest: str) -> ArtifactRef:
@@ -169,8 +139,12 @@ def _resources(stage: Stage, request: Request) -> str:
 Cost = Callable[[int | None], tuple[float | None, int | None]]
 
 
+def _unknown(_: int | None) -> tuple[None, None]:
+    return None, None
+
+
 def _costs(recipe: Recipe) -> Mapping[str, Cost]:
-    """GPU hours and bytes of each stage, of so many images."""
+    """Estimate GPU hours and bytes of each stage that has any to speak of, for a number of images."""
     flops, sizes = _arithmetic(recipe), _weights(recipe)
     views = len(recipe.encode.variants)
 
@@ -201,8 +175,6 @@ def _costs(recipe: Recipe) -> Mapping[str, Cost]:
         "encode": scaled(flops["encoder"] * views, CODE_BYTES * tokens * views),
         "train_generator": training("generator", generate.steps, generate.batch_size, flops["generator"] * 3),
         "sample": lambda _: (None, int(samples * 1000 * CODE_BYTES * tokens)),
-        "evaluate": lambda _: (None, None),
-        "report": lambda _: (None, None),
     }
 
 

@@ -36,6 +36,6 @@ def retokenize(
     journal = start_journal(wanted.recipe, store=wanted.store, source=data, run=run, workers=workers)
     this = Run(Job(wanted.recipe, wanted.store, data, options, run, listing=Listing(), anew=anew), journal)
     with journal.kept(), session(Settings().ray_address, workers):
-        images = wanted.images or tasks.prepare(this)
-        tasks.encode(this, images=images, tokenizer=wanted.tokenizer)
+        given = {"fine_tune": wanted.tokenizer} | ({"prepare": wanted.images} if wanted.images else {})
+        tasks.walk(this, last="encode", given=given)
     return journal.record

@@ -40,19 +40,9 @@ def full_pipeline(
     journal = start_journal(recipe, store=place, source=source, run=run, workers=workers)
     this = Run(Job(recipe, place, source, options, run, ranks, Listing(), anew), journal)
     with journal.kept(), session(Settings().ray_address, max(workers, ranks)):
-        images = tasks.prepare(this)
-        teacher = tasks.teacher(this, images=images)
-        warm = None if recipe.align.from_scratch else tasks.warm_up(this, images=images, teacher=teacher)
-        aligned = tasks.align(this, images=images, teacher=teacher, tokenizer=warm)
-        tokenizer = tasks.fine_tune(this, images=images, teacher=teacher, tokenizer=aligned)
-        codes = tasks.encode(this, images=images, tokenizer=tokenizer)
-        generator = tasks.train_generator(this, codes=codes)
-        samples = tasks.sample(this, generator=generator)
-        evaluation = tasks.evaluate(
-            this, images=images, teacher=teacher, tokenizer=tokenizer, codes=codes, samples=samples
-        )
-        report = tasks.report(this, evaluation=evaluation)
-        journal.publish_report(manifest_of(place, evaluation), report)
+        made = tasks.walk(this)
+        report = made["report"]
+        journal.publish_report(manifest_of(place, made["evaluate"]), report)
     _show_in_prefect(place, journal.record, report)
     return journal.record
 

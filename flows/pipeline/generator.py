@@ -83,5 +83,13 @@ def samples_result(files: list[FileEntry]) -> Result:
     return Result(files, {"shards": len(files), "samples": sum(file.rows or 0 for file in files)}, {})
 
 
-TRAIN_GENERATOR = Stage("train_generator", "generator", 1, _train_generator_what, _train_generator, is_trained=True)
-SAMPLE = Stage("sample", "samples", 2, _sample_what, _sample)
+TRAIN_GENERATOR = Stage(
+    "train_generator",
+    "generator",
+    1,
+    _train_generator_what,
+    _train_generator,
+    is_trained=True,
+    needs={"codes": "encode"},
+)
+SAMPLE = Stage("sample", "samples", 2, _sample_what, _sample, needs={"generator": "train_generator"})

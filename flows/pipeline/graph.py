@@ -1,29 +1,27 @@
-"""All stages of the pipeline.
+"""The graph of stages.
 
-Here and in the stages_* beside it is the only place that knows the libraries' argument lists. Heavy imports happen
-inside the calls, so that the command line starts fast.
+A new stage is one object, named in GRAPH: flows, dry runs and reports walk the graph by what stages need. Stages alone
+know the libraries' argument lists; heavy imports happen inside their calls, so that the command line starts fast.
 """
 
 from flows.pipeline.generator import SAMPLE, TRAIN_GENERATOR
 from flows.pipeline.images import ENCODE, PREPARE
 from flows.pipeline.judge import EVALUATE, REPORT
 from flows.pipeline.tokenizer import ALIGN, FINE_TUNE, TEACHER, WARM_UP
+from flows.stage import Graph
 
 __all__ = [
     "ALIGN",
     "ENCODE",
     "EVALUATE",
     "FINE_TUNE",
+    "GRAPH",
     "PREPARE",
     "REPORT",
     "SAMPLE",
-    "STAGES",
     "TEACHER",
     "TRAIN_GENERATOR",
     "WARM_UP",
 ]
 
-STAGES = {
-    stage.name: stage
-    for stage in (PREPARE, TEACHER, WARM_UP, ALIGN, FINE_TUNE, ENCODE, TRAIN_GENERATOR, SAMPLE, EVALUATE, REPORT)
-}
+GRAPH = Graph(PREPARE, TEACHER, WARM_UP, ALIGN, FINE_TUNE, ENCODE, TRAIN_GENERATOR, SAMPLE, EVALUATE, REPORT)

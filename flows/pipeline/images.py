@@ -114,4 +114,4 @@ def _encode(work: Work) -> Result:
 
 
 PREPARE = Stage("prepare", "images", 2, _prepare_what, _prepare, accept=_accept_images)
-ENCODE = Stage("encode", "codes", 2, _encode_what, _encode)
+ENCODE = Stage("encode", "codes", 2, _encode_what, _encode, needs={"images": "prepare", "tokenizer": "fine_tune"})

@@ -38,6 +38,20 @@ def _report(work: Work) -> Result:
 
 
 # Version 2: features are summed batch by batch, which changes the last digits of their distances.
-EVALUATE = Stage("evaluate", "evaluation", 2, _evaluate_what, _evaluate, is_measured=True)
+EVALUATE = Stage(
+    "evaluate",
+    "evaluation",
+    2,
+    _evaluate_what,
+    _evaluate,
+    is_measured=True,
+    needs={
+        "images": "prepare",
+        "teacher": "teacher",
+        "tokenizer": "fine_tune",
+        "codes": "encode",
+        "samples": "sample",
+    },
+)
 # Version 2: the recipe is held whole, without exceptions for settings at their defaults.
-REPORT = Stage("report", "report", 2, _report_what, _report)
+REPORT = Stage("report", "report", 2, _report_what, _report, needs={"evaluation": "evaluate"})

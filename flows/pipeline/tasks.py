@@ -1,4 +1,4 @@
-"""One retryable task a stage: look for the artifact, else make and publish it.
+"""Run stages as Prefect tasks, one per stage, with retries: find the artifact, or make and publish it.
 
 A stage whose manifest exists ends in the state `Cached`. Prefect's own cache and results stay out of it: the manifest
 decides.
@@ -7,10 +7,10 @@ decides.
 import asyncio
 import contextlib
 import errno
-import functools
+import inspect
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import httpx
 from prefect import task
@@ -35,7 +35,7 @@ _PASSING_ERRNOS = frozenset(
     {errno.EBUSY, errno.EIO, errno.EPIPE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
 
-P = ParamSpec("P")
+Made = dict[str, ArtifactRef]  # by stage
 
 log = logging.getLogger(__name__)
 
@@ -75,29 +75,40 @@ def retry_if_infrastructure(_task: Task[..., Any], task_run: TaskRun, state: Sta
     return True
 
 
-def stage_task(attempt: Callable[P, State[ArtifactRef]]) -> Callable[P, ArtifactRef]:
-    """A Prefect task that returns a ref, and whose state says whether the artifact was made or found."""
-    name = attempt.__name__
+def walk(run: Run, *, last: str | None = None, given: Mapping[str, ArtifactRef] | None = None) -> Made:
+    """Run the graph's stages that lead to `last`, or all; return artifacts by stage, those `given` among them."""
+    made = dict(given or {})
+    recipe = run.job.recipe
+    for stage in graph.GRAPH.order(recipe, last=last, given=made):
+        made[stage.name] = run_task(stage, run, {name: made[of] for name, of in stage.inputs(recipe).items()})
+    return made
+
+
+def run_task(stage: Stage, run: Run, inputs: Mapping[str, ArtifactRef]) -> ArtifactRef:
+    """Run a stage as a Prefect task of its name, whose state says whether the artifact was made or found."""
+    # Prefect draws a parameter's name at the edge between two tasks. Arms of an ablation are no names of parameters.
+    names = {name if name.isidentifier() else f"input_{at}": name for at, name in enumerate(inputs)}
+
+    def attempt(**refs: ArtifactRef) -> State[ArtifactRef]:
+        return find_or_make(stage, run, {names[key]: ref for key, ref in refs.items()})
+
+    parameters = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in names]
+    attempt.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     retried = task(
-        name=name,
-        task_run_name=name,
+        name=stage.name,
+        task_run_name=stage.name,
         retries=RETRIES,
         retry_delay_seconds=exponential_backoff(BACKOFF_SECONDS),
         retry_jitter_factor=0.5,
         retry_condition_fn=retry_if_infrastructure,
+        timeout_seconds=timeout_of(stage.name),
         cache_policy=NO_CACHE,
         persist_result=False,
     )(attempt)
-
-    @functools.wraps(attempt)
-    def call(*args: P.args, **kwargs: P.kwargs) -> ArtifactRef:
-        seconds = timeout_of(name)
-        timed = retried if seconds is None else retried.with_options(timeout_seconds=seconds)
-        ref = timed(*args, **kwargs, return_state=True).result()  # raises what the task raised
-        assert isinstance(ref, ArtifactRef)  # Prefect's types miss that a returned state becomes the task's own
-        return ref
-
-    return call
+    ended = retried(**{key: inputs[name] for key, name in names.items()}, return_state=True)
+    ref = ended.result()  # raises what the task raised
+    assert isinstance(ref, ArtifactRef)  # Prefect's types miss that a returned state becomes the task's own
+    return ref
 
 
 def timeout_of(stage: str) -> float | None:
@@ -107,12 +118,12 @@ def timeout_of(stage: str) -> float | None:
         ValueError: a time-out is given for something that is no stage.
     """
     given = Settings().stage_timeouts
-    if unknown := sorted(set(given) - {*graph.STAGES, ALL_STAGES}):
-        raise ValueError(f"SFTOK_STAGE_TIMEOUTS: {unknown[0]!r} is no stage; the stages are {', '.join(graph.STAGES)}")
+    if unknown := sorted(set(given) - {*graph.GRAPH, ALL_STAGES}):
+        raise ValueError(f"SFTOK_STAGE_TIMEOUTS: {unknown[0]!r} is no stage; the stages are {', '.join(graph.GRAPH)}")
     return given.get(stage, given.get(ALL_STAGES))
 
 
-def find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[ArtifactRef]:
+def find_or_make(stage: Stage, run: Run, inputs: Mapping[str, ArtifactRef]) -> State[ArtifactRef]:
     """One attempt at a stage; what it publishes is complete or not there."""
     run.journal.begin(stage.name)
     try:
@@ -129,74 +140,3 @@ def find_or_make(stage: Stage, run: Run, **inputs: ArtifactRef) -> State[Artifac
     record = run.journal.end(stage.name, state, ref=ref)
     progress.display().line(f"{stage.name}: {state} in {record.seconds:.1f} s")
     return Completed(name=state, message=str(ref), data=ref)
-
-
-@stage_task
-def prepare(run: Run) -> State[ArtifactRef]:
-    """Images and rejects of the source."""
-    return find_or_make(graph.PREPARE, run)
-
-
-@stage_task
-def teacher(run: Run, *, images: ArtifactRef) -> State[ArtifactRef]:
-    """The teacher whose codes the decoder predicts; an imported one is the same whatever the images."""
-    needed = {} if run.job.recipe.teacher.origin == "imported" else {"images": images}
-    return find_or_make(graph.TEACHER, run, **needed)
-
-
-@stage_task
-def warm_up(run: Run, *, images: ArtifactRef, teacher: ArtifactRef) -> State[ArtifactRef]:
-    """The tokenizer after its first stage: everything masked."""
-    return find_or_make(graph.WARM_UP, run, images=images, teacher=teacher)
-
-
-@stage_task
-def align(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef | None) -> State[ArtifactRef]:
-    """The tokenizer after distribution alignment; without a tokenizer to start from, from random weights."""
-    start = {"tokenizer": tokenizer} if tokenizer is not None else {}
-    return find_or_make(graph.ALIGN, run, images=images, teacher=teacher, **start)
-
-
-@stage_task
-def fine_tune(run: Run, *, images: ArtifactRef, teacher: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
-    """The tokenizer after fine-tuning towards pixels."""
-    return find_or_make(graph.FINE_TUNE, run, images=images, teacher=teacher, tokenizer=tokenizer)
-
-
-@stage_task
-def encode(run: Run, *, images: ArtifactRef, tokenizer: ArtifactRef) -> State[ArtifactRef]:
-    """The codes of all images."""
-    return find_or_make(graph.ENCODE, run, images=images, tokenizer=tokenizer)
-
-
-@stage_task
-def train_generator(run: Run, *, codes: ArtifactRef) -> State[ArtifactRef]:
-    """The class-conditional generator of codes."""
-    return find_or_make(graph.TRAIN_GENERATOR, run, codes=codes)
-
-
-@stage_task
-def sample(run: Run, *, generator: ArtifactRef) -> State[ArtifactRef]:
-    """Codes drawn from the generator."""
-    return find_or_make(graph.SAMPLE, run, generator=generator)
-
-
-@stage_task
-def evaluate(
-    run: Run,
-    *,
-    images: ArtifactRef,
-    teacher: ArtifactRef,
-    tokenizer: ArtifactRef,
-    codes: ArtifactRef,
-    samples: ArtifactRef,
-) -> State[ArtifactRef]:
-    """What reconstructions and samples are worth."""
-    inputs = {"images": images, "teacher": teacher, "tokenizer": tokenizer, "codes": codes, "samples": samples}
-    return find_or_make(graph.EVALUATE, run, **inputs)
-
-
-@stage_task
-def report(run: Run, *, evaluation: ArtifactRef) -> State[ArtifactRef]:
-    """The page, its Markdown and its JSON."""
-    return find_or_make(graph.REPORT, run, evaluation=evaluation)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from flows.recipes.small import Recipe
 from flows.stage import Job, Result, Stage, Work, computed, seeded, shards, training_run
 from infra.artifacts.pretrained import read_pretrained
 from infra.config import Config
@@ -117,7 +118,43 @@ def _fine_tune(work: Work) -> Result:
     return Result(*made)
 
 
-TEACHER = Stage("teacher", "teacher", 1, _teacher_what, _teacher, is_trained=True)
-WARM_UP = Stage("warm_up", "tokenizer", 1, _warm_up_what, _warm_up, is_trained=True)
-ALIGN = Stage("align", "tokenizer", 1, _align_what, _align, is_trained=True)
-FINE_TUNE = Stage("fine_tune", "tokenizer", 1, _fine_tune_what, _fine_tune, is_trained=True)
+def _imported_without_images(recipe: Recipe) -> tuple[str, ...]:
+    return ("images",) if recipe.teacher.origin == "imported" else ()
+
+
+def _begun_from_scratch(recipe: Recipe) -> tuple[str, ...]:
+    return ("tokenizer",) if recipe.align.from_scratch else ()
+
+
+_BOTH = {"images": "prepare", "teacher": "teacher"}
+
+TEACHER = Stage(
+    "teacher",
+    "teacher",
+    1,
+    _teacher_what,
+    _teacher,
+    is_trained=True,
+    needs={"images": "prepare"},
+    unneeded=_imported_without_images,
+)
+WARM_UP = Stage("warm_up", "tokenizer", 1, _warm_up_what, _warm_up, is_trained=True, needs=_BOTH)
+ALIGN = Stage(
+    "align",
+    "tokenizer",
+    1,
+    _align_what,
+    _align,
+    is_trained=True,
+    needs={**_BOTH, "tokenizer": "warm_up"},
+    unneeded=_begun_from_scratch,
+)
+FINE_TUNE = Stage(
+    "fine_tune",
+    "tokenizer",
+    1,
+    _fine_tune_what,
+    _fine_tune,
+    is_trained=True,
+    needs={**_BOTH, "tokenizer": "align"},
+)

@@ -30,5 +30,5 @@ def train_on_codes(
     journal = start_journal(recipe, store=found.store, source=str(found.ref), run=run, workers=0)
     this = Run(Job(recipe, found.store, str(found.ref), WorkerOptions(), run, ranks), journal)
     with journal.kept(), session(Settings().ray_address, ranks):
-        tasks.train_generator(this, codes=found.ref)
+        tasks.walk(this, last="train_generator", given={"encode": found.ref})
     return journal.record

@@ -19,7 +19,6 @@ from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
 
 FILES = 20  # of an artifact, named in the report
-ORDER = ("prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample", "evaluate")
 STAGE_OF_KIND = {
     "images": "prepare",
     "codes": "encode",
@@ -67,11 +66,11 @@ def report_data(evaluation: Artifact, told: Told) -> ReportData:
         source=told.source,
         command=manifest.command,
         counts=made["prepare"].counts,
-        stages=tuple(_row(name, made[name]) for name in ORDER if name in made),
+        stages=tuple(_row(name, one) for name, one in made.items()),
         evaluation=read_evaluation(evaluation),
         sweep=read_sweep(folder, manifest),
         images={path.removeprefix(PICTURES): folder.read(path) for path in pictures},
-        losses=loss_curves(store, {name: made[name] for name in ORDER if name in made}),
+        losses=loss_curves(store, made),
         fit=fit_of(made["train_generator"]) if "train_generator" in made else None,
         rejects=rejects_of(store, made["prepare"]),
         config=told.config,
@@ -96,12 +95,12 @@ def read_evaluation(evaluation: Artifact) -> EvaluationReport:
 
 
 def _manifests(tree: Lineage) -> dict[str, Manifest]:
-    """The manifests behind an artifact, by the stage that made them."""
+    """Return the manifests behind an artifact by the stage that made them, each after its inputs."""
     found: dict[str, Manifest] = {}
-    if tree.manifest is not None:
-        found[stage_of(tree.manifest)] = tree.manifest
     for below in tree.inputs.values():
         found |= _manifests(below)
+    if tree.manifest is not None:
+        found.setdefault(stage_of(tree.manifest), tree.manifest)
     return found
 
 

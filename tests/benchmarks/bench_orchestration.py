@@ -79,7 +79,7 @@ def output(command: list[str], environment: dict[str, str]) -> str:
 def bare(name: str, root: str) -> None:
     """Every stage of a recipe by its library call; seconds of each."""
     from flows.make import make
-    from flows.pipeline.dry_run import stage_table
+    from flows.pipeline import graph
     from flows.recipes.files import load_recipe
     from flows.stage import Job
     from infra.artifacts.manifest import ArtifactRef
@@ -90,10 +90,10 @@ def bare(name: str, root: str) -> None:
     job = Job(recipe, store, recipe.source, WorkerOptions())
     known: dict[str, ArtifactRef] = {}
     seconds: dict[str, float] = {}
-    for stage, called, needs in stage_table(recipe):
+    for stage in graph.GRAPH.order(recipe):
         started = time.perf_counter()
-        made, _ = make(stage, job, {need: known[of] for need, of in needs.items()})
-        known[called] = made.ref
+        made, _ = make(stage, job, {need: known[of] for need, of in stage.inputs(recipe).items()})
+        known[stage.name] = made.ref
         seconds[stage.name] = time.perf_counter() - started
     sys.stdout.write(json.dumps(seconds))
 

@@ -57,7 +57,7 @@ def test_the_paper_needs_no_weights_to_be_planned(tmp_path: Path, capsys: pytest
     arguments = ["imagenet256_sftok_b", "--data", tmp_path / "images", "--store", tmp_path / "store", "--dry-run"]
     assert run(*arguments, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert [stage["stage"] for stage in told["stages"]] == list(graph.STAGES)
+    assert [stage["stage"] for stage in told["stages"]] == list(graph.GRAPH)
     assert told["estimates"]["gpu_hours"] == RATE_SOURCE
     hours = {stage["stage"]: stage["gpu_hours"] for stage in told["stages"]}
     assert hours["align"] > 4 * hours["warm_up"] > 0, "four times the steps, and the guide's pass"
