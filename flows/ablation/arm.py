@@ -1,4 +1,4 @@
-"""The stage that judges an arm of an ablation: the aligned tokenizer on all held-out images, as arm.json."""
+"""Stage that evaluates an arm of an ablation: the aligned tokenizer on all held-out images, as arm.json."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ def _arm(work: Work) -> Result:
 
 
 def _held_out(work: Work) -> Iterator["ImageRows"]:
-    """The held-out images shard after shard, a micro-batch at a time at most.
+    """Yield the held-out images shard after shard, at most a micro-batch at a time.
 
     Raises:
         ValueError: an image does not decode.

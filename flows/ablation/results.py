@@ -1,4 +1,4 @@
-"""What an ablation's arms came to, gathered from their artifacts: figures, training logs, what they were made from."""
+"""Results of an ablation's arms, read from their artifacts: figures, training logs and inputs."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,21 +19,21 @@ LOG = "log.jsonl"
 
 
 class LossPoint(Config):
-    """A logged step, counted from the beginning of an arm's training."""
+    """A logged step, counted from the start of an arm's training."""
 
     step: int
-    loss: float = Field(description="cross-entropy of the batch on the arm's own inputs, nats a position")
+    loss: float = Field(description="cross-entropy of the batch on the arm's own inputs, nats per position")
 
 
 class Outcome(Config):
-    """One arm trained with one seed."""
+    """Result of one arm trained with one seed."""
 
     arm: str
     seed: int
     figures: AlignmentFigures
     training: dict[str, int] = Field(description="steps of each training stage, in order, as its manifest counts them")
     loss: tuple[LossPoint, ...]
-    refs: dict[str, ArtifactRef] = Field(description="what was judged, and what it was made from")
+    refs: dict[str, ArtifactRef] = Field(description="the evaluated artifact, and its inputs")
 
     @property
     def steps(self) -> int:
@@ -42,7 +42,7 @@ class Outcome(Config):
 
 
 class Metric(NamedTuple):
-    """A figure of a tokenizer."""
+    """A metric of a tokenizer at a number of decoding steps."""
 
     key: str
     label: str
@@ -60,7 +60,7 @@ STEP_METRICS = (
 
 
 class Column(NamedTuple):
-    """A figure of every outcome, as a table or a sentence names it."""
+    """A metric of every outcome, as a table or a sentence names it."""
 
     key: str
     label: str
@@ -79,12 +79,12 @@ PREDICTIONS = (
 
 
 def at_step(figures: AlignmentFigures, num_steps: int) -> StepQuality:
-    """The reconstructions in so many steps."""
+    """Return the metrics of reconstructions in so many decoding steps."""
     return next(step for step in figures.by_steps if step.num_steps == num_steps)
 
 
 def step_column(metric: Metric, num_steps: int) -> Column:
-    """A figure of reconstructions in so many steps."""
+    """Return the column of a metric of reconstructions in so many decoding steps."""
     return Column(
         f"{metric.key}@{num_steps}",
         f"{metric.label} at {steps_text(num_steps)}",
@@ -95,19 +95,19 @@ def step_column(metric: Metric, num_steps: int) -> Column:
 
 
 def columns(figures: AlignmentFigures) -> list[Column]:
-    """The table's columns: reconstructions in as many steps as the recipe decodes in, then predictions."""
+    """Return the table's columns: reconstructions in the recipe's number of decoding steps, then predictions."""
     made = [step_column(metric, headline(figures)) for metric in STEP_METRICS]
     return [*made, *PREDICTIONS]
 
 
 def headline(figures: AlignmentFigures) -> int:
-    """The number of decoding steps that the table is about: the recipe's, or the most that were tried."""
+    """Return the number of decoding steps that the table shows: the recipe's, or the most that were tried."""
     steps = [step.num_steps for step in figures.by_steps]
     return figures.agreement_steps if figures.agreement_steps in steps else max(steps)
 
 
 def steps_text(num_steps: int) -> str:
-    """1 step, 8 steps."""
+    """Format a number of steps: 1 step, 8 steps."""
     return f"{num_steps} step{'' if num_steps == 1 else 's'}"
 
 
@@ -118,11 +118,11 @@ class Results(NamedTuple):
     outcomes: Mapping[tuple[str, int], Outcome]
 
     def of_arm(self, name: str) -> list[Outcome]:
-        """An arm's outcomes, seed by seed."""
+        """Return an arm's outcomes, seed by seed."""
         return [self.outcomes[name, seed] for seed in self.plan.seeds]
 
     def values(self, name: str, column: Column) -> list[float]:
-        """A figure of an arm, seed by seed."""
+        """Return a metric of an arm, seed by seed."""
         return [column.of(outcome.figures) for outcome in self.of_arm(name)]
 
     @property
@@ -132,12 +132,12 @@ class Results(NamedTuple):
 
     @property
     def sample(self) -> AlignmentFigures:
-        """Some outcome's figures: what does not differ between outcomes is read from it."""
+        """Any one outcome's figures, for values that all outcomes share."""
         return next(iter(self.outcomes.values())).figures
 
 
 def read_results(store: Store, plan: Ablation, refs: Mapping[tuple[str, int], ArtifactRef]) -> Results:
-    """Gather what the artifacts say.
+    """Read the results of all arms from their artifacts.
 
     Raises:
         ValueError: arms were not trained for as many steps, or were measured on other images.
@@ -148,10 +148,10 @@ def read_results(store: Store, plan: Ablation, refs: Mapping[tuple[str, int], Ar
 
 
 def check_equal(outcomes: Mapping[tuple[str, int], Outcome]) -> None:
-    """Refuse outcomes that do not compare.
+    """Reject outcomes that cannot be compared.
 
     Raises:
-        ValueError: naming two of them, and in what they differ.
+        ValueError: two outcomes differ in training steps or held-out images; names both.
     """
     for what, told in (
         ("training steps", {name: outcome.training for name, outcome in outcomes.items()}),
@@ -202,7 +202,7 @@ def _log(tokenizer: Artifact) -> list[tuple[int, float]]:
 
 
 def thinned(points: Sequence[LossPoint], bins: int) -> list[LossPoint]:
-    """At most `bins` points: means over runs of equal length of neighbouring ones."""
+    """Return at most `bins` points: means over groups of neighbouring points, all groups of one size."""
     size = -(-len(points) // bins)
     parts = [points[at : at + size] for at in range(0, len(points), size)] if size else []
     return [LossPoint(step=part[-1].step, loss=sum(p.loss for p in part) / len(part)) for part in parts]

@@ -1,6 +1,6 @@
-"""`sftok sample`: codes drawn from a generator of the store, an artifact like the pipeline's; images if asked for.
+"""`sftok sample`: draw codes from a generator of the store, an artifact like the pipeline's; decode images on request.
 
-Images are decoded a micro-batch at a time and go straight into files: 50,000 of them take no more memory than 50.
+Images are decoded a micro-batch at a time and written at once: 50,000 of them take no more memory than 50.
 """
 
 import os
@@ -57,12 +57,12 @@ class SampleArguments(NamedTuple):
     store: str | None = None
     workers: int | None = None
     gpus_per_worker: float | None = None
-    """None: one on CUDA."""
+    """None: 1 on CUDA."""
     choice: Choice = Choice()
-    """of the tokenizer that makes images of the samples."""
+    """of the tokenizer that decodes the samples to images."""
     compute: ComputeConfig = ComputeConfig()
     anew: bool = False
-    """whether samples that another kind of device began are given up."""
+    """whether unfinished samples of another kind of device are discarded."""
 
 
 class SampleRequest(NamedTuple):
@@ -71,19 +71,19 @@ class SampleRequest(NamedTuple):
     arguments: SampleArguments
     generator: Artifact
     info: CodesInfo
-    """what the generator's codes mean."""
+    """tokenizer, codebook size and class names of the generator's codes."""
     classes: tuple[int, ...] | None
     """class ids in order; None: all, or the generator has none."""
     options: WorkerOptions
 
     @property
     def models(self) -> DecodingModels:
-        """What makes images of the samples; raises ValueError where the store has no such thing."""
+        """The models that decode the samples to images; a ValueError if the store does not have them."""
         return decoding_models(self.generator, self.arguments.choice)
 
     @property
     def pictures(self) -> dict[str, Path]:
-        """Files of the folder of pictures, by the ids of the samples."""
+        """The files in the folder of pictures, by sample id; none if no folder was asked for."""
         folder = self.arguments.outputs.folder
         if folder is None:
             return {}
@@ -92,7 +92,7 @@ class SampleRequest(NamedTuple):
 
     @property
     def settings(self) -> dict[str, JsonValue]:
-        """What decides the pixels."""
+        """The settings that decide the pixels."""
         models, precision = self.models, decoding_precision(decoding_device(self.arguments.compute.device))
         rounded: dict[str, JsonValue] = {} if precision == "fp32" else {"precision": precision}
         return {
@@ -112,7 +112,7 @@ class SampleRequest(NamedTuple):
 
     @property
     def plan(self) -> Plan:
-        """Identifies the samples; those of all classes are what the pipeline draws with the same settings."""
+        """The plan that identifies the samples; for all classes it is the pipeline's with the same settings."""
         some: dict[str, JsonValue] = {} if self.classes is None else {"classes": list(self.classes)}
         config = {"sample": self.arguments.config.as_json(), "seed": self.arguments.seed, **some}
         config["threads"] = self.options.threads_per_worker
@@ -121,20 +121,20 @@ class SampleRequest(NamedTuple):
 
 
 class SampleResult(NamedTuple):
-    """Samples that are an artifact now, and the files that were written of them."""
+    """The artifact that samples were published as, and the files that were written from it."""
 
     ref: ArtifactRef
     state: str
-    """Completed, or Cached where they were drawn before."""
+    """Completed, or Cached if they were drawn before."""
     generator: ArtifactRef
     classes: tuple[int, ...]
-    """none where the generator has none."""
+    """none if the generator has none."""
     per_class: int
     samples: int
     outputs: Outputs
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One object; references are kind/digest, paths strings, null where nothing was asked for."""
+        """Return one JSON object; references are kind/digest, paths are strings, null if not asked for."""
         folder, sheet, npz = (None if path is None else str(path) for path in self.outputs)
         return {
             "samples": str(self.ref),
@@ -150,11 +150,11 @@ class SampleResult(NamedTuple):
         }
 
 
-# --- what was asked for ----------------------------------------------------------------------------------------------
+# --- arguments -------------------------------------------------------------------------------------------------------
 
 
 def check(arguments: SampleArguments) -> SampleRequest:
-    """Turn what was asked for into a request, before anything is drawn; makes the folders of the files.
+    """Check the arguments before anything is drawn, and create the folders of the files.
 
     Raises:
         ValueError: one line that names what is wrong and the remedy.
@@ -185,13 +185,13 @@ def check(arguments: SampleArguments) -> SampleRequest:
 
 
 def _width(shards: int) -> int:
-    """Workers where none were asked for: as in a run, but no Ray where it would have nothing to share out."""
+    """Return the default number of workers: as in a run, but no Ray if there is only one shard."""
     width = min(2, os.cpu_count() or 1, shards)
     return width if width > 1 else 0
 
 
 def _files(request: SampleRequest) -> list[Path]:
-    """All files that must not be there, or whose folders are to be made."""
+    """Return all files that must not exist yet and whose folders have to be created."""
     folder, sheet, npz = request.arguments.outputs
     pictures = list(request.pictures.values())
     if folder is not None and is_begun(folder, request.settings):
@@ -203,10 +203,10 @@ def _files(request: SampleRequest) -> list[Path]:
 
 
 def sample(request: SampleRequest, progress: Callable[[str], Progress]) -> SampleResult:
-    """Draw the samples, unless that was done before, then write the images that were asked for.
+    """Draw the samples unless they are cached, then write the images that were asked for.
 
     Raises:
-        ValueError: not all samples were drawn, or what was drawn is damaged.
+        ValueError: not all samples were drawn, or the samples are damaged.
     """
     asked = request.arguments
 
@@ -246,7 +246,7 @@ def _draw(request: SampleRequest, out: Store, progress: Progress) -> Result:
 
 
 def _write_images(request: SampleRequest, samples: Artifact, progress: Progress) -> None:
-    """Decode what is needed, once, into all files that were asked for."""
+    """Decode each sample that is needed once, into all files that were asked for."""
     folder, sheet, npz = request.arguments.outputs
     count = sum(map(len, request.shards))
     shown = sheet_rows(request) if sheet is not None else {}
@@ -268,7 +268,7 @@ def _write_images(request: SampleRequest, samples: Artifact, progress: Progress)
 
 
 def decoded(request: SampleRequest, samples: Artifact, needed: set[str] | None = None) -> Iterator[Part]:
-    """The samples as images, in the order of shards and in a shard of ids, at most a micro-batch at once.
+    """Decode samples in the order of shards, and of ids within a shard; yield at most a micro-batch at a time.
 
     Args:
         request: whose generator names the tokenizer.
@@ -293,7 +293,7 @@ def decoded(request: SampleRequest, samples: Artifact, needed: set[str] | None =
 
 
 def sheet_rows(request: SampleRequest) -> dict[str, list[str]]:
-    """The first samples of evenly spaced classes: their ids by what is written above them on the contact sheet."""
+    """Return the ids of the first samples of evenly spaced classes, by their title on the contact sheet."""
     names, first = request.info.class_names or (), min(request.arguments.config.per_class, SHEET_SAMPLES)
     classes: Sequence[int] = request.classes or range(max(len(names), 1))
     at = np.linspace(0, len(classes) - 1, min(len(classes), SHEET_CLASSES)).round().astype(int)
@@ -303,7 +303,7 @@ def sheet_rows(request: SampleRequest) -> dict[str, list[str]]:
 
 
 def _title(class_id: int, names: Sequence[str]) -> str:
-    """The class's id and name, which is the id in data sets such as digits."""
+    """Return the class's id and name; the id alone if both are the same, as in digits."""
     if not names:
         return name_of(-1, names)
     return names[class_id] if names[class_id] == str(class_id) else f"{class_id}  {names[class_id]}"

@@ -150,9 +150,7 @@ def _digits_masked() -> _Generator:
 
 def _sweep(beside: _Generator) -> SweepConfig:
     """Guidance of 1, 2, 4 and 6 at two temperatures, of the recipe's own generator and one beside it."""
-    return SweepConfig(
-        cfg_scales=(1.0, 2.0, 4.0, 6.0), generator=beside.model, train_generator=beside.training
-    )
+    return SweepConfig(cfg_scales=(1.0, 2.0, 4.0, 6.0), generator=beside.model, train_generator=beside.training)
 
 
 def digits_tiny() -> Recipe:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pydantic import JsonValue, ValidationError
 
 from flows.report.history import HISTORY, history_page
-from flows.report.pages import Told, read_evaluation, report_data
+from flows.report.pages import RunInfo, read_evaluation, report_data
 from flows.report.render import Report, build_report
 from flows.results.comparison import Comparison, GateResult, compare
 from flows.results.gate import GateConfig, Threshold, judge
@@ -103,7 +103,7 @@ def write_report(
             same_images=_images(evaluation) == _images(theirs),
         )
         judged = judge(comparison, gate).result(other.run) if gate is not None else None
-    data = report_data(evaluation, told_of(chosen))
+    data = report_data(evaluation, run_info(chosen))
     data = data.model_copy(update={"comparison": comparison, "gate": judged})
     files = _write(store, chosen, build_report(data), found, out)
     against_run = other.run if other else None
@@ -132,10 +132,10 @@ def gate_of(store: Store, run: str | None, thresholds: Sequence[str]) -> GateCon
     return config
 
 
-def told_of(run: PastRun) -> Told:
-    """What a past run says of itself."""
+def run_info(run: PastRun) -> RunInfo:
+    """Return a past run's description of itself."""
     config = run.recipe.model_dump(mode="json")
-    return Told(run.run, run.recipe.name, str(config.get("description", "")), run.source, config)
+    return RunInfo(run.run, run.recipe.name, str(config.get("description", "")), run.source, config)
 
 
 def _other(found: Sequence[PastRun], chosen: PastRun, against: str | None) -> PastRun | None:

@@ -1,4 +1,4 @@
-"""The report stage: what the manifests behind an evaluation say, as a page, as Markdown and as JSON."""
+"""The report stage: collect what the manifests behind an evaluation say, and write it as HTML, Markdown and JSON."""
 
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -31,14 +31,14 @@ STAGE_OF_KIND = {
 def write_pages(work: Work) -> Result:
     """Write the report's three forms."""
     recipe = work.recipe
-    told = Told(work.job.run, recipe.name, recipe.description, work.job.source, recipe.as_json())
-    report = build_report(report_data(work.input("evaluation"), told))
+    run = RunInfo(work.job.run, recipe.name, recipe.description, work.job.source, recipe.as_json())
+    report = build_report(report_data(work.input("evaluation"), run))
     texts = zip(REPORT_FILES, (report.html, report.markdown, report.json), strict=True)
     return Result([put(work.out, name, text.encode()) for name, text in texts], {}, {})
 
 
-class Told(NamedTuple):
-    """What a run says of itself."""
+class RunInfo(NamedTuple):
+    """A run's own description of itself: its name, recipe, source and config."""
 
     run: str
     recipe: str
@@ -47,8 +47,8 @@ class Told(NamedTuple):
     config: dict[str, JsonValue]
 
 
-def report_data(evaluation: Artifact, told: Told) -> ReportData:
-    """All that a page needs, from the manifests behind an evaluation.
+def report_data(evaluation: Artifact, run: RunInfo) -> ReportData:
+    """Collect all that a page shows from the manifests behind an evaluation.
 
     Raises:
         ValueError: the evaluation is of another version, or what it was made of is not in the store.
@@ -59,11 +59,11 @@ def report_data(evaluation: Artifact, told: Told) -> ReportData:
         raise ValueError(f"the images behind {evaluation} are not in {store.uri}: name their store")
     pictures = [file.path for file in manifest.files if file.path.startswith(PICTURES)]
     return ReportData(
-        run_id=told.run,
-        recipe=told.recipe,
-        description=told.description,
+        run_id=run.run,
+        recipe=run.recipe,
+        description=run.description,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        source=told.source,
+        source=run.source,
         command=manifest.command,
         counts=made["prepare"].counts,
         stages=tuple(_row(name, one) for name, one in made.items()),
@@ -73,7 +73,7 @@ def report_data(evaluation: Artifact, told: Told) -> ReportData:
         losses=loss_curves(store, made),
         fit=fit_of(made["train_generator"]) if "train_generator" in made else None,
         rejects=rejects_of(store, made["prepare"]),
-        config=told.config,
+        config=run.config,
         versions=manifest.versions,
         hardware=manifest.hardware,
         git_revision=manifest.git_revision,

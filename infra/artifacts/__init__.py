@@ -1,4 +1,4 @@
 """Artifacts: manifests, shards, identity, lineage, verification and garbage collection.
 
-`manifest` plans, publishes and finds an artifact; `shards` lists its files.
+`artifact` is the handle that readers hold; `manifest` plans, publishes and finds an artifact; `shards` lists its files.
 """

@@ -1,8 +1,8 @@
-"""Artifacts: what identifies them, how they are published, found and checked.
+"""Manifests: identify an artifact by a plan, publish it, find it again, verify its files.
 
 An artifact is a folder `artifacts/{kind}/{digest}` whose `manifest.json` is written last: without it the stage is not
-done. A shard is done if its sidecar exists. Nothing else says so. Where there are very many shards, the manifest names
-pages that list them (`infra.artifacts.pages`).
+done. A shard is done if its sidecar exists. Nothing else decides this. Very many shards are listed in pages that the
+manifest names (`infra.artifacts.pages`). Readers hold an `infra.artifacts.artifact.Artifact`.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ Digest = Field(pattern=rf"^[0-9a-f]{{{DIGEST_CHARS}}}$")
 
 
 class ArtifactRef(Config):
-    """Names an artifact; what one stage hands to the next."""
+    """Reference to an artifact, which one stage passes to the next."""
 
     kind: str = Kind
     digest: str = Digest
     uri: str = Field(description="its folder when it was published; not part of its identity")
-    content_digest: str | None = Field(None, description="digest of the content, for what is made of outside data")
+    content_digest: str | None = Field(None, description="digest of the content, if it is made of outside data")
 
     @property
     def content_id(self) -> str:
@@ -64,7 +64,7 @@ class Plan(Config):
 
     @property
     def digest(self) -> str:
-        """Hash of kind, version, config and the inputs' identities; never of paths."""
+        """Hash of kind, version, config and the inputs' `content_id`; never of paths."""
         parts = {
             "kind": self.kind,
             "version": self.version,
@@ -92,7 +92,7 @@ class Manifest(Config):
     inputs: dict[str, ArtifactRef]
     digest: str = Digest
     content_digest: str | None = None
-    files: tuple[FileEntry, ...] = Field(description="those that no page lists: read them all by `files_of`")
+    files: tuple[FileEntry, ...] = Field(description="files that no page lists; `files_of` yields all")
     pages: tuple[Page, ...] = Field((), exclude_if=lambda pages: not pages, description="lists of very many shards")
     counts: dict[str, int]
     metrics: dict[str, float]
@@ -115,12 +115,12 @@ class Manifest(Config):
 
     @property
     def signed_bytes(self) -> bytes:
-        """What the signature is of."""
+        """The bytes that the signature covers."""
         return self.model_dump_json(exclude={"signature"}).encode()
 
     @property
     def num_files(self) -> int:
-        """Files that the artifact has, its pages not counted."""
+        """Number of the artifact's files, without pages."""
         return len(self.files) + sum(page.entries for page in self.pages)
 
     @property
@@ -130,17 +130,17 @@ class Manifest(Config):
 
     @property
     def plan(self) -> Plan:
-        """What the artifact was made by."""
+        """The plan that the artifact was made by."""
         return Plan(kind=self.kind, version=self.version, config=self.config, inputs=self.inputs)
 
 
 def folder_of(store: Store, kind: str, digest: str) -> Store:
-    """The folder of an artifact."""
+    """Return an artifact's folder."""
     return store.at(ROOT, kind, digest)
 
 
 def find(store: Store, plan: Plan) -> Manifest | None:
-    """The manifest of what `plan` makes, or None if that is not finished.
+    """Read the manifest of the artifact that `plan` makes; None if it is not finished.
 
     Raises:
         ValueError: the manifest is damaged or another artifact's.
@@ -149,7 +149,7 @@ def find(store: Store, plan: Plan) -> Manifest | None:
 
 
 def files_of(store: Store, manifest: Manifest) -> Iterator[FileEntry]:
-    """All files of an artifact, one page of them in memory at a time.
+    """Yield the entries of all files of an artifact, with a few pages in memory at a time.
 
     Raises:
         ValueError: a page is missing or damaged.
@@ -159,24 +159,24 @@ def files_of(store: Store, manifest: Manifest) -> Iterator[FileEntry]:
 
 
 def shards_of(store: Store, manifest: Manifest) -> Sequence[FileEntry]:
-    """The shards of an artifact; those in pages are read when they are asked for."""
+    """Return the entries of an artifact's shards; pages are read when their entries are asked for."""
     return shards_in(folder_of(store, manifest.kind, manifest.digest), manifest)
 
 
 def shards_in(folder: Store, manifest: Manifest) -> Sequence[FileEntry]:
-    """The shards of the artifact in a folder, as `shards_of`."""
+    """Return the entries of the shards of the artifact in a folder, as `shards_of`."""
     if manifest.pages:
         return PagedEntries(folder, manifest.pages)
     return [entry for entry in manifest.files if SHARD.fullmatch(entry.path)]
 
 
 def key_of(made: "Plan | Manifest", entry: FileEntry) -> str:
-    """Where a file of an artifact is, as a key of the store: in its own folder, or in that of the one it came from."""
+    """Return the key in the store of an artifact's file: in its own folder, or in that of the version it came from."""
     return entry.source or f"{ROOT}/{made.kind}/{made.digest}/{entry.path}"
 
 
 def manifest_of(store: Store, ref: ArtifactRef) -> Manifest:
-    """The manifest of a finished artifact.
+    """Read the manifest of a finished artifact.
 
     Raises:
         ValueError: it is not in this store, or its manifest is damaged.
@@ -198,10 +198,10 @@ def publish(
     content_digest: str | None = None,
     pages: Sequence[Page] = (),
 ) -> Manifest:
-    """Mark what `plan` makes as finished; if another run has done so, its manifest is the one that counts.
+    """Publish the artifact that `plan` makes by writing its manifest; if another run was first, return that one's.
 
-    Of more than `PAGE_ENTRIES` files the shards are listed in pages. Whoever has written pages himself gives them, and
-    as files all that they do not list.
+    If there are more than `PAGE_ENTRIES` files, the shards are listed in pages. A caller that has written pages itself
+    passes them, and as files those that no page lists.
 
     Raises:
         ValueError: a file is listed twice, is missing, or has another size than its entry says.
@@ -243,7 +243,7 @@ def publish(
 
 
 def ref_of(store: Store, manifest: Manifest) -> ArtifactRef:
-    """How other stages name the artifact."""
+    """Return the reference by which other stages name the artifact."""
     return ArtifactRef(
         kind=manifest.kind,
         digest=manifest.digest,
@@ -253,7 +253,7 @@ def ref_of(store: Store, manifest: Manifest) -> ArtifactRef:
 
 
 def verify(store: Store, manifest: Manifest) -> None:
-    """Read all files of an artifact and compare them with its manifest.
+    """Verify an artifact: read all of its files and compare them with its manifest.
 
     Raises:
         ValueError: a file is missing or differs.
@@ -275,7 +275,7 @@ def verify(store: Store, manifest: Manifest) -> None:
 
 
 def size_of(store: Store, key: str) -> int | None:
-    """Bytes in a file, None where there is none."""
+    """Return a file's size in bytes; None if it does not exist."""
     try:
         return store.size(key)
     except FileNotFoundError:
@@ -283,10 +283,11 @@ def size_of(store: Store, key: str) -> int | None:
 
 
 def _check_files(store: Store, plan: Plan, files: Sequence[FileEntry], pages: Sequence[Page]) -> None:
-    """Refuse what is listed twice, and files that are not there as listed.
+    """Reject files that are listed twice or are not there as listed.
 
-    An own shard is not looked at again: its entry is its sidecar, which `write_shard` made after it. What is left are a
-    few files, pages and the references to other artifacts, at a request each; a listing would name every shard.
+    The artifact's own shards are not checked again: their entries are their sidecars, which `write_shard` wrote after
+    them. The rest are a few files, pages and shards of other artifacts, at one request each; a listing would name every
+    shard.
     """
     folder = folder_of(store, plan.kind, plan.digest)
     paths = Counter([*(entry.path for entry in files), *(page.path for page in pages)])
@@ -299,20 +300,24 @@ def _check_files(store: Store, plan: Plan, files: Sequence[FileEntry], pages: Se
         sizes = list(pool.map(lambda file: size_of(store, file[1]), wanted))
     if missing := sorted(name for (name, _, _), size in zip(wanted, sizes, strict=True) if size is None):
         raise ValueError(f"{folder.uri}: not written: {some(missing)}; run again")
-    # An own file of another size is another run's, written just now: whose manifest is first decides.
+    # An own file of another size was written by another run just now: the first manifest decides.
     referred = [(entry.source, entry.size, size) for entry, size in zip(others, sizes, strict=False) if entry.source]
     if other := sorted(source for source, size, found in referred if size != found):
         raise ValueError(f"{folder.uri}: changed since it was found: {some(other)}; run again")
 
 
 def _listing(manifest: Manifest) -> list[tuple[str, str]]:
-    """Names and hashes of all that a manifest lists."""
+    """Return the names and hashes of all files and pages that a manifest lists."""
     files = [(entry.path, entry.sha256) for entry in manifest.files]
     return files + [(page.path, page.sha256) for page in manifest.pages]
 
 
 def read_manifest(folder: Store) -> Manifest | None:
-    """The manifest in a folder, None where there is none; a ValueError where it is damaged or another artifact's."""
+    """Read and verify the manifest in a folder; None if there is none.
+
+    Raises:
+        ValueError: it is damaged, another artifact's, or rejected because of its signature.
+    """
     manifest = read_record(folder, MANIFEST, Manifest)
     if manifest is None:
         return None
@@ -325,6 +330,6 @@ def read_manifest(folder: Store) -> Manifest | None:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first ten names, and how many more."""
+    """Say the first ten names, and how many more there are."""
     shown = ", ".join(names[:10]) or "none"
     return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from sftok.metrics.frechet import Gaussian
 from sftok.metrics.functional import FeatureMoments
 from sftok.metrics.inception.prepared import prepare_inception
 from sftok.metrics.inception.weights import load_inception
-from sftok.metrics.measure import Reference
+from sftok.metrics.measure import Features, Reference
 from sftok.metrics.protocols import TORCH_FIDELITY
 from sftok.metrics.reference_file import read_statistics
 from sftok.weights.artifacts import load_teacher, load_tokenizer
@@ -271,9 +272,26 @@ class TestReference:
         again = of_samples(work, config, protocol_of(config), network)
         again.add(pictures(3, 32, seed=9))  # pass unseen: the features are there
         assert torch.equal(again.features().pool, found.pool)
+        self.anew_discards_unfinished_features_alone(work, network, images, found)
         made.store.at("artifacts", "features").delete_tree()
         with pytest.raises(ValueError, match=r"0 images passed, of \d+"):
             of_samples(work, config, protocol_of(config), network)._write(found.first(0), made.store.at("few"))
+
+    def anew_discards_unfinished_features_alone(
+        self, work: Work, network, images: torch.Tensor, found: Features
+    ) -> None:
+        """Guards against --anew deleting what is published, and what other artifacts name as their input."""
+        config = work.recipe.evaluate.scores
+        anew = replace(work, job=work.job._replace(anew=True))
+        out = work.job.store.at(*of_samples(work, config, protocol_of(config), network).plan.prefix.split("/"))
+        out.write("made-on/kind.json", b'{"kind": "cuda sm90x132"}')
+        assert torch.equal(of_samples(anew, config, protocol_of(config), network).features().pool, found.pool)
+        out.delete("manifest.json")
+        for this, refused in ((work, True), (anew, False)):
+            meter = of_samples(this, config, protocol_of(config), network)
+            meter.add(images)
+            with pytest.raises(ValueError, match="begun on cuda sm90x132") if refused else nullcontext():
+                assert torch.equal(meter.features().pool, found.pool)
 
     def test_features_of_reconstructions_lie_in_the_order_of_shards(self, made: Made) -> None:
         """Taken in the order of ids, without the views besides the center."""
