@@ -33,7 +33,7 @@ test-all: $(READY) browser  ## all tests that this machine can run
 	$(BIN)/python -m pytest -m "not gpu"
 
 coverage: $(READY) browser  ## the default tests, and which lines and branches they run
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
 
 test-avx2: $(READY)  ## the numeric tests, as a CPU without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
