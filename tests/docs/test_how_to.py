@@ -5,13 +5,16 @@ import json
 import numpy as np
 import torch
 
+from flows.pipeline.graph import GRAPH
+from flows.stage import Graph
 from infra.artifacts.manifest import folder_of, manifest_of, shards_of
 from infra.codes.contract import load_codes, read_codes
 from infra.store.store import Store
 from sftok.model.teacher import Teacher
 from sftok.sources import sources
 from tests.docs.pages import DOCS, blocks, follow
-from tests.support import tiny_tokenizer
+from tests.support import small_codes, tiny_tokenizer
+from tests.support.small_dataset import Made
 
 
 def test_add_a_source(tmp_path, monkeypatch):
@@ -76,3 +79,17 @@ def test_add_a_metric():
     scope = follow("how-to/add-a-metric.md")
     assert scope["measure"].value > 0
     json.loads(scope["measure"].model_dump_json())
+
+
+def test_add_a_stage(tmp_path):
+    made = Made(Store(tmp_path / "store"), tmp_path)
+    names = small_codes.names(*[small_codes.TOKENIZER] * 3)
+    scope = follow("how-to/add-a-stage.md", job=made.job, codes=small_codes.codes(made, names))
+    counts = json.loads(scope["artifact"].folder.read("usage.json"))
+    assert sum(counts) == scope["artifact"].manifest.counts["codes"] == 2 * 12 * 4
+    assert scope["state"] == "Completed"
+    assert scope["make"](scope["USAGE"], made.job, {"codes": scope["codes"]})[1] == "Cached"
+    stages = list(GRAPH.values())
+    after = stages.index(GRAPH["encode"]) + 1
+    order = [stage.name for stage in Graph(*stages[:after], scope["USAGE"], *stages[after:]).order(made.job.recipe)]
+    assert order.index("encode") < order.index("usage")
