@@ -10,7 +10,7 @@ from typing import Literal
 
 from flows.stage import CPU, Job, Refs, Result, Stage, Work, plan_of
 from infra.artifacts.artifact import Artifact
-from infra.artifacts.made_on import note
+from infra.artifacts.made_on import record_device
 from infra.artifacts.manifest import Plan, folder_of, publish
 from infra.compute.device import IEEE, device_facts, use_numerics
 from infra.compute.ranks import ALONE, Ranks, run_ranks
@@ -99,5 +99,5 @@ def run_stage(stage: Stage, work: Work) -> Result:
 def _in_process(stage: Stage, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
     numerics = IEEE if stage.is_measured else job.recipe.compute.numerics
     use_numerics(numerics, job.device)
-    note(out, device_facts(job.device, numerics))
+    record_device(out, device_facts(job.device, numerics))
     return stage.call(Work(job, plan, out, progress, ranks))

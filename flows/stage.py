@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from flows.recipes.small import ComputeConfig, Recipe
 from infra.artifacts.artifact import Artifact
-from infra.artifacts.made_on import decisive, said, shards_begun_on
+from infra.artifacts.made_on import decisive, describe_kind, shards_begun_on
 from infra.artifacts.manifest import ArtifactRef, Manifest, Plan
 from infra.artifacts.pages import Page
 from infra.artifacts.shards import FileEntry
@@ -20,7 +20,7 @@ from infra.progress import Progress
 from infra.store.store import Store
 
 if TYPE_CHECKING:
-    from infra.training.loop import Run
+    from infra.training.loop import TrainingRun
     from sftok.sources.listing import Source
 
 log = logging.getLogger(__name__)
@@ -216,14 +216,14 @@ def give_up_others(out: Store, compute: ComputeConfig, options: WorkerOptions) -
     begun = shards_begun_on(out)
     if begun is None or begun == (own := decisive(worker_facts(compute, options))):
         return
-    log.warning("%s was begun on %s; it is made anew on %s", out.uri, said(begun), said(own))
+    log.warning("%s was begun on %s; it is made anew on %s", out.uri, describe_kind(begun), describe_kind(own))
     out.delete_tree()
 
 
-def training_run(work: Work) -> "Run":
+def training_run(work: Work) -> "TrainingRun":
     """Return the folder, seed, device and ranks that a training runs with."""
-    from infra.training.loop import Run
+    from infra.training.loop import TrainingRun
 
     recipe = work.recipe
     device, numerics = work.job.device, recipe.compute.numerics
-    return Run(work.out, recipe.seed, recipe.threads, device, work.progress, work.ranks, numerics)
+    return TrainingRun(work.out, recipe.seed, recipe.threads, device, work.progress, work.ranks, numerics)

@@ -1,1 +1,1 @@
-"""Classes to codes: the generators that are trained on the tokenizer's codes."""
+"""Class-conditional generators of codes, trained on what the tokenizer encodes."""

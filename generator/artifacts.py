@@ -1,4 +1,4 @@
-"""Generators in the store: safetensors weights beside a config.json, and back into a module."""
+"""Save and load generators: safetensors weights beside a config.json."""
 
 from generator.autoregressive import Generator
 from generator.code_space import CodeSpace
@@ -17,11 +17,11 @@ class GeneratorFile(Config):
 
     generator: AnyGeneratorConfig
     codes: CodesInfo
-    """what it was trained on, and therefore what its samples are."""
+    """info of the codes it was trained on, and therefore of its samples."""
 
 
 def build_generator(config: GeneratorConfig | MaskedConfig, space: CodeSpace) -> Generator | MaskedGenerator:
-    """The network that a config describes, its weights not filled yet."""
+    """Build the network that a config describes, with weights not yet initialised."""
     return MaskedGenerator(config, space) if isinstance(config, MaskedConfig) else Generator(config, space)
 
 
@@ -31,7 +31,7 @@ def save_generator(model: Generator | MaskedGenerator, info: CodesInfo, folder: 
 
 
 def load_generator(folder: Store) -> tuple[Generator | MaskedGenerator, CodesInfo]:
-    """A frozen generator in evaluation mode, and what its codes mean.
+    """Load a frozen generator in evaluation mode, and the info of its codes.
 
     Raises:
         ValueError: the config or the weights are not a generator's.

@@ -1,11 +1,11 @@
-"""The autoregressive generator: a decoder-only transformer from a class to the codes of an image.
+"""The autoregressive generator: a class-conditional decoder-only transformer over the codes of an image.
 
-RMSNorm, SwiGLU, rotary positions in one dimension (latent tokens lie on no grid), a class token with a null class for
-guidance. The sequence is [class, code 1, ..., code N-1]; its outputs are the logits of codes 1 to N. Where orders are
-annealed, a code keeps the rotary angle of its own position, and every input is told by a learned vector which position
-it is to predict. Logits and codes are in the dataset's layout whatever the order.
+RMSNorm, SwiGLU, one-dimensional rotary positions (latent tokens lie on no grid), and a class token with a null class
+for guidance. The input is [class, code 1, ..., code N-1]; the outputs are the logits of codes 1 to N. With annealed
+orders, a code keeps the rotary angle of its own position, and a learned embedding of the position to predict is added
+to every input. Logits and codes are in the dataset's layout whatever the order.
 
-Shapes: B sequences, S positions, N codes a sequence, V codebook size, W width, H heads, D channels a head.
+Shapes: B sequences, S positions, N codes per sequence, V codebook size, W width, H heads, D channels per head.
 """
 
 from typing import NamedTuple
@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from generator.code_space import CodeSpace as CodeSpace
-from generator.config import FixedOrder, GeneratorConfig
-from generator.orders import fixed_order, inverse
+from generator.config import AnnealedOrder, FixedOrder, GeneratorConfig
+from generator.orders import draw_orders, fixed_order, inverse
 
 ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6
 
 
 class Cache(NamedTuple):
-    """Keys and values of all positions seen so far, of static size.
+    """Key-value cache of static size.
 
-    A tensor a layer: of one for all of them, a compiled step copies the whole at each layer.
+    One tensor per layer: from a single tensor for all layers, a compiled step would copy the whole at each layer.
     """
 
     keys: tuple[Tensor, ...]
-    """(B, H, N, D) a layer."""
+    """(B, H, N, D) per layer."""
     values: tuple[Tensor, ...]
-    """(B, H, N, D) a layer."""
+    """(B, H, N, D) per layer."""
 
 
-class Place(NamedTuple):
-    """Where a cached step stands."""
+class StepPosition(NamedTuple):
+    """Position of a cached step, with its rotary angles and mask."""
 
     position: Tensor
     """scalar int64."""
@@ -44,17 +44,17 @@ class Place(NamedTuple):
     sin: Tensor
     """(1, D) each."""
     unseen: Tensor
-    """(N,), true where nothing has been written yet."""
+    """(N,), true where the cache has not been written yet."""
 
 
 def rotate(x_BHSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Turn the two halves of D by the positions' angles, in float32; the result has the type of the input."""
+    """Rotate the two halves of D by the positions' angles, in float32; the result has the type of the input."""
     first, second = x_BHSD.chunk(2, dim=-1)
     return (x_BHSD * cos_SD + torch.cat([-second, first], dim=-1) * sin_SD).to(x_BHSD.dtype)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions and, where asked for, normalised queries and keys."""
+    """Causal multi-head attention with rotary positions and, optionally, normalised queries and keys."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -66,31 +66,31 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, NORM_EPSILON) if config.qk_norm else nn.Identity()
 
     def project(self, x_BSW: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (B, H, S, D) each, positions applied."""
+        """Project to queries, keys and values, (B, H, S, D) each, and apply rotary positions."""
         q, k, v = self.qkv(x_BSW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.q_norm(q), cos_SD, sin_SD), rotate(self.k_norm(k), cos_SD, sin_SD)
         return q.to(v.dtype), k.to(v.dtype), v
 
     def forward(self, x_BSW: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-        """All positions at once, (B, S, W) to (B, S, W)."""
+        """Attend at all positions at once, (B, S, W) to (B, S, W)."""
         q, k, v = self.project(x_BSW, cos_SD, sin_SD)
         y_BHSD = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHSD.transpose(1, 2).flatten(2))
 
-    def step(self, x_B1W: Tensor, place: Place, keys_BHND: Tensor, values_BHND: Tensor) -> Tensor:
-        """One position; its keys and values are written into the cache."""
-        q, k, v = self.project(x_B1W, place.cos, place.sin)
-        where = place.position[None]
+    def step(self, x_B1W: Tensor, at: StepPosition, keys_BHND: Tensor, values_BHND: Tensor) -> Tensor:
+        """Attend at one position, writing its keys and values into the cache."""
+        q, k, v = self.project(x_B1W, at.cos, at.sin)
+        where = at.position[None]
         keys_BHND.index_copy_(2, where, k)
         values_BHND.index_copy_(2, where, v)
-        # Written out: for one query, two products and a softmax fuse better than the fused kernel runs.
+        # Written out, since for one query two products and a softmax, fused by the compiler, beat the fused kernel.
         scores_BH1N = (q * q.shape[-1] ** -0.5) @ keys_BHND.transpose(-1, -2)
-        share_BH1N = scores_BH1N.float().masked_fill(place.unseen, -torch.inf).softmax(-1).to(v.dtype)
+        share_BH1N = scores_BH1N.float().masked_fill(at.unseen, -torch.inf).softmax(-1).to(v.dtype)
         return self.out((share_BH1N @ values_BHND).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU feed-forward layer."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -98,13 +98,13 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x_BSW: Tensor) -> Tensor:
-        """(B, S, W) to (B, S, W)."""
+        """Map (B, S, W) to (B, S, W)."""
         gate, up = self.gate_up(x_BSW).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -113,19 +113,20 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BSW: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-        """(B, S, W) to (B, S, W)."""
+        """Map (B, S, W) to (B, S, W)."""
         x_BSW = x_BSW + self.dropout(self.attention(self.norm_1(x_BSW), cos_SD, sin_SD))
         return x_BSW + self.dropout(self.feed_forward(self.norm_2(x_BSW)))
 
-    def step(self, x_B1W: Tensor, place: Place, keys_BHND: Tensor, values_BHND: Tensor) -> Tensor:
-        """One position with the layer's cache."""
-        x_B1W = x_B1W + self.attention.step(self.norm_1(x_B1W), place, keys_BHND, values_BHND)
+    def step(self, x_B1W: Tensor, at: StepPosition, keys_BHND: Tensor, values_BHND: Tensor) -> Tensor:
+        """Compute one position with the layer's cache."""
+        x_B1W = x_B1W + self.attention.step(self.norm_1(x_B1W), at, keys_BHND, values_BHND)
         return x_B1W + self.feed_forward(self.norm_2(x_B1W))
 
 
 class Generator(nn.Module):
-    """Class-conditional autoregressive model of a code sequence."""
+    """Class-conditional autoregressive model of code sequences."""
 
+    config: GeneratorConfig
     cos: Tensor
     sin: Tensor
     order: Tensor
@@ -144,10 +145,10 @@ class Generator(nn.Module):
         self.place_tables()
 
     def place_tables(self) -> None:
-        """Make what is computed and not learned: float32, whatever type the weights have been turned into."""
+        """Compute the buffers that are not learned, in float32 whatever the type of the weights."""
         device, dim = self.code_embed.weight.device, self.config.width // self.config.heads
         frequency = ROTARY_BASE ** (-torch.arange(0, dim, 2, device=device) / dim)
-        # A code at position p has angle p + 1, the class 0: one more than a natural sequence needs.
+        # The class has angle 0, the code at position p angle p + 1: one more than the natural order needs.
         angle_SD = (torch.arange(self.space.num_tokens + 1, device=device)[:, None] * frequency).repeat(1, 2)
         self.register_buffer("cos", angle_SD.cos(), persistent=False)
         self.register_buffer("sin", angle_SD.sin(), persistent=False)
@@ -156,7 +157,7 @@ class Generator(nn.Module):
         self.register_buffer("order", order_N.to(device), persistent=False)
 
     def initialise(self) -> None:
-        """Fill the weights.
+        """Initialise the weights.
 
         | what | how |
         |---|---|
@@ -172,33 +173,55 @@ class Generator(nn.Module):
             nn.init.normal_(parameter, std=0.02 / (2 * self.config.layers) ** 0.5 if is_last else 0.02)
 
     def recompute(self, on: bool) -> None:
-        """Whether the backward pass computes blocks again instead of keeping what they hold; same gradients."""
+        """Enable or disable activation checkpointing of blocks; gradients do not change."""
         self.recomputes = on
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.code_embed.weight.device
 
+    def draw_view(self, batch: int, *, step: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the orders of a training batch, (B, N); None unless orders are annealed."""
+        order = self.config.order
+        if not isinstance(order, AnnealedOrder):
+            return None
+        return draw_orders(order, batch, self.space.num_tokens, step=step, generator=generator)
+
+    def training_loss(
+        self, class_B: Tensor, codes_BN: Tensor, view_BN: Tensor | None, *, label_smoothing: float
+    ) -> Tensor:
+        """Return the mean cross-entropy of every code given those before it in its order."""
+        logits_BNV = self(class_B, codes_BN, view_BN)
+        return F.cross_entropy(logits_BNV.float().flatten(0, 1), codes_BN.flatten(), label_smoothing=label_smoothing)
+
+    def draw_targets(self, codes_BN: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002  # nothing to draw
+        """Choose the codes to predict in validation, (B, N) bool: all of them."""
+        return torch.ones_like(codes_BN, dtype=torch.bool)
+
+    def predict(self, class_B: Tensor, codes_BN: Tensor, targets_BN: Tensor) -> Tensor:  # noqa: ARG002  # all of them
+        """Return logits (B, N, V) of every code given those before it."""
+        return self(class_B, codes_BN)
+
     def forward(self, class_B: Tensor, codes_BN: Tensor, order_BN: Tensor | None = None) -> Tensor:
-        """Logits of every code given those before it in the order, (B, N, V) in the dataset's layout.
+        """Return logits of every code given those before it in the order, (B, N, V) in the dataset's layout.
 
         Args:
             class_B: class ids in [0, num_classes].
             codes_BN: codes in the dataset's layout.
-            order_BN: from `draw_orders`, for annealed orders only; without it the natural order.
+            order_BN: from `draw_orders`, for annealed orders only; None is the config's fixed order or the natural one.
 
         Raises:
-            ValueError: codes of another length, or an order where the config has none.
+            ValueError: the number of codes is wrong, or an order is given but the config's orders are not annealed.
         """
         if codes_BN.shape[1] != self.space.num_tokens:
-            raise ValueError(f"{codes_BN.shape[1]} codes a sequence, but the generator has {self.space.num_tokens}")
+            raise ValueError(f"{codes_BN.shape[1]} codes per sequence, but the generator has {self.space.num_tokens}")
         if order_BN is not None and self.target_positions is None:
             raise ValueError(f"order_BN is given, but order.kind = {self.config.order.kind!r}: make it 'annealed'")
         order = self.order if order_BN is None else order_BN
         is_natural = order_BN is None and self.config.order.kind != "fixed"
-        seen_BN = codes_BN if is_natural else codes_BN.gather(1, order.expand_as(codes_BN))
-        x_BNW = torch.cat([self.class_embed(class_B)[:, None], self.code_embed(seen_BN[:, :-1])], dim=1)
+        ordered_BN = codes_BN if is_natural else codes_BN.gather(1, order.expand_as(codes_BN))
+        x_BNW = torch.cat([self.class_embed(class_B)[:, None], self.code_embed(ordered_BN[:, :-1])], dim=1)
         if self.target_positions is not None:
             x_BNW = x_BNW + self.target_positions(order)
         cos, sin = self._angles(order_BN)
@@ -208,24 +231,24 @@ class Generator(nn.Module):
                 x_BNW = checkpoint(block, x_BNW, cos, sin, use_reentrant=False)
             else:
                 x_BNW = block(x_BNW, cos, sin)
-        if not is_natural:  # hidden states are put back, which are narrower than logits
+        if not is_natural:  # back to the dataset's layout before the head: hidden states are narrower than logits
             x_BNW = x_BNW.gather(1, inverse(order).expand(len(x_BNW), -1)[..., None].expand_as(x_BNW))
         return self.logits(x_BNW)
 
     def _angles(self, order_BN: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the inputs' own positions, (S, D) or (B, 1, S, D)."""
+        """Look up cosines and sines of the inputs' own positions, (S, D) or (B, 1, S, D)."""
         if order_BN is None:
             return self.cos[:-1], self.sin[:-1]
         own_BS = F.pad(order_BN[:, :-1] + 1, (1, 0))
         return self.cos[own_BS][:, None], self.sin[own_BS][:, None]
 
     def logits(self, x_BNW: Tensor) -> Tensor:
-        """The blocks' output to logits, (..., W) to (..., V)."""
+        """Map the blocks' output to logits, (..., W) to (..., V)."""
         head = self.code_embed.weight if self.head is None else self.head.weight
         return F.linear(self.norm_out(x_BNW), head)
 
     def empty_cache(self, batch: int) -> Cache:
-        """Room for the keys and values of `batch` sequences."""
+        """Allocate a cache for `batch` sequences."""
         shape = (batch, self.config.heads, self.space.num_tokens, self.cos.shape[-1])
         keys, values = (
             tuple(self.code_embed.weight.new_zeros(shape) for _ in range(self.config.layers)) for _ in range(2)
@@ -233,39 +256,39 @@ class Generator(nn.Module):
         return Cache(keys, values)
 
     def step(self, x_BW: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of the code that is drawn at `position` of the order; shapes do not depend on the position.
+        """Return logits (B, V) of the code at `position` of the order; shapes do not depend on the position.
 
         Args:
             x_BW: embedding of the class at position 0, then of the last code.
             position: scalar int64, from 0.
-            cache: of `empty_cache`; written at `position`.
+            cache: from `empty_cache`; written at `position`.
 
         Raises:
-            ValueError: the cache is of other sizes.
+            ValueError: the cache has other sizes.
         """
         check_cache(cache, len(x_BW), self.space.num_tokens)
         unseen_N = torch.arange(self.space.num_tokens, device=x_BW.device) > position
-        # Indexed with `position` itself, the host would wait for it: no CUDA graph could be captured.
+        # Indexing with `position` itself would synchronize the host, and no CUDA graph could be captured.
         cos, sin = (table.index_select(0, position[None]) for table in (self.cos, self.sin))
-        place = Place(position, cos, sin, unseen_N)
+        at = StepPosition(position, cos, sin, unseen_N)
         if self.target_positions is not None:
             x_BW = x_BW + self.target_positions(position)
         x_B1W = x_BW[:, None]
         for block, keys_BHND, values_BHND in zip(self.blocks, *cache, strict=True):
             assert isinstance(block, Block)
-            x_B1W = block.step(x_B1W, place, keys_BHND, values_BHND)
+            x_B1W = block.step(x_B1W, at, keys_BHND, values_BHND)
         return self.logits(x_B1W)[:, 0]
 
 
 def check_cache(cache: Cache, batch: int, num_tokens: int) -> None:
-    """Refuse a cache of other sizes.
+    """Check a cache's sizes.
 
     Raises:
-        ValueError: naming both.
+        ValueError: the cache has other sizes; names both.
     """
-    wanted, there = (batch, num_tokens), cache.keys[0].shape[::2]
-    if there != wanted:
+    expected, actual = (batch, num_tokens), cache.keys[0].shape[::2]
+    if actual != expected:
         raise ValueError(
-            f"the cache holds {there[0]} sequences of {there[1]} codes, not {wanted[0]} of {wanted[1]}: make it "
-            f"with empty_cache({wanted[0]})"
+            f"the cache holds {actual[0]} sequences of {actual[1]} codes, not {expected[0]} of {expected[1]}: make it "
+            f"with empty_cache({expected[0]})"
         )

@@ -1,6 +1,6 @@
-"""What the codes of a dataset are like, as every generator needs to know it.
+"""Vocabulary, length and classes of a code dataset, as generators need them.
 
-Shapes: B sequences, N codes a sequence.
+Shapes: B sequences, N codes per sequence.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class CodeSpace(NamedTuple):
-    """Vocabulary, length and classes of a code dataset; without classes everything is of the null class."""
+    """Vocabulary, length and classes of a code dataset; without classes every row is of the null class."""
 
     codebook_size: int
     num_tokens: int
@@ -17,14 +17,14 @@ class CodeSpace(NamedTuple):
 
     @property
     def null_class(self) -> int:
-        """The class id that stands for no class."""
+        """Return the class id that stands for no class."""
         return self.num_classes
 
     def check_classes(self, class_B: Tensor) -> None:
-        """Refuse class ids that are neither classes nor the null class.
+        """Check that class ids are classes or the null class.
 
         Raises:
-            ValueError: naming the first such id.
+            ValueError: an id is neither; names the first such id.
         """
         wrong = class_B[(class_B < 0) | (class_B > self.null_class)]
         if len(wrong):

@@ -1,4 +1,4 @@
-"""What a generator is, how it is trained and how it is sampled, as data."""
+"""Configs of generators, their training and their sampling."""
 
 from typing import Annotated, Literal, Self
 
@@ -14,7 +14,7 @@ GuidanceSchedule = Literal["constant", "linear", "power_cosine"]
 
 
 class NaturalOrder(Config):
-    """Codes one after the other as the dataset has them."""
+    """Codes in the dataset's order."""
 
     kind: Literal["natural"] = "natural"
 
@@ -23,11 +23,11 @@ class FixedOrder(Config):
     """Codes in one random order, the same in training and sampling."""
 
     kind: Literal["fixed"] = "fixed"
-    seed: int = Field(0, description="draws the order")
+    seed: int = Field(0, description="seed of the order")
 
 
 class AnnealedOrder(Config):
-    """Every sequence in an order of its own, more and more often the natural one (RAR, method.md 1.5)."""
+    """A random order per sequence, annealed to the natural order during training (RAR, method.md 1.5)."""
 
     kind: Literal["annealed"] = "annealed"
     start_step: int = Field(ge=0, description="training step up to which every order is random")
@@ -36,7 +36,7 @@ class AnnealedOrder(Config):
     @model_validator(mode="after")
     def _ends_after_start(self) -> Self:
         if self.end_step < self.start_step:
-            raise ValueError(f"end_step = {self.end_step} is before start_step = {self.start_step}: let it be later")
+            raise ValueError(f"end_step = {self.end_step} is before start_step = {self.start_step}: make it later")
         return self
 
 
@@ -52,17 +52,26 @@ class GeneratorConfig(Config):
     heads: PositiveInt = Field(12, description="attention heads")
     ffn_width: PositiveInt = Field(2048, description="hidden width of the SwiGLU feed-forward layer")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of embeddings and residuals in training")
-    qk_norm: bool = Field(False, description="normalise queries and keys a head")
-    tied: bool = Field(False, description="logits from the embeddings of the codes, not from weights of their own")
-    order: Order = Field(NaturalOrder(), description="in which order codes follow each other")
+    qk_norm: bool = Field(False, description="normalise queries and keys, per head")
+    tied: bool = Field(False, description="share weights between the code embedding and the output head")
+    order: Order = Field(NaturalOrder(), description="order in which codes are generated")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"width = {self.width} does not divide by 2 * heads = {2 * self.heads}: rotary positions need pairs"
+                f"width = {self.width} is not a multiple of 2 * heads = {2 * self.heads}: rotary positions need pairs"
             )
         return self
+
+    def positions(self, num_tokens: int) -> int:
+        """Return the number of positions in a forward pass: the class takes the place of the last code."""
+        return num_tokens
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Return the number of matrices in a feed-forward layer: SwiGLU has a gate."""
+        return 3
 
 
 class MaskedConfig(Config):
@@ -74,17 +83,26 @@ class MaskedConfig(Config):
     heads: PositiveInt = Field(16, description="attention heads")
     ffn_width: PositiveInt = Field(3072, description="hidden width of the feed-forward layer")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of embeddings, attention and residuals in training")
-    unmasked_weight: float = Field(0.1, ge=0, description="weight in the training loss of codes that are given")
+    unmasked_weight: float = Field(0.1, ge=0, description="weight of unmasked codes in the training loss")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"width = {self.width} does not divide by heads = {self.heads}: choose a divisor")
+            raise ValueError(f"width = {self.width} is not a multiple of heads = {self.heads}: choose a divisor")
         return self
+
+    def positions(self, num_tokens: int) -> int:
+        """Return the number of positions in a forward pass: the class and all codes."""
+        return num_tokens + 1
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Return the number of matrices in a feed-forward layer."""
+        return 2
 
 
 def _kind_of(config: object) -> object:
-    """The kind of a config, or of its JSON, which may leave it out."""
+    """Return the kind of a config, or of its JSON, which may omit it."""
     if isinstance(config, dict):
         return config.get("kind", "autoregressive")
     return getattr(config, "kind", None)
@@ -95,7 +113,7 @@ AnyGeneratorConfig = Annotated[
     Discriminator(_kind_of),
 ]
 
-# Of 64 codes in 8,192 with 1,001 classes: B 98.3, L 326.1, XL 753.7, masked 183.5 million parameters.
+# With 64 codes out of 8,192 and 1,001 classes: B 98.3, L 326.1, XL 753.7, masked 183.5 million parameters.
 GENERATORS: dict[str, GeneratorConfig] = {
     "toy": GeneratorConfig(width=128, layers=4, heads=4, ffn_width=344),
     "small": GeneratorConfig(width=256, layers=6, heads=4, ffn_width=688),
@@ -117,7 +135,7 @@ class GeneratorTrainingConfig(TrainingConfig):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     any_tokenizer: Annotated[bool, RUNTIME] = Field(
-        False, description="take codes though they are another tokenizer's than their manifest says"
+        False, description="accept codes from another tokenizer than the one their manifest names"
     )
 
 
@@ -125,53 +143,61 @@ LEAST_TEMPERATURE = 1e-6
 
 
 class SampleConfig(Config):
-    """How codes are drawn. Guidance is uncond + scale * (cond - uncond): scale 1 is conditional only."""
+    """Settings of sampling. Guidance is uncond + scale * (cond - uncond), so scale 1 is conditional only."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    per_class: PositiveInt = Field(50, description="samples of every class")
-    cfg_scale: float = Field(1.0, ge=0, le=1000, description="guidance; 1 is conditional only, 0 unconditional only")
-    cfg_schedule: GuidanceSchedule = Field(
-        "constant", description="how the scale grows from 1 at the first code or step towards cfg_scale"
+    per_class: PositiveInt = Field(50, description="samples per class")
+    cfg_scale: float = Field(
+        1.0, ge=0, le=1000, description="guidance scale; 1 is conditional only, 0 unconditional only"
     )
-    cfg_power: float = Field(1.0, gt=0, description="of the power-cosine schedule: the greater, the later it grows")
+    cfg_schedule: GuidanceSchedule = Field(
+        "constant", description="schedule by which the scale grows from 1, at the first code or step, to cfg_scale"
+    )
+    cfg_power: float = Field(1.0, gt=0, description="power of the power-cosine schedule; higher values grow later")
     temperature: float = Field(
         1.0,
         ge=0,
         description="autoregressive: of the softmax, 0 takes the most likely code; "
-        "masked: of the noise at the first step, falling to 0",
+        "masked: of the noise at the first step, annealed to 0",
     )
     top_k: int = Field(0, ge=0, description="keep the k most likely codes; 0 keeps all; autoregressive only")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="keep the most likely codes that hold this probability; autoregressive only"
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: keep the fewest most likely codes with this total probability; "
+        "autoregressive only",
     )
-    num_steps: PositiveInt = Field(8, description="passes of a masked generator; no other has steps")
+    num_steps: PositiveInt = Field(8, description="decoding steps; masked only")
     annealing: tuple[float, float] | None = Field(
-        None, description="(a, b): divide the logits of step s of S by a + b * (1 - s / S); masked only"
+        None, description="(a, b): divide the logits at step s of S by a + b * (1 - s / S); masked only"
     )
     micro_batch: NonNegativeInt = Field(
         0,
-        description="samples drawn at once; fixed, since products of other shapes round otherwise; "
+        description="samples drawn at once; fixed, since matrix products of other shapes round differently; "
         "0: 64 on CPUs, 256 on CUDA",
     )
     samples_per_shard: PositiveInt = Field(
-        256, description="rows a sample shard; a multiple of micro_batch, or its last one is filled up"
+        256, description="rows per shard of samples; if not a multiple of micro_batch, the last batch is padded"
     )
     precision: SamplePrecision | Literal["auto"] = Field(
-        "auto", description="of weights and matrix products; auto: fp32 on CPUs, bf16 on CUDA"
+        "auto", description="precision of weights and matrix products; auto: fp32 on CPUs, bf16 on CUDA"
     )
     compile: bool | None = Field(
         None,
         description="on CPUs: compile the step as one graph, which takes up to a minute before a worker's first sample "
-        "and pays for autoregressive bf16 alone; on CUDA: record the step of an autoregressive generator as a CUDA "
-        "graph, and compile what has more than 20 million parameters, kept in SFTOK_HOME for the next time. "
-        "Not given: on CUDA, and not on CPUs",
+        "and pays only for autoregressive bf16; on CUDA: record the step of an autoregressive generator as a CUDA "
+        "graph, and compile generators of more than 20 million parameters, cached in SFTOK_HOME. "
+        "Null: on CUDA only",
     )
 
     @model_validator(mode="after")
     def _temperature_divides(self) -> Self:
         if 0 < self.temperature < LEAST_TEMPERATURE:
-            raise ValueError(f"temperature = {self.temperature} is too small to divide by: give 0 for likeliest codes")
+            raise ValueError(
+                f"temperature = {self.temperature} is too small to divide by: give 0 for the most likely codes"
+            )
         return self
 
     @model_validator(mode="after")
@@ -181,29 +207,29 @@ class SampleConfig(Config):
         return self
 
     def on(self, device: str) -> Self:
-        """Settle what depends on the device ("cpu", "cuda", "cuda:1"): precision, compilation and micro-batch."""
+        """Resolve settings that depend on the device ("cpu", "cuda", "cuda:1"): precision, compile, micro_batch."""
         is_cuda = device.startswith("cuda")
-        settled = {
+        resolved = {
             "micro_batch": self.micro_batch or (256 if is_cuda else 64),
             "precision": default_precision(device) if self.precision == "auto" else self.precision,
             "compile": is_cuda if self.compile is None else self.compile,
         }
-        return self.model_copy(update=settled)
+        return self.model_copy(update=resolved)
 
     @property
     def arithmetic(self) -> SamplePrecision:
-        """The precision, once it is settled."""
-        assert self.precision != "auto", "SampleConfig.on(device) settles it"
+        """Return the precision, which must be resolved."""
+        assert self.precision != "auto", "SampleConfig.on(device) resolves it"
         return self.precision
 
     def fit(self, kind: GeneratorKind) -> None:
-        """Refuse settings that a generator of this kind would ignore.
+        """Reject settings that a generator of this kind would ignore.
 
         Raises:
-            ValueError: a setting of the other kind is not at its default.
+            ValueError: a setting of the other kind differs from its default.
         """
         others = ("num_steps", "annealing") if kind == "autoregressive" else ("top_k", "top_p")
         for name in others:
             default = SampleConfig.model_fields[name].default
             if (value := getattr(self, name)) != default:
-                raise ValueError(f"{name} = {value} means nothing to a generator that is {kind}: leave it {default}")
+                raise ValueError(f"{name} = {value} has no effect on a generator that is {kind}: leave it {default}")

@@ -1,6 +1,6 @@
-"""Code Parquet as training batches: a pure function of the step, like the images of the tokenizer.
+"""Training batches from code Parquet: a pure function of the step, like the tokenizer's batches of images.
 
-Shapes: B sequences, N codes a sequence.
+Shapes: B sequences, N codes per sequence.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from infra.codes.contract import CodeArrays, CodeRows, CodesInfo
 from infra.compute.transfer import send
 from infra.training.loop import seed_of
 
-RESIDENT = 8 * 2**30  # bytes of rows up to which they are kept on the GPU that trains
+RESIDENT = 8 * 2**30  # bytes; larger datasets are not kept on the training GPU
 _SIGNED = {torch.uint16: (torch.int16, 0xFFFF), torch.uint32: (torch.int32, 0xFFFFFFFF)}
 
 
 class CodeBatch(NamedTuple):
-    """What a training step sees."""
+    """Batch of a training step."""
 
     classes: Tensor
-    """(B,) int64; the null class where the label is dropped or missing."""
+    """(B,) int64; the null class if the label is dropped or missing."""
     codes: Tensor
     """(B, N) int64."""
 
@@ -32,38 +32,39 @@ class CodeData:
     """All rows of a split in memory."""
 
     classes: Tensor
-    """(rows,) any integer type, -1 where there is no label."""
+    """(rows,) any integer type, -1 for no label."""
     codes: Tensor
-    """(rows, N), kept narrow until a batch is drawn."""
+    """(rows, N), in the file's integer type until a batch is drawn."""
 
     @classmethod
     def of(cls, rows: CodeRows | CodeArrays) -> "CodeData":
-        """Take over arrays as they are, without a copy: ranks may share them."""
+        """Wrap arrays without a copy: ranks may share their memory."""
         return cls(torch.from_numpy(rows.class_id), torch.from_numpy(rows.codes))
 
 
 def space_of(info: CodesInfo) -> CodeSpace:
-    """Vocabulary, length and classes as the dataset states them; no classes where it has no labels."""
+    """Return the code space that a dataset's info states; no classes if it has no labels."""
     return CodeSpace(info.codebook_size, info.num_tokens, len(info.class_names or ()))
 
 
 def check_rows(data: CodeData, space: CodeSpace, split: str) -> None:
-    """Refuse rows that a generator cannot learn from, before it starts.
+    """Check that a generator can learn from these rows, before training starts.
 
     Raises:
-        ValueError: codes of another length or codebook, class ids that are none, or no label at all among classes.
+        ValueError: codes have another length or codebook, class ids are out of range, or no row of a dataset with
+            classes has a label.
     """
     codes, classes = data.codes.numpy(), data.classes.numpy()
     if codes.ndim != 2 or codes.shape[1] != space.num_tokens or len(codes) != len(classes):
         raise ValueError(
             f"{split} codes: shape {codes.shape} and {len(classes)} class ids, not (rows, {space.num_tokens}) and one "
-            "each: give what load_codes reads"
+            "each: pass the result of load_codes"
         )
     if not len(codes):
         return
     if (wrong := codes.min()) < 0 or (wrong := codes.max()) >= space.codebook_size:
         raise ValueError(
-            f"{split} codes: code {wrong} is not in [0, {space.codebook_size}): these are another codebook's, "
+            f"{split} codes: code {wrong} is not in [0, {space.codebook_size}): they are from another codebook, "
             "encode again"
         )
     if (wrong := classes.min()) < -1 or (wrong := classes.max()) >= space.num_classes:
@@ -73,14 +74,14 @@ def check_rows(data: CodeData, space: CodeSpace, split: str) -> None:
     if space.num_classes and classes.max() < 0:
         raise ValueError(
             f"{split} codes: no row has a label, but class_names has {space.num_classes}: a generator would learn no "
-            "class; encode labelled images, or codes without class_names for a generator without classes"
+            "class; encode labelled images, or omit class_names for a generator without classes"
         )
 
 
 class TrainCodes:
-    """Training batches: every row once an epoch, variants mixed, order and dropped labels drawn from the seed.
+    """Training batches: every row once per epoch, variants mixed, order and dropped labels drawn from the seed.
 
-    A GPU holds all rows, unless they are too many, and gathers a batch by itself: only its rows' numbers are sent.
+    Unless the dataset is too large, a GPU holds all rows and gathers batches itself; only row indices are sent.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class TrainCodes:
             raise ValueError("the code dataset has no training rows")
         size = sum(tensor.numel() * tensor.element_size() for tensor in (data.classes, data.codes))
         self._home = device if size <= RESIDENT else "cpu"
-        # Not every device can gather unsigned integers: their bits are kept as signed ones.
+        # Not every device can gather unsigned integers, so their bits are stored as signed ones.
         signed, self._bits = _SIGNED.get(data.codes.dtype, (data.codes.dtype, 0))
         self._classes, self._codes = data.classes.to(self._home), data.codes.view(signed).to(self._home)
         self.space, self.seed, self.batch_size, self.device = space, seed, batch_size, device
@@ -105,7 +106,7 @@ class TrainCodes:
         self._epoch, self._order = -1, torch.empty(0)
 
     def batch(self, step: int) -> CodeBatch:
-        """The batch of `step` (from 0), on the device; batches run across the borders of epochs."""
+        """Return the batch of `step` (from 0), on the device; batches may span two epochs."""
         rows = send(self._rows(step * self.batch_size, self.batch_size), self._home)
         generator = torch.Generator().manual_seed(seed_of(self.seed, "class_dropout", step))
         is_dropped = torch.rand(self.batch_size, generator=generator) < self.class_dropout
@@ -118,7 +119,7 @@ class TrainCodes:
         return CodeBatch(classes, codes)
 
     def _rows(self, first: int, count: int) -> Tensor:
-        """Rows at `count` places of the endless sequence of epochs."""
+        """Return `count` row indices from position `first` of the endless sequence of epochs."""
         parts, last = [], first + count
         while first < last:
             epoch, place = divmod(first, len(self._codes))
@@ -134,5 +135,5 @@ class TrainCodes:
 
 
 def with_null(classes_B: Tensor, space: CodeSpace) -> Tensor:
-    """Class ids, int64, with -1 (no label) as the null class."""
+    """Convert class ids to int64, with -1 (no label) as the null class."""
     return torch.where(classes_B < 0, space.null_class, classes_B.long())

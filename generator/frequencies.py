@@ -1,4 +1,4 @@
-"""What codes are like to a model of class and position alone: what a generator must beat to have learned more."""
+"""Unigram baseline: the held-out NLL per code of class-and-position frequencies, which a generator has to beat."""
 
 import numpy as np
 import torch
@@ -8,15 +8,15 @@ from generator.code_space import CodeSpace
 from generator.data import CodeData, with_null
 
 WEIGHTS = tuple(4.0**power for power in range(-2, 7))
-"""Rows that a position's frequencies count like, beside those of a class."""
+"""Candidate weights of the prior, in rows: how many rows of a class the position's overall frequencies count as."""
 
 
 def frequency_nll(train: CodeData, held_out: CodeData, space: CodeSpace) -> Tensor:
-    """Nats a held-out code under the frequencies of training codes of its class and position, (N,) float64 a position.
+    """Compute the NLL in nats per held-out code under training frequencies of its class and position, (N,) float64.
 
-    Frequencies of a class are mixed with those of all classes, and these with one more row of every code, as Dirichlet
-    priors do it. How much they weigh is what suits the held-out codes best, the same at all positions: as well as such
-    a model can do, and a little better than it could without having seen them.
+    A class's frequencies are smoothed with those of all classes, and these by one additional count for every code
+    (Dirichlet priors). The prior's weight, the same at all positions, is the one that fits the held-out codes best, so
+    the baseline is as strong as such a model can be, and slightly optimistic because it has seen them.
     """
     class_T, class_M = (with_null(data.classes, space).numpy() for data in (train, held_out))
     rows_M = np.bincount(class_T, minlength=space.num_classes + 1)[class_M]
@@ -35,7 +35,7 @@ def frequency_nll(train: CodeData, held_out: CodeData, space: CodeSpace) -> Tens
 def _counts(
     class_T: np.ndarray, codes_T: np.ndarray, class_M: np.ndarray, codes_M: np.ndarray, space: CodeSpace
 ) -> np.ndarray:
-    """How many training rows have a held-out row's class and code; a table of codes that are asked for."""
+    """Count training rows with each held-out row's class and code, in a table of the held-out codes only."""
     asked, column_M = np.unique(codes_M, return_inverse=True)
     columns_V = np.full(space.codebook_size, len(asked))
     columns_V[asked] = np.arange(len(asked))

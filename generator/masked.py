@@ -1,10 +1,10 @@
-"""The masked generator: a bidirectional transformer that predicts hidden codes from the class and the others.
+"""The masked generator: a bidirectional transformer that predicts masked codes from the class and the other codes.
 
 The paper's generator (method.md 1.5): BERT's shape, with norms after the residuals, exact GELU and learned positions.
-The sequence is [class, code 1, ..., code N]; its outputs are the logits of codes 1 to N. One table embeds everything:
+The input is [class, code 1, ..., code N]; the outputs are the logits of codes 1 to N. One table embeds everything:
 V codes, the mask, the classes, the null class.
 
-Shapes: B sequences, S = 1 + N positions, N codes a sequence, V codebook size, W width, H heads, D channels a head.
+Shapes: B sequences, S = 1 + N positions, N codes per sequence, V codebook size, W width, H heads, D channels per head.
 """
 
 import torch
@@ -14,13 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from generator.code_space import CodeSpace
 from generator.config import MaskedConfig
+from generator.objectives import masked_loss, random_mask
 
 NORM_EPSILON = 1e-12
 INIT_STD = 0.02
 
 
 class Attention(nn.Module):
-    """Bidirectional multi-head attention, its shares dropped out in training."""
+    """Bidirectional multi-head attention with dropout of the attention weights in training."""
 
     def __init__(self, config: MaskedConfig) -> None:
         super().__init__()
@@ -29,14 +30,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x_BSW: Tensor) -> Tensor:
-        """(B, S, W) to (B, S, W)."""
+        """Map (B, S, W) to (B, S, W)."""
         q, k, v = self.qkv(x_BSW).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y_BHSD = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y_BHSD.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """norm(x + attention(x)), then norm(x + feed_forward(x))."""
+    """Post-norm transformer block: norm(x + attention(x)), then norm(x + feed_forward(x))."""
 
     def __init__(self, config: MaskedConfig) -> None:
         super().__init__()
@@ -48,20 +49,22 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BSW: Tensor) -> Tensor:
-        """(B, S, W) to (B, S, W)."""
+        """Map (B, S, W) to (B, S, W)."""
         x_BSW = self.norm_1(x_BSW + self.dropout(self.attention(x_BSW)))
         return self.norm_2(x_BSW + self.dropout(self.contract(F.gelu(self.expand(x_BSW)))))
 
 
 class MaskedGenerator(nn.Module):
-    """Class-conditional model of codes given some of them."""
+    """Class-conditional model of masked codes given the unmasked ones."""
+
+    config: MaskedConfig
 
     def __init__(self, config: MaskedConfig, space: CodeSpace) -> None:
         super().__init__()
         self.config, self.space, self.recomputes = config, space, False
         self.embed = nn.Embedding(space.codebook_size + 1 + space.num_classes + 1, config.width)
         self.positions = nn.Embedding(1 + space.num_tokens, config.width)
-        # Two types of token, as BERT has them; all tokens are of type 0. Kept for the published layout.
+        # Two token types, as in BERT; all tokens have type 0. Kept for the published layout.
         self.type_embed = nn.Embedding(2, config.width)
         self.norm_in = nn.LayerNorm(config.width, NORM_EPSILON)
         self.dropout = nn.Dropout(config.dropout)
@@ -70,16 +73,19 @@ class MaskedGenerator(nn.Module):
 
     @property
     def mask_id(self) -> int:
-        """What stands for a hidden code."""
+        """Return the id of the mask token, which stands for a masked code."""
         return self.space.codebook_size
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.embed.weight.device
 
+    def place_tables(self) -> None:
+        """Compute the buffers that are not learned: there are none."""
+
     def initialise(self) -> None:
-        """Fill the weights.
+        """Initialise the weights.
 
         | what | how |
         |---|---|
@@ -95,17 +101,38 @@ class MaskedGenerator(nn.Module):
                 child.reset_parameters()
 
     def recompute(self, on: bool) -> None:
-        """Whether the backward pass computes blocks again instead of keeping what they hold; same gradients."""
+        """Enable or disable activation checkpointing of blocks; gradients do not change."""
         self.recomputes = on
 
+    def draw_view(self, batch: int, *, step: int, generator: torch.Generator) -> Tensor | None:  # noqa: ARG002  # as others
+        """Draw the masks of a training batch, (B, N) bool, true = masked."""
+        return random_mask(batch, self.space.num_tokens, generator)
+
+    def training_loss(
+        self, class_B: Tensor, codes_BN: Tensor, view_BN: Tensor | None, *, label_smoothing: float
+    ) -> Tensor:
+        """Return the weighted mean cross-entropy of masked and unmasked codes."""
+        assert view_BN is not None
+        logits_BNV = self(class_B, codes_BN.masked_fill(view_BN, self.mask_id))
+        weight = self.config.unmasked_weight
+        return masked_loss(logits_BNV, codes_BN, view_BN, unmasked_weight=weight, label_smoothing=label_smoothing)
+
+    def draw_targets(self, codes_BN: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw the codes to predict in validation, (B, N) bool: random masks."""
+        return random_mask(len(codes_BN), codes_BN.shape[1], generator).to(codes_BN.device)
+
+    def predict(self, class_B: Tensor, codes_BN: Tensor, targets_BN: Tensor) -> Tensor:
+        """Return logits (B, N, V), with the targets masked in the input."""
+        return self(class_B, codes_BN.masked_fill(targets_BN, self.mask_id))
+
     def forward(self, class_B: Tensor, ids_BN: Tensor) -> Tensor:
-        """Class ids (B,) and codes (B, N), `mask_id` where hidden, to logits (B, N, V).
+        """Map class ids (B,) and codes (B, N), `mask_id` where masked, to logits (B, N, V).
 
         Raises:
-            ValueError: codes of another length.
+            ValueError: the number of codes is wrong.
         """
         if ids_BN.shape[1] != self.space.num_tokens:
-            raise ValueError(f"{ids_BN.shape[1]} codes a sequence, but the generator has {self.space.num_tokens}")
+            raise ValueError(f"{ids_BN.shape[1]} codes per sequence, but the generator has {self.space.num_tokens}")
         ids_BS = torch.cat([(self.mask_id + 1 + class_B)[:, None], ids_BN], dim=1)
         x_BSW = self.embed(ids_BS) + self.positions.weight + self.type_embed.weight[0]
         x_BSW = self.dropout(self.norm_in(x_BSW))

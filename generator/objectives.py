@@ -1,25 +1,20 @@
-"""What generators learn: the next code, or the hidden ones. Pure: randomness comes from the generators given.
+"""Masks and losses of generators, in training and on held-out codes. Pure: all randomness comes from arguments.
 
-Shapes: B sequences, N codes a sequence, V codebook size.
+Shapes: B sequences, N codes per sequence, V codebook size.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generator.autoregressive import Generator
-from generator.config import AnnealedOrder, GeneratorConfig, MaskedConfig
-from generator.masked import MaskedGenerator
-from generator.orders import draw_orders
-
 EPSILON = 1e-8
 
 
 def random_mask(batch: int, num_tokens: int, generator: torch.Generator) -> Tensor:
-    """Training mask (B, N), true = hidden: a share by the arccos schedule, one code at least, positions uniformly."""
+    """Draw masks (B, N), true = masked: a share by the arccos schedule, at least one code, uniform positions."""
     ratio_B = torch.arccos(torch.rand(batch, generator=generator)) / (math.pi / 2)
     count_B = (ratio_B * num_tokens).round().clamp_min(1)
     rank_BN = torch.rand(batch, num_tokens, generator=generator).argsort(1).argsort(1)
@@ -29,7 +24,7 @@ def random_mask(batch: int, num_tokens: int, generator: torch.Generator) -> Tens
 def masked_loss(
     logits_BNV: Tensor, codes_BN: Tensor, hidden_BN: Tensor, *, unmasked_weight: float, label_smoothing: float
 ) -> Tensor:
-    """Cross-entropy, weighted 1 where hidden and `unmasked_weight` where given; the weighted mean."""
+    """Return the weighted mean cross-entropy: weight 1 for masked codes, `unmasked_weight` for the others."""
     loss_BN = F.cross_entropy(
         logits_BNV.float().transpose(1, 2), codes_BN, reduction="none", label_smoothing=label_smoothing
     )
@@ -37,69 +32,43 @@ def masked_loss(
     return (loss_BN * weight_BN).sum() / (weight_BN.sum() + EPSILON)
 
 
-def draw_view(
-    config: GeneratorConfig | MaskedConfig, batch: int, num_tokens: int, *, step: int, generator: torch.Generator
-) -> Tensor | None:
-    """How a training step looks at its codes, one row a sequence: masks, or orders, or None where there is one way.
+class Predictor(Protocol):
+    """What validation needs of a generator."""
 
-    To be drawn for the whole batch of a step and cut like the batch, so that micro-batches and ranks change nothing.
-    """
-    if isinstance(config, MaskedConfig):
-        return random_mask(batch, num_tokens, generator)
-    if isinstance(config.order, AnnealedOrder):
-        return draw_orders(config.order, batch, num_tokens, step=step, generator=generator)
-    return None
+    def draw_targets(self, codes_BN: Tensor, generator: torch.Generator) -> Tensor:
+        """Choose the codes to predict, (B, N) bool."""
+
+    def predict(self, class_B: Tensor, codes_BN: Tensor, targets_BN: Tensor) -> Tensor:
+        """Return logits (B, N, V) of the targets, given what the generator may see of the others."""
 
 
-def training_loss(
-    network: Generator | MaskedGenerator,
-    class_B: Tensor,
-    codes_BN: Tensor,
-    view_BN: Tensor | None,
-    *,
-    label_smoothing: float,
-) -> Tensor:
-    """The mean loss of a micro-batch; `view_BN` are its rows of `draw_view`."""
-    if isinstance(network, MaskedGenerator):
-        assert view_BN is not None
-        logits_BNV = network(class_B, codes_BN.masked_fill(view_BN, network.mask_id))
-        weight = network.config.unmasked_weight
-        return masked_loss(logits_BNV, codes_BN, view_BN, unmasked_weight=weight, label_smoothing=label_smoothing)
-    logits_BNV = network(class_B, codes_BN, view_BN)
-    return F.cross_entropy(logits_BNV.float().flatten(0, 1), codes_BN.flatten(), label_smoothing=label_smoothing)
-
-
-class HeldOut(NamedTuple):
-    """What was predicted of held-out codes, (B, N) each."""
+class HeldOutPredictions(NamedTuple):
+    """Predictions of held-out codes, (B, N) each."""
 
     losses: Tensor
-    """negative log-likelihood in nats, float32; 0 where a code was not predicted."""
+    """negative log-likelihood in nats, float32; 0 for codes that were not predicted."""
     right: Tensor
     """bool: whether the most likely code is the true one."""
     counted: Tensor
-    """bool: whether the code was predicted; a masked generator predicts those that are hidden from it."""
+    """bool: whether the code was predicted; a masked generator predicts only masked codes."""
 
 
 def held_out_losses(
-    network: Generator | MaskedGenerator, class_B: Tensor, codes_BN: Tensor, generator: torch.Generator, at_once: int
-) -> HeldOut:
-    """Of every code given those before it, or of hidden codes given the others, under masks of `generator`.
+    network: Predictor, class_B: Tensor, codes_BN: Tensor, generator: torch.Generator, at_once: int
+) -> HeldOutPredictions:
+    """Predict every code given those before it, or masked codes given the others, with masks drawn from `generator`.
 
-    The network sees `at_once` sequences a pass; masks are drawn for all at once and do not depend on it.
+    The network sees `at_once` sequences per pass; the masks do not depend on it, since they are drawn for all at once.
     """
-    if isinstance(network, MaskedGenerator):
-        counted_BN = random_mask(len(codes_BN), codes_BN.shape[1], generator).to(codes_BN.device)
-    else:
-        counted_BN = torch.ones_like(codes_BN, dtype=torch.bool)
+    counted_BN = network.draw_targets(codes_BN, generator)
     parts = zip(class_B.split(at_once), codes_BN.split(at_once), counted_BN.split(at_once), strict=True)
-    found = [_predicted(network, *part) for part in parts]
-    return HeldOut(*map(torch.cat, zip(*found, strict=True)))
+    predictions = [_predictions(network, *part) for part in parts]
+    return HeldOutPredictions(*map(torch.cat, zip(*predictions, strict=True)))
 
 
-def _predicted(network: Generator | MaskedGenerator, class_B: Tensor, codes_BN: Tensor, counted_BN: Tensor) -> HeldOut:
-    """What one pass predicts of the codes that are counted."""
-    seen_BN = codes_BN.masked_fill(counted_BN, network.mask_id) if isinstance(network, MaskedGenerator) else codes_BN
-    logits_BNV = network(class_B, seen_BN).float()
+def _predictions(network: Predictor, class_B: Tensor, codes_BN: Tensor, counted_BN: Tensor) -> HeldOutPredictions:
+    """Compute one pass and compare the counted codes."""
+    logits_BNV = network.predict(class_B, codes_BN, counted_BN).float()
     loss_M = F.cross_entropy(logits_BNV.flatten(0, 1), codes_BN.flatten(), reduction="none")
     loss_BN = loss_M.view_as(codes_BN).masked_fill(~counted_BN, 0.0)
-    return HeldOut(loss_BN, (logits_BNV.argmax(-1) == codes_BN) & counted_BN, counted_BN)
+    return HeldOutPredictions(loss_BN, (logits_BNV.argmax(-1) == codes_BN) & counted_BN, counted_BN)

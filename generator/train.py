@@ -1,6 +1,6 @@
-"""Training of a generator, autoregressive or masked, on code Parquet.
+"""Train a generator, autoregressive or masked, on code Parquet.
 
-Shapes: B sequences, N codes a sequence, V codebook size.
+Shapes: B sequences, N codes per sequence, V codebook size.
 """
 
 import math
@@ -16,14 +16,15 @@ from generator.data import CodeData, TrainCodes, check_rows, space_of, with_null
 from generator.flops import training_flops
 from generator.frequencies import frequency_nll
 from generator.masked import MaskedGenerator
-from generator.objectives import draw_view, held_out_losses, training_loss
+from generator.objectives import held_out_losses
 from infra.codes.contract import CodesInfo
 from infra.compute.compiler import compile_in_place
 from infra.compute.transfer import send
-from infra.training.learner import Best, Learner, Plan
+from infra.training.best import BestWeights
+from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import (
     LoopEnd,
-    Run,
+    TrainingRun,
     TrainResult,
     Validation,
     autocast,
@@ -44,20 +45,20 @@ def train_generator(
     model: GeneratorConfig | MaskedConfig,
     config: GeneratorTrainingConfig,
     *,
-    run: Run,
+    run: TrainingRun,
 ) -> TrainResult:
     """Train on all variants of the training images, validate on held-out images.
 
     Args:
-        train: rows to learn from.
+        train: rows of training images.
         val: rows of held-out images.
-        info: what the codes are.
-        model: the network.
-        config: the training.
-        run: where to write.
+        info: the dataset's info.
+        model: config of the network.
+        config: config of the training.
+        run: outputs and execution settings.
 
     Raises:
-        ValueError: there are no rows, or rows that the generator cannot learn from.
+        ValueError: there are no rows, or the generator cannot learn from them.
     """
     if not len(val.codes):
         raise ValueError("the code dataset has no held-out rows to validate on: hold some out with data.val_fraction")
@@ -71,8 +72,8 @@ def train_generator(
     network.recompute(config.activation_checkpointing)
     if config.compile:
         compile_in_place(network)
-    learner = Learner(network.named_parameters(), Plan.of(config, run.ranks))
-    best = Best(learner, "val_nll", higher=False) if config.keep == "best" else None
+    learner = Learner(network.named_parameters(), OptimizerPlan.of(config, run.ranks))
+    best = BestWeights(learner, "val_nll", higher=False) if config.keep == "best" else None
     step = training_step(network, learner, train, config, run)
 
     def validate(_: int) -> Validation:
@@ -99,13 +100,16 @@ def train_generator(
 
 
 def training_step(
-    network: Generator | MaskedGenerator, learner: Learner, train: CodeData, config: GeneratorTrainingConfig, run: Run
+    network: Generator | MaskedGenerator,
+    learner: Learner,
+    train: CodeData,
+    config: GeneratorTrainingConfig,
+    run: TrainingRun,
 ) -> Callable[[int], dict[str, Tensor | float]]:
-    """A step of the training, from its number to what is logged of it: the loss, and what the learner says."""
-    model, space = network.config, network.space
+    """Make the function that takes a training step and returns the figures to log: loss, rate, gradient norm."""
     stream = TrainCodes(
         train,
-        space,
+        network.space,
         seed=run.seed,
         batch_size=config.batch_size,
         class_dropout=config.class_dropout,
@@ -114,17 +118,15 @@ def training_step(
 
     def step(step: int) -> dict[str, Tensor | float]:
         whole, size = stream.batch(step), config.batch_size // config.micro_batches
-        views = draw_view(
-            model, config.batch_size, space.num_tokens, step=step, generator=generator_of(run.seed, "view", step)
-        )
+        # Drawn for the whole batch and cut like it, so that micro-batches and ranks change nothing.
+        views = network.draw_view(config.batch_size, step=step, generator=generator_of(run.seed, "view", step))
 
         def part(part: int) -> dict[str, Tensor]:
             rows = slice(part * size, (part + 1) * size)
             view_BN = send(views[rows], run.device) if views is not None else None
             network.train()
             with autocast(config.precision, run.device):
-                loss = training_loss(
-                    network,
+                loss = network.training_loss(
                     whole.classes[rows],
                     whole.codes[rows],
                     view_BN,
@@ -138,8 +140,8 @@ def training_step(
     return step
 
 
-def _kept(end: LoopEnd, best: Best | None) -> dict[str, float]:
-    """What the validation of the published weights found: of the best ones, or of the last."""
+def _kept(end: LoopEnd, best: BestWeights | None) -> dict[str, float]:
+    """Return the validation figures of the published weights: the best or the last ones."""
     validated = [line for line in end.lines if "val_nll" in line]
     line = validated[-1] if best is None else min(validated, key=lambda line: line["val_nll"])
     return {name: value for name, value in line.items() if name.startswith("val_")}
@@ -147,14 +149,14 @@ def _kept(end: LoopEnd, best: Best | None) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_figures(
-    network: Generator | MaskedGenerator, data: CodeData, run: Run, *, at_once: int = VALIDATION_BATCH
+    network: Generator | MaskedGenerator, data: CodeData, run: TrainingRun, *, at_once: int = VALIDATION_BATCH
 ) -> dict[str, float]:
-    """What held-out codes are like to the generator; work shared by all ranks.
+    """Compute held-out NLL, perplexity and top-1 accuracy per code; the work is shared by all ranks.
 
     `val_nll` is the mean negative log-likelihood in nats of a code given its class and the codes before it; for a
-    masked generator, of a hidden code given the others, under masks that are the same at every validation.
-    `val_nll/07` is that of the eighth position (left out where nothing was hidden there), `val_perplexity` is
-    exp(`val_nll`), `val_top1` the share of codes that are the most likely ones. A pass has `at_once` sequences.
+    masked generator, of a masked code given the others, with the same masks at every validation. `val_nll/07` is that
+    of the eighth position (omitted if nothing was masked there), `val_perplexity` is exp(`val_nll`), `val_top1` the
+    share of codes that the generator finds most likely. A pass has `at_once` sequences.
     """
     network.eval()
     sums_3N = torch.zeros(3, network.space.num_tokens, dtype=torch.float64, device=run.device)
@@ -162,8 +164,8 @@ def held_out_figures(
         rows = slice(first, first + VALIDATION_BATCH)
         class_B = with_null(data.classes[rows], network.space).to(run.device)
         codes_BN = data.codes[rows].long().to(run.device)
-        found = held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first), at_once)
-        sums_3N += torch.stack([part.double().sum(0) for part in found])
+        predictions = held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first), at_once)
+        sums_3N += torch.stack([part.double().sum(0) for part in predictions])
     loss_N, right_N, count_N = run.ranks.total(sums_3N).cpu()
     nll = float(loss_N.sum() / count_N.sum())
     return {
@@ -175,7 +177,7 @@ def held_out_figures(
 
 
 def _by_position(name: str, figure_N: Tensor) -> dict[str, float]:
-    """A figure of every position that has one, in the order of the names."""
+    """Name a figure's values by position, zero-padded so that names sort; positions without a value are omitted."""
     digits = len(str(len(figure_N) - 1))
     return {
         f"{name}/{place:0{digits}d}": value for place, value in enumerate(figure_N.tolist()) if not math.isnan(value)

@@ -1,1 +1,1 @@
-"""Ground floor: where artifacts are kept and how work reaches machines. Imports none of the other rooms."""
+"""Infrastructure: artifacts, stores, workers and training loops. Imports none of the other top-level packages."""

@@ -1,4 +1,4 @@
-"""Define the base of every config (frozen, described, unknown keys rejected) and types that configs share."""
+"""Define the base class of every config (frozen, described, unknown keys rejected) and types that configs share."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +36,7 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
     def identity(self) -> dict[str, JsonValue]:
-        """Return the values that decide what is computed, as plain JSON in field order: what digests are made from.
+        """Return the values that decide what is computed, as plain JSON in field order: digests are made from these.
 
         Fields marked `RUNTIME` are left out, those marked `OmittedAt` at the values named there, at any depth.
         """

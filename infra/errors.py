@@ -1,5 +1,5 @@
-"""Errors that are nobody's fault: trying again may help."""
+"""Transient infrastructure errors; callers may retry."""
 
 
 class TransientError(ConnectionError):
-    """A lost worker or an unreachable service; flows retry it, unlike a ValueError, which is the user's to mend."""
+    """A lost worker or an unreachable service; flows retry it, unlike a ValueError, which the user has to fix."""

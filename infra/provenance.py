@@ -1,4 +1,4 @@
-"""Where a result came from: versions, machine, source revision and the command, without secrets."""
+"""Describe where a result came from: versions, machine, source revision and the command, without secrets."""
 
 import importlib.metadata
 import os
@@ -24,14 +24,14 @@ WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this project and the packages that decide results; those not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Return versions of Python, this project and the packages that affect results, as far as they are installed."""
+    installed = {"python": platform.python_version()}
     for label, package in [("project", PROJECT), *((name, name) for name in PACKAGES)]:
         try:
-            found[label] = importlib.metadata.version(package)
+            installed[label] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @cache
@@ -47,13 +47,13 @@ def _hardware() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    """CPU model, usable cores, memory in GiB and GPU names of this machine."""
+    """Return this machine's CPU model, usable cores, memory in GiB and GPU names."""
     return dict(_hardware())
 
 
 @cache
 def git_revision() -> str | None:
-    """Commit of this project's own source, with "-dirty" if it was changed; None outside its repository."""
+    """Return the commit of this project's own source, with "-dirty" if it was changed; None outside its repository."""
     source = Path(__file__).resolve()
     # A virtual environment inside somebody else's repository has a revision too, but does not track this file.
     if _git(source.parent, "ls-files", "--error-unmatch", source.name) is None:
@@ -62,7 +62,7 @@ def git_revision() -> str | None:
 
 
 def redact(arguments: Sequence[str]) -> str:
-    """A command line to keep: values of secret-like names and credentials in URIs become ***."""
+    """Format a command line with *** for the values of secret-like names and for credentials in URIs."""
     kept: list[str] = []
     is_value = False
     for argument in arguments:
@@ -74,19 +74,19 @@ def redact(arguments: Sequence[str]) -> str:
 
 
 def command() -> str:
-    """This process's command line, without secrets."""
+    """Return this process's command line, without secrets."""
     return redact(sys.argv)
 
 
 def _redacted(text: str) -> str:
-    def hide(found: re.Match[str]) -> str:
-        return f"{found['name']}{found['is']}{HIDDEN}" if _is_secret(found["name"]) else found.group()
+    def hide(match: re.Match[str]) -> str:
+        return f"{match['name']}{match['is']}{HIDDEN}" if _is_secret(match["name"]) else match.group()
 
     return ASSIGNED.sub(hide, USER_INFO.sub(rf"\g<scheme>{HIDDEN}@", text))
 
 
 def _is_secret(name: str) -> bool:
-    """Whether a word of the name is a secret's: "hub.token" and "apiToken" are, "num_tokens" is not."""
+    """Tell whether a word in the name marks a secret: "hub.token" and "apiToken" do, "num_tokens" does not."""
     return any(word.lower() in SECRET_WORDS for word in WORD.findall(name))
 
 
@@ -117,9 +117,9 @@ def _cpu_model() -> str:
 
 
 def gpu_names() -> list[str]:
-    """Names of this machine's GPUs, from the driver's files: asking CUDA for them would take memory of the cards.
+    """Return the names of this machine's GPUs from the driver's files; asking CUDA would occupy memory on the cards.
 
-    Where the driver has no such files, from torch if it is loaded anyway: importing it for a name takes seconds.
+    If the driver has no such files, torch is asked, but only if it is already loaded: importing it takes seconds.
     """
     names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):

@@ -1,4 +1,4 @@
-"""What the environment decides: where things are kept and which services are used."""
+"""Settings from environment variables: where things are kept and which services are used."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, Field, PositiveFloat, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-ALL_STAGES = "*"  # the key of a time-out that is every other stage's
+ALL_STAGES = "*"  # key of the timeout that applies to every stage not named
 
 
 class Settings(BaseSettings):
@@ -15,18 +15,18 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
 
     def __init__(self, **values: Any) -> None:
-        """As pydantic's, but what is wrong is one line.
+        """Read and check the settings; an invalid one is reported in one line.
 
         Raises:
-            ValueError: naming the variable, its value and the remedy.
+            ValueError: a setting is invalid; names the variable, its value and the remedy.
         """
         try:
             super().__init__(**values)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in problem["loc"])
-            said = problem["msg"].removeprefix("Value error, ")
-            text = said if where in said else f"{where} = {problem['input']}: {said[:1].lower()}{said[1:]}"
+            message = problem["msg"].removeprefix("Value error, ")
+            text = message if where in message else f"{where} = {problem['input']}: {message[:1].lower()}{message[1:]}"
             raise ValueError(text) from None
 
     store: str = Field(
@@ -35,37 +35,37 @@ class Settings(BaseSettings):
     home: Path = Field(
         Path("~/.sftok"), validation_alias="SFTOK_HOME", description="local folder of the temporary servers' files"
     )
-    s3_patience: float = Field(
+    s3_retry_seconds: float = Field(
         60.0,
         ge=0,
         validation_alias="SFTOK_S3_PATIENCE",
-        description="seconds that a request waits for an S3 server that has answered before",
+        description="how long to keep retrying an S3 endpoint that has responded before, in seconds",
     )
     ray_address: str | None = Field(
         None,
         validation_alias=AliasChoices("SFTOK_RAY_ADDRESS", "RAY_ADDRESS"),
-        description="Ray cluster to join, as host:port or auto; without it a local one is started",
+        description="Ray cluster to join, as host:port or auto; if unset, a local one is started",
     )
     ray_max_gpus: int = Field(
         0,
         ge=0,
         validation_alias="SFTOK_RAY_MAX_GPUS",
-        description="GPUs that the joined Ray cluster can grow to; without it those count that it has now",
+        description="most GPUs that the joined, autoscaling Ray cluster can have; if unset, its current GPUs count",
     )
     prefect_api_url: str | None = Field(
         None,
         validation_alias="PREFECT_API_URL",
-        description="Prefect server to report to; without it a temporary one is started",
+        description="Prefect server to report to; if unset, a temporary one is started",
     )
     notify: str | None = Field(
         None,
         validation_alias="SFTOK_NOTIFY",
-        description="Prefect block that hears of failures, as TYPE/NAME: custom-webhook/ops, sendgrid-email/ops",
+        description="Prefect block that is notified of failures, as TYPE/NAME: custom-webhook/ops, sendgrid-email/ops",
     )
     stage_timeouts: Annotated[dict[str, PositiveFloat], NoDecode] = Field(
         default_factory=dict,
         validation_alias="SFTOK_STAGE_TIMEOUTS",
-        description="seconds an attempt at a stage may take, as encode=7200,align=86400; 86400 alone is for all others",
+        description="seconds per attempt at a stage, as encode=7200,align=86400; a bare 86400 is for all others",
     )
 
     @field_validator("home")
@@ -92,6 +92,6 @@ class Settings(BaseSettings):
                 pairs[stage.strip() or ALL_STAGES] = float(seconds)
             except ValueError:
                 raise ValueError(
-                    f"SFTOK_STAGE_TIMEOUTS = {given}: {part!r} is no stage=seconds, such as encode=7200"
+                    f"SFTOK_STAGE_TIMEOUTS = {given}: {part!r} is not of the form stage=seconds, such as encode=7200"
                 ) from None
         return pairs

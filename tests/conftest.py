@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from infra.compute.threads import wait_briefly
+from infra.compute.threads import limit_spinning
 from infra.store.store import Store
 from tests.support.s3_server import S3Server, running_server
 
 # Before any test loads torch: its threads share the cores with those of the other processes of pytest-xdist.
-wait_briefly()
+limit_spinning()
 if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
 

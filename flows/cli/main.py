@@ -24,7 +24,7 @@ from flows.cli.options import (
     one_line_termination,
     server_failures,
 )
-from infra.compute.threads import wait_briefly
+from infra.compute.threads import limit_spinning
 
 if TYPE_CHECKING:
     from flows.pipeline.dry_run import DryRun
@@ -44,7 +44,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: 0 done, 1 a stage failed, 2 refused, 130 interrupted; an error is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    wait_briefly()
+    limit_spinning()
     try:
         code = app(args=arguments or ["--help"], prog_name="sftok", standalone_mode=False)
     except typer.TyperException as error:

@@ -22,8 +22,8 @@ from generator.autoregressive import Generator
 from generator.code_space import CodeSpace
 from generator.config import GeneratorKind, SampleConfig
 from generator.masked import MaskedGenerator
-from generator.sampling.prepared import Prepared
-from generator.sampling.shards import Wanted, draw_samples
+from generator.sampling.prepared import PreparedGenerator
+from generator.sampling.shards import SampleSpec, draw_samples
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
@@ -48,7 +48,7 @@ class SweepEntry(NamedTuple):
 
     name: str
     """its kind; a second generator of the same kind is marked as the second."""
-    model: Prepared
+    model: PreparedGenerator
     space: CodeSpace
     config: SampleConfig
     """the sampling settings that are not entry."""
@@ -111,8 +111,8 @@ def _entries(work: Work, train: Stage) -> Iterator[SweepEntry]:
     yield SweepEntry(name, _prepared(model, config, work.job.device), model.space, config, temperatures[kind])
 
 
-def _prepared(model: Generator | MaskedGenerator, config: SampleConfig, device: str) -> Prepared:
-    return Prepared(model.to(device), config.arithmetic, compile=bool(config.compile))
+def _prepared(model: Generator | MaskedGenerator, config: SampleConfig, device: str) -> PreparedGenerator:
+    return PreparedGenerator(model.to(device), config.arithmetic, compile=bool(config.compile))
 
 
 def _second(work: Work, train: Stage) -> Artifact:
@@ -141,10 +141,10 @@ def _settings(work: Work, entry: SweepEntry) -> Iterator[SampleConfig]:
             yield entry.config.model_copy(update={**fixed, "temperature": temperature, "cfg_scale": cfg_scale})
 
 
-def _draw(work: Work, entry: SweepEntry, config: SampleConfig) -> tuple[Tensor, list[Wanted], float]:
+def _draw(work: Work, entry: SweepEntry, config: SampleConfig) -> tuple[Tensor, list[SampleSpec], float]:
     """Draw codes (B, N), class-balanced; return them with what they are samples of and the seconds that it took."""
     sampler = entry.model.sampler(config)
-    wanted = [Wanted(c, i) for c in range(entry.space.num_classes) for i in range(config.per_class)]
+    wanted = [SampleSpec(c, i) for c in range(entry.space.num_classes) for i in range(config.per_class)]
     seconds = []
     for _ in range(DRAWS):
         began = time.perf_counter()

@@ -27,7 +27,7 @@ from flows.stage import Result, computed, give_up_others
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
 from generator.data import space_of
-from generator.sampling.shards import SampleJob, Wanted, generate, plan_shards
+from generator.sampling.shards import SampleJob, SampleSpec, generate, plan_shards
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import find_artifact
 from infra.artifacts.manifest import ArtifactRef, Plan, find
@@ -105,10 +105,10 @@ class SampleRequest(NamedTuple):
         }
 
     @property
-    def shards(self) -> list[tuple[Wanted, ...]]:
+    def shards(self) -> list[tuple[SampleSpec, ...]]:
         """The samples of every shard."""
         shards = plan_shards(space_of(self.info), self.arguments.config, self.classes)
-        return [shard.wanted for shard in shards]
+        return [shard.samples for shard in shards]
 
     @property
     def plan(self) -> Plan:
@@ -298,7 +298,7 @@ def sheet_rows(request: SampleRequest) -> dict[str, list[str]]:
     classes: Sequence[int] = request.classes or range(max(len(names), 1))
     at = np.linspace(0, len(classes) - 1, min(len(classes), SHEET_CLASSES)).round().astype(int)
     titles = [_title(classes[i], names) for i in at.tolist()]
-    rows = [[Wanted(classes[i], number).sample_id for number in range(first)] for i in at.tolist()]
+    rows = [[SampleSpec(classes[i], number).sample_id for number in range(first)] for i in at.tolist()]
     return dict(zip(titles, rows, strict=True))
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
-from infra.artifacts.made_on import claim_shards, decisive, said
+from infra.artifacts.made_on import claim_shards, decisive, describe_kind
 from infra.artifacts.manifest import Manifest
 from infra.errors import TransientError
 
@@ -102,7 +102,7 @@ def _encode(work: Work) -> Result:
         variants={"train": config.variants, "val": config.val_variants},
         augment=work.recipe.augment,
         micro_batch=config.micro_batch,
-        reuse=Reuse(work.job.store, work.plan.prefix, f"{without_images.digest} on {said(decisive(facts))}"),
+        reuse=Reuse(work.job.store, work.plan.prefix, f"{without_images.digest} on {describe_kind(decisive(facts))}"),
         ten_crop_resize=config.ten_crop_resize,
         decoder=config.decoder,
         device=work.job.device,

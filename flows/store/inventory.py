@@ -8,9 +8,9 @@ from pydantic import JsonValue
 
 from flows.runs.history import PastRun, records
 from infra.artifacts import inventory
-from infra.artifacts.collect import Collected, collect
-from infra.artifacts.copies import Copied, copy_artifact
-from infra.artifacts.inventory import Key, Pin, key_of_ref, made_of, manifests, pins, stands_on
+from infra.artifacts.collect import CollectResult, collect
+from infra.artifacts.copies import CopyResult, copy_artifact
+from infra.artifacts.inventory import Key, Pin, descendants, key_of_ref, manifests, pins, with_ancestors
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import Manifest, ref_of
 from infra.progress import Progress, silent
@@ -113,7 +113,7 @@ def unpin(text: str, *, store: str | None) -> str:
 
 def copy(
     text: str, target: str, *, store: str | None, inputs: bool = False, progress: Progress = silent
-) -> list[Copied]:
+) -> list[CopyResult]:
     """Copy the artifact that `text` names into another store, with `inputs` all that it was made of before it.
 
     Raises:
@@ -125,7 +125,9 @@ def copy(
     manifest = resolve(place, text)
     found = manifests(place) if inputs else {key_of_ref(manifest): manifest}
     other.check()
-    chosen = sorted((found[key] for key in made_of(found, [key_of_ref(manifest)])), key=lambda made: made.created_at)
+    chosen = sorted(
+        (found[key] for key in with_ancestors(found, [key_of_ref(manifest)])), key=lambda made: made.created_at
+    )
     return [copy_artifact(place, made, other, progress=progress) for made in chosen]
 
 
@@ -137,7 +139,7 @@ class Users(NamedTuple):
 
     def as_json(self) -> list[JsonValue]:
         """Their names, oldest first."""
-        keys = stands_on(self.found, self.root)
+        keys = descendants(self.found, self.root)
         made = sorted((self.found[key] for key in keys), key=lambda manifest: manifest.created_at)
         return [f"{manifest.kind}/{manifest.digest}" for manifest in made]
 
@@ -185,10 +187,10 @@ def doomed_of(
         going += [run for run in ended[: max(0, len(ended) - keep_last)] if run.started_at < before]
     names = {run.run for run in going}
     staying = [run for run in runs if run.run not in names]
-    of_some_run = made_of(found, _of_runs(runs))
+    of_some_run = with_ancestors(found, _of_runs(runs))
     of_none = [key for key in found if key not in of_some_run]
     needed = kept_keys(found, staying, [*kept, *of_none])
-    return Doomed(tuple(sorted(names)), frozenset(made_of(found, _of_runs(going)) - needed))
+    return Doomed(tuple(sorted(names)), frozenset(with_ancestors(found, _of_runs(going)) - needed))
 
 
 class Gone(NamedTuple):
@@ -196,7 +198,7 @@ class Gone(NamedTuple):
 
     dry_run: bool
     runs: tuple[str, ...]
-    collected: Collected
+    collected: CollectResult
 
     def as_json(self) -> dict[str, JsonValue]:
         """One flat object."""
@@ -241,7 +243,7 @@ def collect_garbage(
 
 def kept_keys(found: Mapping[Key, Manifest], runs: Iterable[PastRun], kept: Iterable[Key]) -> set[Key]:
     """What runs and pins keep: their artifacts, and all that those stand on."""
-    return made_of(found, {*_of_runs(runs), *kept})
+    return with_ancestors(found, {*_of_runs(runs), *kept})
 
 
 def size_text(size: float) -> str:

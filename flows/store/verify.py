@@ -15,10 +15,10 @@ from infra.artifacts.lineage import store_of
 from infra.artifacts.manifest import MANIFEST, ArtifactRef, Manifest, files_of, folder_of, key_of, shards_of
 from infra.artifacts.shards import FileEntry
 from infra.artifacts.verify import (
+    DuplicateIdFinder,
     Finding,
-    RepeatedIds,
+    OnRead,
     Shard,
-    Tick,
     check_bytes,
     check_shard_names,
     check_sidecar,
@@ -168,7 +168,7 @@ def check_artifact(
         own = {entry.path: key_of(manifest, entry) for entry in shards_of(store, manifest)}
         shards = [Shard(name, keys[name] if images else key) for name, key in own.items() if not images or name in keys]
         by_hash = kind != "samples" and all(tally.is_placed for tally in tallies)
-        look = functools.partial(RepeatedIds, store, "sample" if kind == "samples" else "image")
+        look = functools.partial(DuplicateIdFinder, store, "sample" if kind == "samples" else "image")
         for repeated in map_shards(look, id_groups(shards, by_hash=by_hash), options=options):
             findings += repeated
         findings += check.end(tallies)
@@ -181,9 +181,11 @@ def check_artifact(
 class FileCheck:
     """A worker: checks one file a call."""
 
-    def __init__(self, store: Store, manifest: Manifest, make: Callable[[], ContentCheck] | None, tick: Tick) -> None:
-        """`tick` is called with bytes as they are read, where it is this process that reads them."""
-        self.store, self.manifest, self.tick = store, manifest, tick
+    def __init__(
+        self, store: Store, manifest: Manifest, make: Callable[[], ContentCheck] | None, on_read: OnRead
+    ) -> None:
+        """`on_read` is called with bytes as they are read, where it is this process that reads them."""
+        self.store, self.manifest, self.on_read = store, manifest, on_read
         self.folder = folder_of(store, manifest.kind, manifest.digest)
         self.content = make() if make is not None else None
 
@@ -193,7 +195,7 @@ class FileCheck:
         tally = None
         try:
             with local_file(self.store, key_of(self.manifest, item.entry)) as path:
-                wrong = list(check_bytes(path, item.entry, self.tick))
+                wrong = list(check_bytes(path, item.entry, self.on_read))
                 if not wrong and self.content is not None:
                     findings, tally = self.content.file(item.entry, path, item.images)
         except FileNotFoundError:

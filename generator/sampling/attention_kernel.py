@@ -1,10 +1,10 @@
-"""One position's attention on a GPU as one kernel: rotary positions, the cache's new row, and the codes seen so far.
+"""Triton kernel for cached attention at one position: rotary positions, cache update and attention in one kernel.
 
-A step of PyTorch operations takes seven kernels for this and reads the whole cache; this one reads what has been
-written. It has no products of matrices: a query of one row is a matter of bandwidth. Imported on CUDA alone, since
-Triton is not everywhere.
+PyTorch's operations take seven kernels for this and read the whole cache; this kernel reads only what was written. It
+uses no matrix products, since attention of a single query is bound by bandwidth. Imported only on CUDA, since Triton is
+not available everywhere.
 
-Shapes: R rows, N codes a sequence, H heads, D channels a head, S positions at a time.
+Shapes: R rows, N codes per sequence, H heads, D channels per head, S positions at a time.
 """
 
 import torch
@@ -24,15 +24,15 @@ def launch(
     cache: tuple[Tensor, Tensor],
     epsilon: float,
 ) -> Tensor:
-    """As `generator.sampling.fused.attend` describes it, on a GPU.
+    """Compute `generator.sampling.fused.attend` on a GPU.
 
     Raises:
-        RuntimeError: Triton cannot compile it for this one.
+        RuntimeError: Triton cannot compile the kernel for this GPU.
     """
     keys_RHND, values_RHND = cache
     rows, heads, count, dim = keys_RHND.shape
     y_RW = torch.empty(rows, heads * dim, dtype=qkv_RC.dtype, device=qkv_RC.device)
-    q_gain, k_gain = (y_RW, y_RW) if gains is None else gains  # any pointer: it is not read
+    q_gain, k_gain = (y_RW, y_RW) if gains is None else gains  # any pointer will do: it is not read
     try:
         attend_kernel[(rows * heads,)](
             qkv_RC,
@@ -76,7 +76,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # pointers and constants of 
     D: tl.constexpr,
     S: tl.constexpr,
 ):
-    """One head of one row a program; sums, rotation and softmax in float32."""
+    """Attend with one program per head and row; sums, rotation and softmax in float32."""
     program = tl.program_id(0).to(tl.int64)
     head = program % HEADS
     own = (program // HEADS) * (3 * HEADS * DIM) + head * DIM
@@ -106,7 +106,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]  # pointers and constants of 
     base = program * (COUNT * DIM)
     tl.store(keys + base + place * DIM + d, k_stored_D, mask=is_channel)
     tl.store(values + base + place * DIM + d, v_D, mask=is_channel)
-    # The position itself comes from registers, the ones before it from the cache, with a softmax that runs along.
+    # The position itself comes from registers, earlier ones from the cache, with an online softmax.
     top = tl.sum(q_D * k_stored_D.to(tl.float32), 0)
     total = tl.exp(top - top)
     y_D = v_D.to(tl.float32)

@@ -1,9 +1,9 @@
-"""Autoregressive sampling: class ids and uniform numbers in, codes out. Pure: all randomness is in the numbers.
+"""Autoregressive sampling: maps class ids and uniform numbers to codes. Pure: all randomness is in the numbers.
 
-A step is one graph of static shapes: the class and every code go through the same one, each at its position of a
-cache of full length; guidance is a second half of the rows; logits are those of one position.
+A step has static shapes, so that one graph serves the class and every code, each at its position of a full-length
+cache; guidance adds a second half of rows; logits are computed for one position.
 
-Shapes: B sequences, R rows (twice B with guidance), N codes a sequence, V codebook size, W width.
+Shapes: B sequences, R rows (twice B with guidance), N codes per sequence, V codebook size, W width.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from generator.autoregressive import Generator
 from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, SampleConfig
 from generator.sampling.filters import draw, guidance_scales, guide
 
 Cache = Any
-"""What the network keeps of the positions it has seen; each sort of network has its own."""
+"""A network's key-value cache; each kind of network has its own type."""
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Cache], tuple[Tensor, Tensor]]
 Pick = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 DrawAll = Callable[[Tensor, Tensor, Tensor], Tensor]
 """First embeddings (R, W), uniform numbers (B, N) and guidance scales (N,) to codes (B, N) in the order of drawing."""
 
 
-class Steps(Protocol):
-    """What a sampler asks of a network: the generator itself, or a twin of it that computes faster."""
+class CachedNetwork(Protocol):
+    """Interface that a sampler needs of a network: the generator itself, or a faster implementation of it."""
 
     config: GeneratorConfig
     space: CodeSpace
@@ -36,43 +35,43 @@ class Steps(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device that it computes on."""
 
     def empty_cache(self, batch: int) -> Cache:
-        """Room for the keys and values of `batch` sequences."""
+        """Allocate a cache for `batch` sequences."""
 
     def step(self, x_BW: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of the code that is drawn at `position`."""
+        """Return logits (B, V) of the code at `position`."""
 
 
 class Sampler:
-    """Draws micro-batches from one network with one config."""
+    """Sampler of micro-batches from one network with one config."""
 
-    def __init__(self, network: Steps, config: SampleConfig) -> None:
+    def __init__(self, network: CachedNetwork, config: SampleConfig) -> None:
         """Take a network in evaluation mode.
 
         Raises:
-            ValueError: the config has settings of masked generators.
+            ValueError: the config has settings for masked generators.
         """
         config.fit("autoregressive")
         self.network, self.config, self.advance = network, config, advance_of(network, pick_of(network, config))
-        # Made once: what is sent to a GPU for every batch lets the host wait for the batch before.
+        # Sent to the device once: sending it with every batch would make the host wait for the previous batch.
         scales = guidance_scales(config, network.space.num_tokens)
         self.scales_N = torch.tensor(scales, dtype=torch.float32, device=network.device)
         self.draw_all: DrawAll | None = None
-        """draws all codes in place of `advance`, called again and again"""
+        """draws all codes, if set, instead of calling `advance` for each"""
         self.numbers: tuple[int, ...] = (network.space.num_tokens,)
-        """Shape of the uniform numbers that a sample needs."""
+        """shape of the uniform numbers per sample"""
 
     def __call__(self, class_B: Tensor, uniform_BN: Tensor) -> Tensor:
         """Draw codes (B, N) int64 in the dataset's layout; `null_class` draws without a class.
 
         Args:
             class_B: class ids in [0, num_classes].
-            uniform_BN: one number in [0, 1) a code, float32 or float64.
+            uniform_BN: one number in [0, 1) per code, float32 or float64.
 
         Raises:
-            ValueError: class ids out of range, or numbers of another shape.
+            ValueError: class ids are out of range, or the numbers have another shape.
         """
         check_inputs(self.network.space, class_B, uniform_BN, self.numbers)
         return self._draw(class_B.to(self.network.device), uniform_BN.to(self.network.device)).clone()
@@ -95,15 +94,15 @@ class Sampler:
 
 
 def guides(config: SampleConfig, space: CodeSpace) -> bool:
-    """Whether rows without a class are computed beside those with one; where there are no classes they are the same."""
+    """Tell whether unconditional rows are computed beside conditional ones; without classes they would be equal."""
     return config.cfg_scale != 1 and space.num_classes > 0
 
 
-def advance_of(network: Steps, pick: Pick) -> Advance:
-    """The step of a sampler as a function of tensors alone: what is compiled or recorded.
+def advance_of(network: CachedNetwork, pick: Pick) -> Advance:
+    """Make a sampler's step as a function of tensors only, which can be compiled or recorded.
 
     It maps an embedding (R, W), a scalar position, uniform numbers (B,), a scalar guidance scale and a cache, which it
-    writes, to codes (B,) and their embedding (R, W).
+    updates, to codes (B,) and their embedding (R, W).
     """
 
     def advance(
@@ -114,8 +113,8 @@ def advance_of(network: Steps, pick: Pick) -> Advance:
     return advance
 
 
-def pick_of(network: Steps, config: SampleConfig) -> Pick:
-    """The end of a step: logits (R, V), uniform numbers (B,) and a scalar scale to codes (B,) and their embedding."""
+def pick_of(network: CachedNetwork, config: SampleConfig) -> Pick:
+    """Make the end of a step: maps logits (R, V), uniform numbers (B,) and a scalar scale to codes and embeddings."""
 
     def pick(logits_RV: Tensor, uniform_B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         code_B = draw(guided_logits(logits_RV, scale, config, network.space), uniform_B, config)
@@ -125,7 +124,7 @@ def pick_of(network: Steps, config: SampleConfig) -> Pick:
 
 
 def guided_logits(logits_RV: Tensor, scale: Tensor, config: SampleConfig, space: CodeSpace) -> Tensor:
-    """Logits (B, V) float32, of both halves of the rows where the config guides."""
+    """Return logits (B, V) in float32; with guidance, combined from both halves of the rows."""
     logits_RV = logits_RV.float()
     if not guides(config, space):
         return logits_RV
@@ -134,19 +133,11 @@ def guided_logits(logits_RV: Tensor, scale: Tensor, config: SampleConfig, space:
 
 
 def check_inputs(space: CodeSpace, class_B: Tensor, uniform: Tensor, numbers: tuple[int, ...]) -> None:
-    """Refuse what no sample can be drawn from.
+    """Check a sampler's inputs.
 
     Raises:
-        ValueError: class ids out of range, or numbers of another shape.
+        ValueError: class ids are out of range, or the numbers have another shape.
     """
     space.check_classes(class_B)
     if uniform.shape != (len(class_B), *numbers):
         raise ValueError(f"uniform numbers of shape {tuple(uniform.shape)}, not {(len(class_B), *numbers)}: draw those")
-
-
-def sample(model: Generator, class_B: Tensor, uniform_BN: Tensor, config: SampleConfig) -> Tensor:
-    """Draw codes (B, N) int64 from the network as it is, on its device and in its type; see `Sampler`.
-
-    `precision` and `compile` of the config are for `prepare_sampler`, which does the same faster.
-    """
-    return Sampler(model, config)(class_B, uniform_BN)

@@ -1,4 +1,4 @@
-"""Compilation for sampling: functions of networks whose weights never change again."""
+"""Compile functions for sampling, from networks whose weights no longer change."""
 
 import inspect
 import types
@@ -13,17 +13,16 @@ from infra.compute.regions import REPEATABLE
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Torch 2.11 does not know how to keep graphs apart.
+# Torch 2.11 has no option that isolates graphs.
 CAN_ISOLATE = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
 def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
     """Compile a function as one graph of static shapes; call it in inference mode.
 
-    On CPUs, weights that it reaches must be its own and stay as they are: they become constants of the graph, laid out
-    for oneDNN, and no call looks whether they have changed. On CUDA, weights that it reaches are inputs of the graph,
-    so that layers with the same code and shapes share one. Graphs are not shared with other functions of the same
-    code, of which a sweep compiles many.
+    On CPUs, weights that it uses must not change or be shared: they become constants of the graph, packed for oneDNN,
+    and no guard checks them. On CUDA, weights are inputs of the graph, so that layers with the same code and shapes
+    share a graph. Graphs are not shared with other functions of the same code, of which a sweep compiles many.
 
     Raises:
         ValueError: a compiler is missing.
@@ -36,7 +35,7 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
     from torch._inductor import config
 
     def frozen(*args: P.args, **kwargs: P.kwargs) -> T:
-        # The global setting, since tracing looks at it before any options are.
+        # Set globally, since tracing reads it before options are applied.
         with config.patch(freezing=True):
             return graph(*args, **kwargs)
 
@@ -44,10 +43,10 @@ def compiled(function: Callable[P, T], device: torch.device) -> Callable[P, T]:
 
 
 def isolated(function: Callable[P, T], **settings: Any) -> Callable[P, T]:
-    """Compile a function without breaks and for static shapes, with graphs of its own.
+    """Compile a function without graph breaks, for static shapes, with graphs of its own.
 
-    Torch keeps graphs with a function's code, which every function that one line of source defines shares: they would
-    be counted, and without guards be taken, for each other's.
+    Torch caches graphs by code object, which all functions defined by the same source line share: they would count
+    toward one recompile limit and, without guards, use each other's graphs.
     """
     if CAN_ISOLATE:
         settings["isolate_recompiles"] = True
@@ -58,7 +57,7 @@ def isolated(function: Callable[P, T], **settings: Any) -> Callable[P, T]:
 
 
 def _with_own_code(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function or method with a copy of its code."""
+    """Return the same function or method with a copy of its code object."""
     if isinstance(function, types.MethodType):
         return types.MethodType(_with_own_code(function.__func__), function.__self__)
     assert isinstance(function, types.FunctionType)

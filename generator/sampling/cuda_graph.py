@@ -1,9 +1,9 @@
-"""The step of a sampler as a CUDA graph: recorded once for each size of batch, checked, and replayed for every code.
+"""Run a sampler's step as a CUDA graph: recorded once per batch size, checked, and replayed for every code.
 
-A recording that draws other codes says nothing of it: so the first codes of each are held against the step that it was
-made of, and where they do not fit, the next way of drawing takes its place, with a warning.
+A recording that draws wrong codes raises no error, so the first codes of each are compared with the plain step; if they
+do not match, the next variant of the step is used instead, with a warning.
 
-Shapes: B sequences, R rows (twice B with guidance), N codes a sequence, V codebook size, W width.
+Shapes: B sequences, R rows (twice B with guidance), N codes per sequence, V codebook size, W width.
 """
 
 import logging
@@ -16,33 +16,33 @@ import torch
 from torch import Tensor
 
 from generator.config import SampleConfig, SamplePrecision
-from generator.sampling.autoregressive import Advance, Cache, Steps, guided_logits
+from generator.sampling.autoregressive import Advance, Cache, CachedNetwork, guided_logits
 from generator.sampling.filters import misfit
 
 Tick = Callable[[], None]
 Record = Callable[[Tick, Tick], Tick]
-"""From a step on tensors that stay where they are, and what goes back to its beginning, to what does the step again."""
+"""Records a step on tensors at fixed addresses, given also what rewinds it; returns a function that replays it."""
 WARM_UP_CALLS = 3
 
 log = logging.getLogger(__name__)
 
 
 class Bound(NamedTuple):
-    """What a recording may differ by from the plain step, which rounds otherwise."""
+    """Tolerance for a recording, which rounds differently from the plain step."""
 
     misfit: float
     """in probability, see `generator.sampling.filters.misfit`."""
     share: float
-    """of the codes that may differ by more."""
+    """share of the codes that may exceed `misfit`."""
 
 
-# Rounding in bfloat16 is multiplied by guidance; a faulty recording misfits with most of its codes.
+# Guidance amplifies rounding in bfloat16; most codes of a faulty recording exceed the bound.
 BOUNDS: dict[SamplePrecision, Bound] = {"fp32": Bound(1e-3, 0.01), "bf16": Bound(0.1, 0.1)}
 
 
 @dataclass(frozen=True)
 class State:
-    """What a recorded step reads and writes."""
+    """Tensors that a recorded step reads and writes."""
 
     rows: Tensor
     """embeddings (R, W)."""
@@ -57,8 +57,8 @@ class State:
     cache: Cache
 
     @classmethod
-    def of(cls, network: Steps, x_RW: Tensor, uniform_BN: Tensor, scales_N: Tensor) -> "State":
-        """Room for a batch like this one."""
+    def of(cls, network: CachedNetwork, x_RW: Tensor, uniform_BN: Tensor, scales_N: Tensor) -> "State":
+        """Allocate the state for batches of this shape."""
         tensors = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x_RW, uniform_BN, scales_N))
         x_RW, uniform_BN, scales_N = tensors
         position = torch.zeros((), dtype=torch.int64, device=x_RW.device)
@@ -66,18 +66,18 @@ class State:
         return cls(x_RW, position, uniform_BN, scales_N, codes_BN, network.empty_cache(len(x_RW)))
 
     def load(self, x_RW: Tensor, uniform_BN: Tensor, scales_N: Tensor) -> None:
-        """Begin a batch. The cache is left as it is: no step reads a position that was not written before it."""
+        """Load a batch. The cache is not cleared: no step reads a position before it is written."""
         self.rows.copy_(x_RW)
         self.uniform.copy_(uniform_BN)
         self.scales.copy_(scales_N)
         self.rewind()
 
     def rewind(self) -> None:
-        """Back to the first position."""
+        """Return to the first position."""
         self.position.zero_()
 
     def tick(self, advance: Advance) -> None:
-        """Draw the codes of one position and go on to the next, without the host."""
+        """Draw the codes of one position and move to the next, without host synchronization."""
         where = self.position[None]
         uniform_B, scale = self.uniform.index_select(1, where)[:, 0], self.scales.index_select(0, where)[0]
         code_B, next_RW = advance(self.rows, self.position, uniform_B, scale, self.cache)
@@ -87,32 +87,34 @@ class State:
 
 
 @dataclass
-class Desk:
-    """What recordings of one network share, since they are replayed one after the other."""
+class SharedRecordings:
+    """State that recordings of one network can share, since they are replayed one at a time."""
 
     record: Record
     states: dict[tuple[torch.Size, torch.Size], State] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
-    """ways that drew other codes, or could not be recorded."""
+    """names of variants that drew wrong codes or could not be recorded."""
 
 
-class Captured:
-    """Draws batches by replaying a recorded step: the first of several ways whose recording draws what it should.
+class GraphReplayer:
+    """Draws batches by replaying a recorded step: the first of several variants whose recording draws correct codes.
 
     The last resort is the plain step itself, called from the host.
     """
 
-    def __init__(self, network: Steps, config: SampleConfig, ways: Mapping[str, Advance], desk: Desk) -> None:
-        """Take the network as its modules compute it, and ways to advance it by name, the last one the plain step."""
-        self.network, self.config, self.ways, self.desk = network, config, ways, desk
+    def __init__(
+        self, network: CachedNetwork, config: SampleConfig, ways: Mapping[str, Advance], recordings: SharedRecordings
+    ) -> None:
+        """Take the plain network, and variants of its step by name, the last of which is the plain step."""
+        self.network, self.config, self.ways, self.recordings = network, config, ways, recordings
         self.replays: dict[tuple[torch.Size, torch.Size], Tick] = {}
 
     def __call__(self, x_RW: Tensor, uniform_BN: Tensor, scales_N: Tensor) -> Tensor:
-        """Codes (B, N) in the order of drawing, in a new tensor."""
+        """Draw codes (B, N) in the order of drawing, in a new tensor."""
         key, batch = (x_RW.shape, uniform_BN.shape), (x_RW, uniform_BN, scales_N)
-        if key not in self.desk.states:
-            self.desk.states[key] = State.of(self.network, *batch)
-        state = self.desk.states[key]
+        if key not in self.recordings.states:
+            self.recordings.states[key] = State.of(self.network, *batch)
+        state = self.recordings.states[key]
         if key not in self.replays:
             self.replays[key] = self._choose(state, batch)
         return self._draw(state, self.replays[key], batch)
@@ -126,27 +128,27 @@ class Captured:
     def _choose(self, state: State, batch: tuple[Tensor, Tensor, Tensor]) -> Tick:
         bound = BOUNDS[self.config.arithmetic]
         for name, advance in self.ways.items():
-            if name in self.desk.refused:
+            if name in self.recordings.refused:
                 continue
             tick = partial(state.tick, advance)
             try:
                 state.load(*batch)
-                replay = self.desk.record(tick, state.rewind)
+                replay = self.recordings.record(tick, state.rewind)
                 share = self._share_of_misfits(self._draw(state, replay, batch), batch, bound.misfit)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # what cannot be compiled or recorded
+            except RuntimeError as error:  # it cannot be compiled or recorded
                 reason = f"cannot be recorded ({str(error).strip().splitlines()[0]})"
             else:
                 if share <= bound.share:
                     return replay
                 reason = f"draws other codes ({share:.0%} of them; up to {bound.share:.0%} is rounding)"
-            self.desk.refused.add(name)
+            self.recordings.refused.add(name)
             log.warning("torch %s: the %s step %s; it is drawn another way", torch.__version__, name, reason)
         return partial(state.tick, list(self.ways.values())[-1])
 
     def _share_of_misfits(self, codes_BN: Tensor, batch: tuple[Tensor, Tensor, Tensor], bound: float) -> float:
-        """The share of codes that their uniform numbers cannot have drawn, by the plain step given those before."""
+        """Return the share of codes that the plain step, given the codes before, would not have drawn."""
         x_RW, uniform_BN, scales_N = batch
         cache, wrong = self.network.empty_cache(len(x_RW)), []
         for place, code_B in enumerate(codes_BN.unbind(1)):
@@ -159,8 +161,8 @@ class Captured:
 
 
 def record_cuda_graph(tick: Tick, rewind: Tick) -> Tick:
-    """Record a step as a CUDA graph, which lives as long as what replays it."""
-    # Compilation, library handles and workspaces come with the first calls, and must not be recorded.
+    """Record a step as a CUDA graph, which lives as long as the function that replays it."""
+    # The first calls compile, and create library handles and workspaces; these must not be recorded.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -169,7 +171,7 @@ def record_cuda_graph(tick: Tick, rewind: Tick) -> Tick:
             tick()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Where recording fails, torch leaves its own stream in place of the one before.
+    # If recording fails, torch does not restore the current stream; the outer context does.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         tick()
     return graph.replay

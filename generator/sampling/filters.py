@@ -1,4 +1,4 @@
-"""From logits to a code: guidance, filters, and the draw by one uniform number.
+"""Draw codes from logits: guidance, top-k and nucleus filters, and inverse-transform sampling.
 
 Shapes: B sequences, V codebook size, C chunks of S codes.
 """
@@ -11,17 +11,17 @@ from torch import Tensor
 from generator.config import SampleConfig
 
 LIKELIEST = 1024
-"""Codes that are put in order before a whole row is sorted."""
+"""Number of most likely codes that are sorted first; whole rows are sorted only if these do not suffice."""
 CHUNK = 128
 
 
 def guide(cond: Tensor, uncond: Tensor, cfg_scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance; 1 is conditional only, 0 unconditional only."""
+    """Apply classifier-free guidance; scale 1 is conditional only, 0 unconditional only."""
     return uncond + cfg_scale * (cond - uncond)
 
 
 def guidance_scales(config: SampleConfig, steps: int) -> list[float]:
-    """The scale of every step (masked) or code (autoregressive).
+    """Return the guidance scale of every step (masked) or code (autoregressive).
 
     Progress is step / steps as published (method.md 1.5): growing schedules begin at 1 and end one step short of
     `cfg_scale`.
@@ -35,13 +35,13 @@ def guidance_scales(config: SampleConfig, steps: int) -> list[float]:
 
 
 def nucleus_floor(probability_BV: Tensor, top_p: float) -> Tensor:
-    """The least probability within the smallest set of most likely codes that holds `top_p`, (B, 1).
+    """Return the lowest probability in the smallest set of most likely codes that holds `top_p`, (B, 1).
 
-    The likeliest codes alone are put in order; only rows in which they hold less are sorted as a whole, with the same
-    sums, so that a row's result does not depend on how the others were found.
+    Only the most likely codes are sorted at first; rows in which these hold less than `top_p` are sorted as a whole,
+    with identical sums, so that a row's result does not depend on which path it took.
     """
     size = probability_BV.shape[-1]
-    # One graph cannot ask which rows suffice, and neither can what is queued on a GPU.
+    # A compiled graph cannot branch on which rows suffice, and on a GPU it would synchronize the host.
     if torch.compiler.is_compiling() or probability_BV.is_cuda or size <= LIKELIEST:
         return _floor(probability_BV.sort(dim=-1, descending=True).values, top_p)[0]
     floor_B1, is_found_B = _floor(probability_BV.topk(LIKELIEST, dim=-1).values, top_p)
@@ -52,7 +52,7 @@ def nucleus_floor(probability_BV: Tensor, top_p: float) -> Tensor:
 
 
 def _floor(falling_BK: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Of falling probabilities, the one at which `top_p` is reached (B, 1), and whether it is (B,)."""
+    """Return the probability at which the falling ones reach `top_p` (B, 1), and whether they reach it (B,)."""
     before_BK = falling_BK.double().cumsum(-1) < top_p
     count_B1 = before_BK.sum(-1, keepdim=True)
     last = falling_BK.shape[-1] - 1
@@ -60,12 +60,12 @@ def _floor(falling_BK: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits, -inf outside the `top_k` most likely codes (0: all) and the smallest set that holds `top_p` of those.
+    """Set logits to -inf outside the `top_k` most likely codes (0: all) and the smallest set of those with `top_p`.
 
-    Codes as likely as the last one that is kept are kept too.
+    Codes as likely as the last one kept are kept too.
 
     Raises:
-        ValueError: `top_k` is negative, or `top_p` not in (0, 1].
+        ValueError: `top_k` is negative, or `top_p` is not in (0, 1].
     """
     if top_k < 0:
         raise ValueError(f"top_k = {top_k} is negative: give 0 to keep all codes")
@@ -81,12 +81,12 @@ def filter_logits(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def invert(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One code a row, (B,) int64: where the cumulative probability passes `uniform_B` in [0, 1).
+    """Draw one code per row, (B,) int64: the first at which the cumulative probability exceeds `uniform_B` in [0, 1).
 
-    In two levels, chunks and then the codes of one: sums over chunks are fast, running sums over all codes are not.
+    In two levels, chunks and then codes within one: sums over chunks are fast, cumulative sums over all codes are not.
 
-    Nothing is padded with constants. Compiled for CUDA by torch before 2.14, padding that meets the sum that it pads
-    in one kernel is lost (pytorch#189895): of up to 128 codes, one chunk, the first one was drawn every time.
+    Nothing is padded with constants: compiled for CUDA by torch before 2.14, padding is lost if it is fused with the
+    sum over it (pytorch#189895), and with up to 128 codes, one chunk, the first code was drawn every time.
     """
     missing = -probability_BV.shape[-1] % CHUNK
     if missing:
@@ -102,13 +102,13 @@ def invert(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def _first_above(rising_BS: Tensor, target_B1: Tensor) -> Tensor:
-    """Where rising sums first exceed the target, (B, 1); rounding may leave none: then where the last rise is."""
+    """Find where rising sums first exceed the target, (B, 1); if rounding leaves none, where they rise last."""
     last_B1 = (rising_BS < rising_BS[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum((rising_BS <= target_B1).sum(-1, keepdim=True), last_B1)
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, config: SampleConfig) -> Tensor:
-    """One code a row, (B,) int64, by the temperature and the filters of the config.
+    """Draw one code per row, (B,) int64, with the temperature and the filters of the config.
 
     Raises:
         ValueError: the temperature is negative.
@@ -121,9 +121,9 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, config: SampleConfig) -> Tensor:
 
 
 def misfit(logits_BV: Tensor, uniform_B: Tensor, code_B: Tensor, config: SampleConfig) -> Tensor:
-    """How far these numbers are from drawing these codes, (B,) float64, in probability; rounding makes it a little.
+    """Return how far, in probability, these numbers are from drawing these codes, (B,) float64; near 0 is rounding.
 
-    At temperature 0: by how much another code is more likely.
+    At temperature 0: by how much the most likely code is more likely.
     """
     code_B1 = code_B[:, None]
     if config.temperature == 0:

@@ -1,10 +1,10 @@
-"""The cached steps of an autoregressive generator on a GPU, in few kernels: what its blocks compute, cut at attention.
+"""Cached steps of an autoregressive generator on a GPU, in few kernels: its blocks are regrouped between attentions.
 
-Between one attention and the next lies a function of tensors alone, the same for every layer: compiled once, it serves
-them all. Attention is a kernel of its own (`attention_kernel`), since it writes the cache, which a compiled
-function would have to hand out again.
+What lies between one attention and the next is a pure function of tensors, the same for every layer, so it is compiled
+once. Attention is a separate kernel (`attention_kernel`), since it updates the cache in place, which a compiled
+function would have to return.
 
-Shapes: R rows, N codes a sequence, V codebook size, W width, H heads, D channels a head, C = 3 * W.
+Shapes: R rows, N codes per sequence, V codebook size, W width, H heads, D channels per head, C = 3 * W.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class LayerWeights(NamedTuple):
-    """Of one block, as its modules hold them."""
+    """Weights of one block, shared with its modules."""
 
     norm_1: Tensor
     qkv: Tensor
@@ -31,7 +31,7 @@ class LayerWeights(NamedTuple):
 
 
 class FusedGenerator:
-    """Steps of a generator with its very weights; `wrap` compiles the functions between attentions, or leaves them."""
+    """Cached steps with a generator's own weights; `wrap` may compile the functions between attentions."""
 
     def __init__(self, model: Generator, wrap: Wrap) -> None:
         self.config, self.space, self.order = model.config, model.space, model.order
@@ -44,18 +44,18 @@ class FusedGenerator:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device that it computes on."""
         return self.model.device
 
     def empty_cache(self, batch: int) -> Cache:
-        """Room for the keys and values of `batch` sequences."""
+        """Allocate a cache for `batch` sequences."""
         return self.model.empty_cache(batch)
 
     def step(self, x_BW: Tensor, position: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of the code that is drawn at `position`, as `Generator.step` computes them.
+        """Return logits (B, V) of the code at `position`, as `Generator.step` does.
 
         Raises:
-            ValueError: the cache is of other sizes.
+            ValueError: the cache has other sizes.
         """
         check_cache(cache, len(x_BW), self.space.num_tokens)
         if self.model.target_positions is not None:
@@ -85,30 +85,30 @@ def _gains(block: Block) -> tuple[Tensor, Tensor] | None:
 
 
 def norm(x_RW: Tensor, gain_W: Tensor) -> Tensor:
-    """RMSNorm as the blocks have it."""
+    """Apply RMSNorm as the blocks do."""
     return F.rms_norm(x_RW, gain_W.shape, gain_W, NORM_EPSILON)
 
 
 def project(x_RW: Tensor, norm_W: Tensor, qkv_CW: Tensor) -> Tensor:
-    """To queries, keys and values side by side, (R, C)."""
+    """Normalise and project to queries, keys and values side by side, (R, C)."""
     return F.linear(norm(x_RW, norm_W), qkv_CW)
 
 
 def rest(x_RW: Tensor, y_RW: Tensor, layer: LayerWeights) -> Tensor:
-    """What comes after attention in a block."""
+    """Compute the part of a block after its attention."""
     x_RW = x_RW + F.linear(y_RW, layer.out)
     gate, up = F.linear(norm(x_RW, layer.norm_2), layer.gate_up).chunk(2, dim=-1)
     return x_RW + F.linear(F.silu(gate) * up, layer.down)
 
 
 def between(x_RW: Tensor, y_RW: Tensor, layer: LayerWeights, norm_W: Tensor, qkv_CW: Tensor) -> tuple[Tensor, Tensor]:
-    """From the attention of one block to that of the next."""
+    """Compute everything from the attention of one block to that of the next."""
     x_RW = rest(x_RW, y_RW, layer)
     return x_RW, project(x_RW, norm_W, qkv_CW)
 
 
 def last(x_RW: Tensor, y_RW: Tensor, layer: LayerWeights, norm_W: Tensor, head_VW: Tensor) -> Tensor:
-    """From the attention of the last block to logits (R, V)."""
+    """Compute everything from the attention of the last block to the logits (R, V)."""
     return F.linear(norm(rest(x_RW, y_RW, layer), norm_W), head_VW)
 
 
@@ -119,13 +119,13 @@ def attend(
     gains: tuple[Tensor, Tensor] | None,
     cache: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Attention (R, W) of one position to itself and those before it.
+    """Compute attention (R, W) of one position to itself and those before it.
 
     Args:
         qkv_RC: queries, keys and values, each H * D wide.
         position: scalar int64.
         tables: cosines and sines, (N + 1, D) float32.
-        gains: of normalised queries and keys, (D,) each; None: they are not.
+        gains: of the norms of queries and keys, (D,) each; None: they are not normalised.
         cache: keys and values, (R, H, N, D) each and contiguous, written at `position`.
     """
     if qkv_RC.is_cuda:

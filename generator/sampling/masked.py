@@ -1,6 +1,6 @@
-"""Sampling from the masked generator: predict all codes, keep the most confident, hide the rest again (method.md 1.5).
+"""Masked sampling: predict all codes, keep the most confident, mask the rest again (method.md 1.5).
 
-Shapes: B sequences, N codes a sequence, V codebook size, T steps.
+Shapes: B sequences, N codes per sequence, V codebook size, T steps.
 """
 
 import math
@@ -15,40 +15,40 @@ from generator.sampling.autoregressive import check_inputs
 from generator.sampling.filters import guidance_scales, guide, invert
 
 NUMBERS = 2
-"""Uniform numbers a code and step: one chooses the code, one perturbs its confidence."""
+"""Uniform numbers per code and step: one chooses the code, one perturbs its confidence."""
 
 
-class Predicts(Protocol):
-    """What a sampler asks of a network: class ids and codes, `mask_id` where hidden, to logits (B, N, V)."""
+class MaskedNetwork(Protocol):
+    """Interface that a sampler needs of a network: maps class ids and codes, `mask_id` if masked, to logits."""
 
     space: CodeSpace
 
     @property
     def mask_id(self) -> int:
-        """What stands for a hidden code."""
+        """Return the id of the mask token."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device that it computes on."""
 
     def __call__(self, class_B: Tensor, ids_BN: Tensor) -> Tensor:
-        """Logits (B, N, V)."""
+        """Return logits (B, N, V)."""
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniform numbers in [0, 1), float32."""
+    """Transform uniform numbers in [0, 1) to standard Gumbel noise, float32."""
     return -(-uniform.double().clamp_min(1e-20).log()).clamp_min(1e-20).log().float()
 
 
 def kept_hidden(num_tokens: int, progress: float) -> int:
-    """Codes that stay hidden after a share `progress` of the steps: floor(N * arccos(progress) / (pi / 2))."""
+    """Return how many codes stay masked after a share `progress` of steps: floor(N * arccos(progress) / (pi / 2))."""
     return math.floor(num_tokens * math.acos(progress) / (math.pi / 2))
 
 
 def choose(logits_BNV: Tensor, uniform_BN: Tensor, noise: float) -> Tensor:
-    """The argmax of logits + noise * Gumbel, (B, N) int64.
+    """Draw the argmax of logits + noise * Gumbel, (B, N) int64.
 
-    Drawn from what it is distributed by, softmax(logits / noise), which takes one number a code instead of V.
+    Drawn from its distribution, softmax(logits / noise), which takes one number per code instead of V.
     """
     if noise == 0:
         return logits_BNV.argmax(-1)
@@ -56,29 +56,29 @@ def choose(logits_BNV: Tensor, uniform_BN: Tensor, noise: float) -> Tensor:
     return invert(probability_MV, uniform_BN.flatten()).view(uniform_BN.shape)
 
 
-def hide(confidence_BN: Tensor, hidden_BN: Tensor, wanted: int) -> Tensor:
-    """The least confident of the hidden codes, by rank and per sequence: `wanted`, but one at least is given away.
+def hide(confidence_BN: Tensor, hidden_BN: Tensor, count: int) -> Tensor:
+    """Select the `count` least confident of the masked codes of each sequence, by rank, to be masked again.
 
-    At least one stays hidden, too, unless the last one is given away.
+    At least one code is revealed per step, and at least one stays masked unless only one is left.
     """
-    count_B = (hidden_BN.sum(1) - 1).clamp(max=max(wanted, 1))
+    count_B = (hidden_BN.sum(1) - 1).clamp(max=max(count, 1))
     rank_BN = confidence_BN.masked_fill(~hidden_BN, math.inf).argsort(dim=1, stable=True).argsort(1)
     return rank_BN < count_B[:, None]
 
 
 class MaskedSampler:
-    """Draws micro-batches from one masked generator with one config."""
+    """Sampler of micro-batches from one masked generator with one config."""
 
-    def __init__(self, network: Predicts, config: SampleConfig) -> None:
+    def __init__(self, network: MaskedNetwork, config: SampleConfig) -> None:
         """Take a network in evaluation mode.
 
         Raises:
-            ValueError: the config has settings of autoregressive generators.
+            ValueError: the config has settings for autoregressive generators.
         """
         config.fit("masked")
         self.network, self.config = network, config
         self.numbers: tuple[int, ...] = (config.num_steps, NUMBERS, network.space.num_tokens)
-        """Shape of the uniform numbers that a sample needs."""
+        """shape of the uniform numbers per sample"""
 
     def __call__(self, class_B: Tensor, uniform_BT2N: Tensor) -> Tensor:
         """Draw codes (B, N) int64; `null_class` draws without a class.
@@ -88,7 +88,7 @@ class MaskedSampler:
             uniform_BT2N: numbers in [0, 1), shape (B, *numbers), float32 or float64.
 
         Raises:
-            ValueError: class ids out of range, or numbers of another shape.
+            ValueError: class ids are out of range, or the numbers have another shape.
         """
         check_inputs(self.network.space, class_B, uniform_BT2N, self.numbers)
         return self._draw(class_B.to(self.network.device), uniform_BT2N.to(self.network.device)).clone()
@@ -115,15 +115,10 @@ class MaskedSampler:
         return ids_BN
 
 
-def guided(network: Predicts, class_B: Tensor, ids_BN: Tensor, scale: float) -> Tensor:
-    """Logits (B, N, V) in float32 with guidance, as one batch twice as large; at scale 1 or without classes none."""
+def guided(network: MaskedNetwork, class_B: Tensor, ids_BN: Tensor, scale: float) -> Tensor:
+    """Return guided logits (B, N, V) in float32, from one batch of twice the size unless scale is 1 or no classes."""
     if scale == 1 or not network.space.num_classes:
         return network(class_B, ids_BN).float()
     rows = torch.cat([class_B, torch.full_like(class_B, network.space.null_class)])
     cond_BNV, uncond_BNV = network(rows, ids_BN.repeat(2, 1)).float().chunk(2)
     return guide(cond_BNV, uncond_BNV, scale)
-
-
-def sample_masked(network: Predicts, class_B: Tensor, uniform_BT2N: Tensor, config: SampleConfig) -> Tensor:
-    """Draw codes (B, N) int64 from the network as it is, on its device and in its type; see `MaskedSampler`."""
-    return MaskedSampler(network, config)(class_B, uniform_BT2N)

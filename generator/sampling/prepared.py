@@ -1,12 +1,12 @@
-"""Generators prepared for sampling: the modules' numbers, computed the way that suits the machine.
+"""Prepare generators for fast sampling: the modules' computation, in the form that suits the machine.
 
-On CPUs linear layers run through weights that are laid out for oneDNN once, the gain of the norm before them folded in,
-and attention reads just the positions that are there, in float32: eager operations that are fused like this cost a tiny
-job nothing, and are the fastest in float32. Compiled, a step is one graph, which suits CPUs in bfloat16. On CUDA the
-modules run in the type that is asked for; compiled, a step is a few kernels a layer, replayed as one CUDA graph.
+On CPUs, linear layers use weights packed for oneDNN once, with the gain of the preceding norm folded in, and attention
+reads only the positions written so far, in float32: such fused eager operations need no preparation time worth
+mentioning and are fastest in float32. Compiled, a step is one graph, which suits CPUs in bfloat16. On CUDA the modules
+run in the requested type; compiled, a step is a few kernels per layer, replayed as one CUDA graph.
 
-Shapes: B sequences, R rows (twice B with guidance), N codes a sequence, V codebook size, W width, H heads, M = R * H
-heads of all rows, D channels a head.
+Shapes: B sequences, R rows (twice B with guidance), N codes per sequence, V codebook size, W width, H heads, M = R * H
+heads of all rows, D channels per head.
 """
 
 import copy
@@ -23,40 +23,40 @@ from generator.masked import Block as MaskedBlock
 from generator.masked import MaskedGenerator
 from generator.sampling.autoregressive import Advance, Sampler, advance_of, guides, pick_of
 from generator.sampling.compiled import compiled
-from generator.sampling.cuda_graph import Captured, Desk, Record, record_cuda_graph
+from generator.sampling.cuda_graph import GraphReplayer, Record, SharedRecordings, record_cuda_graph
 from generator.sampling.fused import FusedGenerator, Wrap
 from generator.sampling.masked import MaskedSampler
 from infra.compute.packed import PackedLinear
 
 DTYPES: dict[SamplePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGE = 20_000_000
-"""Parameters of a generator that is worth compiling on CUDA."""
-M = TypeVar("M", bound=nn.Module)
+"""Number of parameters from which compiling a generator on CUDA pays."""
+M = TypeVar("M", Generator, MaskedGenerator)
 
 
 def is_large(model: Generator | MaskedGenerator) -> bool:
-    """Whether compiling a generator's step for CUDA gains more than it takes."""
+    """Tell whether compiling a generator's step for CUDA gains more time than it takes."""
     return sum(p.numel() for p in model.parameters()) > LARGE
 
 
 def prepare_sampler(model: Generator | MaskedGenerator, config: SampleConfig) -> Sampler | MaskedSampler:
-    """Prepare a generator for sampling on the device that it is on; once a worker, since weights are copied.
+    """Prepare a generator for sampling on its device; do it once per worker, since weights are copied.
 
     Raises:
-        ValueError: the config has settings of the other kind of generator, or asks for a compiler that is missing.
+        ValueError: the config has settings for the other kind of generator, or needs a compiler that is missing.
     """
     config.fit(model.config.kind)
     config = config.on(model.device.type)
-    return Prepared(model, config.arithmetic, compile=bool(config.compile)).sampler(config)
+    return PreparedGenerator(model, config.arithmetic, compile=bool(config.compile)).sampler(config)
 
 
-class Prepared:
-    """A generator prepared for samplers of many settings, which share its weights and, recorded, the room of a batch.
+class PreparedGenerator:
+    """A generator prepared for samplers of many settings, which share its weights and the state of its recordings.
 
-    What `compile` means depends on the device. On CPUs the step becomes one compiled graph. On CUDA the step of an
-    autoregressive generator is recorded, which takes no time to speak of, and what lies between its attentions is
-    compiled if it has more than `LARGE` parameters: drawing from a smaller one takes less time than compiling it. Of
-    a masked generator the blocks are compiled by the same rule; its few passes are long, so nothing is recorded.
+    The meaning of `compile` depends on the device. On CPUs the step becomes one compiled graph. On CUDA the step of an
+    autoregressive generator is recorded as a CUDA graph, which takes little time, and the parts between its attentions
+    are compiled if it has more than `LARGE` parameters: sampling from a smaller one takes less time than compiling it.
+    The blocks of a masked generator are compiled by the same rule; its few passes are long, so nothing is recorded.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Prepared:
         """Copy its weights.
 
         Args:
-            model: on the device that is to draw.
-            precision: of weights and products.
-            compile: as the class says.
-            record: how steps are recorded; None: on CUDA as CUDA graphs, on CPUs not at all.
+            model: the generator, on the device to sample on.
+            precision: of weights and matrix products.
+            compile: see the class.
+            record: records steps; None: as CUDA graphs on CUDA, not at all on CPUs.
 
         Raises:
             ValueError: a compiler is missing.
@@ -85,7 +85,7 @@ class Prepared:
         wrap = functools.partial(compiled, device=model.device)
         self.network: PackedGenerator | Generator | MaskedGenerator
         self.fused: FusedGenerator | None = None
-        self.desk = Desk(record or record_cuda_graph) if compile and not is_cpu else None
+        self.recordings = SharedRecordings(record or record_cuda_graph) if compile and not is_cpu else None
         self.wrap = wrap if is_by_parts or is_whole else None
         if isinstance(model, MaskedGenerator):
             self.network = packed_copy(model, dtype) if is_packed else typed_copy(model, dtype)
@@ -97,60 +97,61 @@ class Prepared:
             self.network = PackedGenerator(model, dtype) if is_packed else typed_copy(model, dtype)
             if is_by_parts and isinstance(self.network, Generator):
                 self.fused = FusedGenerator(self.network, wrap)
-        self.graphs: dict[tuple[object, ...], Advance | Captured] = {}
+        self.graphs: dict[tuple[object, ...], Advance | GraphReplayer] = {}
 
     def sampler(self, config: SampleConfig) -> Sampler | MaskedSampler:
-        """A sampler with the precision and compilation of this preparation.
+        """Make a sampler; its config must have this preparation's precision and compilation.
 
         Raises:
-            ValueError: the config has others, or settings of the other kind of generator, or a compiler is missing.
+            ValueError: it has others, or settings for the other kind of generator, or a compiler is missing.
         """
         config = config.on(self.device.type)
         if (config.precision, config.compile) != (self.precision, self.compile):
-            raise ValueError(f"prepared for {self.precision}, compile = {self.compile}: prepare it again for others")
+            raise ValueError(
+                f"prepared for {self.precision}, compile = {self.compile}: prepare again for other settings"
+            )
         if isinstance(self.network, MaskedGenerator):
             return MaskedSampler(self.network, config)
         sampler = Sampler(self.network, config)
         if self.compile:
-            # One for all scales of guidance, which are inputs.
+            # One graph serves all guidance scales, which are inputs.
             key = (guides(config, self.network.space), config.temperature, config.top_k, config.top_p)
             if key not in self.graphs:
                 self.graphs[key] = self._graph(sampler)
             graph = self.graphs[key]
-            if isinstance(graph, Captured):
+            if isinstance(graph, GraphReplayer):
                 sampler.draw_all = graph
             else:
                 sampler.advance = graph
         return sampler
 
-    def _graph(self, sampler: Sampler) -> "Advance | Captured":
-        if self.desk is None:
+    def _graph(self, sampler: Sampler) -> "Advance | GraphReplayer":
+        if self.recordings is None:
             assert self.wrap is not None
             return self.wrap(sampler.advance)
         ways = {"recorded": sampler.advance}
         if self.fused is not None and self.wrap is not None:
             pick = self.wrap(pick_of(sampler.network, sampler.config))
             ways = {"compiled": advance_of(self.fused, pick), **ways}
-        return Captured(sampler.network, sampler.config, ways, self.desk)
+        return GraphReplayer(sampler.network, sampler.config, ways, self.recordings)
 
 
 def compile_blocks(network: MaskedGenerator, wrap: Wrap) -> None:
-    """Compile the blocks as one function, which serves all of them."""
+    """Compile the blocks as one function that serves all of them."""
     call = wrap(MaskedBlock.forward)
     for block in network.blocks:
         block.forward = functools.partial(call, block)
 
 
 def typed_copy(model: M, dtype: torch.dtype) -> M:
-    """A frozen copy with weights of a type; tables that are computed stay in float32."""
+    """Make a frozen copy with weights of a type; tables that are not learned stay in float32."""
     twin = copy.deepcopy(model).requires_grad_(False).eval().to(dtype)
-    if isinstance(twin, Generator):
-        twin.place_tables()
+    twin.place_tables()
     return twin
 
 
 def packed_copy(model: M, dtype: torch.dtype) -> M:
-    """A frozen copy on a CPU whose linear layers are packed: products in `dtype`, everything else in float32."""
+    """Make a frozen copy for CPUs with packed linear layers: products in `dtype`, everything else in float32."""
     twin = copy.deepcopy(model).requires_grad_(False).eval()
     for parent in list(twin.modules()):
         for name, child in parent.named_children():
@@ -167,19 +168,19 @@ class _PackedModule(nn.Module):
         self.packed = PackedLinear(linear.weight, linear.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
+        """Map (..., inputs) to (..., outputs)."""
         return self.packed(x.to(self.packed.dtype)).float()
 
 
 class PackedBlock:
-    """A block on a CPU: one position of R rows at a time; norms, attention and residuals in float32."""
+    """A block for CPUs, one position of R rows at a time; norms, attention and residuals in float32."""
 
     def __init__(self, block: Block, width: int, dtype: torch.dtype) -> None:
         attention, feed_forward = block.attention, block.feed_forward
         self.heads = attention.heads
         head_dim = width // self.heads
         gain = width**0.5
-        # Rows of queries and keys in pairs, as complex numbers have it; scores do not change with the order of D.
+        # Interleave queries' and keys' halves as complex numbers need it; the order of D does not change the scores.
         pairs_D = torch.arange(head_dim).view(2, -1).T.flatten()
         heads_3HDW = attention.qkv.weight.detach().view(3, self.heads, head_dim, width)
         heads_3HDW = torch.cat([heads_3HDW[:2, :, pairs_D], heads_3HDW[2:]])
@@ -195,11 +196,11 @@ class PackedBlock:
             self.head_gain_2D = (gains[:, pairs_D] * head_dim**0.5)[:, None]
 
     def step(self, x_RW: Tensor, turn: Tensor, past_2NMD: Tensor, position: int) -> Tensor:
-        """One position, (R, W) to (R, W), in place.
+        """Compute one position, (R, W) to (R, W), in place.
 
         Args:
             x_RW: float32.
-            turn: complex (2, 1, D / 2), what queries and keys are multiplied by.
+            turn: complex (2, 1, D / 2), factors of queries and keys.
             past_2NMD: keys and values of R * H heads, written at `position`.
             position: from 0.
         """
@@ -220,17 +221,17 @@ class PackedBlock:
 
 
 def norm_floor(width: int) -> Tensor:
-    """What the epsilon of a root mean square is in the norm of a vector."""
+    """Convert the epsilon of a root mean square to one of a vector norm."""
     return torch.tensor((width * NORM_EPSILON) ** 0.5)
 
 
 def direction(x: Tensor, floor: Tensor) -> Tensor:
-    """The root-mean-square norm over the last dimension W without gain, divided by sqrt(W): in the weights."""
+    """Apply RMSNorm over the last dimension W, without its gain and divided by sqrt(W): the weights include both."""
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
 
 
 class PackedGenerator:
-    """The cached steps of an autoregressive generator on a CPU; holds the weights as they were when it was made."""
+    """Cached steps of an autoregressive generator on CPUs, with a packed copy of its weights."""
 
     @torch.no_grad()
     def __init__(self, model: Generator, dtype: torch.dtype) -> None:
@@ -244,28 +245,28 @@ class PackedGenerator:
         self.floor, self.head_dim = norm_floor(width), width // self.config.heads
         half = self.head_dim // 2
         turn = torch.complex(model.cos[:-1, :half], model.sin[:-1, :half])
-        # Scores are scaled where queries are turned.
+        # The scale of the scores is applied to the queries' factors.
         self.turn = torch.stack([turn * self.head_dim**-0.5, turn], dim=1)[:, :, None]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device that it computes on."""
         return self.order.device
 
     def empty_cache(self, batch: int) -> Tensor:
-        """Room for the keys and values of `batch` sequences, (layers, 2, N, batch * H, D).
+        """Allocate a cache for `batch` sequences, (layers, 2, N, batch * H, D).
 
-        In float32 whatever the precision: its products read a slice as it lies, those in bfloat16 copy it first.
-        Positions first, so that a step writes one stretch of memory. Not filled: no step reads what was not written.
+        Always in float32, whose products read a slice in place, while those in bfloat16 would copy it first. Positions
+        come first, so that a step writes contiguous memory. Uninitialised, since no step reads before it writes.
         """
         heads = batch * self.config.heads
         return torch.empty(self.config.layers, 2, self.space.num_tokens, heads, self.head_dim)
 
     def step(self, x_BW: Tensor, position: Tensor, cache: Tensor) -> Tensor:
-        """Logits (B, V) of the code that is drawn at `position`, as `Generator.step` computes them.
+        """Return logits (B, V) of the code at `position`, as `Generator.step` does.
 
         Raises:
-            ValueError: the cache is of other sizes.
+            ValueError: the cache has other sizes.
         """
         place, heads = int(position), len(x_BW) * self.config.heads
         if cache.shape[2:4] != (self.space.num_tokens, heads):

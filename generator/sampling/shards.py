@@ -1,6 +1,6 @@
-"""A balanced set of samples as shards of code Parquet: on one kind of device the same bytes for any number of workers.
+"""Sample a class-balanced dataset as shards of code Parquet; on one kind of device, bytes do not depend on workers.
 
-Shapes: B sequences, N codes a sequence.
+Shapes: B sequences, N codes per sequence.
 """
 
 import functools
@@ -32,16 +32,16 @@ from infra.training.loop import seed_of
 VARIANT = "sample"
 
 
-class Wanted(NamedTuple):
-    """One sample that is to be drawn."""
+class SampleSpec(NamedTuple):
+    """Specification of one sample to draw."""
 
     class_id: int
     number: int
-    """which sample of its class, from 0."""
+    """index of the sample within its class, from 0."""
 
     @property
     def sample_id(self) -> str:
-        """The id of its row."""
+        """Return the image id of its row."""
         return f"class-{self.class_id:05d}/sample-{self.number:06d}"
 
 
@@ -49,31 +49,31 @@ class SampleShard(NamedTuple):
     """The samples of one output file."""
 
     name: str
-    wanted: tuple[Wanted, ...]
+    samples: tuple[SampleSpec, ...]
 
 
 @dataclass(frozen=True)
 class SampleJob:
-    """What every worker of one sampling needs; small and picklable."""
+    """Arguments of a sampling job for its workers; small and picklable."""
 
     generator: Store
     out: Store
     config: SampleConfig
     seed: int
     identity: str
-    """digest of the generator, noted in the samples."""
+    """digest of the generator, recorded in the samples."""
     classes: tuple[int, ...] | None = None
-    """which classes to draw, each once; None: all of them, or without classes the null class."""
+    """classes to sample, without repetition; None: all of them, or without classes the null class."""
     device: str | None = None
-    """where to compute; None: on a GPU where a worker has one."""
+    """device to sample on; None: a GPU if the worker has one."""
     numerics: NumericsConfig = IEEE
 
 
 def plan_shards(space: CodeSpace, config: SampleConfig, classes: Sequence[int] | None = None) -> list[SampleShard]:
-    """Every class `per_class` times (without classes: the null class), cut into shards; fixed by the arguments alone.
+    """Plan `per_class` samples of every class (without classes: of the null class), split into shards; deterministic.
 
     Raises:
-        ValueError: there is no such class, or one comes twice.
+        ValueError: a class does not exist or is repeated.
     """
     if classes is None:
         classes = range(space.num_classes) if space.num_classes else [space.null_class]
@@ -81,16 +81,16 @@ def plan_shards(space: CodeSpace, config: SampleConfig, classes: Sequence[int] |
         raise ValueError(f"class id {wrong[0]} is not among {space.num_classes} classes: leave it out")
     elif len(set(classes)) < len(classes):
         raise ValueError(f"classes = {tuple(classes)} has some twice: name each once, and raise per_class instead")
-    wanted = [Wanted(c, i) for i in range(config.per_class) for c in classes]
-    cuts = range(0, len(wanted), config.samples_per_shard)
+    samples = [SampleSpec(c, i) for i in range(config.per_class) for c in classes]
+    starts = range(0, len(samples), config.samples_per_shard)
     return [
-        SampleShard(shard_name("sample", n, len(cuts)), tuple(wanted[cut : cut + config.samples_per_shard]))
-        for n, cut in enumerate(cuts)
+        SampleShard(shard_name("sample", n, len(starts)), tuple(samples[start : start + config.samples_per_shard]))
+        for n, start in enumerate(starts)
     ]
 
 
 class ShardSampler:
-    """A worker: holds the generator, draws one shard a call."""
+    """Worker that holds the generator and draws one shard per call."""
 
     def __init__(self, job: SampleJob) -> None:
         self.job, device = job, job.device or default_device()
@@ -106,64 +106,66 @@ class ShardSampler:
         self.info = info.model_copy(update={"sampling": settings})
 
     def __call__(self, shard: SampleShard) -> FileEntry:
-        """Draw a shard; one that is done is not done again."""
+        """Draw a shard, or return the entry of a finished one."""
         done = shard_entry(self.job.out, shard.name)
         if done is not None:
             return done
-        codes_BN = draw_samples(self.sampler, shard.wanted, self.config.micro_batch, seed=self.job.seed)
-        classes = [w.class_id if w.class_id < self.space.num_classes else NO_CLASS for w in shard.wanted]
+        codes_BN = draw_samples(self.sampler, shard.samples, self.config.micro_batch, seed=self.job.seed)
+        classes = [s.class_id if s.class_id < self.space.num_classes else NO_CLASS for s in shard.samples]
         rows = CodeRows(
-            image_id=[w.sample_id for w in shard.wanted],
+            image_id=[s.sample_id for s in shard.samples],
             class_id=np.array(classes, np.int32),
-            variant=[VARIANT] * len(shard.wanted),
+            variant=[VARIANT] * len(shard.samples),
             codes=codes_BN.numpy().astype(self.info.dtype),
         )
-        return write_shard(self.job.out, shard.name, to_parquet(self.info, rows), len(shard.wanted))
+        return write_shard(self.job.out, shard.name, to_parquet(self.info, rows), len(shard.samples))
 
 
-def draw_samples(sampler: Sampler | MaskedSampler, wanted: Sequence[Wanted], micro_batch: int, *, seed: int) -> Tensor:
-    """Draw samples, codes (B, N) int64 on the CPU; each depends on its class, its number, the seed and `micro_batch`.
+def draw_samples(
+    sampler: Sampler | MaskedSampler, samples: Sequence[SampleSpec], micro_batch: int, *, seed: int
+) -> Tensor:
+    """Draw samples, codes (B, N) int64 on the CPU; each depends only on class, number, seed and `micro_batch`.
 
-    Micro-batches are filled up with their last sample: products of other shapes would round otherwise.
+    Incomplete micro-batches are padded with their last sample: matrix products of other shapes round differently.
     """
     codes = []
-    for at in range(0, len(wanted), micro_batch):
-        part = wanted[at : at + micro_batch]
-        filled = [*part, *[part[-1]] * (micro_batch - len(part))]
-        uniform = torch.stack([_uniform(w, sampler.numbers, seed) for w in filled])
-        codes.append(sampler(torch.tensor([w.class_id for w in filled]), uniform)[: len(part)])
-    return torch.cat(codes).cpu()  # once: while a GPU draws one, the numbers of the next are made
+    for start in range(0, len(samples), micro_batch):
+        part = samples[start : start + micro_batch]
+        padded = [*part, *[part[-1]] * (micro_batch - len(part))]
+        uniform = torch.stack([_uniform(s, sampler.numbers, seed) for s in padded])
+        codes.append(sampler(torch.tensor([s.class_id for s in padded]), uniform)[: len(part)])
+    return torch.cat(codes).cpu()  # only here, so that the next batch's numbers are drawn while a GPU is busy
 
 
-def _uniform(wanted: Wanted, numbers: tuple[int, ...], seed: int) -> Tensor:
-    """The numbers that decide a sample, from its class, its number and the seed alone; float64."""
-    generator = torch.Generator().manual_seed(seed_of(seed, "sample", wanted.class_id, wanted.number))
+def _uniform(sample: SampleSpec, numbers: tuple[int, ...], seed: int) -> Tensor:
+    """Draw the numbers that determine a sample, from its class, its number and the seed only; float64."""
+    generator = torch.Generator().manual_seed(seed_of(seed, "sample", sample.class_id, sample.number))
     return torch.rand(numbers, generator=generator, dtype=torch.float64)
 
 
 def share_changed(
-    sampler: Sampler | MaskedSampler, wanted: Sequence[Wanted], micro_batches: tuple[int, int], *, seed: int
+    sampler: Sampler | MaskedSampler, samples: Sequence[SampleSpec], micro_batches: tuple[int, int], *, seed: int
 ) -> float:
-    """Share of samples with another code somewhere when they are drawn in micro-batches of another size.
+    """Return the share of samples that change in any code when micro-batches have another size.
 
-    Products of another shape add up in another order; where two codes are about as likely, or a number falls on the
-    border between two, the other one is drawn, and what follows is another sample of the same distribution.
+    Matrix products of another shape sum in another order. If two codes are almost equally likely, or a number falls on
+    the boundary between two, the other one may be drawn; the rest is then another sample of the same distribution.
     """
-    first, second = (draw_samples(sampler, wanted, size, seed=seed) for size in micro_batches)
+    first, second = (draw_samples(sampler, samples, size, seed=seed) for size in micro_batches)
     return (first != second).any(1).double().mean().item()
 
 
 def generate(job: SampleJob, *, options: WorkerOptions, progress: Progress = silent) -> list[FileEntry]:
-    """Draw all shards; entries in the order of the shards.
+    """Draw all shards and return their entries, in order.
 
     Raises:
-        ValueError: a shard that was there has another number of samples than it should.
+        ValueError: an existing shard has the wrong number of samples.
     """
     space = space_of(load_config(job.generator, GeneratorFile).codes)
     shards = plan_shards(space, job.config, job.classes)
     files = map_shards(functools.partial(ShardSampler, job), shards, options=options, progress=progress)
     for file, shard in zip(files, shards, strict=True):
-        if file.rows != (wanted := len(shard.wanted)):
-            there = f"{job.out.uri}/{file.path} has {file.rows} samples of {wanted}"
-            raise ValueError(f"{there}: delete it and its .json file, and run again")
+        if file.rows != (expected := len(shard.samples)):
+            problem = f"{job.out.uri}/{file.path} has {file.rows} samples of {expected}"
+            raise ValueError(f"{problem}: delete it and its .json file, and run again")
     return files

@@ -1,4 +1,4 @@
-"""All artifacts of a store, and what stands on what: from images forward, and from a figure back."""
+"""List all artifacts of a store and their dependencies in both directions, and pin artifacts."""
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +18,21 @@ Key = tuple[str, str]  # kind, digest
 
 
 class Pin(Config):
-    """Keeps an artifact, and all that it stands on, from being collected."""
+    """A mark that keeps an artifact, and all its inputs, from garbage collection."""
 
     kind: str
     digest: str
-    reason: str = Field("", description="why, for those who find it later")
+    reason: str = Field("", description="why it is pinned, for whoever finds the pin later")
     pinned_at: str = Field(description="ISO 8601, UTC")
 
 
 def key_of_ref(ref: ArtifactRef | Manifest) -> Key:
-    """What identifies an artifact within a store."""
+    """Return the kind and digest that identify an artifact within a store."""
     return ref.kind, ref.digest
 
 
 def manifests(store: Store, kind: str | None = None) -> dict[Key, Manifest]:
-    """Every finished artifact, or those of one kind, by kind and time.
+    """Read the manifests of all finished artifacts, or of those of one kind, sorted by kind and time.
 
     Raises:
         ValueError: a manifest is damaged.
@@ -46,8 +46,8 @@ def manifests(store: Store, kind: str | None = None) -> dict[Key, Manifest]:
     return {key_of_ref(manifest): manifest for manifest in found}
 
 
-def made_of(found: Mapping[Key, Manifest], roots: Iterable[Key]) -> set[Key]:
-    """The roots and all that they were made of, as far as it is there."""
+def with_ancestors(found: Mapping[Key, Manifest], roots: Iterable[Key]) -> set[Key]:
+    """Return the roots and, transitively, all their inputs, as far as these exist."""
     waiting, seen = list(roots), set()
     while waiting:
         key = waiting.pop()
@@ -57,8 +57,8 @@ def made_of(found: Mapping[Key, Manifest], roots: Iterable[Key]) -> set[Key]:
     return seen
 
 
-def stands_on(found: Mapping[Key, Manifest], root: Key) -> set[Key]:
-    """All that was made of an artifact, directly or not; without itself."""
+def descendants(found: Mapping[Key, Manifest], root: Key) -> set[Key]:
+    """Return all artifacts made from this one, directly or not, without itself."""
     users: dict[Key, list[Key]] = {}
     for key, manifest in found.items():
         for ref in manifest.inputs.values():
@@ -73,7 +73,7 @@ def stands_on(found: Mapping[Key, Manifest], root: Key) -> set[Key]:
 
 
 def pin(store: Store, manifest: Manifest, reason: str = "") -> Pin:
-    """Keep an artifact; who pinned it first is kept, too."""
+    """Pin an artifact; an existing pin is kept and returned."""
     made = Pin(
         kind=manifest.kind,
         digest=manifest.digest,
@@ -87,7 +87,7 @@ def pin(store: Store, manifest: Manifest, reason: str = "") -> Pin:
 
 
 def unpin(store: Store, manifest: Manifest) -> bool:
-    """Let an artifact go; False where it was not pinned."""
+    """Remove an artifact's pin; return False if it was not pinned."""
     name = _pin_name(key_of_ref(manifest))
     was_there = store.exists(name)
     store.delete(name)
@@ -95,10 +95,10 @@ def unpin(store: Store, manifest: Manifest) -> bool:
 
 
 def pins(store: Store) -> dict[Key, Pin]:
-    """All pins.
+    """Read all pins.
 
     Raises:
-        ValueError: one of them is damaged.
+        ValueError: a pin is damaged.
     """
     names = [name for name in store.at(PINS).list() if name.endswith(".json")]
     with ThreadPoolExecutor(READERS) as pool:

@@ -1,4 +1,4 @@
-"""Finding an artifact by what a person calls it, and what it was made of."""
+"""Find an artifact by a name that a person typed, and trace its inputs."""
 
 from typing import NamedTuple
 
@@ -9,36 +9,32 @@ from infra.store.store import Store
 
 
 class Lineage(NamedTuple):
-    """An artifact and, recursively, what it was made of."""
+    """An artifact and, recursively, its inputs."""
 
     ref: ArtifactRef
     manifest: Manifest | None
-    """None if it is not in the store any more."""
+    """None if the artifact is no longer in the store."""
     inputs: "dict[str, Lineage]"
 
 
 def store_of(text: str, store: str | None) -> Store:
-    """The store that is meant: the given one, else that of an artifact's full URI, else the usual one."""
+    """Open the given store, else that of an artifact's full URI, else the default one."""
     if store is None and f"/{ROOT}/" in text:
         store = text.rpartition(f"/{ROOT}/")[0]
     return Store(store or Settings().store)
 
 
 def resolve(store: Store, text: str) -> Manifest:
-    """The artifact that a person means by "kind/digest", "kind/dig", "dig" (a beginning of a digest) or a full URI.
+    """Resolve "kind/digest", "kind/dig", "dig" (a prefix of a digest) or a full URI to an artifact.
 
     Raises:
-        ValueError: nothing or more than one artifact is meant; candidates are listed.
+        ValueError: no artifact, or more than one, matches; lists candidates.
     """
-    wanted = text.strip().rstrip("/")
-    if wanted.endswith(f"/{MANIFEST}"):
-        wanted = wanted.removesuffix(f"/{MANIFEST}")
     root = store.at(ROOT)
-    if wanted.startswith(f"{root.uri}/"):
-        wanted = wanted.removeprefix(f"{root.uri}/")
-    kind, _, beginning = wanted.rpartition("/")
+    name = text.strip().rstrip("/").removesuffix(f"/{MANIFEST}").removeprefix(f"{root.uri}/")
+    kind, _, prefix = name.rpartition("/")
     names = [f"{k}/{digest}" for k in root.folders() for digest in root.at(k).folders()]
-    matches = [name for name in names if _is_meant(name, kind, beginning)]
+    matches = [name for name in names if _matches(name, kind, prefix)]
     found = [manifest for name in matches if (manifest := read_manifest(root.at(name))) is not None]
     if len(found) == 1:
         return found[0]
@@ -62,7 +58,7 @@ def find_artifact(text: str, store: str | None, *kinds: str) -> Artifact:
 
 
 def lineage(store: Store, manifest: Manifest) -> Lineage:
-    """The artifact with all that it was made of, as far as it is in the store."""
+    """Trace all inputs of an artifact, as far as they are in the store."""
     seen: dict[str, Lineage] = {}
 
     def trace(ref: ArtifactRef, own: Manifest | None) -> Lineage:
@@ -75,6 +71,6 @@ def lineage(store: Store, manifest: Manifest) -> Lineage:
     return trace(ref_of(store, manifest), manifest)
 
 
-def _is_meant(name: str, kind: str, beginning: str) -> bool:
+def _matches(name: str, kind: str, prefix: str) -> bool:
     own_kind, _, digest = name.partition("/")
-    return bool(beginning) and kind in ("", own_kind) and digest.startswith(beginning)
+    return bool(prefix) and kind in ("", own_kind) and digest.startswith(prefix)

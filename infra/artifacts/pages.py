@@ -1,7 +1,7 @@
-"""Pages of a manifest: the entries of very many shards, kept beside it so that the manifest itself stays small.
+"""Pages of a manifest: the entries of many shards, kept in files beside it so that the manifest itself stays small.
 
-A page is a file of the artifact like any other, named by its content: whoever writes the same entries writes the same
-file, and the manifest, which holds the page's SHA-256, vouches for every entry in it.
+A page is a file of the artifact, named by its content: equal entries give the same file, and the manifest, which holds
+the page's SHA-256, vouches for every entry in it.
 """
 
 import bisect
@@ -25,22 +25,22 @@ _ENTRIES = TypeAdapter(tuple[FileEntry, ...])
 
 
 class Page(Config):
-    """A page of a manifest, and sums over its entries."""
+    """Reference to a page of a manifest, with sums over its entries."""
 
     path: str = Field(pattern=rf"^{FOLDER}/[0-9a-f]{{64}}\.json$", description="relative to the artifact's folder")
-    size: NonNegativeInt = Field(description="bytes of the page itself")
-    entries: PositiveInt = Field(description="files that it lists")
-    bytes: NonNegativeInt = Field(description="of the files that it lists")
-    rows: NonNegativeInt = Field(description="of the files that it lists")
+    size: NonNegativeInt = Field(description="size of the page itself in bytes")
+    entries: PositiveInt = Field(description="number of files that it lists")
+    bytes: NonNegativeInt = Field(description="total size of the files that it lists")
+    rows: NonNegativeInt = Field(description="total rows of the files that it lists")
 
     @property
     def sha256(self) -> str:
-        """Hash of the page's bytes, which is its name."""
+        """Return the hash of the page's bytes, which is part of its name."""
         return self.path.removeprefix(f"{FOLDER}/").removesuffix(".json")
 
 
 def write_page(folder: Store, entries: Sequence[FileEntry]) -> Page:
-    """Write the entries of some shards as a page."""
+    """Write the entries of shards as a page."""
     data = _ENTRIES.dump_json(tuple(entries))
     page = Page(
         path=f"{FOLDER}/{hashlib.sha256(data).hexdigest()}.json",
@@ -60,29 +60,29 @@ def write_pages(folder: Store, entries: Sequence[FileEntry]) -> tuple[Page, ...]
 
 
 def read_page(folder: Store, page: Page) -> tuple[FileEntry, ...]:
-    """The entries of a page.
+    """Read the entries of a page.
 
     Raises:
-        ValueError: the page is missing, or is not what the manifest says.
+        ValueError: the page is missing or does not match the manifest.
     """
     try:
         data = folder.read(page.path)
     except FileNotFoundError as error:
         raise ValueError(f"{folder.uri}/{page.path} is missing; delete the folder and run again") from error
     if hashlib.sha256(data).hexdigest() != page.sha256:
-        raise ValueError(f"{folder.uri}/{page.path}: other bytes than its name says; delete the folder and run again")
+        raise ValueError(f"{folder.uri}/{page.path} does not match its name's hash; delete the folder and run again")
     try:
         entries = _ENTRIES.validate_json(data)
     except ValidationError as error:
-        said = error.errors()[0]["msg"]
-        raise ValueError(f"{folder.uri}/{page.path}: {said}; delete the folder and run again") from error
+        problem = error.errors()[0]["msg"]
+        raise ValueError(f"{folder.uri}/{page.path}: {problem}; delete the folder and run again") from error
     if len(entries) != page.entries:
         raise ValueError(f"{folder.uri}/{page.path} lists {len(entries)} files, the manifest says {page.entries}")
     return entries
 
 
 class PagedEntries(Sequence[FileEntry]):
-    """The entries of all pages; one page at a time is in memory, a few more while they are gone through."""
+    """The entries of all pages as one sequence, with one page in memory, or a few during iteration."""
 
     def __init__(self, folder: Store, pages: Sequence[Page]) -> None:
         self.folder, self.pages = folder, pages

@@ -1,4 +1,4 @@
-"""Weights that were trained elsewhere: how a recipe names them, and how they are found and checked by their hash."""
+"""Pretrained weights: how a recipe names them, and how they are located and checked by their hash."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ WEIGHTS_ROOT = "weights"
 
 
 class PretrainedConfig(Config):
-    """Weights from elsewhere: where they are, and the hash that proves it; only the hash is part of an identity."""
+    """Location and SHA-256 of pretrained weights; only the hash is part of an artifact's identity."""
 
     uri: Annotated[str, RUNTIME] = Field(
         "", description="file, folder or s3:// URI; empty: the store's own weights/{sha256}"
@@ -22,20 +22,20 @@ class PretrainedConfig(Config):
 
     @property
     def is_given(self) -> bool:
-        """Whether weights are named at all."""
+        """Tell whether weights are named."""
         return bool(self.sha256)
 
 
 def read_pretrained(config: PretrainedConfig, store: Store, what: str) -> bytes:
-    """The bytes of a file of weights, from `config.uri` or else from the store, checked by their sha256.
+    """Read a file of weights from `config.uri`, or else from the store, and check its SHA-256.
 
     Args:
-        config: where to look. A folder is searched for a file of that hash.
-        store: the run's store, whose `weights/{sha256}/` is looked at where no URI is given.
+        config: where to look; a folder is searched for a file with that hash.
+        store: the run's store, whose `weights/{sha256}/` is used if no URI is given.
         what: the weights' name in errors, such as "LPIPS (fine_tune.lpips)".
 
     Raises:
-        ValueError: nothing is given, the file is not there, or it has another hash; one line with the remedy.
+        ValueError: no weights are given, the file is missing, or its hash differs; one line with the remedy.
     """
     if not config.is_given:
         raise ValueError(f"{what}: no weights are given; set its sha256 and uri")
@@ -52,7 +52,7 @@ def read_pretrained(config: PretrainedConfig, store: Store, what: str) -> bytes:
 
 
 def _files(uri: str) -> list[tuple[Store, str]]:
-    """The file that `uri` names, or the files of the folder that it names."""
+    """List the file that `uri` names, or the files of the folder that it names."""
     path = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
     parent, _, name = path.rstrip("/").rpartition("/")
     if name and not parent.endswith("/") and Store(parent or "/").exists(name):

@@ -1,4 +1,4 @@
-"""Files of an artifact: the entries that tell of them, and shards, which are done when their sidecar exists."""
+"""Files of an artifact: their entries in manifests, and shards, which are finished once their sidecar exists."""
 
 import hashlib
 import math
@@ -14,11 +14,11 @@ from infra.store.store import Store
 C = TypeVar("C", bound=Config)
 
 SHARD = re.compile(r"(?:[0-9a-f]{2}/)?(?P<split>[a-z]+)-(?P<index>\d{5,})-of-(?P<total>\d{5,})\.parquet")
-SPREAD_FROM = 4096  # shards of a split; S3 serves so many requests a second for each prefix, and one folder is one
+SPREAD_FROM = 4096  # shards of a split; S3 limits requests per second for each prefix, and a folder is one prefix
 
 
 class FileEntry(Config):
-    """A file of an artifact, which can be checked."""
+    """A file of an artifact, with what is needed to check it."""
 
     path: str = Field(description="relative to the artifact's folder")
     size: NonNegativeInt = Field(description="bytes")
@@ -26,28 +26,28 @@ class FileEntry(Config):
     rows: NonNegativeInt | None = Field(None, description="rows of a table; None for other files")
     source: str | None = Field(
         None,
-        exclude_if=lambda source: source is None,  # manifests without references stay as they always were
-        description="key below the store's root of a file in another artifact's folder; None: in the own one",
+        exclude_if=lambda source: source is None,  # keeps manifests without references byte-identical to older ones
+        description="key below the store's root, for a file in another artifact's folder; None: in this artifact's",
     )
 
 
 def shard_name(split: str, index: int, total: int) -> str:
-    """Where in an artifact's folder a shard is: more than 4,096 of a split are spread over 256 folders, by hash."""
+    """Return a shard's path in its artifact's folder; more than 4,096 per split are spread over 256 folders by hash."""
     name = f"{split}-{index:05d}-of-{total:05d}.parquet"
     return name if total <= SPREAD_FROM else f"{hashlib.sha256(name.encode()).hexdigest()[:2]}/{name}"
 
 
 def common_divisors(totals: Iterable[int], most: int) -> list[int]:
-    """Numbers up to `most` that divide all of these, rising; 1 if there are none.
+    """Return the common divisors of `totals` up to `most`, ascending.
 
-    Shard i of n and shard j of m hold a hash in common only if i and j leave the same remainder by each of them.
+    Shard i of n and shard j of m can hold the same hash only if i and j are congruent modulo each of them.
     """
     common = math.gcd(*totals) or 1
     return [number for number in range(1, min(common, most) + 1) if common % number == 0]
 
 
 def split_of(path: str) -> str | None:
-    """The split that a shard belongs to; None for other files."""
+    """Return the split that a shard belongs to; None for other files."""
     match = SHARD.fullmatch(path)
     return match["split"] if match else None
 
@@ -59,10 +59,10 @@ def put(folder: Store, name: str, data: bytes, rows: int | None = None) -> FileE
 
 
 def write_shard(folder: Store, name: str, data: bytes, rows: int) -> FileEntry:
-    """Write a shard, then its sidecar; a finished shard is left as it is.
+    """Write a shard, then its sidecar; a finished shard is left alone.
 
     Raises:
-        ValueError: another run finished the shard with other bytes.
+        ValueError: another run finished the shard with different bytes.
     """
     entry = FileEntry(path=name, size=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows)
     done = shard_entry(folder, name)
@@ -76,7 +76,7 @@ def write_shard(folder: Store, name: str, data: bytes, rows: int) -> FileEntry:
 
 
 def shard_entry(folder: Store, name: str) -> FileEntry | None:
-    """The entry of a finished shard, from its sidecar; None if it is not finished."""
+    """Read the entry of a finished shard from its sidecar; None if it is not finished."""
     entry = read_record(folder, _sidecar(name), FileEntry)
     if entry is not None and entry.path != name:
         raise ValueError(f"{folder.uri}/{_sidecar(name)} is the sidecar of {entry.path!r}; delete it and run again")
@@ -84,10 +84,10 @@ def shard_entry(folder: Store, name: str) -> FileEntry | None:
 
 
 def read_record(folder: Store, name: str, kind: type[C]) -> C | None:
-    """What a small JSON file says, None where there is none.
+    """Read a small JSON file as a config of this kind; None if it does not exist.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         return kind.model_validate_json(folder.read(name))

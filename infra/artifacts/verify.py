@@ -1,8 +1,8 @@
-"""Whether an artifact is still what its manifest says: every byte is read again, in memory that does not grow with it.
+"""Verify an artifact against its manifest: every byte is read again, in memory that does not grow with its size.
 
-What is wrong is a `Finding`, one line each, never an exception: a check that stops at the first trouble hides the rest.
-Files are checked by workers, each by itself; what has to be known across files is put together from a few numbers of
-each, and an id that comes twice is looked for where ids of one hash can be.
+Each problem is a `Finding` of one line, never an exception, since a check that stops at the first problem hides the
+rest. Workers check files independently; checks across files combine a small tally of each, and duplicate ids are
+searched for only among shards that can hold the same hash.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ from infra.artifacts.shards import SHARD, FileEntry, common_divisors, shard_entr
 from infra.store.store import Store
 
 CHUNK = 8 << 20  # bytes read at once
-MOST_GROUPS = 4096  # of shards whose ids are compared
+MOST_GROUPS = 4096  # groups of shards whose ids are compared
 EXAMPLES = 3  # rows named in a finding
-Tick = Callable[[int], None]  # called with bytes as they are read
+OnRead = Callable[[int], None]  # called with the number of bytes just read
 AGAIN = "delete the artifact's folder and run again"
 
 
 class Finding(NamedTuple):
-    """Something that is wrong, and what to do about it."""
+    """A problem and its remedy."""
 
     file: str
     problem: str
@@ -41,25 +41,23 @@ class Finding(NamedTuple):
 
 
 def locate(store: Store, text: str) -> tuple[str, str]:
-    """Kind and digest of the artifact that a person means; its manifest may be damaged.
+    """Find the kind and digest of an artifact by a name that a person typed; its manifest may be damaged.
 
-    Unlike `lineage.resolve`, which refuses a damaged manifest, so that it can be said what is wrong with it.
+    Unlike `lineage.resolve`, which rejects a damaged manifest, this lets verification report the damage.
 
     Raises:
-        ValueError: nothing or more than one artifact is meant.
+        ValueError: no artifact, or more than one, matches.
     """
     root = store.at(ROOT)
-    wanted = text.strip().rstrip("/").removesuffix(f"/{MANIFEST}").removeprefix(f"{root.uri}/")
-    kind, _, beginning = wanted.rpartition("/")
+    name = text.strip().rstrip("/").removesuffix(f"/{MANIFEST}").removeprefix(f"{root.uri}/")
+    kind, _, prefix = name.rpartition("/")
     kinds = [kind] if kind else root.folders()
-    named = [
-        (k, digest) for k in kinds for digest in root.at(k).folders() if beginning and digest.startswith(beginning)
-    ]
-    found = [name for name in named if root.at(*name).exists(MANIFEST)]
+    matches = [(k, digest) for k in kinds for digest in root.at(k).folders() if prefix and digest.startswith(prefix)]
+    found = [match for match in matches if root.at(*match).exists(MANIFEST)]
     if len(found) == 1:
         return found[0]
     if found:
-        listed = ", ".join("/".join(name) for name in found[:10])
+        listed = ", ".join("/".join(match) for match in found[:10])
         raise ValueError(f"{text!r} is ambiguous in {store.uri}: {listed}; give more of the digest")
     there = sorted(f"{k}/{digest}" for k in root.folders() for digest in root.at(k).folders())
     listed = f"{', '.join(there[:10]) or 'none'}{' ...' if len(there) > 10 else ''}"
@@ -67,7 +65,7 @@ def locate(store: Store, text: str) -> tuple[str, str]:
 
 
 def read_manifest(store: Store, kind: str, digest: str) -> tuple[Manifest | None, list[Finding]]:
-    """The manifest as far as it can be read, and what is wrong with it."""
+    """Read the manifest as far as possible, and list its problems."""
     folder = folder_of(store, kind, digest)
     try:
         manifest = Manifest.model_validate_json(folder.read(MANIFEST))
@@ -89,15 +87,15 @@ def read_manifest(store: Store, kind: str, digest: str) -> tuple[Manifest | None
     try:
         paths = [entry.path for entry in files_of(store, manifest)]
     except ValueError as error:
-        told = str(error).rpartition(";")[0].removeprefix(f"{folder.uri}/")
-        return None, [*findings, Finding(MANIFEST, f"names a page that cannot be read: {told}")]
-    findings += [Finding(path, f"is listed twice in {MANIFEST}") for path in twice(paths)]
+        problem = str(error).rpartition(";")[0].removeprefix(f"{folder.uri}/")
+        return None, [*findings, Finding(MANIFEST, f"names a page that cannot be read: {problem}")]
+    findings += [Finding(path, f"is listed twice in {MANIFEST}") for path in duplicates(paths)]
     return manifest, findings
 
 
 @contextmanager
 def local_file(folder: Store, name: str) -> Iterator[Path]:
-    """The file on this machine: where it is, or a copy that goes away, so that S3 is read once for hash and rows."""
+    """Provide the file locally: in place, or as a temporary copy, so that S3 is read once for both hash and rows."""
     if folder.is_local:
         yield folder.path / name
         return
@@ -107,7 +105,7 @@ def local_file(folder: Store, name: str) -> Iterator[Path]:
         yield copy
 
 
-def check_bytes(path: Path, entry: FileEntry, tick: Tick) -> Iterator[Finding]:
+def check_bytes(path: Path, entry: FileEntry, on_read: OnRead) -> Iterator[Finding]:
     """Compare size and SHA-256 with the manifest's entry."""
     sha256, size = hashlib.sha256(), 0
     try:
@@ -115,18 +113,18 @@ def check_bytes(path: Path, entry: FileEntry, tick: Tick) -> Iterator[Finding]:
             while data := file.read(CHUNK):
                 sha256.update(data)
                 size += len(data)
-                tick(len(data))
+                on_read(len(data))
     except FileNotFoundError:
         yield Finding(entry.path, "is missing")
         return
     if size != entry.size:
         yield Finding(entry.path, f"has {size} bytes, {MANIFEST} says {entry.size}")
     elif sha256.hexdigest() != entry.sha256:
-        yield Finding(entry.path, f"other bytes than {MANIFEST} says: SHA-256 {sha256.hexdigest()[:12]}...")
+        yield Finding(entry.path, f"its bytes differ from {MANIFEST}: SHA-256 {sha256.hexdigest()[:12]}...")
 
 
 def check_sidecar(folder: Store, entry: FileEntry) -> Iterator[Finding]:
-    """Compare a shard's sidecar with the manifest's entry; other files, and other artifacts' shards, have none here."""
+    """Compare a shard's sidecar with the manifest's entry; only this artifact's own shards have sidecars here."""
     if entry.source is not None or not SHARD.fullmatch(entry.path):
         return
     sidecar = f"{entry.path}.json"
@@ -143,7 +141,7 @@ def check_sidecar(folder: Store, entry: FileEntry) -> Iterator[Finding]:
 
 
 def check_shard_names(store: Store, manifest: Manifest) -> Iterator[Finding]:
-    """Each split has all of its shards, and the folder has none besides: readers may go by the names."""
+    """Check that each split has all its shards and the folder no others, so that readers can rely on the names."""
     listed = {entry.path for entry in shards_of(store, manifest)}
     totals: dict[str, set[int]] = {}
     for name in sorted(listed):
@@ -162,9 +160,9 @@ def check_shard_names(store: Store, manifest: Manifest) -> Iterator[Finding]:
 
 
 def bucket_of(image_id: str, total: int) -> int:
-    """The shard that an image id belongs to: the first 8 bytes of its SHA-256, big-endian, modulo the shards.
+    """Return the index of the shard of an image id: the first 8 bytes of its SHA-256, big-endian, modulo the shards.
 
-    Written down again, not shared with the writer: a check that calls what it checks agrees with whatever that does.
+    Deliberately a second implementation: a check that calls the code it checks would agree with any mistake.
     """
     return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") % total
 
@@ -177,7 +175,7 @@ class Shard(NamedTuple):
 
 
 def id_groups(shards: Sequence[Shard], *, by_hash: bool) -> list[list[Shard]]:
-    """Shards among which one id can come twice; where each id is in the bucket of its hash, those are few."""
+    """Group the shards that can share an id; if ids are placed by hash, the groups are small."""
     if not by_hash:
         return [list(shards)]
     places = [match for shard in shards if (match := SHARD.fullmatch(shard.name))]
@@ -188,50 +186,50 @@ def id_groups(shards: Sequence[Shard], *, by_hash: bool) -> list[list[Shard]]:
     return groups
 
 
-class RepeatedIds:
-    """A worker: finds ids that come twice in a group of shards."""
+class DuplicateIdFinder:
+    """Worker that finds duplicate ids in a group of shards."""
 
     def __init__(self, store: Store, what: str) -> None:
         self.store, self.what = store, what
 
     def __call__(self, shards: Sequence[Shard]) -> list[Finding]:
-        """Read the column of ids again; a file on this machine's disk keeps them."""
-        ledger = Ledger()
+        """Read the id columns into a temporary index on local disk, and report duplicates."""
+        index = DuplicateIndex()
         for name, key in shards:
             try:
                 with self.store.open(key) as opened, pq.ParquetFile(opened, pre_buffer=False) as file:
                     for batch in file.iter_batches(columns=["image_id"]):
-                        ledger.add(name, batch.column(0).to_pylist())
+                        index.add(name, batch.column(0).to_pylist())
             except (FileNotFoundError, pa.ArrowInvalid):
-                continue  # said where its rows are checked
-        return [Finding(", ".join(files), f"{self.what} {key!r} comes twice") for key, files in ledger.twice()]
+                continue  # reported where its rows are checked
+        return [Finding(", ".join(files), f"{self.what} {key!r} comes twice") for key, files in index.duplicates()]
 
 
-class Ledger:
-    """Keys of any number of rows, kept in a temporary file: who comes twice."""
+class DuplicateIndex:
+    """Index of any number of keys in a temporary file, which finds duplicates."""
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("")  # a nameless database is SQLite's own temporary file, which vanishes with it
+        self._db = sqlite3.connect("")  # an unnamed database is a temporary file that SQLite removes itself
         self._db.execute("create table rows (key text not null, file text not null)")
 
     def add(self, file: str, keys: Iterable[str]) -> None:
-        """Note keys of a file."""
+        """Add keys of a file."""
         self._db.executemany("insert into rows values (?, ?)", ((key, file) for key in keys))
 
-    def twice(self) -> Iterator[tuple[str, list[str]]]:
-        """Keys that came more than once, and the files that they are in."""
+    def duplicates(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield keys that were added more than once, and the files that they are in."""
         query = "select key, group_concat(distinct file) from rows group by key having count(*) > 1 order by key"
         yield from ((key, sorted(files.split(","))) for key, files in self._db.execute(query))
 
 
-def twice(values: Iterable[str]) -> list[str]:
-    """Values that come more than once, sorted."""
+def duplicates(values: Iterable[str]) -> list[str]:
+    """Return values that occur more than once, sorted."""
     seen: set[str] = set()
     return sorted({value for value in values if value in seen or seen.add(value)})  # type: ignore[func-returns-value]
 
 
 def some(names: Iterable[object]) -> str:
-    """The first few of sorted names, and how many more."""
+    """Format the first few of the sorted names, and how many more there are."""
     listed = sorted(map(str, names))
     more = f" and {len(listed) - EXAMPLES} more" if len(listed) > EXAMPLES else ""
     return ", ".join(map(repr, listed[:EXAMPLES])) + more

@@ -1,4 +1,4 @@
-"""A network in a folder of the store: safetensors weights beside a config.json that suffices to build it."""
+"""Save and load networks: safetensors weights beside a config.json that suffices to build the network."""
 
 import json
 from typing import TypeVar
@@ -28,7 +28,7 @@ def load_config(folder: Store, kind: type[C]) -> C:
     """Read config.json.
 
     Raises:
-        ValueError: it is not a config of this kind; the message names the file and the first field.
+        ValueError: it is not a config of this kind; names the file and the first invalid field.
     """
     try:
         return kind.model_validate_json(folder.read(CONFIG))
@@ -39,10 +39,10 @@ def load_config(folder: Store, kind: type[C]) -> C:
 
 
 def load_weights(model: nn.Module, folder: Store) -> None:
-    """Fill a network, freeze it and put it in evaluation mode.
+    """Load a network's weights, freeze it and put it in evaluation mode.
 
     Raises:
-        ValueError: missing, unexpected or misshapen weights, some that are not finite, or a damaged file.
+        ValueError: weights are missing, unexpected, of another shape or not finite, or the file is damaged.
     """
     try:
         weights = load(folder.read(WEIGHTS))
@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, folder: Store) -> None:
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder.uri}/{WEIGHTS} does not hold the weights that {CONFIG} describes: {reason}"
+            f"{folder.uri}/{WEIGHTS} does not match the network that {CONFIG} describes: {reason}"
         ) from error
     for name, tensor in weights.items():
         if not tensor.isfinite().all():

@@ -1,4 +1,4 @@
-"""The Parquet contract between tokenizer and generator: what a code file holds, written and read in one place.
+"""The Parquet contract between tokenizer and generator: the schema of a code file, with its writer and readers.
 
 One row is one view of one image (or one sample of the generator):
 
@@ -28,25 +28,25 @@ from infra.store.store import Store
 
 NO_CLASS = -1
 _KEY = b"sftok"
-_ROWS_A_GROUP = 16_384  # 1.7 MB of 64 codes: one request to S3; what a look-up of one image has to read
+_ROWS_PER_GROUP = 16_384  # 1.7 MB with 64 codes: one S3 request, and what a lookup of one image has to read
 _LAYOUT: dict[str, Any] = {
     "compression": "zstd",
-    "compression_level": 3,  # Arrow's own default is less, no faster here, and may change
+    "compression_level": 3,  # Arrow's default is lower, no faster here, and may change
     "use_dictionary": ["class_id", "variant"],
     "column_encoding": {"image_id": "DELTA_BYTE_ARRAY", "codes.list.element": "BYTE_STREAM_SPLIT"},
-    "write_statistics": ["image_id", "class_id", "variant"],  # nobody filters by the codes
+    "write_statistics": ["image_id", "class_id", "variant"],  # nobody filters by codes
 }
 _VARIANTS = pa.dictionary(pa.int32(), pa.string())
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
-"""From shape and type to an array."""
+"""Allocates an array of a shape and type."""
 
 
 class CodesInfo(Config):
-    """What the codes of a file mean; equal for all files of a dataset."""
+    """Meaning of a file's codes; equal for all files of a dataset."""
 
     tokenizer: str = Field(description="digest of the tokenizer artifact")
-    codebook_size: PositiveInt = Field(description="codes are below this")
-    num_tokens: PositiveInt = Field(description="codes an image")
+    codebook_size: PositiveInt = Field(description="number of codes; every code is below this")
+    num_tokens: PositiveInt = Field(description="codes per image")
     image_size: PositiveInt = Field(description="side of the encoded images, in pixels")
     assignment: Literal["nearest", "sinkhorn"] = Field(description="how codes were assigned")
     precision: str = Field(description="arithmetic of the encoder: fp32, bf16 ...")
@@ -55,7 +55,7 @@ class CodesInfo(Config):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The integer type of the codes: uint16, or uint32 where 65,536 values do not suffice."""
+        """Return the integer type of the codes: uint16, or uint32 if 65,536 values do not suffice."""
         return np.dtype(np.uint16 if self.codebook_size <= 65_536 else np.uint32)
 
 
@@ -69,7 +69,7 @@ class CodeRows(NamedTuple):
 
 
 class CodeArrays(NamedTuple):
-    """Rows of code Parquet in memory without a Python object a row."""
+    """Rows of code Parquet in memory, without a Python object per row."""
 
     codes: NDArray[np.integer[Any]]  # (rows, num_tokens), uint16 or uint32
     class_id: NDArray[np.int32]  # (rows,), -1: none
@@ -78,12 +78,12 @@ class CodeArrays(NamedTuple):
 
 
 def to_parquet(info: CodesInfo, rows: CodeRows, notes: Mapping[str, str] | None = None) -> bytes:
-    """Write rows, sorted by image id and variant; equal rows in any order give equal bytes.
+    """Serialize rows, sorted by image id and variant; equal rows in any order give equal bytes.
 
-    `notes` are further metadata of this file, beside those of the dataset.
+    `notes` is further metadata of this file, beside that of the dataset.
 
     Raises:
-        ValueError: for codes or classes out of range, lengths or shapes that differ, a row that comes twice.
+        ValueError: codes or classes are out of range, lengths or shapes disagree, or a row is repeated.
     """
     _check(info, rows, "rows")
     order = sorted(range(len(rows.image_id)), key=lambda row: (rows.image_id[row], rows.variant[row]))
@@ -104,15 +104,15 @@ def to_parquet(info: CodesInfo, rows: CodeRows, notes: Mapping[str, str] | None 
         schema=_schema(info, notes),
     )
     sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=_ROWS_A_GROUP, **_LAYOUT)
+    pq.write_table(table, sink, row_group_size=_ROWS_PER_GROUP, **_LAYOUT)
     return sink.getvalue()
 
 
 def from_parquet(source: bytes | Any, name: str = "code Parquet") -> tuple[CodesInfo, CodeRows]:
-    """Read code Parquet from bytes or an open file; `name` is what errors call it.
+    """Read code Parquet from bytes or an open file; `name` names it in errors.
 
     Raises:
-        ValueError: where it is no code Parquet, or holds codes or classes that its metadata rule out.
+        ValueError: it is not code Parquet, or holds codes or classes outside the ranges that its metadata state.
     """
     try:
         with pq.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
@@ -127,21 +127,21 @@ def from_parquet(source: bytes | Any, name: str = "code Parquet") -> tuple[Codes
         table["image_id"].to_pylist(),
         np.array(table["class_id"].fill_null(NO_CLASS)),
         table["variant"].to_pylist(),
-        np.array(codes.flatten()).reshape(-1, info.num_tokens),  # a copy, since Arrow's own memory is read-only
+        np.array(codes.flatten()).reshape(-1, info.num_tokens),  # a copy, since Arrow's memory is read-only
     )
     _check(info, rows, name)
     return info, rows
 
 
 def read_codes(folder: Store, names: Sequence[str]) -> tuple[CodesInfo, CodeRows]:
-    """Read several files of one dataset, in the order of their names in `names`.
+    """Read several files of one dataset, in the order of `names`.
 
     Raises:
-        ValueError: naming the file, where one is damaged or is of another tokenizer or of other settings.
+        ValueError: a file is damaged, or from another tokenizer or other settings; names the file.
     """
     parts: list[CodeRows] = []
     first: CodesInfo | None = None
-    for name in _some(folder, names):
+    for name in _checked_names(folder, names):
         with folder.open(name) as file:
             info, rows = from_parquet(file, f"{folder.uri}/{name}")
         first = first or info
@@ -157,26 +157,26 @@ def read_codes(folder: Store, names: Sequence[str]) -> tuple[CodesInfo, CodeRows
 
 
 def load_info(folder: Store, name: str) -> CodesInfo:
-    """What the codes of one file mean, from its footer; a ValueError where it is no code Parquet."""
+    """Read the info of one file from its footer; ValueError if it is not code Parquet."""
     return _footers(folder, [name])[0]
 
 
 def load_codes(
     folder: Store, names: Sequence[str], *, with_ids: bool = False, allocate: Allocate = np.empty
 ) -> tuple[CodesInfo, CodeArrays]:
-    """Read a dataset for training into one array of its final size, a row group at a time.
+    """Load a dataset for training into one preallocated array, one row group at a time.
 
-    The peak is the array and one row group: a dataset that fits into memory can be loaded. `torch.from_numpy(codes)`
-    shares the array. Rows come in the order of `names`, and within a file by image id and variant.
+    Peak memory is the array and one row group, so any dataset that fits into memory can be loaded.
+    `torch.from_numpy(codes)` shares the array. Rows are in the order of `names`, within a file by image id and variant.
 
     Args:
-        folder: where the files are.
-        names: which of them.
+        folder: holds the files.
+        names: the files to load.
         with_ids: also load image ids and variants.
-        allocate: makes the arrays of codes and of class ids, in this order.
+        allocate: creates the arrays of codes and of class ids, in this order.
 
     Raises:
-        ValueError: naming the file, where one is damaged or is of another tokenizer or of other settings.
+        ValueError: a file is damaged, or from another tokenizer or other settings; names the file.
     """
     info, footers = _footers(folder, names)
     count = sum(footer.num_rows for footer in footers)
@@ -187,7 +187,7 @@ def load_codes(
     for name, footer in zip(names, footers, strict=True):
         for batch in _batches(folder, name, footer, with_ids):
             end = at + len(batch)
-            # Without nulls the values are a view of Arrow's memory: they are copied once, to where they stay.
+            # Without nulls the values are a view of Arrow's memory, so they are copied only once, into place.
             codes[at:end] = batch["codes"].flatten().to_numpy().reshape(-1, info.num_tokens)
             class_id[at:end] = batch["class_id"].fill_null(NO_CLASS).to_numpy()
             _check_values(info, codes[at:end], class_id[at:end], f"{folder.uri}/{name}")
@@ -203,10 +203,10 @@ def load_codes(
 
 
 def _footers(folder: Store, names: Sequence[str]) -> tuple[CodesInfo, list[pq.FileMetaData]]:
-    """What the files hold, all of one dataset, and how much each has."""
+    """Read the files' common info and their footers."""
     footers: list[pq.FileMetaData] = []
     first: CodesInfo | None = None
-    for name in _some(folder, names):
+    for name in _checked_names(folder, names):
         try:
             with folder.open(name) as opened, pq.ParquetFile(opened) as file:
                 info = _info_of(file.schema_arrow, f"{folder.uri}/{name}")
@@ -234,13 +234,13 @@ def _batches(folder: Store, name: str, footer: pq.FileMetaData, with_ids: bool) 
 
 
 def _unreadable(error: Exception, name: str) -> Exception:
-    """A damaged file as a ValueError; Arrow's errors have no errno, and a store's own are left as they are."""
+    """Turn an error of Arrow's into a ValueError; a store's own errors, which have an errno, are returned unchanged."""
     if isinstance(error, ConnectionError) or getattr(error, "errno", None) is not None:
         return error
     return ValueError(f"{name} is not Parquet: {' '.join(str(error).split())}")
 
 
-def _some(folder: Store, names: Sequence[str]) -> Sequence[str]:
+def _checked_names(folder: Store, names: Sequence[str]) -> Sequence[str]:
     if not names:
         raise ValueError(f"{folder.uri}: no code files to read")
     return names
@@ -258,14 +258,14 @@ def _check_same(folder: Store, first: tuple[str, CodesInfo], other: tuple[str, C
 
 
 def _info_of(schema: pa.Schema, name: str) -> CodesInfo:
-    """The metadata of a file that has the contract's columns."""
+    """Read the info from a file's schema, and check that its columns are the contract's."""
     metadata = schema.metadata or {}
     if _KEY not in metadata:
         raise ValueError(f"{name} has no metadata key {_KEY.decode()!r}: it was not written as code Parquet")
     try:
         info = CodesInfo.model_validate_json(metadata[_KEY])
     except ValueError as error:
-        raise ValueError(f"{name}: metadata key {_KEY.decode()!r} is not understood: {error}") from error
+        raise ValueError(f"{name}: metadata key {_KEY.decode()!r} is invalid: {error}") from error
     if not schema.equals(_schema(info)):
         raise ValueError(f"{name} has columns {schema.to_string(show_schema_metadata=False)!r}: not code Parquet")
     return info

@@ -1,8 +1,8 @@
-"""Code Parquet in memory once a node: one rank reads it into shared memory, the other ranks of its node map that.
+"""Share code Parquet in memory between the ranks of a node: one rank loads it, the others map its memory.
 
-The memory is anonymous: it has no name in any file system, no size limit but the machine's (a container's /dev/shm is
-often 64 MB), and is gone with the last process that maps it, however that ends. Needs Linux; elsewhere, and where a
-process may not look at its neighbour's files, a rank reads a copy of its own.
+The memory is anonymous: it has no name in any file system and no size limit but the machine's (a container's /dev/shm
+is often 64 MB), and it is freed when the last process that maps it ends, however it ends. Needs Linux; elsewhere, and
+where a process may not open another's files, each rank loads its own copy.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 
 
 def share_codes(folder: Store, names: Sequence[str], ranks: Ranks, device: str) -> tuple[CodesInfo, CodeArrays]:
-    """What `load_codes` reads, for all ranks; every rank has to call it, and alone a rank just loads.
+    """Load codes as `load_codes` does, once per node; every rank must call this, and a single rank just loads.
 
-    The arrays can be written to without any other rank seeing it: what is written to is copied, by page.
+    Writes to the arrays are private to a rank (copy-on-write, by page).
 
     Args:
-        folder: where the files are.
-        names: which of them.
-        ranks: who reads together.
+        folder: holds the files.
+        names: the files to load.
+        ranks: the ranks that load together.
         device: where the ranks' tensors are summed.
 
     Raises:
-        ValueError: naming the file, where one is damaged or is of another tokenizer or of other settings.
+        ValueError: a file is damaged, or from another tokenizer or other settings; names the file.
     """
     if ranks.size == 1 or sys.platform != "linux":
         return load_codes(folder, names)
@@ -57,37 +57,37 @@ def share_codes(folder: Store, names: Sequence[str], ranks: Ranks, device: str) 
 
 
 class _Blocks:
-    """Arrays in shared memory, each a file without a name that this process holds open."""
+    """Arrays in shared memory, each an unnamed file that this process holds open."""
 
     def __init__(self) -> None:
         self.files: list[int] = []
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """An array of zeros that other processes can map."""
-        size = max(1, int(np.prod(shape)) * dtype.itemsize)  # nothing cannot be mapped
+        """Allocate an array of zeros that other processes can map."""
+        size = max(1, int(np.prod(shape)) * dtype.itemsize)  # an empty file cannot be mapped
         self.files.append(os.memfd_create("sftok-codes"))
         os.ftruncate(self.files[-1], size)
         return _array(mmap.mmap(self.files[-1], size), shape, dtype)
 
     def close(self) -> None:
-        """Let go of the files; what is mapped stays."""
+        """Close the files; mapped memory stays valid."""
         for file in self.files:
             os.close(file)
         self.files = []
 
 
 def _array(memory: mmap.mmap, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The array that begins the memory, which lives as long as the array."""
+    """View the beginning of the memory as an array, which keeps the memory alive."""
     return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
 
 def _mapped(folder: Store, names: Sequence[str], shared: Sequence[int]) -> tuple[CodesInfo, CodeArrays]:
-    """The leader's arrays, mapped by this process."""
+    """Map the leader's arrays into this process."""
     info, (pid, codes_file, classes_file), class_type = load_info(folder, names[0]), shared, np.dtype(np.int32)
     try:
         codes, classes = _open(pid, codes_file), _open(pid, classes_file)
     except OSError as error:
-        log.warning("process %d does not share its codes (%s): reading a copy", pid, error.strerror)
+        log.warning("cannot map the codes of process %d (%s): loading a copy", pid, error.strerror)
         return load_codes(folder, names)
     rows = len(classes) // class_type.itemsize
     return info, CodeArrays(
@@ -96,7 +96,7 @@ def _mapped(folder: Store, names: Sequence[str], shared: Sequence[int]) -> tuple
 
 
 def _open(pid: int, number: int) -> mmap.mmap:
-    """A file of another process, mapped so that writing makes a private copy of a page."""
+    """Map a file of another process, copy-on-write."""
     file = os.open(f"/proc/{pid}/fd/{number}", os.O_RDONLY)
     try:
         return mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
@@ -105,14 +105,14 @@ def _open(pid: int, number: int) -> mmap.mmap:
 
 
 def _node() -> int:
-    """What tells machines apart, and on one machine containers that do not see each other's processes."""
+    """Return a number that identifies this machine, and on it the container (its process namespace)."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     name = f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def _gather(mine: Sequence[int], ranks: Ranks, device: str) -> list[Any]:
-    """The numbers of every rank, in the order of ranks; a single number of each as itself."""
+    """Gather every rank's numbers, in rank order; if each has only one, as a flat list."""
     table = torch.zeros(ranks.size, len(mine), dtype=torch.int64, device=device)
     table[ranks.rank] = torch.tensor(mine, dtype=torch.int64)
     rows: list[Any] = ranks.total(table).tolist()

@@ -1,7 +1,7 @@
-"""Whether code files hold what they should: every view of every image once, or classes exactly balanced.
+"""Verify code files: every view of every image exactly once, or classes exactly balanced.
 
-A check is asked about one file at a time, in any process, and says what it found and a tally, which are put together at
-the end. Its memory is that of a shard.
+A check handles one file at a time, in any process, and returns findings and a tally; the tallies are combined at the
+end. Its memory is that of one shard.
 """
 
 from abc import ABC, abstractmethod
@@ -23,35 +23,35 @@ FAILED = "failed.parquet"
 FAILED_COLUMNS = ("image_id", "variant", "reason")
 
 Key = tuple[str, str]  # image id, variant
-Labels = Mapping[str, int]  # of the images of one shard, -1: none
+Labels = Mapping[str, int]  # class by image id, for the images of one shard; -1: none
 
 
 class CodesTally(NamedTuple):
-    """What there was in one file of codes."""
+    """Counts over one file of codes."""
 
     rows: int = 0
     images: int = 0
-    expected: int = 0  # views
-    failed: frozenset[Key] = frozenset()  # of these views
+    expected: int = 0  # views that there should be
+    failed: frozenset[Key] = frozenset()  # those of them that could not be encoded
     is_placed: bool = True  # every image is in the shard that its id hashes to
 
 
 class SamplesTally(NamedTuple):
-    """What there was in one file of samples."""
+    """Counts over one file of samples."""
 
     rows: int
     classes: Counter[int]
 
 
 class CodeFiles(ABC):
-    """What codes and samples have in common: readable files of one dataset, with the rows that the manifest says."""
+    """Checks common to codes and samples: files are readable, of one dataset, with the manifest's number of rows."""
 
     def __init__(self, manifest: Manifest, info: CodesInfo | None) -> None:
-        """`info` is that of the first file, if it can be read."""
+        """Take the manifest and the info of the first file, if that could be read."""
         self.manifest, self.info = manifest, info
 
     def read(self, entry: FileEntry, path: Path) -> Iterator[Finding | CodeRows]:
-        """The file's rows, unless it cannot be read, and what is wrong with it as a file."""
+        """Yield problems of the file, then its rows if it can be read."""
         try:
             with path.open("rb") as file:
                 info, rows = from_parquet(file, entry.path)
@@ -72,19 +72,19 @@ class CodeFiles(ABC):
         """Compare the metadata of the first file with the manifest."""
 
     def check_count(self, name: str, rows: int) -> Iterator[Finding]:
-        """Compare the rows of all files with a count of the manifest."""
+        """Compare the total rows of all files with one of the manifest's counts."""
         if self.manifest.counts.get(name) != rows:
             yield Finding(MANIFEST, f"counts.{name} = {self.manifest.counts.get(name)}, the files have {rows}")
 
 
 class CodesCheck(CodeFiles):
-    """rows + failed = images x variants, each (image id, variant) once, none missing and none of another image."""
+    """Check that rows + failed = images x variants, each (image id, variant) once, none missing and none foreign."""
 
     def __init__(self, store: Store, manifest: Manifest, info: CodesInfo | None) -> None:
         """Read the list of failed views."""
         super().__init__(manifest, info)
         self.store = store
-        self.trouble: list[Finding] = []
+        self.failed_findings: list[Finding] = []
         self.failed = self._read_failed(store)
         config = manifest.config.get("encode")
         encode: dict[str, Any] = config if isinstance(config, dict) else {}
@@ -103,7 +103,7 @@ class CodesCheck(CodeFiles):
                 yield Finding(name, f"{field} is {found[field]!r}, {MANIFEST} says {expected!r}")
 
     def file(self, entry: FileEntry, path: Path, images: str | None) -> tuple[list[Finding], CodesTally]:
-        """Check one file of the artifact; `images` is the key of the image shard that it was made from."""
+        """Check one file of the artifact; `images` is the key of the image shard it was made from."""
         match = SHARD.fullmatch(entry.path)
         if match is None:
             return [], CodesTally()
@@ -121,14 +121,14 @@ class CodesCheck(CodeFiles):
                 rows = len(found.image_id)
                 findings += self._check_rows(entry.path, found, expected, failed)
                 findings += self._check_classes(entry.path, found, labels)
-        astray = [image_id for image_id in labels if bucket_of(image_id, int(match["total"])) != int(match["index"])]
-        if astray:
-            findings.append(Finding(entry.path, f"{len(astray)} images belong into another shard: {some(astray)}"))
-        return findings, CodesTally(rows, len(labels), len(expected), failed, not astray)
+        misplaced = [image_id for image_id in labels if bucket_of(image_id, int(match["total"])) != int(match["index"])]
+        if misplaced:
+            findings.append(Finding(entry.path, f"{len(misplaced)} images belong in another shard: {some(misplaced)}"))
+        return findings, CodesTally(rows, len(labels), len(expected), failed, not misplaced)
 
     def end(self, tallies: Sequence[CodesTally]) -> Iterator[Finding]:
-        """What can be told only when all files were seen."""
-        yield from self.trouble
+        """Yield findings that need the tallies of all files."""
+        yield from self.failed_findings
         rows, expected = sum(tally.rows for tally in tallies), sum(tally.expected for tally in tallies)
         if left := self.failed.keys() - frozenset().union(*(tally.failed for tally in tallies)):
             yield Finding(FAILED, f"lists views of no image or variant of this dataset: {some(left)}")
@@ -137,7 +137,7 @@ class CodesCheck(CodeFiles):
         yield from self.check_count("rows", rows)
 
     def proven(self, tallies: Sequence[CodesTally]) -> list[str]:
-        """What holds if there are no findings."""
+        """State what has been proven if there are no findings."""
         images, expected = sum(tally.images for tally in tallies), sum(tally.expected for tally in tallies)
         rows = sum(tally.rows for tally in tallies)
         text = f"{images:,} images x variants = {expected:,} = {rows:,} rows + {len(self.failed):,} failed"
@@ -153,12 +153,12 @@ class CodesCheck(CodeFiles):
                 rows = file.read(list(FAILED_COLUMNS)).to_pylist()
             failed = {(row["image_id"], row["variant"]): row["reason"] for row in rows}
         except FileNotFoundError:
-            return {}  # said where its bytes are checked
+            return {}  # reported where its bytes are checked
         except (pa.ArrowInvalid, KeyError) as error:
-            self.trouble.append(Finding(FAILED, f"cannot be read: {' '.join(str(error).split())}"))
+            self.failed_findings.append(Finding(FAILED, f"cannot be read: {' '.join(str(error).split())}"))
             return {}
         if len(failed) != len(rows):
-            self.trouble.append(Finding(FAILED, f"lists {len(rows) - len(failed)} views twice"))
+            self.failed_findings.append(Finding(FAILED, f"lists {len(rows) - len(failed)} views twice"))
         return failed
 
     @staticmethod
@@ -184,7 +184,7 @@ class CodesCheck(CodeFiles):
 
 
 def _labels(store: Store, key: str) -> Labels | None:
-    """Image ids and labels of an image shard; the images themselves are not read."""
+    """Read image ids and labels of an image shard, without the images themselves; None if it cannot be read."""
     try:
         with store.open(key) as opened, pq.ParquetFile(opened) as file:
             table = file.read(["image_id", "label"])
@@ -195,7 +195,7 @@ def _labels(store: Store, key: str) -> Labels | None:
 
 
 class SamplesCheck(CodeFiles):
-    """Every class exactly as often as asked for."""
+    """Check that every class was sampled exactly as often as requested."""
 
     def __init__(self, manifest: Manifest, info: CodesInfo | None) -> None:
         super().__init__(manifest, info)
@@ -211,7 +211,7 @@ class SamplesCheck(CodeFiles):
             yield Finding(name, f"sampling.generator is {noted!r}, {MANIFEST} says {expected!r}")
 
     def file(self, entry: FileEntry, path: Path, images: str | None) -> tuple[list[Finding], SamplesTally]:
-        """Check one file of the artifact; samples are of no images."""
+        """Check one file of the artifact; samples have no images."""
         assert images is None
         findings: list[Finding] = []
         rows, classes = 0, Counter[int]()
@@ -225,12 +225,12 @@ class SamplesCheck(CodeFiles):
         return findings, SamplesTally(rows, classes)
 
     def end(self, tallies: Sequence[SamplesTally]) -> Iterator[Finding]:
-        """What can be told only when all files were seen."""
+        """Yield findings that need the tallies of all files."""
         classes = sum((tally.classes for tally in tallies), Counter[int]())
         names = (self.info.class_names if self.info else None) or ()
-        drawn = self.manifest.config.get("classes")  # stated where they are not all
-        wanted = drawn if isinstance(drawn, list) else list(range(len(names))) if names else [NO_CLASS]
-        counts = {int(str(class_id)): classes[int(str(class_id))] for class_id in wanted}
+        chosen = self.manifest.config.get("classes")  # present unless all classes were sampled
+        class_ids = chosen if isinstance(chosen, list) else list(range(len(names))) if names else [NO_CLASS]
+        counts = {int(str(class_id)): classes[int(str(class_id))] for class_id in class_ids}
         off = {class_id: count for class_id, count in counts.items() if count != self.per_class}
         if off or classes.keys() - counts.keys():
             shown = some(f"{names[c] if c >= 0 else 'no class'}: {n}" for c, n in off.items())
@@ -238,6 +238,6 @@ class SamplesCheck(CodeFiles):
         yield from self.check_count("samples", sum(tally.rows for tally in tallies))
 
     def proven(self, tallies: Sequence[SamplesTally]) -> list[str]:
-        """What holds if there are no findings."""
+        """State what has been proven if there are no findings."""
         rows, classes = sum(tally.rows for tally in tallies), len(set().union(*(tally.classes for tally in tallies)))
         return [f"{rows:,} samples, {self.per_class} of each of {classes:,} classes; no sample id twice"]

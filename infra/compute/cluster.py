@@ -1,4 +1,4 @@
-"""A connection to Ray: a cluster of this machine's own, or one that is joined. The only module that imports Ray."""
+"""Connect to Ray: start a local cluster or join an existing one. The only module that imports Ray."""
 
 import logging
 import math
@@ -18,39 +18,39 @@ log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 128 * 2**20  # shards are named, not sent: only names and small results pass through
 
-KNOCK_SECONDS = 5.0
+CONNECT_SECONDS = 5.0
 RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks for one), or unset it"
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would upload the working directory
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would upload the working directory
 }
 
 
 class Session:
-    """A connection to Ray that is made at the first use and ended by `close`."""
+    """A connection to Ray, made on first use and ended by `close`."""
 
     def __init__(self, address: str | None, num_cpus: int | None) -> None:
         self.address, self.num_cpus = address, num_cpus
         self._is_ours = False
-        # Linux ends Ray's processes with the thread that started them, so that thread has to last as long as they.
+        # Linux ends Ray's processes when the thread that started them ends, so that thread has to outlive them.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
 
     def connect(self, *, cpus: float, gpus: float, processes: int) -> Any:
-        """The `ray` module, connected, for `processes` of so many cores and GPUs each.
+        """Connect for `processes` of so many cores and GPUs each, and return the `ray` module.
 
         Raises:
             ValueError: the cluster cannot be reached, or is too small for one worker.
             TransientError: a local cluster did not start.
         """
         ray = self._thread.submit(self._connect, math.ceil(processes * cpus)).result()
-        _take_back_sigterm()
+        _restore_sigterm_handler()
         self._check_room(ray, cpus, gpus)
         return ray
 
     def close(self) -> None:
-        """Stop a cluster that was started here, leave one that was joined; waits for a start that was interrupted."""
+        """Stop a cluster started here, or leave one that was joined; waits for an interrupted start to finish."""
         self._thread.submit(self._disconnect).result()
         self._thread.shutdown()
 
@@ -58,14 +58,14 @@ class Session:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         if self.address:
-            _knock(self.address)
+            _check_reachable(self.address)
         import ray
 
         if ray.is_initialized():
             return ray
         self._is_ours = True
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        ray._private.worker.print_worker_logs = _say  # Ray would print deaths of workers on our stdout
+        ray._private.worker.print_worker_logs = _log_worker_lines  # Ray would print deaths of workers on our stdout
         if self.address:
             try:
                 ray.init(address=self.address, **quiet)
@@ -95,14 +95,14 @@ class Session:
         self._is_ours = False
 
     def _check_room(self, ray: Any, cpus: float, gpus: float) -> None:
-        """Refuse what would wait for ever; a joined cluster may grow, so there it is only said."""
+        """Reject processes that no machine has room for; on a joined cluster, which may grow, only warn."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             return
-        trouble = f"no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for one process"
+        problem = f"no machine of the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs for one process"
         if not self.address:
-            raise ValueError(f"{trouble}; lower cpus_per_worker or gpus_per_worker")
-        log.warning("%s; waiting for one to join", trouble)
+            raise ValueError(f"{problem}; lower cpus_per_worker or gpus_per_worker")
+        log.warning("%s; waiting for one to join", problem)
 
 
 _current: Session | None = None
@@ -111,9 +111,9 @@ _lock = threading.Lock()
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let an interrupt that comes while Ray waits out as itself.
+    """Re-raise an interrupt that arrives while Ray waits as itself.
 
-    Ray waits in compiled code, which turns an exception of a signal's handler into a SystemError that it caused.
+    Ray waits in compiled code, which wraps an exception from a signal handler in a SystemError.
     """
     try:
         yield
@@ -122,7 +122,7 @@ def interruptible() -> Iterator[None]:
 
 
 def node_address() -> str:
-    """The address of this Ray process's machine that other machines reach it at; a host name may mean a loopback."""
+    """Return the address at which other machines reach this Ray process; a host name may resolve to a loopback."""
     import ray.util
 
     address: str = ray.util.get_node_ip_address()
@@ -130,10 +130,10 @@ def node_address() -> str:
 
 
 def cluster_gpus(address: str) -> float:
-    """GPUs that the machines of a running Ray cluster have now.
+    """Count the GPUs that the machines of a running Ray cluster have now.
 
     Raises:
-        ValueError: it cannot be reached.
+        ValueError: the cluster cannot be reached.
     """
     with session(address) as connection:
         ray = connection.connect(cpus=0, gpus=0, processes=1)
@@ -142,11 +142,11 @@ def cluster_gpus(address: str) -> float:
 
 @contextmanager
 def session(address: str | None = None, num_cpus: int | None = None) -> Iterator[Session]:
-    """Share one Ray connection between all `map_shards` inside; within another session it is that one.
+    """Share one Ray connection between all `map_shards` calls inside; a nested session reuses the outer one.
 
     Args:
-        address: a cluster to join, as host:port or "auto"; None starts one on this machine at the first use.
-        num_cpus: cores of a cluster started here; None for the machine's, or more if more workers are asked for.
+        address: a cluster to join, as host:port or "auto"; None starts one on this machine on first use.
+        num_cpus: cores of a cluster started here; None for the machine's, or more if more workers are requested.
     """
     global _current
     with _lock:
@@ -163,7 +163,7 @@ def session(address: str | None = None, num_cpus: int | None = None) -> Iterator
 
 @contextmanager
 def _python_path() -> Iterator[None]:
-    """Let processes started inside import what this one can import."""
+    """Let processes started inside import what this process can import."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(
         os.path.abspath(entry) for entry in sys.path if not entry.endswith(".zip")
@@ -177,35 +177,35 @@ def _python_path() -> Iterator[None]:
             os.environ["PYTHONPATH"] = before
 
 
-def _take_back_sigterm() -> None:
-    """Let this process end by SIGTERM as it wants to: Ray's own handler aborts it 3 s later, whatever it is saving."""
+def _restore_sigterm_handler() -> None:
+    """Restore this process's SIGTERM handler: Ray's own aborts the process after 3 s, whatever it is saving."""
     handler = signal.getsignal(signal.SIGTERM)
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
 
-def _knock(address: str) -> None:
-    """Refuse an address at which nobody listens; Ray would try for minutes."""
+def _check_reachable(address: str) -> None:
+    """Reject an address at which nothing listens; Ray would retry for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdigit():
         return  # "auto" and the like
     try:
-        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except OSError as error:
         raise ValueError(
             f"the Ray cluster at {address} cannot be reached ({error.strerror or error}); {RAY_REMEDY}"
         ) from error
 
 
-def _say(data: dict[str, Any], *_: Any, **__: Any) -> None:
-    """Log what Ray would print: a death in one line, the rest for those who debug."""
+def _log_worker_lines(data: dict[str, Any], *_: Any, **__: Any) -> None:
+    """Log what Ray would print: a worker's death as a warning of one line, the rest at debug level."""
     for line in data.get("lines", ()):
         if line.startswith("A worker died"):
-            log.warning("a worker process died and is started again; its shard is done again")
+            log.warning("a worker process died; it is restarted and its shard is processed again")
         log.debug("ray: %s", line)
 
 
 def one_line(error: BaseException) -> str:
-    """The last line that says something: Ray's messages begin with a traceback and advice."""
+    """Return the last non-empty line of an error: Ray's messages begin with a traceback and advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Compiling networks, the compilers that it takes, and the folder that keeps what was compiled."""
+"""Compile networks, check for the compilers this needs, and cache what was compiled."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ from infra.compute.regions import compile_regions
 from infra.settings import Settings
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-"""Variables that say where torch and Triton keep what they compile."""
+"""Variables that name the folders in which torch and Triton cache what they compile."""
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """Compile a network for the device that it is on; repeatably where deterministic algorithms were asked for.
+    """Compile a network for the device it is on; repeatably if deterministic algorithms are enabled.
 
     Raises:
         ValueError: a compiler is missing.
@@ -30,18 +30,18 @@ def compile_in_place(network: nn.Module) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile without the compiler that a device takes, which would be found out at the first step.
+    """Check that the compiler needed for a device exists, which would otherwise only fail at the first step.
 
-    On CPUs torch writes C++; on CUDA Triton builds, with a C compiler, what launches its kernels.
+    On CPUs torch generates C++; on CUDA Triton builds its kernel launchers with a C compiler.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: the compiler is missing; states the remedy.
     """
     if device.type == "cuda":
         _check_c_compiler()
     if device.type != "cpu":
         return
-    # Imported here: a second that only those who compile have to wait.
+    # Imported here, since it takes a second that only those who compile should wait.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -53,10 +53,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def _check_c_compiler() -> None:
-    """Look where Triton looks: at CC, then for gcc or clang; and for Python's headers, which it includes."""
+    """Check for a C compiler where Triton looks (CC, gcc, clang), and for Python's headers, which it includes."""
     asked = os.environ.get("CC")
     if asked is not None and shutil.which(asked) is None:
-        raise ValueError(f"CC = {asked} is no program, and compile = True needs a C compiler: unset it, or correct it")
+        raise ValueError(f"CC = {asked} is not a program, and compile = True needs a C compiler: unset or correct it")
     if asked is None and not (shutil.which("gcc") or shutil.which("clang")):
         need = "compile = True on CUDA needs a C compiler, and there is none"
         raise ValueError(f"{need}: install gcc, or set compile = False")
@@ -67,11 +67,11 @@ def _check_c_compiler() -> None:
 
 
 def keep_compiled() -> None:
-    """Let torch and Triton keep what they compile in one folder for all processes of this machine and its kind.
+    """Make torch and Triton cache compiled code in one folder, shared by all processes on machines of this kind.
 
-    Called before a process first compiles. A folder that the user has named is left as it is. Processors with other
-    instructions have another folder, since code that was compiled for one may not run on the next. Where the home's
-    path has blanks or quotes, torch keeps to its own folder: it calls its compiler without quoting.
+    Call it before a process first compiles. A folder that the user has set is kept. Processors with other instruction
+    sets have other folders, since code compiled for one may not run on another. If the home's path contains blanks or
+    quotes, torch's own default is kept, because torch calls its compiler without quoting.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -87,14 +87,14 @@ def keep_compiled() -> None:
 def _is_one_word(path: str) -> bool:
     try:
         return shlex.split(path) == [path]
-    except ValueError:  # a quote that is not closed
+    except ValueError:  # an unclosed quote
         return False
 
 
 def _instructions() -> str:
-    """A name for what this machine's processor understands."""
-    told = Path("/proc/cpuinfo")  # Linux
-    lines = told.read_text().splitlines() if told.exists() else []
+    """Name the instruction set of this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = [line for line in lines if line.startswith(("flags", "Features"))]
     text = flags[0] if flags else platform.processor()
     return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

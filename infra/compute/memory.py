@@ -1,22 +1,23 @@
-"""Memory that runs out: said in one line, with what to lower."""
+"""Report out-of-memory errors in one line, with the setting to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-# Besides classes of their own: of the CPU; of CUDA beside torch's allocator or in a compiler's error; of cuBLAS, cuDNN.
+# Messages without an error class of their own: of the CPU; of CUDA outside torch's allocator or within a compiler's
+# error; of cuBLAS and cuDNN.
 FULL = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 @contextmanager
-def full_memory(remedy: str, error: type[Exception] = ValueError) -> Iterator[None]:
-    """Within the block, memory that ran out is raised as `error`, in one line that ends in the remedy."""
+def reraise_out_of_memory(remedy: str, error: type[Exception] = ValueError) -> Iterator[None]:
+    """Re-raise out-of-memory errors within the block as `error`, in one line that ends in the remedy."""
     try:
         yield
-    except (MemoryError, RuntimeError) as found:
-        is_full = isinstance(found, (MemoryError, torch.OutOfMemoryError)) or any(text in str(found) for text in FULL)
+    except (MemoryError, RuntimeError) as cause:
+        is_full = isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or any(text in str(cause) for text in FULL)
         if not is_full:
             raise
-        said = " ".join(str(found).split())[:200] or type(found).__name__
-        raise error(f"memory ran out ({said}); {remedy}") from found
+        message = " ".join(str(cause).split())[:200] or type(cause).__name__
+        raise error(f"memory ran out ({message}); {remedy}") from cause

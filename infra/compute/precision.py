@@ -1,4 +1,4 @@
-"""How fast a device multiplies in a precision, beside fp32: without instructions for it, slower and not faster."""
+"""Measure the speed of a precision relative to fp32: without native instructions, half precision is slower."""
 
 import functools
 import time
@@ -9,18 +9,18 @@ from infra.compute.device import cpu_features
 from infra.config import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIDE = 192  # of the product that is timed: some CPUs do half a GFLOP/s in bfloat16
+SIDE = 192  # of the timed product; small, since some CPUs reach only half a GFLOP/s in bfloat16
 ROUNDS = 3
 
 
 @functools.cache
 def precision_ratio(precision: Precision) -> float:
-    """How many times as fast as in fp32 this CPU multiplies in a precision.
+    """Measure this CPU's matrix-product speed in a precision relative to fp32.
 
-    Tried once a process, in a tenth of a second, by the processor time of a single thread: what else the machine does
-    matters little.
+    Measured once per process, in a tenth of a second, by a single thread's processor time, so that other load on the
+    machine matters little.
     """
-    # Not random: the state of torch's generator stays as it is.
+    # Not random, so that the state of torch's generator does not change.
     half, single = (torch.ones(SIDE, SIDE, dtype=DTYPES[each]) for each in (precision, "fp32"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -28,15 +28,15 @@ def precision_ratio(precision: Precision) -> float:
         taken = [(_seconds(half), _seconds(single)) for _ in range(1 + ROUNDS)]
     finally:
         torch.set_num_threads(threads)
-    ours, beside = zip(*taken[1:], strict=True)  # kernels are made at the first use
-    ratio: float = min(beside) / min(ours)
+    half_times, single_times = zip(*taken[1:], strict=True)  # the first round creates the kernels
+    ratio: float = min(single_times) / min(half_times)
     return ratio
 
 
 def slow_because(precision: Precision, device: str) -> str | None:
-    """Why fp32 is no slower on a device than a precision, as part of a sentence; None where the precision pays.
+    """Explain, as part of a sentence, why a precision is no faster than fp32 on a device; None if it is faster.
 
-    GPUs are judged by what they are: timing would take memory of a card that other processes are to use.
+    GPUs are judged by their model: timing would occupy memory on a card that other processes may need.
     """
     if precision == "fp32":
         return None

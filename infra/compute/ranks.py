@@ -1,8 +1,8 @@
-"""Data-parallel training: the same work in several processes that share each step's micro-batches.
+"""Run data-parallel training: several processes (ranks) do the same work and share each step's micro-batches.
 
-Ranks are actors on Ray, one per GPU or group of cores. If one is lost, all are started again, and the work goes on from
-its own last checkpoint. One rank on CPUs works in this process; on a GPU it has a process of its own, which leaves the
-card's memory when it is done.
+Ranks are Ray actors, one per GPU or group of cores. If one is lost, all are restarted, and the work resumes from its
+last checkpoint. A single rank on CPUs works in this process; on a GPU it has its own process, which frees the card's
+memory when it ends.
 """
 
 import logging
@@ -25,37 +25,37 @@ R = TypeVar("R")
 Report = tuple[int, int, Mapping[str, float]]
 
 RESTARTS = 3  # of all ranks, after one of them was lost
-WAIT_SECONDS = 0.5  # between looks at the ranks and their progress
-GRACE_SECONDS = 10.0  # for the other ranks to say why, when one has failed
+WAIT_SECONDS = 0.5  # between polls of the ranks and their progress
+GRACE_SECONDS = 10.0  # for the other ranks to report their errors after one has failed
 BUCKET = 1 << 24  # elements that are reduced at once
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes this one is."""
+    """This process's rank and the number of ranks (the world size)."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what all have made."""
+        """Tell whether this is rank 0, which writes the results of all."""
         return self.rank == 0
 
     def share(self, parts: int) -> range:
-        """Which of a step's `parts` equal parts are this rank's.
+        """Return the indices of this rank's share of a step's `parts` equal parts.
 
         Raises:
-            ValueError: they cannot be shared equally.
+            ValueError: the parts cannot be shared equally.
         """
         if parts % self.size:
             raise ValueError(
-                f"{parts} micro-batches a step do not divide by {self.size} ranks; "
+                f"{parts} micro-batches per step cannot be shared equally by {self.size} ranks; "
                 "set training.micro_batch so that batch_size / micro_batch does"
             )
         return range(self.rank * parts // self.size, (self.rank + 1) * parts // self.size)
 
     def total(self, tensor: "Tensor") -> "Tensor":
-        """The sum of every rank's `tensor`; alone, the tensor itself."""
+        """Return the sum of every rank's `tensor`; for a single rank the tensor itself."""
         if self.size == 1:
             return tensor
         import torch.distributed as dist
@@ -65,7 +65,7 @@ class Ranks(NamedTuple):
         return summed
 
     def totals_(self, tensors: list["Tensor"]) -> None:
-        """Replace each tensor by its sum over all ranks, a bucket at a time, in an order that every rank shares."""
+        """Replace each tensor by its sum over all ranks, bucket by bucket, in an order that all ranks share."""
         if self.size == 1:
             return
         import torch
@@ -83,7 +83,7 @@ class Ranks(NamedTuple):
             bucket = []
 
     def wait(self) -> None:
-        """Return when all ranks have come here."""
+        """Wait until all ranks have reached this call."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -94,18 +94,18 @@ ALONE = Ranks()
 
 
 def run_ranks(work: Callable[[Ranks, Progress], R], count: int, *, gpus: float = 0.0, progress: Progress = silent) -> R:
-    """Call `work` in `count` ranks and return what the first one returns.
+    """Call `work` in `count` ranks and return the first rank's result.
 
     Args:
-        work: importable (it is sent to other processes); repeatable, since a lost rank means that all begin again.
-        count: how many ranks; each gets a core.
-        gpus: GPUs that each of them gets; without any, one rank works in this process.
-        progress: called with what the first rank reports.
+        work: importable, since it is sent to other processes; idempotent, since a lost rank restarts them all.
+        count: number of ranks; each gets a core.
+        gpus: GPUs per rank; with 0, a single rank works in this process.
+        progress: called with the first rank's reports.
 
     Raises:
-        Exception: what the work raised, as itself.
-        ValueError: Ray has fewer GPUs.
-        TransientError: ranks were lost again and again, or Ray did not start.
+        Exception: any error that the work raised, unchanged.
+        ValueError: Ray has too few GPUs.
+        TransientError: ranks were lost repeatedly, or Ray did not start.
     """
     if count == 1 and not gpus:
         return work(ALONE, progress)
@@ -117,23 +117,23 @@ def run_ranks(work: Callable[[Ranks, Progress], R], count: int, *, gpus: float =
             except _LostRankError as error:
                 if attempt == RESTARTS:
                     raise TransientError(f"lost a training process {attempt + 1} times ({error})") from error
-                log.warning("a training process was lost (%s); all go on from the last checkpoint", error)
+                log.warning("a training process was lost (%s); all resume from the last checkpoint", error)
     raise AssertionError("unreachable")
 
 
 class _LostRankError(Exception):
-    """A process is gone; the others cannot go on without it."""
+    """A rank's process has died; the others cannot continue without it."""
 
 
 class _Rank:
-    """One process; Ray lets `seen` be called while `run` runs."""
+    """Actor of one rank; Ray can call `latest_progress` while `run` is running."""
 
     def __init__(self) -> None:
-        self._seen: Report | None = None
+        self._progress: Report | None = None
         self._store: Any = None
 
     def open_store(self) -> tuple[str, int]:
-        """Where the ranks meet: an address of this process."""
+        """Open the rendezvous store in this process; return its address."""
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         host = node_address()
@@ -143,32 +143,33 @@ class _Rank:
     def run(
         self, work: Callable[[Ranks, Progress], R], ranks: Ranks, place: tuple[str, int] | None, backend: str
     ) -> R | None:
-        """The work; its result from the first rank alone."""
+        """Do the work; only the first rank returns its result."""
         with nullcontext() if place is None else process_group(ranks, place, self._store, backend=backend):
-            result = work(ranks, self._listen if ranks.is_first else silent)
+            result = work(ranks, self._record_progress if ranks.is_first else silent)
         return result if ranks.is_first else None
 
-    def seen(self) -> Report | None:
-        """The latest progress."""
-        return self._seen
+    def latest_progress(self) -> Report | None:
+        """Return the latest progress report."""
+        return self._progress
 
-    def _listen(self, done: int, total: int, figures: Mapping[str, float]) -> None:
-        self._seen = done, total, dict(figures)
+    def _record_progress(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        self._progress = done, total, dict(figures)
 
 
 @contextmanager
 def process_group(ranks: Ranks, place: tuple[str, int], store: Any = None, *, backend: str = "gloo") -> Iterator[None]:
-    """Join the group of all ranks at `place`; leave it in the end, unless NCCL could not after an error."""
+    """Join the process group of all ranks at `place`, and leave it at the end, except after an error with NCCL."""
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host, port = place
-    meeting = store or TCPStore(host, port, is_master=False)
-    dist.init_process_group(backend, store=meeting, rank=ranks.rank, world_size=ranks.size)
+    rendezvous = store or TCPStore(host, port, is_master=False)
+    dist.init_process_group(backend, store=rendezvous, rank=ranks.rank, world_size=ranks.size)
     try:
         yield
     except BaseException:
-        # A group of NCCL is left together: this rank would wait for those that wait for it, its error untold.
+        # Leaving an NCCL group is collective: this rank would wait for the others, which wait for it, and its error
+        # would never be reported.
         if backend != "nccl":
             dist.destroy_process_group()
         raise
@@ -176,15 +177,15 @@ def process_group(ranks: Ranks, place: tuple[str, int], store: Any = None, *, ba
 
 
 class _Group:
-    """The actors of one attempt."""
+    """The rank actors of one attempt."""
 
     def __init__(
         self, connection: Session, work: Callable[[Ranks, Progress], Any], count: int, gpus: float = 0.0
     ) -> None:
         self.ray = connection.connect(cpus=1, gpus=gpus, processes=count)
-        there = self.ray.cluster_resources().get("GPU", 0)
-        if there < gpus * count and not connection.address:  # a cluster that is joined may grow
-            raise ValueError(f"{count} processes need a GPU each, and this machine has {there:g}: lower --ranks")
+        available = self.ray.cluster_resources().get("GPU", 0)
+        if available < gpus * count and not connection.address:  # a joined cluster may grow
+            raise ValueError(f"{count} processes need a GPU each, and this machine has {available:g}: lower --ranks")
         self.backend = "nccl" if gpus else "gloo"
         remote = self.ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(_Rank)
         self.work = work
@@ -205,23 +206,23 @@ class _Group:
         while pending:
             with interruptible():
                 ready, pending = self.ray.wait(pending, num_returns=1, timeout=WAIT_SECONDS)
-            if pending and (seen := self._seen()) is not None and seen != last:
-                last = seen
-                progress(*seen)
+            if pending and (report := self._latest_progress()) is not None and report != last:
+                last = report
+                progress(*report)
             if any(self._error(call) is not None for call in ready):
                 self._fail(calls)
         return self._get(calls[0])
 
-    def _seen(self) -> Report | None:
+    def _latest_progress(self) -> Report | None:
         try:
             with interruptible():
-                found: Report | None = self.ray.get(self.actors[0].seen.remote(), timeout=WAIT_SECONDS)
+                report: Report | None = self.ray.get(self.actors[0].latest_progress.remote(), timeout=WAIT_SECONDS)
         except (self.ray.exceptions.RayError, TimeoutError):
-            return None  # if it is lost, its call says so
-        return found
+            return None  # if the rank is lost, its call to `run` raises
+        return report
 
     def _fail(self, calls: list[Any]) -> None:
-        """Raise what went wrong first: a lost process, else an error of the work; not what followed from it."""
+        """Raise the root cause: a lost process, else an error of the work; not an error that followed from it."""
         deadline = time.monotonic() + GRACE_SECONDS
         pending = calls
         while pending and time.monotonic() < deadline:
@@ -233,7 +234,7 @@ class _Group:
         if lost is not None:
             raise _LostRankError(one_line(lost)) from lost
         causes = [e.cause if isinstance(e.cause, Exception) else RuntimeError(one_line(e)) for e in errors]
-        raise next((c for c in causes if not _is_of_the_group(c)), causes[0])
+        raise next((c for c in causes if not _is_group_error(c)), causes[0])
 
     def _error(self, call: Any) -> Any:
         try:
@@ -251,8 +252,8 @@ class _Group:
             raise _LostRankError(one_line(error)) from error
 
 
-def _is_of_the_group(error: Exception) -> bool:
-    """Whether an error may only say that another rank has left the group."""
+def _is_group_error(error: Exception) -> bool:
+    """Tell whether an error may only mean that another rank has left the process group."""
     from torch.distributed import DistError
 
     text = str(error)

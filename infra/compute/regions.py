@@ -1,23 +1,23 @@
-"""Compiling a network by its repeated blocks: each kind of block is compiled once, whatever their number.
+"""Compile a network by its repeated blocks (regional compilation): each kind of block is compiled once.
 
-A whole network takes minutes, its blocks seconds, and what stands between them is little of the time. Shapes are
-static: batches of a training are of one size.
+Compiling a whole network takes minutes, its blocks seconds, and little of the run time is spent outside of them.
+Shapes are static, since all batches of a training have one size.
 """
 
 from collections.abc import Iterator
 
 from torch import nn
 
-GRAPHS = 64  # of one piece of code: blocks of other widths and sides, with and without gradients
+GRAPHS = 64  # per piece of code: blocks of several widths and sides, with and without gradients
 REPEATABLE = {"deterministic": True}
-"""Options of torch's compiler by which sums on a GPU are not divided as one process happened to time them fastest."""
+"""Options of torch's compiler that keep autotuning from choosing how sums on a GPU are split, which varies by run."""
 
 
 def compile_regions(network: nn.Module, *, repeatable: bool) -> None:
-    """Compile the blocks of a network in place, or all of it where it has none.
+    """Compile the blocks of a network in place, or the whole network if it has none.
 
     Args:
-        network: whose blocks are compiled.
+        network: the network whose blocks are compiled.
         repeatable: whether other processes, on devices of the same kind, must compute the same numbers.
     """
     import torch._dynamo.config as dynamo
@@ -28,7 +28,7 @@ def compile_regions(network: nn.Module, *, repeatable: bool) -> None:
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The members of a network's lists and sequences that are networks themselves; not what lies within those."""
+    """Yield the members of a network's module lists and sequences that have submodules; does not descend into them."""
     is_list = isinstance(network, (nn.ModuleList, nn.Sequential))
     for child in network.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)) or not is_list:

@@ -1,18 +1,18 @@
-"""How the threads of a process wait for each other; to be settled before torch is loaded, which loads OpenMP."""
+"""Limit how long OpenMP threads spin; must run before torch is imported, which loads OpenMP."""
 
 import os
 
 SPINS = "4000"
-"""a tenth of a millisecond: as long as the next operation is usually away."""
+"""a tenth of a millisecond: about the time until the next operation."""
 
 
-def wait_briefly() -> None:
-    """Let OpenMP's threads, those of child processes too, go to sleep soon when another is late.
+def limit_spinning() -> None:
+    """Limit spinning of OpenMP threads, also in child processes, so that waiting threads soon sleep.
 
-    GNU's would spin for milliseconds at the end of each operation. Where other processes want the cores, the late
-    thread is waiting for just the core that the other one spins on: a training step of `digits` on two cores under a
-    load of 14 took 3.1 s and 1.1 s of processor time, and 0.35 s and 0.11 s without spinning. What is computed stays
-    the same; what the user has set stays, too.
+    GNU's OpenMP spins for milliseconds at the end of each operation. If other processes compete for the cores, the
+    thread that is waited for may need the very core that another one spins on: a training step of `digits` on two cores
+    under a load of 14 took 3.1 s and 1.1 s of processor time with spinning, 0.35 s and 0.11 s without. Results do not
+    change, and a user's own setting is kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -1,4 +1,4 @@
-"""Storage: one small interface over a local folder and an S3 prefix.
+"""Storage: one small interface over a local folder or an S3 prefix.
 
-`store.Store` is the door; `disk` and `s3` are its backends.
+`store.Store` is the interface; `disk` and `s3` are its backends.
 """

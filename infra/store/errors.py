@@ -1,4 +1,4 @@
-"""A store that has no room left, said the same way by a disk and by S3."""
+"""The error of a full store, the same for a disk and for S3."""
 
 import errno
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoreFullError(OSError):
-    """No space left: a person has to make room, so nobody tries again; what is finished stays and is found later.
+    """No space left; never retried, since a person has to free some. Finished work is kept and reused.
 
     Args:
         code: the error number, ENOSPC or EDQUOT.
-        cause: what the disk or the server said.
-        place: path or URI of the file that was not written.
+        cause: the message of the disk or the server.
+        place: path or URI of the file that could not be written.
     """
 
     def __init__(self, code: int, cause: str, place: str) -> None:
@@ -23,16 +23,16 @@ class StoreFullError(OSError):
     def __str__(self) -> str:
         return (
             f"{self.filename}: no space left ({self.strerror}); free some or choose another store; "
-            "what is finished is kept"
+            "finished work is kept"
         )
 
 
 @contextmanager
-def room_at(place: Path) -> Iterator[None]:
-    """Tell which file of ours a full disk was met at, instead of the temporary name it had.
+def name_full_disk(place: Path) -> Iterator[None]:
+    """Report a full disk with the name of the file being written, not with its temporary name.
 
     Raises:
-        StoreFullError: the disk or the user's share of it is full.
+        StoreFullError: the disk or the user's quota on it is full.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Waiting for a service that is away for a moment: attempts with growing pauses, until patience ends."""
+"""Retry calls to a service that is briefly unavailable, with exponential backoff and jitter."""
 
 import logging
 import random
@@ -13,32 +13,32 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds
-SAID_AFTER = 5.0  # seconds; shorter troubles are nobody's concern
+WARN_AFTER = 5.0  # seconds; shorter outages are not logged
 
-_jitter = random.Random()  # one of its own: the global one is a training's
+_jitter = random.Random()  # its own generator: the global one belongs to training
 
 
-def patiently(attempt: Callable[[], T], patience: Callable[[], float], remedy: Callable[[], str]) -> T:
-    """Call `attempt` until it returns, each pause about twice the last, so that many callers do not come back at once.
+def retry(attempt: Callable[[], T], timeout: Callable[[], float], remedy: Callable[[], str]) -> T:
+    """Retry `attempt` on TransientError, doubling the pause each time, with jitter so that many callers spread out.
 
     Args:
-        attempt: can be repeated; what it raises besides TransientError is passed on at once.
-        patience: seconds from the first attempt's beginning after which no other one begins; asked after a failure.
-        remedy: ends the error's line.
+        attempt: an idempotent call; any error but TransientError is raised at once.
+        timeout: seconds from the start of the first attempt after which no further one starts; called after a failure.
+        remedy: ends the error message.
 
     Raises:
-        TransientError: the last attempt's, with the seconds waited and the remedy.
+        TransientError: that of the last attempt, with the seconds waited and the remedy.
     """
-    began, pause, is_said = time.monotonic(), FIRST_PAUSE, False
+    began, pause, is_logged = time.monotonic(), FIRST_PAUSE, False
     while True:
         try:
             return attempt()
         except TransientError as error:
-            waited, rest = time.monotonic() - began, pause * _jitter.uniform(0.5, 1.0)
-            if waited + rest > patience():
+            waited, delay = time.monotonic() - began, pause * _jitter.uniform(0.5, 1.0)
+            if waited + delay > timeout():
                 raise TransientError(f"{error} for {waited:.0f} s; {remedy()}") from error
-            if waited > SAID_AFTER and not is_said:
-                log.warning("%s; trying again for up to %.0f s", error, patience() - waited)
-                is_said = True
-        time.sleep(rest)
+            if waited > WARN_AFTER and not is_logged:
+                log.warning("%s; trying again for up to %.0f s", error, timeout() - waited)
+                is_logged = True
+        time.sleep(delay)
         pause = min(2 * pause, LONGEST_PAUSE)

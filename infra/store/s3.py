@@ -1,4 +1,4 @@
-"""Keep files under an S3 prefix, through s3fs; used by `infra.store.store`, and for reading sources of images."""
+"""S3 backend of a store, through s3fs; also reads sources of images."""
 
 import errno
 import io
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 from infra.errors import TransientError
 from infra.settings import Settings
 from infra.store.errors import StoreFullError
-from infra.store.retry import patiently
-from infra.store.types import Abandoned, Stored
+from infra.store.retry import retry
+from infra.store.types import FileInfo, UnfinishedWrite
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem
@@ -26,72 +26,75 @@ T = TypeVar("T")
 OPTIONS = {
     "connect_timeout": 5,  # seconds
     "read_timeout": 30,  # seconds
-    "retries": {"mode": "standard", "max_attempts": 3},  # parts of a large object; whole calls are repeated below
+    "retries": {"mode": "standard", "max_attempts": 3},  # parts of a large object; whole calls are retried below
 }
-FIRST_PATIENCE = 3.0  # seconds for a server that has not answered yet: its address may be mistyped
+FIRST_CONTACT_SECONDS = 3.0  # for an endpoint that has not responded yet: its address may be mistyped
 READ_AHEAD = 1 << 20  # bytes
-WRITER = "writer"  # metadata of what was created: which call made it
-CONFLICTS = 8  # attempts of a create that the server could not order among others'
+WRITER = "writer"  # metadata key of created objects: identifies the call that created them
+CONFLICTS = 8  # attempts at a create while the server reports conflicting concurrent writes
 DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
 UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "HTTPClientError", "SSLError"}
 UNREACHABLE |= {"ConnectionClosedError", "ResponseStreamingError", "IncompleteReadError"}
-UNREACHABLE |= {"ClientPayloadError", "ClientOSError", "ResponseParserError"}  # an answer that was cut off
+UNREACHABLE |= {"ClientPayloadError", "ClientOSError", "ResponseParserError"}  # a truncated response
 PASSING = {"SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "IncompleteBody", "BadDigest"}
-PASSING |= {"XAmzContentSHA256Mismatch", "NoSuchUpload"}  # damaged on the way; an upload that ended, its answer lost
-NEVER = (501, 505)  # what a server does not know it will not learn
+PASSING |= {
+    "XAmzContentSHA256Mismatch",
+    "NoSuchUpload",
+}  # damaged in transit; a completed upload whose response was lost
+NEVER = (501, 505)  # not implemented: retrying does not help
 FULL = ("InsufficientStorage", "XMinioStorageFull", "QuotaExceeded", "XMinioAdminBucketQuotaExceeded")
 
 _connecting = threading.Lock()
-_answered: set[str] = set()  # endpoints that have answered this process
+_responsive: set[str] = set()  # endpoints that have responded to this process
 
 
 class Bucket:
     """Files below `prefix` of a bucket; endpoint and credentials stay in the environment.
 
-    A server that has answered before, here or where this object was sent from, is waited for when it is away or
-    overloaded: for `SFTOK_S3_PATIENCE` seconds, in every call.
+    If an endpoint that has responded before, to this process or to the one that sent this object, is down or
+    overloaded, every call retries for `SFTOK_S3_PATIENCE` seconds.
     """
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
-        self.patience = Settings().s3_patience
-        self._is_known = False
+        self.retry_seconds = Settings().s3_retry_seconds
+        self._was_responsive = False
         self._client: S3FileSystem | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_is_known": self._has_answered(), "_client": None}
+        return {**self.__dict__, "_was_responsive": self._is_responsive(), "_client": None}
 
     def reach(self) -> None:
-        """Ask for the bucket itself: some servers make a mistyped one at the first write."""
+        """Check that the bucket exists: some servers create a mistyped one at the first write."""
         try:
             self._request("head_bucket", "")
         except FileNotFoundError as error:
             raise ValueError(f"{self._uri('')}: {self._no_bucket()}") from error
-        except ValueError:  # one may be allowed to write, and not to ask
-            log.debug("%s: asking for the bucket is refused", self._uri(""))
+        except ValueError:  # credentials may allow writes but not this request
+            log.debug("%s: head_bucket was refused", self._uri(""))
 
     def size(self, key: str) -> int:
-        """Bytes in an object."""
+        """Return an object's size in bytes."""
         return int(self._call("head_object", key)["ContentLength"])
 
     def read(self, key: str) -> bytes:
-        """All bytes of an object."""
+        """Read a whole object."""
         return cast(bytes, self._run(key, lambda s3: s3.cat_file(self._path(key))))
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
-        """Bytes `start` to `end`, the end excluded."""
+        """Read bytes `start` to `end` of an object, the end excluded."""
         return cast(bytes, self._run(key, lambda s3: s3.cat_file(self._path(key), start=start, end=end)))
 
     def write(self, key: str, data: bytes) -> None:
-        """Replace an object; large ones go in parts and appear when complete."""
+        """Replace an object; a large one is uploaded in parts and appears when complete."""
         self._run(key, lambda s3: s3.pipe_file(self._path(key), data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Make an object by a conditional put.
+        """Create an object by a conditional put.
 
-        An answer can be lost after the server has done it, and asking again then finds the object there: the mark in
-        its metadata tells our own from another writer's, even one of the same bytes.
+        If the response is lost after the server has created it, the retry finds the object there: the mark in its
+        metadata distinguishes our own from another writer's, even one of the same bytes.
         """
         mark = {WRITER: uuid.uuid4().hex}
         for attempt in range(CONFLICTS):
@@ -106,70 +109,71 @@ class Bucket:
         raise TransientError(f"{self._uri(key)}: the server could not order this write among others")
 
     def put_file(self, key: str, path: Path) -> None:
-        """Copy a file in."""
+        """Copy a local file into the store."""
         self._run(key, lambda s3: s3.put_file(str(path), self._path(key)))
 
     def get_file(self, key: str, path: Path) -> None:
-        """Copy an object out."""
+        """Copy an object to a local path."""
         self._run(key, lambda s3: s3.get_file(self._path(key), str(path)))
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Keys that start with `prefix`; directory markers are not ours and are skipped."""
+        """List keys that start with `prefix`; directory markers, which others make, are skipped."""
         skip = len(self.prefix) + 1 if self.prefix else 0
         for page in self._pages(prefix):
             names = (entry["Key"][skip:] for entry in page.get("Contents", ()))
             yield from (name for name in names if name and not name.endswith("/"))
 
-    def stored(self, prefix: str) -> Iterator[Stored]:
-        """Objects that start with `prefix`."""
+    def list_info(self, prefix: str) -> Iterator[FileInfo]:
+        """List objects whose keys start with `prefix`, with sizes and times."""
         skip = len(self.prefix) + 1 if self.prefix else 0
         for page in self._pages(prefix):
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/") and entry["Key"][skip:]:
-                    yield Stored(entry["Key"][skip:], int(entry["Size"]), entry["LastModified"].timestamp())
+                    yield FileInfo(entry["Key"][skip:], int(entry["Size"]), entry["LastModified"].timestamp())
 
-    def abandoned(self, prefix: str) -> Iterator[Abandoned]:
-        """Uploads in parts that were not completed."""
+    def unfinished_writes(self, prefix: str) -> Iterator[UnfinishedWrite]:
+        """List multipart uploads that were not completed."""
         skip = len(self.prefix) + 1 if self.prefix else 0
         more: dict[str, str] = {}
         while True:
             page = self._request("list_multipart_uploads", prefix, Prefix=self._object(prefix), **more)
             for entry in page.get("Uploads", ()):
-                yield Abandoned(entry["Key"][skip:], entry["Initiated"].timestamp(), entry["UploadId"])
+                yield UnfinishedWrite(entry["Key"][skip:], entry["Initiated"].timestamp(), entry["UploadId"])
             if not page.get("IsTruncated"):
                 return
             more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
-    def discard(self, found: Abandoned) -> None:
-        """Abort an upload; its parts are removed."""
-        self._request("abort_multipart_upload", found.key, Key=self._object(found.key), UploadId=found.upload)
+    def discard(self, unfinished: UnfinishedWrite) -> None:
+        """Abort an upload, which removes its parts."""
+        key, upload = unfinished.key, unfinished.upload
+        self._request("abort_multipart_upload", key, Key=self._object(key), UploadId=upload)
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """Names of the folders directly below a prefix."""
+        """List names of the folders directly below a prefix."""
         for page in self._pages(prefix, Delimiter="/"):
             yield from (entry["Prefix"].rstrip("/").rpartition("/")[2] for entry in page.get("CommonPrefixes", ()))
 
     def delete(self, key: str) -> None:
-        """Remove an object; S3 does not mind if there is none."""
+        """Remove an object, if it exists."""
         self._call("delete_object", key)
 
     def delete_tree(self, prefix: str) -> None:
-        """Remove all objects below a prefix; those directly in it first, so that markers go before what they mark."""
+        """Remove all objects below a prefix, those directly in it first: markers must go before what they mark."""
         keys = sorted(self.keys(prefix), key=lambda key: (key.count("/"), not key.endswith(".json"), key))
         for start in range(0, len(keys), 1000):
             objects = [{"Key": self._object(key)} for key in keys[start : start + 1000]]
             self._request("delete_objects", prefix, Delete={"Objects": objects})
 
     def open(self, key: str) -> BinaryIO:
-        """An object for reading."""
+        """Open an object for reading."""
         return cast(BinaryIO, io.BufferedReader(_Ranges(self, key, self.size(key)), READ_AHEAD))
 
     def explain(self, error: OSError) -> str:
-        """Cause and remedy in one line."""
+        """Describe an error's cause and remedy in one line."""
         return str(error).partition(": ")[2] or str(error)
 
     def _metadata(self, key: str) -> dict[str, str]:
-        """What the object's writer said of it; nothing where there is none any more."""
+        """Return an object's metadata; empty if the object is gone."""
         try:
             return cast(dict[str, str], self._call("head_object", key).get("Metadata", {}))
         except FileNotFoundError:
@@ -203,11 +207,11 @@ class Bucket:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _run(self, key: str, call: Callable[["S3FileSystem"], T]) -> T:
-        """Make a call, again and again while the server is away; it must be one that can be repeated."""
-        return patiently(lambda: self._attempt(key, call), self._patience, self._remedy)
+        """Make an idempotent call, retried while the server is unavailable."""
+        return retry(lambda: self._attempt(key, call), self._timeout, self._remedy)
 
     def _attempt(self, key: str, call: Callable[["S3FileSystem"], T]) -> T:
-        """Make a call once; every failure becomes an error of Python's that names the object and holds no secret."""
+        """Make a call once; a failure becomes a built-in error that names the object and contains no secrets."""
         import aiohttp
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -216,25 +220,24 @@ class Bucket:
         except (OSError, BotoCoreError, ClientError, aiohttp.ClientError, ValueError) as error:
             translated = self._translated(error, key)
             if isinstance(translated, FileNotFoundError | FileExistsError):
-                _answered.add(self._endpoint())
+                _responsive.add(self._endpoint())
             raise translated from error
-        _answered.add(self._endpoint())
+        _responsive.add(self._endpoint())
         return result
 
-    def _has_answered(self) -> bool:
-        return self._is_known or self._endpoint() in _answered
+    def _is_responsive(self) -> bool:
+        return self._was_responsive or self._endpoint() in _responsive
 
-    def _patience(self) -> float:
-        return self.patience if self._has_answered() else min(FIRST_PATIENCE, self.patience)
+    def _timeout(self) -> float:
+        return self.retry_seconds if self._is_responsive() else min(FIRST_CONTACT_SECONDS, self.retry_seconds)
 
     def _remedy(self) -> str:
-        if not self._has_answered():
+        if not self._is_responsive():
             return "start the server or correct AWS_ENDPOINT_URL"
-        seconds = f"SFTOK_S3_PATIENCE = {self.patience:g}"
-        return f"see to the server and its disk; how many seconds it is waited for is {seconds}"
+        return f"check the server and its disk, or retry for longer than SFTOK_S3_PATIENCE = {self.retry_seconds:g} s"
 
     def _connected(self) -> "S3FileSystem":
-        """The client, made at the first call; the listing cache is off, others write here too."""
+        """Return the client, created at the first call; its listing cache is off, since others write here too."""
         with _connecting:
             if self._client is None:
                 from s3fs import S3FileSystem
@@ -242,18 +245,18 @@ class Bucket:
                 self._client = S3FileSystem(
                     anon=False, use_listings_cache=False, skip_instance_cache=True, config_kwargs=dict(OPTIONS)
                 )
-                self._client.retries = 1  # more would multiply with ours
+                self._client.retries = 1  # more would multiply with our own retries
         return self._client
 
     def _endpoint(self) -> str:
-        """The server's address without credentials."""
+        """Return the server's address without credentials."""
         client = self._client.s3 if self._client is not None and self._client._s3 is not None else None
         scheme, _, rest = str(client.meta.endpoint_url if client else "the S3 server").rpartition("://")
         host = rest.rpartition("@")[2]
         return f"{scheme}://{host}" if scheme else host
 
     def _translated(self, error: Exception, key: str) -> Exception:
-        """The error that a caller can act on; its text begins with the URI."""
+        """Translate an error into one that a caller can act on; its message begins with the URI."""
         uri, name, cause = self._uri(key), type(error).__name__, error.__cause__ or error
         response = getattr(cause, "response", None)
         if response is not None:
@@ -270,7 +273,7 @@ class Bucket:
 
 
 def _of_response(response: dict[str, Any], uri: str, bucket: Bucket) -> Exception:
-    """What a server's refusal means."""
+    """Translate a server's error response."""
     code = str(response.get("Error", {}).get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     if code == "NoSuchBucket":
@@ -294,7 +297,7 @@ def _of_response(response: dict[str, Any], uri: str, bucket: Bucket) -> Exceptio
 
 
 class _Ranges(io.RawIOBase):
-    """An object read by ranges."""
+    """A read-only file over an object, read by ranges."""
 
     def __init__(self, bucket: Bucket, key: str, size: int) -> None:
         self._bucket, self._key, self._size, self._at = bucket, key, size, 0

@@ -1,8 +1,8 @@
-"""Where things are kept: one small surface over a local folder and an S3 prefix.
+"""Storage of files in a local folder or under an S3 prefix, behind one small interface.
 
-Writes are atomic (a reader sees the old bytes or the new ones, never a part), and `create` lets exactly one of many
-writers win, which is what markers of finished work are made with. Every call may be repeated, so an S3 server that is
-away for a while is waited for in the call (`infra.store.s3`); a full disk or bucket is a StoreFullError at once.
+Writes are atomic (a reader sees the old bytes or the new ones, never a part), and `create` lets exactly one of several
+concurrent writers win; markers of finished work are made with it. All calls are idempotent, so they retry while an S3
+server is unavailable (`infra.store.s3`); a full disk or bucket raises StoreFullError at once.
 """
 
 import os
@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from infra.store.disk import Disk
 from infra.store.s3 import Bucket
-from infra.store.types import Abandoned, Stored
+from infra.store.types import FileInfo, UnfinishedWrite
 
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 BUCKET = re.compile(r"^[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]$")
@@ -25,7 +25,7 @@ Names = list[str]  # `list` is a method below
 
 
 class Backend(Protocol):
-    """What a place to keep files has to offer; keys are relative to its root and already checked."""
+    """Interface of a storage backend; keys are relative to its root and already checked."""
 
     def reach(self) -> None: ...  # noqa: D102
     def size(self, key: str) -> int: ...  # noqa: D102
@@ -35,9 +35,9 @@ class Backend(Protocol):
     def put_file(self, key: str, path: Path) -> None: ...  # noqa: D102
     def get_file(self, key: str, path: Path) -> None: ...  # noqa: D102
     def keys(self, prefix: str) -> Iterator[str]: ...  # noqa: D102
-    def stored(self, prefix: str) -> Iterator[Stored]: ...  # noqa: D102
-    def abandoned(self, prefix: str) -> Iterator[Abandoned]: ...  # noqa: D102
-    def discard(self, found: Abandoned) -> None: ...  # noqa: D102
+    def list_info(self, prefix: str) -> Iterator[FileInfo]: ...  # noqa: D102
+    def unfinished_writes(self, prefix: str) -> Iterator[UnfinishedWrite]: ...  # noqa: D102
+    def discard(self, unfinished: UnfinishedWrite) -> None: ...  # noqa: D102
     def folders(self, prefix: str) -> Iterator[str]: ...  # noqa: D102
     def delete(self, key: str) -> None: ...  # noqa: D102
     def delete_tree(self, prefix: str) -> None: ...  # noqa: D102
@@ -46,14 +46,14 @@ class Backend(Protocol):
 
 
 class Store:
-    """A folder on local disk or S3; cheap, picklable, and free of credentials.
+    """A folder on local disk or S3; cheap to create, picklable, and free of credentials.
 
     Args:
         root: "dir", "file:///dir" or "s3://bucket/prefix". The S3 endpoint and credentials come from the usual AWS
             variables or profile (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE ...).
 
     Raises:
-        ValueError: the root is empty, of another kind, or carries credentials. Nothing is contacted yet: see `check`.
+        ValueError: the root is empty, of another kind, or contains credentials. Nothing is contacted yet: see `check`.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -61,7 +61,7 @@ class Store:
         self._prefix = ""
 
     def at(self, *parts: str) -> "Store":
-        """The folder `parts` below this one; it need not exist.
+        """Return the folder `parts` below this one; it need not exist.
 
         Raises:
             ValueError: a part is empty, absolute or contains "..".
@@ -75,12 +75,12 @@ class Store:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder of this machine."""
+        """Tell whether the store is a folder on this machine."""
         return isinstance(self._backend, Disk)
 
     @property
     def path(self) -> Path:
-        """The local folder.
+        """Return the local folder's path.
 
         Raises:
             ValueError: the store is on S3.
@@ -90,7 +90,7 @@ class Store:
         return self._backend.root / self._prefix
 
     def exists(self, key: str) -> bool:
-        """Whether the file `key` exists; a folder does not count."""
+        """Tell whether the file `key` exists; a folder does not count."""
         try:
             self._backend.size(self._key(key))
         except FileNotFoundError:
@@ -98,27 +98,27 @@ class Store:
         return True
 
     def size(self, key: str) -> int:
-        """Bytes in the file `key`; FileNotFoundError if there is none."""
+        """Return the size of the file `key` in bytes; FileNotFoundError if it does not exist."""
         return self._backend.size(self._key(key))
 
     def read(self, key: str) -> bytes:
-        """The file's bytes; FileNotFoundError naming the URI if there is none."""
+        """Read the whole file `key`; FileNotFoundError with the URI if it does not exist."""
         return self._backend.read(self._key(key))
 
     def write(self, key: str, data: bytes) -> None:
-        """Write the file at once, replacing what was there."""
+        """Write the file atomically, replacing an existing one."""
         self._backend.write(self._key(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write the file at once if there is none; False, and nothing written, if there is.
+        """Write the file atomically if it does not exist; return False, with nothing written, if it does.
 
-        Of several writers at the same time exactly one gets True, also where its first answer was lost on the network
-        and it had to ask again.
+        Of several concurrent writers exactly one gets True, even one whose first response was lost on the network and
+        that had to retry.
         """
         return self._backend.create(self._key(key), data)
 
     def put_file(self, key: str, path: str | os.PathLike[str]) -> None:
-        """Copy the local file `path` to `key` at once, replacing what was there."""
+        """Copy the local file `path` to `key` atomically, replacing an existing file."""
         self._backend.put_file(self._key(key), Path(path))
 
     def get_file(self, key: str, path: str | os.PathLike[str]) -> None:
@@ -132,32 +132,35 @@ class Store:
             partial.unlink(missing_ok=True)
 
     def list(self, prefix: str = "") -> Names:
-        """Sorted keys of all files below, at any depth, that start with `prefix`; never tells whether work is done."""
+        """List sorted keys of all files below, at any depth, that start with `prefix`.
+
+        A listing never shows whether work is finished: that is what markers are for.
+        """
         return sorted(key.removeprefix(self._prefix) for key in self._backend.keys(self._prefix + _start(prefix)))
 
-    def stored(self, prefix: str = "") -> Iterator[Stored]:
-        """All files below, as `list`, with their sizes and times; in no order."""
-        for found in self._backend.stored(self._prefix + _start(prefix)):
-            yield found._replace(key=found.key.removeprefix(self._prefix))
+    def list_info(self, prefix: str = "") -> Iterator[FileInfo]:
+        """List all files below, as `list` does, with their sizes and times; in arbitrary order."""
+        for info in self._backend.list_info(self._prefix + _start(prefix)):
+            yield info._replace(key=info.key.removeprefix(self._prefix))
 
-    def abandoned(self) -> Iterator[Abandoned]:
-        """What killed writers left below: unfinished files on disk, unfinished uploads on S3; no reader sees them."""
-        return self._backend.abandoned(self._prefix)
+    def unfinished_writes(self) -> Iterator[UnfinishedWrite]:
+        """List what killed writers left below: partial files on disk, multipart uploads on S3; no reader sees them."""
+        return self._backend.unfinished_writes(self._prefix)
 
-    def discard(self, found: Abandoned) -> None:
-        """Remove something abandoned."""
-        self._backend.discard(found)
+    def discard(self, unfinished: UnfinishedWrite) -> None:
+        """Remove an unfinished write."""
+        self._backend.discard(unfinished)
 
     def folders(self) -> Names:
-        """Sorted names of the folders directly below; on S3 one that was emptied may show for a while."""
+        """List sorted names of the folders directly below; on S3 an emptied one may still appear for a while."""
         return sorted(self._backend.folders(self._prefix))
 
     def delete(self, key: str) -> None:
-        """Remove the file `key`, if it is there."""
+        """Remove the file `key`, if it exists."""
         self._backend.delete(self._key(key))
 
     def delete_tree(self) -> None:
-        """Remove everything in this folder, which must be one below a store's root.
+        """Remove everything in this folder, which must lie below the store's root.
 
         Raises:
             ValueError: this is the root itself.
@@ -167,14 +170,14 @@ class Store:
         self._backend.delete_tree(self._prefix)
 
     def open(self, key: str) -> BinaryIO:
-        """The file for reading at random, as `pyarrow.parquet.ParquetFile` wants it; close it after use."""
+        """Open the file for random reads, as `pyarrow.parquet.ParquetFile` needs it; close it after use."""
         return self._backend.open(self._key(key))
 
     def check(self) -> None:
-        """Write, create, read and delete a small file.
+        """Check that the store works: write, create, read and delete a small file.
 
         Raises:
-            ValueError: it does not work; one line that names the URI, the cause and the remedy.
+            ValueError: the store does not work; one line with the URI, the cause and the remedy.
         """
         key = f"{CHECK}{uuid.uuid4().hex}"
         try:
@@ -210,17 +213,17 @@ class Store:
 
 
 def _open_root(root: str) -> tuple[str, Backend]:
-    """The canonical URI of a root and its backend."""
+    """Return the canonical URI of a root and its backend."""
     if not root.strip():
         raise ValueError("store: the location is empty; give a folder or s3://bucket/prefix")
-    found = SCHEME.match(root)
-    scheme = found.group(1).lower() if found else ""
+    match = SCHEME.match(root)
+    scheme = match.group(1).lower() if match else ""
     if scheme == "s3":
         return _open_bucket(root)
     if scheme == "file":
         host, _, path = root[len("file://") :].partition("/")
         if host not in ("", "localhost"):
-            raise ValueError(f"store file://{_hidden(host)}/...: a folder of another machine; write file:///folder")
+            raise ValueError(f"store file://{_hidden(host)}/...: a folder on another machine; write file:///folder")
         root = unquote("/" + path)
     elif scheme:
         raise ValueError(f"store {scheme}://...: unknown kind of store; give a folder or s3://bucket/prefix")
@@ -237,7 +240,8 @@ def _open_bucket(root: str) -> tuple[str, Backend]:
         )
     if not BUCKET.match(bucket):
         raise ValueError(
-            f"store s3://{bucket}: not a bucket name (3 to 63 small letters, digits, dashes); write s3://bucket/prefix"
+            f"store s3://{bucket}: not a bucket name (3 to 63 lowercase letters, digits, dashes); "
+            "write s3://bucket/prefix"
         )
     prefix = "/".join(part for part in prefix.split("/") if part)
     if prefix:
@@ -246,12 +250,12 @@ def _open_bucket(root: str) -> tuple[str, Backend]:
 
 
 def _hidden(host: str) -> str:
-    """A host or bucket without the credentials before it."""
+    """Strip the credentials before a host or bucket."""
     return host.rpartition("@")[2]
 
 
 def _checked(key: str) -> str:
-    """A key that stays inside its folder."""
+    """Return the key if it stays inside its folder; ValueError if not."""
     parts = key.split("/")
     if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key or not key.isprintable():
         raise ValueError(f"key {key!r}: must be a relative path of plain names, without '..'")
@@ -259,7 +263,7 @@ def _checked(key: str) -> str:
 
 
 def _start(prefix: str) -> str:
-    """The beginning of a key: a folder with or without its slash, or part of a name."""
+    """Check the beginning of a key: a folder with or without its slash, or part of a name."""
     if prefix:
         _checked(prefix.rstrip("/") or "..")
     return prefix

@@ -1,19 +1,19 @@
-"""What listings of a store tell of its files."""
+"""Entries in listings of a store."""
 
 from typing import NamedTuple
 
 
-class Stored(NamedTuple):
-    """A file."""
+class FileInfo(NamedTuple):
+    """A stored file."""
 
     key: str
     size: int  # bytes
     modified: float  # seconds since 1970
 
 
-class Abandoned(NamedTuple):
-    """Something that a writer began and did not finish."""
+class UnfinishedWrite(NamedTuple):
+    """A write that was begun and not finished."""
 
     key: str
     began: float  # seconds since 1970
-    upload: str  # how the store calls it; empty on disk
+    upload: str  # S3's upload id; empty on disk

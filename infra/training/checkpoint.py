@@ -1,4 +1,4 @@
-"""Saved states of a training run: tensors first, marker last, so that a kill in between changes nothing."""
+"""Save and load checkpoints of a training run: tensors first, marker last, so that a kill in between does no harm."""
 
 import hashlib
 import json
@@ -19,21 +19,21 @@ log = logging.getLogger(__name__)
 MARKER = "checkpoint.json"
 FOLDER = "step-"
 CHECKPOINTS = "checkpoints"
-"""folder of an artifact that its training's checkpoints are kept in."""
+"""Folder of an artifact that holds the checkpoints of its training."""
 
 
 class Checkpoint(NamedTuple):
-    """A state to go on from."""
+    """A state to resume from."""
 
     step: int
-    """steps done."""
+    """completed steps."""
     tensors: "dict[str, Tensor]"
     """on the CPU."""
     state: dict[str, JsonValue]
 
 
 class CheckpointFile(Config):
-    """checkpoint.json: its existence says that the checkpoint is complete."""
+    """checkpoint.json: the marker, whose existence means that the checkpoint is complete."""
 
     step: int
     file: str
@@ -45,18 +45,18 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: theirs alone.
-        keep: how many of the newest stay; with 2 or more, a corrupted one leaves another to go on from.
+        folder: holds these checkpoints and nothing else.
+        keep: number of newest checkpoints to keep; with 2 or more, a corrupted one leaves another to resume from.
     """
 
     def __init__(self, folder: Store, keep: int = 1) -> None:
         if keep < 1:
-            raise ValueError(f"keep={keep}: at least one checkpoint has to stay")
+            raise ValueError(f"keep = {keep}: at least one checkpoint has to be kept")
         self.folder, self.keep = folder, keep
         self._unreadable: set[int] = set()
 
     def save(self, step: int, tensors: "Mapping[str, Tensor]", state: Mapping[str, JsonValue]) -> None:
-        """Write a checkpoint, mark it, then remove the ones before the last `keep`."""
+        """Write a checkpoint, mark it as complete, then remove all but the newest `keep`."""
         from safetensors.torch import save
 
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -64,25 +64,25 @@ class Checkpoints:
         folder = self.folder.at(_name(step))
         if step in self._unreadable:
             folder.delete(MARKER)
-        # Named by content: a second writer of the same step cannot change what the first one's marker vouches for.
+        # Named by content, so that a second writer of the same step cannot change what the first one's marker covers.
         file = f"{sha256[:16]}.safetensors"
         folder.write(file, data)
         marker = CheckpointFile(step=step, file=file, sha256=sha256, state=dict(state))
         if not folder.create(MARKER, json.dumps(marker.model_dump(), indent=1).encode()):
             log.info("%s was already saved by another run", folder.uri)
             file = CheckpointFile.model_validate_json(folder.read(MARKER)).file
-        for left in set(folder.list()) - {MARKER, file}:
-            folder.delete(left)
+        for leftover in set(folder.list()) - {MARKER, file}:
+            folder.delete(leftover)
         self._unreadable.discard(step)
         self._prune(step)
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint that reads back as written; a damaged one is passed with a warning."""
+        """Load the newest complete checkpoint with a matching hash; damaged ones are skipped with a warning."""
         for step in reversed(self._marked()):
             try:
                 return self._load(step)
             except (FileNotFoundError, ValueError) as error:
-                log.warning("passing the damaged %s: %s", self.folder.at(_name(step)).uri, str(error).splitlines()[0])
+                log.warning("skipping the damaged %s: %s", self.folder.at(_name(step)).uri, str(error).splitlines()[0])
                 self._unreadable.add(step)
         return None
 
@@ -98,16 +98,16 @@ class Checkpoints:
         marker = CheckpointFile.model_validate_json(folder.read(MARKER))
         data = folder.read(marker.file)
         if hashlib.sha256(data).hexdigest() != marker.sha256:
-            raise ValueError(f"{folder.uri}/{marker.file} is not what {MARKER} says")
+            raise ValueError(f"{folder.uri}/{marker.file} does not match {MARKER}")
         return Checkpoint(marker.step, load(data), dict(marker.state))
 
     def _marked(self) -> list[int]:
-        """Steps with a marker, ascending."""
+        """List steps with a marker, ascending."""
         names = (key.removesuffix(f"/{MARKER}") for key in self.folder.list(FOLDER) if key.endswith(f"/{MARKER}"))
         return sorted(int(name.removeprefix(FOLDER)) for name in names)
 
     def _folders(self) -> set[str]:
-        """Folders of checkpoints, complete or not."""
+        """List folders of checkpoints, complete or not."""
         return {key.partition("/")[0] for key in self.folder.list(FOLDER)}
 
     def _prune(self, step: int) -> None:

@@ -1,6 +1,6 @@
-"""TensorBoard event files in a store: one file a stretch of training, written at once, so that any store will do.
+"""Write TensorBoard event files to a store: one file per interval between flushes, written whole, as S3 needs it.
 
-Beside an artifact, not part of it: event files hold times, and artifacts are the same bytes whenever they are made.
+They lie beside an artifact and are not part of it: event files contain times, and artifacts must be reproducible.
 """
 
 import tempfile
@@ -18,26 +18,26 @@ FOLDER = "events"
 
 
 class Events:
-    """Gathers figures and pictures, and writes them when told to."""
+    """Buffers figures and pictures, and writes them as an event file on `flush`."""
 
     def __init__(self, folder: Store) -> None:
         self._folder = folder
         self._scalars: list[tuple[int, float, dict[str, float]]] = []
         self._pictures: list[tuple[int, float, str, Tensor]] = []
 
-    def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Note the figures of a step."""
+    def add_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add the figures of a step."""
         self._scalars.append((step, time.time(), dict(figures)))
 
-    def picture(self, step: int, name: str, image: "Tensor") -> None:
-        """Note a picture, uint8 (3, H, W)."""
+    def add_picture(self, step: int, name: str, image: "Tensor") -> None:
+        """Add a picture, uint8 (3, H, W)."""
         self._pictures.append((step, time.time(), name, image))
 
     def flush(self, step: int) -> None:
-        """Write what was noted since the last flush as the stretch that ends with `step`; nothing if nothing was."""
+        """Write what was added since the last flush to a file named by `step`; does nothing if nothing was added."""
         if not self._scalars and not self._pictures:
             return
-        # TensorBoard's file is named by machine and time: a run that resumes would leave two of one stretch.
+        # TensorBoard names files by machine and time: a resumed run would leave two files for the same steps.
         self._folder.write(f"events.out.tfevents.{step:010d}.sftok", self._file())
         self._scalars, self._pictures = [], []
 

@@ -1,4 +1,4 @@
-"""The trained parameters of one network with what training adds to them: gradients, optimizer, schedule, average."""
+"""Train the parameters of one network: gradient accumulation, optimizer, schedule, and EMA of the weights."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from infra.training.schedule import OptimizerConfig, TrainingConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of `step` (from 0) of `steps`: linear from 0 during the warm-up, then half a cosine down to `end_lr`."""
+    """Return the rate at `step` (from 0) of `steps`: linear warm-up from 0, then cosine decay to `end_lr`."""
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -22,30 +22,30 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def decay_matrices(name: str, parameter: nn.Parameter) -> bool:
-    """Which parameters weight decay applies to: matrices that are neither embeddings, positions nor tokens."""
+    """Select the parameters for weight decay: matrices that are neither embeddings, positions nor tokens."""
     free = ("embed", "norm", "bias", "token", "positions", "codebook")
     return parameter.ndim >= 2 and not any(word in name for word in free)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a learner trains: its optimizer and schedule, and what of a step falls to this process."""
+class OptimizerPlan:
+    """Optimizer and schedule of a learner, and this process's share of a step."""
 
     optimizer: OptimizerConfig
     steps: int
     start: int = 0
-    """step at which it begins: its schedule and average count from there."""
+    """step at which it begins; its schedule and EMA count from there."""
     micro_batches: int = 1
-    """backward passes a step, over all ranks."""
+    """backward passes per step, over all ranks."""
     is_scaled: bool = False
     """whether losses are scaled, as half precision needs."""
     may_skip: bool = False
-    """whether a step that is not finite is left out instead of ending the training; scaled losses imply it."""
+    """whether a step that is not finite is skipped instead of ending the training; implied by scaled losses."""
     ranks: Ranks = ALONE
 
     @classmethod
-    def of(cls, config: TrainingConfig, ranks: Ranks) -> "Plan":
-        """The plan of a stage's network."""
+    def of(cls, config: TrainingConfig, ranks: Ranks) -> "OptimizerPlan":
+        """Make the plan of a stage's network."""
         return cls(
             config.optimizer,
             config.steps,
@@ -56,12 +56,12 @@ class Plan:
 
 
 class Learner:
-    """Adds up gradients of micro-batches and ranks, then takes one optimizer step."""
+    """Parameters with their optimizer and EMA; accumulates gradients over micro-batches and ranks for each step."""
 
     def __init__(
         self,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        plan: Plan,
+        plan: OptimizerPlan,
         *,
         is_decayed: Callable[[str, nn.Parameter], bool] = decay_matrices,
     ) -> None:
@@ -82,18 +82,18 @@ class Learner:
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss to that of the step."""
+        """Accumulate the gradient of one micro-batch's mean loss."""
         self._loss += loss.detach()
         self.scaler.scale(loss / self.plan.micro_batches).backward()
 
     def update(self, step: int) -> dict[str, Tensor | float]:
-        """One optimizer step on the added gradients; the learning rate and the gradient's norm before clipping.
+        """Take one optimizer step; return the learning rate and the gradient norm before clipping.
 
-        A step whose loss or gradient is not finite changes no weight and no moment; `faults` tells of it. Where losses
-        are scaled, the scale is lowered then.
+        A step whose loss or gradient is not finite changes no weights and no moments; `faults` records it. If losses
+        are scaled, the scale is then lowered.
         """
         trained = list(self.parameters.values())
-        # All ranks must leave out the same steps, so each knows of the others' losses.
+        # All ranks must skip the same steps, so the losses are summed as well.
         self.plan.ranks.totals_([*(p.grad for p in trained if p.grad is not None), self._loss])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(trained, self.plan.optimizer.grad_clip)
@@ -101,8 +101,8 @@ class Learner:
         rate = learning_rate(self.plan.optimizer, local + 1, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # The fused step itself looks at the flag: the host need not know it.
-        self.optimizer.found_inf = self.faults.note(step, self._loss, norm).float()  # type: ignore[attr-defined]
+        # The fused step reads the flag on the device, so the host does not wait for it.
+        self.optimizer.found_inf = self.faults.record(step, self._loss, norm).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +117,7 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block, the network holds the average of its weights."""
+        """Swap the EMA weights into the network within the block."""
         self._swap()
         try:
             yield
@@ -132,7 +132,7 @@ class Learner:
             self.ema[name].copy_(kept)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint needs, by name."""
+        """Return everything that a checkpoint needs, by name."""
         moments = {
             f"{key}.{name}": value
             for name, parameter in self.parameters.items()
@@ -145,7 +145,7 @@ class Learner:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
+        """Restore the state that `tensors` returned."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
             self.ema[name].copy_(tensors[f"ema.{name}"])
@@ -158,10 +158,10 @@ class Learner:
             self.scaler.load_state_dict({**state, "scale": scale, "_growth_tracker": tracker})
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Hand the optimizer its state: it places each tensor as it would have made it, `step` too.
+        """Load the optimizer's state through `load_state_dict`, which places each tensor, `step` too, on its device.
 
-        Where `step` belongs depends on the device and on the kind of step that is taken there, so a checkpoint of one
-        device can be read on another.
+        The right device for `step` depends on the device and on the optimizer's implementation there, so a checkpoint
+        of one device can be loaded on another.
         """
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         names = {parameter: name for name, parameter in self.parameters.items()}
@@ -169,47 +169,12 @@ class Learner:
         for index, parameter in enumerate(trained):
             if f"exp_avg.{names[parameter]}" in tensors:
                 saved = {key: tensors[f"{key}.{names[parameter]}"] for key in _STATE}
-                # Moments take the parameter's memory layout: the fused step walks both side by side.
+                # Moments take the parameter's memory layout, since the fused step walks both in parallel.
                 moments = {key: torch.empty_like(parameter).copy_(saved[key]) for key in ("exp_avg", "exp_avg_sq")}
                 state[index] = {"step": saved["step"].clone(), **moments}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, a parameter
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
 _SCALER = ("scale", "_growth_tracker")
-
-
-class Best:
-    """The averaged weights of the best validation so far."""
-
-    def __init__(self, learner: Learner, metric: str, *, higher: bool) -> None:
-        self.learner, self.metric, self.sign = learner, metric, 1.0 if higher else -1.0
-        self.value = torch.tensor(-math.inf, dtype=torch.float64)
-        self.weights = {name: t.clone() for name, t in learner.ema.items()}
-
-    def offer(self, figures: Mapping[str, float]) -> None:
-        """Keep the learner's averaged weights if they are better."""
-        value = self.sign * figures[self.metric]
-        if value > float(self.value):
-            self.value.fill_(value)
-            torch._foreach_copy_(list(self.weights.values()), list(self.learner.ema.values()))
-
-    @property
-    def best(self) -> float:
-        """The metric of the kept weights."""
-        return self.sign * float(self.value)
-
-    def restore(self) -> None:
-        """Make the kept weights the learner's average."""
-        torch._foreach_copy_(list(self.learner.ema.values()), list(self.weights.values()))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint needs."""
-        return {"value": self.value, **{f"best.{n}": t for n, t in self.weights.items()}}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
-        self.value.copy_(tensors["value"])
-        for name, weight in self.weights.items():
-            weight.copy_(tensors[f"best.{name}"])

@@ -1,4 +1,4 @@
-"""What a training loop writes down: its log, pictures, events and checkpoints."""
+"""Write a training run's log, pictures, TensorBoard events and checkpoints."""
 
 import io
 import json
@@ -17,17 +17,17 @@ from infra.training.events import Events
 from infra.training.speed import Clock, Effort, peak_flops
 
 if TYPE_CHECKING:
-    from infra.training.loop import Run, Saved
+    from infra.training.loop import Checkpointable, TrainingRun
 
 log = logging.getLogger(__name__)
 
 LOG, PICTURES = "log.jsonl", "pictures"
 
 
-class Book:
-    """What a loop writes down; of several ranks the first one writes, and the others wait where they must."""
+class TrainingLog:
+    """Writer of a training run's outputs; only the first rank writes, the others wait where needed."""
 
-    def __init__(self, run: "Run", lines: list[dict[str, float]], first: int, effort: Effort) -> None:
+    def __init__(self, run: "TrainingRun", lines: list[dict[str, float]], first: int, effort: Effort) -> None:
         self.run, self.lines, self.first = run, lines, first
         is_measured = effort.flops > 0 and run.ranks.is_first
         is_tf32 = run.numerics.fp32 == "tf32"
@@ -37,29 +37,29 @@ class Book:
         self._pictures: dict[str, bytes] = {}
         self._began = time.perf_counter()
 
-    def note(self, done: int, total: int, seen: Mapping[str, float]) -> None:
+    def log_step(self, done: int, total: int, figures: Mapping[str, float]) -> None:
         """Log the figures of a step."""
-        self.lines.append({"step": float(done), **seen})
+        self.lines.append({"step": float(done), **figures})
         if not self.run.ranks.is_first:
             return
-        # Figures of a place, such as val_nll/07, are for the files: a line on a terminal has no room for them.
-        shown = {name: value for name, value in seen.items() if "/" not in name}
+        # Figures per position, such as val_nll/07, go to the files only: a terminal line has no room for them.
+        shown = {name: value for name, value in figures.items() if "/" not in name}
         log.info("%s", json.dumps({"event": "step", "step": done, **{k: round(v, 6) for k, v in shown.items()}}))
         speed = {"steps_per_s": (done - self.first) / (time.perf_counter() - self._began)}
-        self._events.figures(done, {**seen, **speed, **self.clock.figures()})
+        self._events.add_figures(done, {**figures, **speed, **self.clock.figures()})
         self.run.progress(done, total, {**shown, **speed})
 
-    def show(self, done: int, pictures: Mapping[str, Tensor]) -> None:
-        """Keep the pictures of a validation beside the artifact, and the last ones for it."""
+    def add_pictures(self, done: int, pictures: Mapping[str, Tensor]) -> None:
+        """Write the pictures of a validation beside the artifact, and keep the latest ones to become part of it."""
         if not self.run.ranks.is_first:
             return
         for name, image in pictures.items():
             self._pictures[name] = _png(image)
-            self._events.picture(done, name, image)
+            self._events.add_picture(done, name, image)
             self.run.out.at(PICTURES).write(f"{name}-{done:09d}.png", self._pictures[name])
 
-    def save(self, done: int, checkpoints: Checkpoints, saved: "Mapping[str, Saved]") -> None:
-        """Write a checkpoint, and the log so far for those who watch."""
+    def save_checkpoint(self, done: int, checkpoints: Checkpoints, saved: "Mapping[str, Checkpointable]") -> None:
+        """Write a checkpoint, and the log so far, so that it can be watched."""
         if self.run.ranks.is_first:
             tensors = {f"{name}/{k}": t for name, part in saved.items() for k, t in part.tensors().items()}
             checkpoints.save(done, tensors, {"lines": [dict(line) for line in self.lines]})
@@ -68,7 +68,7 @@ class Book:
         self.run.ranks.wait()
 
     def close(self, done: int) -> list[FileEntry]:
-        """Write the log and the last pictures as files of the artifact."""
+        """Write the log and the latest pictures as files of the artifact."""
         if not self.run.ranks.is_first:
             return []
         self._events.flush(done)

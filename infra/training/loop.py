@@ -1,7 +1,7 @@
-"""What both training loops share: seeding, micro-batches, the loop itself with its checkpoints, log and pictures.
+"""Training loop of all stages: seeding, micro-batches, checkpoints, log and pictures.
 
-All randomness of a step is drawn from generators seeded by (seed, purpose, step), so the state of a run is the
-weights, the optimizer's moments, the averages and the number of the step: a resumed run equals an undisturbed one.
+All randomness of a step is drawn from generators seeded by (seed, purpose, step), so the state of a run consists of
+the weights, the optimizer's moments, the EMA and the step number: a resumed run equals an uninterrupted one.
 """
 
 import hashlib
@@ -17,15 +17,16 @@ from torch import Tensor
 from infra.artifacts.shards import FileEntry
 from infra.compute.device import IEEE, NumericsConfig, use_numerics
 from infra.compute.device import default_device as default_device
-from infra.compute.memory import full_memory
+from infra.compute.memory import reraise_out_of_memory
 from infra.compute.ranks import ALONE, Ranks
 from infra.compute.transfer import fetch
 from infra.config import Precision
 from infra.progress import Progress, silent
 from infra.store.store import Store
+from infra.training.best import BestWeights
 from infra.training.checkpoint import CHECKPOINTS, Checkpoints
-from infra.training.learner import Best, Learner
-from infra.training.log import Book
+from infra.training.learner import Learner
+from infra.training.log import TrainingLog
 from infra.training.schedule import LoopConfig, TrainingConfig
 from infra.training.speed import Effort
 
@@ -34,19 +35,19 @@ log = logging.getLogger(__name__)
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Saved(Protocol):
-    """What a checkpoint holds a part of."""
+class Checkpointable(Protocol):
+    """Interface of an object whose state is saved in checkpoints."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, by name."""
+        """Return the state, by name."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
+        """Restore the state that `tensors` returned."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """Where a training run writes and how it computes; `seed` and `threads` decide its numbers, the rest does not."""
+class TrainingRun:
+    """Outputs and execution settings of a training run; only `seed` and `threads` affect its numbers on a device."""
 
     out: Store
     seed: int
@@ -58,7 +59,7 @@ class Run:
 
 
 class TrainResult(NamedTuple):
-    """What a training stage leaves in its folder; of several ranks, the first one's is the stage's."""
+    """Files, counts and metrics of a training stage; with several ranks, the first one's result counts."""
 
     files: list[FileEntry]
     counts: dict[str, int]
@@ -66,7 +67,7 @@ class TrainResult(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """What a validation found."""
+    """Figures and pictures of a validation."""
 
     figures: dict[str, float]
     pictures: dict[str, Tensor]
@@ -74,38 +75,38 @@ class Validation(NamedTuple):
 
 
 class LoopEnd(NamedTuple):
-    """What a loop leaves behind."""
+    """Result of a training loop."""
 
     figures: dict[str, float]
     """of the last step."""
     files: list[FileEntry]
-    """the log, one JSON line a logged step, and the last pictures."""
+    """the log, one JSON line per logged step, and the latest pictures."""
     lines: list[dict[str, float]]
     """the log."""
     speed: dict[str, float]
-    """items and operations a second since the loop was last begun; what it took, not what was computed."""
+    """items and operations per second since the loop was last started; measured, so not reproducible."""
 
     @property
     def validation(self) -> dict[str, float]:
-        """What the last validation found."""
+        """Return the figures of the last validation."""
         return {name: value for name, value in self.figures.items() if name.startswith("val_")}
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed that depends on every part; the same on every machine."""
+    """Derive a 63-bit seed from all parts; the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def generator_of(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by `parts`."""
+    """Make a CPU generator seeded by `parts`."""
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def seed_torch(seed: int, device: str) -> None:
-    """Seed torch's own randomness, on the CPU and where the run computes.
+    """Seed torch's global generators, on the CPU and on the run's device.
 
-    `torch.manual_seed` would also keep a note, with the formatted stack, for every sort of device that is not there: a
-    fifth of a small step's time, and memory that grows with every step.
+    `torch.manual_seed` would also queue a call, with a formatted stack trace, for every device type that is not
+    initialized: a fifth of a small step's time, and memory that grows with every step.
     """
     torch.default_generator.manual_seed(seed)
     if torch.device(device).type == "cuda":
@@ -113,23 +114,23 @@ def seed_torch(seed: int, device: str) -> None:
 
 
 def autocast(precision: Precision, device: str) -> AbstractContextManager[object]:
-    """The autocast context of a precision: fp32 has none."""
+    """Return the autocast context of a precision; for fp32 it does nothing."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, _TYPES[precision])
 
 
 def over_micro_batches(
-    work: Callable[[int], Mapping[str, Tensor]], step: int, parts: int, *, run: Run
+    work: Callable[[int], Mapping[str, Tensor]], step: int, parts: int, *, run: TrainingRun
 ) -> dict[str, Tensor]:
-    """Call `work` for every micro-batch of a step that is this rank's; the means over those of all ranks, float64.
+    """Call `work` for each of this rank's micro-batches of a step; return figures averaged over all ranks, in float64.
 
-    Figures stay on the device, so that the host goes on while it computes.
+    Figures stay on the device, so that the host need not wait for it.
 
     Args:
-        work: from the number of the micro-batch, in [0, parts), to scalar figures; adds to the gradients.
-        step: seeds torch's own randomness (dropout) together with the number of the micro-batch.
-        parts: micro-batches of the step.
+        work: maps the index of a micro-batch, in [0, parts), to scalar figures, and accumulates gradients.
+        step: together with the index of the micro-batch, seeds torch's global generators (dropout).
+        parts: micro-batches per step.
         run: seed and ranks.
     """
     names: list[str] = []
@@ -145,33 +146,33 @@ def over_micro_batches(
 
 
 def train_loop(
-    saved: Mapping[str, Saved],
+    saved: Mapping[str, Checkpointable],
     train_step: Callable[[int], Mapping[str, Tensor | float]],
     config: LoopConfig,
     *,
-    run: Run,
+    run: TrainingRun,
     validate: Callable[[int], Validation],
-    best: Best | None = None,
+    best: BestWeights | None = None,
     effort: Effort | None = None,
 ) -> LoopEnd:
-    """Call `train_step(step)` from the last checkpoint's step to the end; save, log and report on the way.
+    """Call `train_step(step)` from the last checkpoint's step to the end; save, log and report along the way.
 
     Args:
-        saved: what checkpoints hold: the learners, and what else the loop's state is.
-        train_step: does one step and returns figures to log, best on the device: they are fetched where a line is
-            logged, and there alone the host waits for the device. Draws all randomness from generators seeded by the
-            step.
+        saved: the state that checkpoints hold, by name: the learners, and any other state of the loop.
+        train_step: takes one step and returns figures to log, preferably on the device: they are fetched only when a
+            line is logged, and only then does the host wait for the device. Draws all randomness from generators
+            seeded by the step.
         config: length and intervals.
-        run: where to write.
+        run: outputs and execution settings.
         validate: called every `validate_every` steps and after the last one; its figures are logged.
-        best: offered what each validation found.
-        effort: what a step is, for figures of speed.
+        best: receives the figures of each validation.
+        effort: work per step, for throughput figures.
 
     Returns:
-        The last step's figures, the log and the last pictures.
+        The last step's figures, the log and the latest pictures.
 
     Raises:
-        FloatingPointError: a loss or a gradient was not finite; names the step. Found out where figures are fetched,
+        FloatingPointError: a loss or a gradient was not finite; names the step. Detected when figures are fetched,
             which is before every checkpoint and validation.
         ValueError: memory ran out.
     """
@@ -180,38 +181,38 @@ def train_loop(
     saved = {**saved, "best": best} if best is not None else saved
     checkpoints = Checkpoints(run.out.at(CHECKPOINTS), keep=config.keep_checkpoints)
     first, lines = _resume(saved, checkpoints)
-    book = Book(run, lines, first, effort or Effort())
-    watched = [part for part in saved.values() if isinstance(part, Learner)]
-    with full_memory(_remedy(config)):
+    output = TrainingLog(run, lines, first, effort or Effort())
+    learners = [part for part in saved.values() if isinstance(part, Learner)]
+    with reraise_out_of_memory(_remedy(config)):
         for step in range(first, config.steps):
             done = step + 1
             is_last = done == config.steps
             is_validated = is_last or _falls_on(done, config.validate_every)
             is_logged = is_validated or _falls_on(done, config.log_every)
             is_saved = _falls_on(done, config.checkpoint_every) and not is_last
-            with book.clock.step(step):
-                figures = train_step(step)
-                # The first step's too: what it takes to choose and compile kernels is then in its time alone.
-                seen = _fetched(figures, watched, step) if is_logged or is_saved or step == first else {}
+            with output.clock.step(step):
+                on_device = train_step(step)
+                # Also at the first step, so that only its own time includes choosing and compiling kernels.
+                figures = _fetch_checked(on_device, learners, step) if is_logged or is_saved or step == first else {}
             if is_validated:
-                with _as_written(config):
-                    found = validate(done)
-                seen |= found.figures
-                book.show(done, found.pictures)
+                with _uncompiled(config):
+                    validation = validate(done)
+                figures |= validation.figures
+                output.add_pictures(done, validation.pictures)
                 if best is not None:
-                    best.offer(found.figures)
-                    seen[f"best_{best.metric}"] = best.best
+                    best.offer(validation.figures)
+                    figures[f"best_{best.metric}"] = best.best
             if is_logged:
-                book.note(done, config.steps, seen)
+                output.log_step(done, config.steps, figures)
             if is_saved:
-                book.save(done, checkpoints, saved)
+                output.save_checkpoint(done, checkpoints, saved)
     if best is not None:
         best.restore()
-    return LoopEnd(book.lines[-1], book.close(config.steps), book.lines, book.clock.figures())
+    return LoopEnd(output.lines[-1], output.close(config.steps), output.lines, output.clock.figures())
 
 
-def _as_written(config: LoopConfig) -> AbstractContextManager[object]:
-    """Within the block nothing is compiled: a validation has batches of other sizes than the training."""
+def _uncompiled(config: LoopConfig) -> AbstractContextManager[object]:
+    """Disable compiled code within the block: validation batches have other sizes than those of training."""
     if isinstance(config, TrainingConfig) and config.compile:
         eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return eager
@@ -220,48 +221,48 @@ def _as_written(config: LoopConfig) -> AbstractContextManager[object]:
 
 def _remedy(config: LoopConfig) -> str:
     if not isinstance(config, TrainingConfig):
-        return "train on less at once"
+        return "train on smaller batches"
     whole = f" (the whole batch of {config.batch_size})" if not config.micro_batch else ""
     recompute = "" if config.activation_checkpointing else ", or set training.activation_checkpointing = true"
     return f"training.micro_batch = {config.micro_batch}{whole}: set it to fewer rows than {config.at_once}{recompute}"
 
 
-def _fetched(figures: Mapping[str, Tensor | float], watched: Sequence[Learner], step: int) -> dict[str, float]:
-    """A step's figures, once all learners have been found to be well."""
-    seen, told = fetch(figures, [learner.faults.told for learner in watched])
-    for learner in watched:
-        size = len(learner.faults.told)
-        learner.faults.check(step, told[:size])
-        told = told[size:]
-    return seen
+def _fetch_checked(figures: Mapping[str, Tensor | float], learners: Sequence[Learner], step: int) -> dict[str, float]:
+    """Fetch a step's figures, and check that the losses and gradients of all learners were finite."""
+    fetched, statuses = fetch(figures, [learner.faults.status for learner in learners])
+    for learner in learners:
+        size = len(learner.faults.status)
+        learner.faults.check(step, statuses[:size])
+        statuses = statuses[size:]
+    return fetched
 
 
 def _falls_on(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _resume(saved: Mapping[str, Saved], checkpoints: Checkpoints) -> tuple[int, list[dict[str, float]]]:
-    """Restore the newest checkpoint, if there is one: the step to go on from, and the lines logged before it."""
-    found = checkpoints.latest()
-    if found is None:
+def _resume(saved: Mapping[str, Checkpointable], checkpoints: Checkpoints) -> tuple[int, list[dict[str, float]]]:
+    """Restore the newest checkpoint, if any; return the step to resume from and the lines logged before it."""
+    checkpoint = checkpoints.latest()
+    if checkpoint is None:
         return 0, []
     for name, part in saved.items():
         prefix = f"{name}/"
-        part.load({k.removeprefix(prefix): t for k, t in found.tensors.items() if k.startswith(prefix)})
-    log.info("resuming from step %d", found.step)
-    lines = found.state["lines"]
+        part.load({k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)})
+    log.info("resuming from step %d", checkpoint.step)
+    lines = checkpoint.state["lines"]
     assert isinstance(lines, list)
-    return found.step, [dict(line) for line in lines]  # type: ignore[arg-type]
+    return checkpoint.step, [dict(line) for line in lines]  # type: ignore[arg-type]
 
 
 def picture_grid(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of images, float in [0, 1] (n, 3, H, W) each, as one picture uint8 (3, rows * H, n * W)."""
+    """Arrange rows of images, float in [0, 1] (n, 3, H, W) each, in one picture, uint8 (3, rows * H, n * W)."""
     strips = [(row.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu() for row in rows]
     return torch.cat([torch.cat(list(strip), dim=-1) for strip in strips], dim=-2)
 
 
-def mean_over_ranks(values: Iterable[Tensor], run: Run) -> float:
-    """The mean of all values of all ranks; a rank may have none."""
+def mean_over_ranks(values: Iterable[Tensor], run: TrainingRun) -> float:
+    """Return the mean of all values of all ranks; a rank may have none."""
     flat = torch.cat([torch.zeros(0), *(v.detach().double().flatten().cpu() for v in values)]).double().to(run.device)
     total, count = run.ranks.total(torch.stack([flat.sum(), flat.new_tensor(len(flat))])).tolist()
     return float(total / count)

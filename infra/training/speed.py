@@ -1,4 +1,4 @@
-"""How fast a training runs: items and model operations a second, and the share of what the device could do at best."""
+"""Measure training throughput: items and model FLOPs per second, and model FLOPs utilization (MFU)."""
 
 import re
 import time
@@ -10,8 +10,8 @@ import torch
 
 from infra.config import Precision
 
-# Dense TFLOP/s in half precision, in single precision, and in single precision by TF32 where the GPU has it, from the
-# vendor's data sheets (which double what tensor cores do where they mean sparse products).
+# Dense TFLOP/s in half precision, in single precision, and in single precision by TF32 if the GPU has it, from the
+# vendor's data sheets (whose tensor-core figures for sparse products are twice as high).
 PEAKS: dict[str, tuple[float, float, float]] = {
     "H200": (989, 67, 494.5),
     "H100 PCIE": (756, 51, 378),
@@ -23,46 +23,46 @@ PEAKS: dict[str, tuple[float, float, float]] = {
     "V100": (125, 15.7, 15.7),
     "T4": (65, 8.1, 8.1),
 }
-SIDE = 768  # of the product that is timed on a CPU
+SIDE = 768  # of the matrix product that is timed on a CPU
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What one step is, over all ranks."""
+    """Work of one training step, over all ranks."""
 
     items: Mapping[str, float] = field(default_factory=dict)
-    """what it sees, by name: tokens, images."""
+    """items per step, by name: tokens, images."""
     flops: float = 0.0
-    """the model's operations, forward and backward; 0: not known."""
+    """the model's FLOPs per step, forward and backward; 0: unknown."""
     precision: Precision = "fp32"
     later_flops: float = 0.0
-    """what is added from a later step on, as where a discriminator joins."""
+    """further FLOPs per step from `later_from` on, such as those of a discriminator that starts later."""
     later_from: int = 0
-    """that step."""
+    """step (from 0) from which `later_flops` count."""
 
     def flops_of(self, step: int) -> float:
-        """The model's operations in a step (from 0)."""
+        """Return the model's FLOPs in a step (from 0)."""
         return self.flops + (self.later_flops if step >= self.later_from else 0.0)
 
 
 class Clock:
-    """Adds up the time of steps alone, without validations and checkpoints.
+    """Timer of training steps, without validations and checkpoints.
 
-    The first step, in which kernels are chosen and compiled, counts only as long as there is no other.
+    The first step, in which kernels are chosen and compiled, counts only until there is a second one.
     """
 
     def __init__(self, effort: Effort, peak: float | None) -> None:
-        """Take what a step is, and the operations a second that all devices together could do (None: not known)."""
+        """Take the work of a step, and the peak FLOP/s of all devices together (None: unknown)."""
         self.effort, self.peak = effort, peak
         self._steps, self._seconds, self._flops = 0, 0.0, 0.0
 
     @contextmanager
     def step(self, step: int = 0) -> Iterator[None]:
-        """Time one step, whose number decides its operations.
+        """Time one step, whose number decides its FLOPs.
 
-        A GPU may still be at work when it ends. What is left is part of the next step's time, or of this one's if it
-        ended with fetching figures: then the sum is what the steps took.
+        A GPU may still be working when the block ends. The rest counts toward the next step's time, unless this block
+        ends by fetching figures; then the total is exact.
         """
         began = time.perf_counter()
         yield
@@ -73,31 +73,31 @@ class Clock:
         self._steps += 1
 
     def figures(self) -> dict[str, float]:
-        """Items and operations a second, the mean of the steps so far, and `mfu`, their share of the peak."""
+        """Return mean items and FLOPs per second over the steps so far, and `mfu`, the FLOPs' share of the peak."""
         if not self._seconds:
             return {}
         rate = max(self._steps - 1, 1) / self._seconds
-        found = {f"{name}_per_s": count * rate for name, count in self.effort.items.items()}
+        figures = {f"{name}_per_s": count * rate for name, count in self.effort.items.items()}
         if self.effort.flops:
-            found["model_flops_per_s"] = self._flops / self._seconds
+            figures["model_flops_per_s"] = self._flops / self._seconds
         if self.effort.flops and self.peak is not None:
-            found["mfu"] = found["model_flops_per_s"] / self.peak
-        return found
+            figures["mfu"] = figures["model_flops_per_s"] / self.peak
+        return figures
 
 
 def peak_flops(device: str, precision: Precision, *, is_tf32: bool = False) -> float | None:
-    """Operations a second that a device could do in matrix products: from a table, or on CPUs from one that is timed.
+    """Return a device's peak FLOP/s in matrix products: from a table, or on CPUs by timing one.
 
-    None for a GPU that the table does not have. A CPU's depends on torch's number of threads.
+    None for a GPU that is not in the table. A CPU's peak depends on torch's number of threads.
     """
     if torch.device(device).type == "cpu":
-        return _timed(torch.bfloat16 if precision == "bf16" else torch.float32)
+        return _timed_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
     if torch.device(device).type == "cuda":
-        return _known(torch.cuda.get_device_name(device), precision, is_tf32=is_tf32)
+        return _listed_peak(torch.cuda.get_device_name(device), precision, is_tf32=is_tf32)
     return None
 
 
-def _known(name: str, precision: Precision, *, is_tf32: bool = False) -> float | None:
+def _listed_peak(name: str, precision: Precision, *, is_tf32: bool = False) -> float | None:
     words = " ".join(re.split(r"[\s_-]+", name.upper()))
     for gpu, (half, single, tf32) in PEAKS.items():
         if re.search(rf"\b{gpu}\b", words):
@@ -105,9 +105,9 @@ def _known(name: str, precision: Precision, *, is_tf32: bool = False) -> float |
     return None
 
 
-def _timed(dtype: torch.dtype) -> float:
-    """The best of some products on this CPU."""
-    a = torch.ones(SIDE, SIDE, dtype=dtype)  # not random: the state of torch's generator stays as it is
+def _timed_peak(dtype: torch.dtype) -> float:
+    """Time several products on this CPU and return the highest FLOP/s."""
+    a = torch.ones(SIDE, SIDE, dtype=dtype)  # not random, so that the state of torch's generator does not change
     times = []
     for _ in range(1 + ROUNDS):
         began = time.perf_counter()

@@ -20,7 +20,7 @@ from infra.artifacts.reuse import Reuse
 from infra.artifacts.shards import FileEntry, shard_entry, split_of, write_shard
 from infra.codes.contract import CodeRows, CodesInfo, to_parquet
 from infra.compute.device import IEEE, NumericsConfig, default_device, device_facts, use_numerics
-from infra.compute.memory import full_memory
+from infra.compute.memory import reraise_out_of_memory
 from infra.errors import TransientError
 from infra.store.store import Store
 from sftok.coding.transfer import Lane
@@ -113,7 +113,7 @@ class ShardEncoder:
         device = job.device or default_device()
         use_numerics(job.numerics, device)
         begin_shards(job.out, device_facts(device, job.numerics))
-        with full_memory(_REMEDY, TransientError):
+        with reraise_out_of_memory(_REMEDY, TransientError):
             model = load_tokenizer(job.tokenizer).to(device)
             self.encoder = prepare_encoder(model, job.info.precision, compile=job.compile)
         self.lane = Lane(self.encoder.device)
@@ -136,7 +136,7 @@ class ShardEncoder:
         """The same for several image shards, one after the other, in their order."""
         found = {images.path: finished_shard(self.job, images) for images in shards}
         missing = [images for images in shards if found[images.path] is None]
-        with full_memory(_REMEDY, TransientError):
+        with reraise_out_of_memory(_REMEDY, TransientError):
             made = iter(self._encode(missing))
         return [found[images.path] or next(made) for images in shards]
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from infra.compute.transfer import send
-from infra.training.learner import Best, Learner, Plan
+from infra.training.best import BestWeights
+from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import (
-    Run,
+    TrainingRun,
     TrainResult,
     Validation,
     autocast,
@@ -39,7 +40,7 @@ def train_alignment(
     teacher: Teacher,
     start: SFTok | TokenizerConfig,
     image_size: int,
-    run: Run,
+    run: TrainingRun,
 ) -> TrainResult:
     """Warm up or align (method.md 1.3).
 
@@ -66,7 +67,7 @@ def train_alignment(
     set_up([model.encoder, model.decoder], training)
     if training.compile and torch.device(run.device).type == "cuda":
         set_up([teacher.encoder.to(memory_format=torch.channels_last)], training)
-    learner = Learner(model.named_parameters(), Plan.of(training, run.ranks))
+    learner = Learner(model.named_parameters(), OptimizerPlan.of(training, run.ranks))
     stream, held_out = images.stream(run, training), images.held_out(run)
     same = teacher_agreement(teacher, held_out, config, run)
 
@@ -85,7 +86,7 @@ def train_alignment(
             return _validate(model, teacher, held_out, training.at_once, run)
 
     effort = alignment_effort(config, model.config, teacher.config, image_size)
-    best = Best(learner, "val_agreement_8", higher=True) if training.keep == "best" else None
+    best = BestWeights(learner, "val_agreement_8", higher=True) if training.keep == "best" else None
     end = train_loop({"model": learner}, step, training, run=run, validate=validate, best=best, effort=effort)
     with learner.averaged():
         files = save_tokenizer(model, run.out) if run.ranks.is_first else []
@@ -98,7 +99,9 @@ def teacher_codes(teacher: Teacher, images: Tensor, config: AlignmentStageConfig
         return teacher.encode(images)
 
 
-def teacher_agreement(teacher: Teacher, images: Tensor, config: AlignmentStageConfig, run: Run) -> dict[str, float]:
+def teacher_agreement(
+    teacher: Teacher, images: Tensor, config: AlignmentStageConfig, run: TrainingRun
+) -> dict[str, float]:
     """Share of held-out images' proxy codes that are the same in the stage's precision and in fp32, where they differ.
 
     Raises:
@@ -166,7 +169,7 @@ def self_prediction(decoder: Decoder, z_q: Tensor, num_steps: int = 1) -> Tensor
 
 
 @torch.no_grad()
-def _validate(model: SFTok, teacher: Teacher, images: Tensor, at_once: int, run: Run) -> Validation:
+def _validate(model: SFTok, teacher: Teacher, images: Tensor, at_once: int, run: TrainingRun) -> Validation:
     """Share of proxy codes predicted right on held-out images in one step and in eight, codebook usage, pictures."""
 
     def work(images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:

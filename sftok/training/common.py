@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.compiler import compile_in_place
 from infra.store.store import Store
-from infra.training.loop import Run, picture_grid
+from infra.training.loop import TrainingRun, picture_grid
 from infra.training.schedule import TrainingConfig
 from sftok.config import AugmentConfig
 from sftok.images.dataset import ImageBatch, ImageRows, ImageSet, TrainImages
@@ -47,7 +47,7 @@ class TrainingImages:
         train = shards if shards.is_large else images.load("train", image_size, crop=augment.crop)
         return cls(train, first_rows(images, rows, "val", image_size, VALIDATION_IMAGES), augment)
 
-    def stream(self, run: Run, config: TrainingConfig) -> "Stream":
+    def stream(self, run: TrainingRun, config: TrainingConfig) -> "Stream":
         """Micro-batches as a function of step and part."""
         parts, own = config.micro_batches, run.ranks.share(config.micro_batches)
         if isinstance(self.train, StoredShards):
@@ -68,7 +68,7 @@ class TrainingImages:
 
         return Stream(make, run.device, own)
 
-    def held_out(self, run: Run) -> Tensor:
+    def held_out(self, run: TrainingRun) -> Tensor:
         """This rank's share of the images to validate on, float (n, 3, S, S)."""
         images = self.val.images[:VALIDATION_IMAGES]
         ranks = run.ranks
@@ -154,7 +154,7 @@ def set_up(networks: Iterator[nn.Module] | list[nn.Module], config: TrainingConf
             compile_in_place(network)
 
 
-def share_used(codes: Tensor, size: int, run: Run) -> float:
+def share_used(codes: Tensor, size: int, run: TrainingRun) -> float:
     """Share of `size` codes that occur in any rank's codes."""
     counts = torch.bincount(codes.flatten(), minlength=size)
     return (run.ranks.total(counts) > 0).double().mean().item()

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from infra.compute.transfer import send
-from infra.training.learner import Best, Learner, Plan
+from infra.training.best import BestWeights
+from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import (
-    Run,
+    TrainingRun,
     TrainResult,
     Validation,
     autocast,
@@ -37,7 +38,7 @@ def train_fine_tune(
     *,
     teacher: Teacher,
     start: SFTok,
-    run: Run,
+    run: TrainingRun,
     weights: Weights,
 ) -> TrainResult:
     """Fine-tune (method.md 1.3, stage 3).
@@ -59,7 +60,7 @@ def train_fine_tune(
     for _, parameter in trained:
         parameter.requires_grad_(True)
     set_up([model.encoder, model.decoder, model.pixel_decoder], training)
-    learner = Learner(trained, Plan.of(training, run.ranks))
+    learner = Learner(trained, OptimizerPlan.of(training, run.ranks))
     pixels = PixelLosses.of(config, model.image_size, run=run, weights=weights)
     stream, held_out = images.stream(run, training), images.held_out(run)
 
@@ -85,7 +86,7 @@ def train_fine_tune(
             found, picture = in_passes(work, held_out, training.at_once)
         return Validation({"val_psnr": mean_over_ranks(found["val_psnr"], run)}, {"reconstructions": picture})
 
-    best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
+    best = BestWeights(learner, "val_psnr", higher=True) if training.keep == "best" else None
     effort = fine_tune_effort(config, model.config, teacher.config, model.image_size)
     saved = {"model": learner, **pixels.saved()}
     end = train_loop(saved, step, training, run=run, validate=validate, best=best, effort=effort)

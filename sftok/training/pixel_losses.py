@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infra.training.learner import Learner, Plan
-from infra.training.loop import Run, Saved, generator_of
+from infra.training.learner import Learner, OptimizerPlan
+from infra.training.loop import Checkpointable, TrainingRun, generator_of
 from sftok.config import PixelStageConfig
 from sftok.losses.adversarial import Adversary
 from sftok.losses.perceptual import Lpips, load_lpips
@@ -15,12 +15,14 @@ from sftok.training.common import Weights
 class PixelLosses:
     """Mean squared error, LPIPS where it has weights, and a discriminator from its first step on; all in float32."""
 
-    def __init__(self, config: PixelStageConfig, *, run: Run, lpips: Lpips | None, adversary: Adversary | None) -> None:
+    def __init__(
+        self, config: PixelStageConfig, *, run: TrainingRun, lpips: Lpips | None, adversary: Adversary | None
+    ) -> None:
         self.config, self.run, self.lpips, self.adversary = config, run, lpips, adversary
         self.learner = _learner(adversary, config, run) if adversary is not None else None
 
     @classmethod
-    def of(cls, config: PixelStageConfig, image_size: int, *, run: Run, weights: Weights) -> "PixelLosses":
+    def of(cls, config: PixelStageConfig, image_size: int, *, run: TrainingRun, weights: Weights) -> "PixelLosses":
         """With the networks that the config asks for.
 
         Raises:
@@ -73,7 +75,7 @@ class PixelLosses:
         self.adversary.end_step(self.run.ranks.total)
         return figures
 
-    def saved(self) -> dict[str, Saved]:
+    def saved(self) -> dict[str, Checkpointable]:
         """What checkpoints hold of it."""
         if self.adversary is None or self.learner is None:
             return {}
@@ -83,8 +85,8 @@ class PixelLosses:
         return generator_of(self.run.seed, "augment", who, step, part)
 
 
-def _learner(adversary: Adversary, config: PixelStageConfig, run: Run) -> Learner:
-    plan = Plan(
+def _learner(adversary: Adversary, config: PixelStageConfig, run: TrainingRun) -> Learner:
+    plan = OptimizerPlan(
         config.adversarial.optimizer,
         adversary.steps,
         start=config.adversarial.start_step,

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from infra.training.learner import Best, Learner, Plan
+from infra.training.best import BestWeights
+from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import (
-    Run,
-    Saved,
+    Checkpointable,
+    TrainingRun,
     TrainResult,
     Validation,
     autocast,
@@ -31,7 +32,9 @@ from sftok.training.pixel_losses import PixelLosses
 from sftok.weights.artifacts import save_teacher
 
 
-def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Run, weights: Weights) -> TrainResult:
+def train_teacher(
+    images: TrainingImages, config: TeacherStageConfig, *, run: TrainingRun, weights: Weights
+) -> TrainResult:
     """Train a teacher on the images: reconstruction, perceptual and adversarial losses, codebook and commitment.
 
     Args:
@@ -44,7 +47,7 @@ def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Ru
     training = config.training
     model = Teacher(config.model).to(torch.device(run.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     set_up([model.encoder, model.decoder], training)
-    learner = Learner(model.named_parameters(), Plan.of(training, run.ranks))
+    learner = Learner(model.named_parameters(), OptimizerPlan.of(training, run.ranks))
     stream, held_out = images.stream(run, training), images.held_out(run)
     pixels = PixelLosses.of(config, held_out.shape[-1], run=run, weights=weights)
     restart = CodebookRestart(model, config, run)
@@ -82,8 +85,8 @@ def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Ru
         }
         return Validation(figures, {"reconstructions": picture})
 
-    saved: dict[str, Saved] = {"model": learner, "restart": restart, **pixels.saved()}
-    best = Best(learner, "val_psnr", higher=True) if training.keep == "best" else None
+    saved: dict[str, Checkpointable] = {"model": learner, "restart": restart, **pixels.saved()}
+    best = BestWeights(learner, "val_psnr", higher=True) if training.keep == "best" else None
     effort = teacher_effort(config, held_out.shape[-1])
     end = train_loop(saved, step, training, run=run, validate=validate, best=best, effort=effort)
     with learner.averaged():
@@ -94,7 +97,7 @@ def train_teacher(images: TrainingImages, config: TeacherStageConfig, *, run: Ru
 class CodebookRestart:
     """Starts the codebook at latents of the data, and moves codes that nothing uses to where the others are far."""
 
-    def __init__(self, model: Teacher, config: TeacherStageConfig, run: Run) -> None:
+    def __init__(self, model: Teacher, config: TeacherStageConfig, run: TrainingRun) -> None:
         self.model, self.every, self.run = model, config.restart_every, run
         self.until = config.training.steps // 2
         self.used = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=model.codebook.weight.device)

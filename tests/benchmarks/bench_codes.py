@@ -94,7 +94,7 @@ def compare_layouts(drawn: dict[str, tuple[Any, float]]) -> None:
                 how: dict[str, Any] = {"use_dictionary": True}
                 if encoding != "dictionary":
                     how = {"use_dictionary": False, "column_encoding": {"codes.list.element": encoding}}
-                how |= {"compression": "zstd", "compression_level": level, "row_group_size": contract._ROWS_A_GROUP}
+                how |= {"compression": "zstd", "compression_level": level, "row_group_size": contract._ROWS_PER_GROUP}
                 data, write = timed(lambda table=table, how=how: parquet(table, how))
                 _, read = timed(lambda data=data: pq.ParquetFile(io.BytesIO(data)).read())
                 size = len(data) / SAMPLE

@@ -20,8 +20,8 @@ from generator.train import training_step
 from infra.compute.compiler import compile_in_place
 from infra.config import Precision
 from infra.store.store import Store
-from infra.training.learner import Learner, Plan
-from infra.training.loop import Run, autocast
+from infra.training.learner import Learner, OptimizerPlan
+from infra.training.loop import TrainingRun, autocast
 from infra.training.schedule import OptimizerConfig
 from tests.benchmarks import machine
 from tests.benchmarks.table import percent, seconds, show, times
@@ -71,8 +71,8 @@ def our_step(model: Generator, batch: int, precision: Precision, *, is_compiled:
         compile_in_place(model)
     classes = torch.randint(model.space.num_classes, (ROWS,), dtype=torch.int32)
     codes = torch.randint(model.space.codebook_size, (ROWS, model.space.num_tokens), dtype=torch.int16)
-    run = Run(Store("."), seed=0, threads=machine.THREADS, device=model.device.type)  # nothing is written
-    learner, steps = Learner(model.named_parameters(), Plan.of(config, run.ranks)), itertools.count()
+    run = TrainingRun(Store("."), seed=0, threads=machine.THREADS, device=model.device.type)  # nothing is written
+    learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(config, run.ranks)), itertools.count()
     step = training_step(model, learner, CodeData(classes, codes), config, run)
     return lambda: step(next(steps))
 

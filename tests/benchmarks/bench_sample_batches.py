@@ -11,7 +11,7 @@ from generator.artifacts import build_generator
 from generator.code_space import CodeSpace
 from generator.config import GENERATORS, MASKED_GENERATORS, GeneratorConfig, MaskedConfig, SampleConfig, SamplePrecision
 from generator.sampling.prepared import prepare_sampler
-from generator.sampling.shards import Wanted, share_changed
+from generator.sampling.shards import SampleSpec, share_changed
 from tests.benchmarks import machine
 from tests.benchmarks.table import percent, show
 
@@ -34,7 +34,7 @@ def main() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(gain if parameter.ndim > 1 else 1)
-        wanted = [Wanted(i % space.num_classes, i // space.num_classes) for i in range(count)]
+        wanted = [SampleSpec(i % space.num_classes, i // space.num_classes) for i in range(count)]
         shares = []
         for precision in PRECISIONS:
             sampler = prepare_sampler(model.eval(), SampleConfig(cfg_scale=2.0, precision=precision))

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from infra.artifacts.manifest import Manifest, Plan, publish
 from infra.artifacts.pages import PAGE_ENTRIES, PagedEntries, write_page
 from infra.artifacts.shards import FileEntry, put, shard_entry, shard_name, write_shard
-from infra.artifacts.verify import Ledger
+from infra.artifacts.verify import DuplicateIndex
 from infra.compute.cluster import session
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.store.s3 import Bucket
@@ -232,18 +232,18 @@ def verification() -> None:
     """What sftok verify spends on a byte and on a row."""
     count, block = 200_000, os.urandom(1 << 20)
     hashing = 64 / taken(lambda: [hashlib.sha256(block) for _ in range(64)]) * len(block) / 1e6
-    ledger = Ledger()
+    index = DuplicateIndex()
     keys = [f"n{n:08d}/n{n:08d}_{n}.JPEG" for n in range(count)]
-    adding = taken(lambda: ledger.add("train-00000-of-00512.parquet", keys))
-    asking = taken(lambda: list(ledger.twice()))
-    pages, size = (ledger._db.execute(f"pragma {name}").fetchone()[0] for name in ("page_count", "page_size"))
+    adding = taken(lambda: index.add("train-00000-of-00512.parquet", keys))
+    asking = taken(lambda: list(index.duplicates()))
+    pages, size = (index._db.execute(f"pragma {name}").fetchone()[0] for name in ("page_count", "page_size"))
     cells = [
         f"{hashing:.0f}",
         f"{count / adding / 1e6:.2f}",
         f"{count / asking / 1e6:.2f}",
         f"{pages * size / count:.0f}",
     ]
-    columns = ["", "SHA-256, MB/s", "ledger: rows in, M/s", "rows compared, M/s", "bytes of disk a row"]
+    columns = ["", "SHA-256, MB/s", "index: rows in, M/s", "rows compared, M/s", "bytes of disk a row"]
     show("verify", columns, [["", *cells]])
 
 

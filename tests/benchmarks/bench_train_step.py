@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infra.compute.ranks import ALONE
 from infra.config import Precision
-from infra.training.learner import Learner, Plan
+from infra.training.learner import Learner, OptimizerPlan
 from infra.training.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import AlignmentStageConfig, TeacherConfig
 from sftok.model.decoder import random_mask
@@ -47,7 +47,7 @@ def our_step(teacher: Teacher, images: Tensor, precision: Precision) -> Callable
     model = subjects.small_tokenizer()
     training = TrainingConfig(steps=1000, batch_size=BATCH, optimizer=OPTIMIZER, precision=precision)
     config = AlignmentStageConfig(training=training, replacement="self_forcing")
-    learner, steps = Learner(model.named_parameters(), Plan.of(training, ALONE)), itertools.count()
+    learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(training, ALONE)), itertools.count()
 
     def step() -> None:
         generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from generator.artifacts import build_generator, load_generator, save_generator
 from generator.autoregressive import CodeSpace, Generator
 from generator.config import GENERATORS, AnyGeneratorConfig, GeneratorConfig, MaskedConfig, SampleConfig
-from generator.objectives import draw_view, held_out_losses, training_loss
+from generator.objectives import held_out_losses
 from generator.sampling.autoregressive import advance_of, pick_of
 from generator.sampling.prepared import PackedGenerator
 from infra.codes.contract import CodesInfo
@@ -145,7 +145,7 @@ def test_recomputing_blocks_changes_no_gradient(variant: str) -> None:
         model.recompute(on)
         model.zero_grad()
         torch.manual_seed(0)  # dropout
-        training_loss(model, torch.tensor([0, 1]), codes, None, label_smoothing=0.0).backward()
+        model.training_loss(torch.tensor([0, 1]), codes, None, label_smoothing=0.0).backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -155,8 +155,8 @@ def test_one_batch_is_learnt_by_heart_in_random_orders() -> None:
     codes, classes = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(0)), torch.arange(4)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for step in range(80):
-        view = draw_view(model.config, 4, 6, step=0, generator=torch.Generator().manual_seed(step))
-        loss = training_loss(model, classes, codes, view, label_smoothing=0.0)
+        view = model.draw_view(4, step=0, generator=torch.Generator().manual_seed(step))
+        loss = model.training_loss(classes, codes, view, label_smoothing=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -201,14 +201,14 @@ def test_kinds_build_their_networks() -> None:
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"width = 30 does not divide by 2 \* heads = 8"):
+    with pytest.raises(ValueError, match=r"width = 30 is not a multiple of 2 \* heads = 8"):
         GeneratorConfig(width=30, heads=4)
-    with pytest.raises(ValueError, match=r"width = 30 does not divide by heads = 4"):
+    with pytest.raises(ValueError, match=r"width = 30 is not a multiple of heads = 4"):
         MaskedConfig(width=30, heads=4)
 
 
 def test_codes_of_another_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^5 codes a sequence, but the generator has 6$"):
+    with pytest.raises(ValueError, match=r"^5 codes per sequence, but the generator has 6$"):
         autoregressive()(torch.tensor([0]), torch.zeros(1, 5, dtype=torch.long))
 
 

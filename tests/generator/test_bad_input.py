@@ -12,15 +12,15 @@ from flows.recipes.files import load_recipe
 from generator.artifacts import load_generator, save_generator
 from generator.config import GeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
-from generator.sampling.autoregressive import sample
 from generator.sampling.prepared import PackedGenerator, prepare_sampler
 from generator.sampling.shards import SampleJob, generate, plan_shards
 from generator.train import train_generator
 from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
-from infra.training.loop import Run
+from infra.training.loop import TrainingRun
 from infra.training.schedule import OptimizerConfig
+from tests.support.plain_sampling import sample
 from tests.support.small_generators import SPACE, autoregressive, masked, uniform
 
 INFO = CodesInfo(
@@ -54,7 +54,7 @@ def refused(call: Callable[[], object]) -> str:
 
 
 def train(data: CodeRows, val: CodeRows, store: Store, info: CodesInfo = INFO) -> object:
-    return train_generator(CodeData.of(data), CodeData.of(val), info, MODEL, TRAINING, run=Run(store, seed=0))
+    return train_generator(CodeData.of(data), CodeData.of(val), info, MODEL, TRAINING, run=TrainingRun(store, seed=0))
 
 
 # --- code files ------------------------------------------------------------------------------------------------------
@@ -208,4 +208,4 @@ def test_settings_that_would_draw_nothing_but_the_first_code(setting: str, value
 )
 def test_settings_of_the_other_kind_are_refused_before_anything_is_trained(recipe: str, setting: str) -> None:
     said = refused(lambda: load_recipe(recipe, overrides=[setting]))
-    assert f"{setting.split('.')[1].replace('=', ' = ')} means nothing to a generator that is" in said
+    assert f"{setting.split('.')[1].replace('=', ' = ')} has no effect on a generator that is" in said

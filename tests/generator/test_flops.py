@@ -9,7 +9,6 @@ from generator.artifacts import build_generator
 from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, MaskedConfig
 from generator.flops import forward_flops, training_flops
-from generator.objectives import draw_view, training_loss
 
 SPACE = CodeSpace(codebook_size=50, num_tokens=7, num_classes=3)
 BATCH = 4
@@ -31,10 +30,10 @@ def test_the_formula_is_what_is_counted(name: str) -> None:
     model = build_generator(config, SPACE)
     model.initialise()
     classes, codes = torch.arange(BATCH) % 3, torch.arange(BATCH * 7).view(BATCH, 7)
-    view = draw_view(config, BATCH, 7, step=0, generator=torch.Generator().manual_seed(0))
+    view = model.draw_view(BATCH, step=0, generator=torch.Generator().manual_seed(0))
     with sdpa_kernel(SDPBackend.MATH):  # fused attention computes scores again in the backward pass
         with FlopCounterMode(display=False) as forward:
-            loss = training_loss(model.train(), classes, codes, view, label_smoothing=0.0)
+            loss = model.train().training_loss(classes, codes, view, label_smoothing=0.0)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     assert forward.get_total_flops() == BATCH * forward_flops(config, SPACE)

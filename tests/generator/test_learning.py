@@ -8,7 +8,7 @@ from generator.data import CodeData
 from generator.train import train_generator
 from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
 from infra.store.store import Store
-from infra.training.loop import Run
+from infra.training.loop import TrainingRun
 from infra.training.schedule import OptimizerConfig
 from tests.support.unigrams import unigram_entropy, unigram_nll
 
@@ -60,7 +60,10 @@ def test_held_out_codes_are_likelier_than_by_class_and_position(data: Store) -> 
         class_dropout=0.1,
         optimizer=OptimizerConfig(lr=5e-3, end_lr=5e-4, warmup_steps=20, ema_decay=0.95),
     )
-    model, run = GeneratorConfig(width=48, layers=2, heads=2, ffn_width=96, dropout=0.0), Run(data.at("made"), seed=0)
+    model, run = (
+        GeneratorConfig(width=48, layers=2, heads=2, ffn_width=96, dropout=0.0),
+        TrainingRun(data.at("made"), seed=0),
+    )
     found = train_generator(CodeData.of(train), CodeData.of(held_out), info, model, training, run=run).metrics
     assert found["val_nll"] < entropy - MARGIN
     assert entropy < found["frequency_nll"] < unigram_nll(train, held_out, CODES)  # a better prior, held against too

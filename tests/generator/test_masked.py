@@ -13,13 +13,14 @@ from generator.artifacts import load_generator, save_generator
 from generator.autoregressive import CodeSpace
 from generator.config import MASKED_GENERATORS, SampleConfig
 from generator.masked import MaskedGenerator
-from generator.objectives import draw_view, held_out_losses, masked_loss, random_mask, training_loss
-from generator.published import from_published, to_published
+from generator.objectives import held_out_losses, masked_loss, random_mask
 from generator.sampling.filters import guidance_scales
-from generator.sampling.masked import choose, guided, gumbel, hide, kept_hidden, sample_masked
+from generator.sampling.masked import choose, guided, gumbel, hide, kept_hidden
 from generator.sampling.prepared import prepare_sampler
 from infra.codes.contract import CodesInfo
 from infra.store.store import Store
+from tests.support.plain_sampling import sample_masked
+from tests.support.published_masked import from_published, to_published
 from tests.support.small_generators import SPACE, masked, uniform
 
 CODES = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -140,8 +141,8 @@ def test_one_batch_is_learnt_by_heart() -> None:
     model = masked(dropout=0.0).train()
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for step in range(150):
-        view = draw_view(model.config, 3, 6, step=step, generator=torch.Generator().manual_seed(step))
-        loss = training_loss(model, CLASSES, CODES, view, label_smoothing=0.0)
+        view = model.draw_view(3, step=step, generator=torch.Generator().manual_seed(step))
+        loss = model.training_loss(CLASSES, CODES, view, label_smoothing=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -160,7 +161,7 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
         model.recompute(on)
         model.zero_grad()
         torch.manual_seed(0)  # dropout
-        training_loss(model, CLASSES, CODES, HIDDEN, label_smoothing=0.1).backward()
+        model.training_loss(CLASSES, CODES, HIDDEN, label_smoothing=0.1).backward()
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -301,7 +302,7 @@ def test_without_classes_everything_is_of_the_null_class() -> None:
 
 
 def test_settings_of_the_other_kind_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^top_k = 3 means nothing to a generator that is masked: leave it 0$"):
+    with pytest.raises(ValueError, match=r"^top_k = 3 has no effect on a generator that is masked: leave it 0$"):
         prepare_sampler(masked(), SampleConfig(top_k=3))
     with pytest.raises(ValueError, match=r"annealing = \(0.0, 1.0\) divides by 0"):
         SampleConfig(annealing=(0.0, 1.0))
@@ -351,5 +352,5 @@ def test_weights_that_are_not_a_published_generators_are_refused() -> None:
         from_published({n: t for n, t in weights.items() if "lm_head" not in n}, heads=2)
     with pytest.raises(ValueError, match=r"5 embeddings and 7 positions fit no generator of 11 codes"):
         from_published(weights | {"model.embeddings.word_embeddings.weight": torch.ones(5, 16)}, heads=2)
-    with pytest.raises(ValueError, match=r"width = 16 does not divide by heads = 3"):
+    with pytest.raises(ValueError, match=r"width = 16 is not a multiple of heads = 3"):
         from_published(weights, heads=3)

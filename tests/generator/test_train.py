@@ -21,7 +21,7 @@ from generator.train import VALIDATION_BATCH, held_out_figures, train_generator
 from infra.codes.contract import CodeRows, CodesInfo, read_codes
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
-from infra.training.loop import Run, TrainResult, generator_of
+from infra.training.loop import TrainingRun, TrainResult, generator_of
 from infra.training.schedule import OptimizerConfig
 from tests.support.small_generators import spread
 
@@ -52,8 +52,8 @@ def config(steps: int, **changes: object) -> GeneratorTrainingConfig:
     return GeneratorTrainingConfig.model_validate(values)
 
 
-def train(folder: Store, training: GeneratorTrainingConfig, run: Run | None = None) -> TrainResult:
-    return train_generator(data(), data(seed=1), INFO, MODEL, training, run=run or Run(folder, seed=0))
+def train(folder: Store, training: GeneratorTrainingConfig, run: TrainingRun | None = None) -> TrainResult:
+    return train_generator(data(), data(seed=1), INFO, MODEL, training, run=run or TrainingRun(folder, seed=0))
 
 
 def test_it_reaches_the_entropy_of_the_data(store: Store) -> None:
@@ -74,7 +74,7 @@ def test_two_and_two_steps_equal_four(store: Store) -> None:
     whole, parts = store.at("whole"), store.at("parts")
     train(whole, config(4, **settings))
     with pytest.raises(Killed):
-        train(parts, config(4, **settings), Run(parts, seed=0, progress=stop))
+        train(parts, config(4, **settings), TrainingRun(parts, seed=0, progress=stop))
     train(parts, config(4, **settings))
     assert parts.read("model.safetensors") == whole.read("model.safetensors")
     assert parts.read("log.jsonl") == whole.read("log.jsonl")
@@ -94,12 +94,16 @@ def test_micro_batches_add_up_to_the_batch(store: Store) -> None:
 
 def test_the_best_weights_are_those_that_are_published(store: Store) -> None:
     few = data(8)
-    train_generator(few, data(seed=1), INFO, MODEL, config(80, validate_every=5, keep="best"), run=Run(store, seed=0))
+    train_generator(
+        few, data(seed=1), INFO, MODEL, config(80, validate_every=5, keep="best"), run=TrainingRun(store, seed=0)
+    )
     lines = [json.loads(line) for line in store.read("log.jsonl").decode().splitlines()]
     nlls = [line["val_nll"] for line in lines if "val_nll" in line]
     assert min(nlls) < nlls[-1]  # eight rows are learnt by heart
     network, _ = load_generator(store)
-    assert held_out_figures(network, data(seed=1), Run(store, 0))["val_nll"] == pytest.approx(min(nlls), rel=1e-5)
+    assert held_out_figures(network, data(seed=1), TrainingRun(store, 0))["val_nll"] == pytest.approx(
+        min(nlls), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["autoregressive", "masked"])
@@ -107,7 +111,7 @@ def test_held_out_figures_are_those_of_a_plain_loop(kind: str, store: Store) -> 
     model = build_generator(MODEL if kind == "autoregressive" else MASKED, space_of(INFO))
     model.initialise()
     spread(model)
-    held_out, run = data(300, seed=1), Run(store, seed=3)  # more than one batch of a validation
+    held_out, run = data(300, seed=1), TrainingRun(store, seed=3)  # more than one batch of a validation
     found = held_out_figures(model, held_out, run)
     losses, right, hidden = torch.zeros(4), torch.zeros(4), torch.zeros(4)
     for first in (0, VALIDATION_BATCH):
@@ -136,7 +140,7 @@ def test_the_log_has_every_figure_and_the_artifact_the_last_ones(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = []
-    run = Run(store, seed=0, progress=lambda done, total, figures: shown.append(dict(figures)))
+    run = TrainingRun(store, seed=0, progress=lambda done, total, figures: shown.append(dict(figures)))
     with caplog.at_level(logging.INFO, logger="infra.training.log"):
         result = train(store, config(20, validate_every=10), run)
     lines = [json.loads(line) for line in store.read("log.jsonl").decode().splitlines()]
@@ -162,9 +166,9 @@ def test_the_log_has_every_figure_and_the_artifact_the_last_ones(
 def test_the_artifact_states_the_figures_of_the_weights_that_it_has(store: Store) -> None:
     few = data(8)
     training = config(80, validate_every=5, keep="best")
-    result = train_generator(few, data(seed=1), INFO, MODEL, training, run=Run(store, seed=0))
+    result = train_generator(few, data(seed=1), INFO, MODEL, training, run=TrainingRun(store, seed=0))
     network, _ = load_generator(store)
-    found = held_out_figures(network, data(seed=1), Run(store, 0))
+    found = held_out_figures(network, data(seed=1), TrainingRun(store, 0))
     for name, value in found.items():
         assert result.metrics[name] == pytest.approx(value, rel=1e-5), name
 
@@ -213,7 +217,7 @@ def test_a_masked_generator_learns_and_samples_too(store: Store) -> None:
     """The first code tells the class: a generator that has learnt anything gets it right for every sample."""
     model = MaskedConfig(width=32, layers=2, heads=2, ffn_width=64, dropout=0.0)
     made = store.at("masked")
-    result = train_generator(data(), data(seed=1), INFO, model, config(150), run=Run(made, seed=0))
+    result = train_generator(data(), data(seed=1), INFO, model, config(150), run=TrainingRun(made, seed=0))
     assert result.metrics["val_nll"] < 0.7 * np.log(16)  # nats; codes at random have ln(16)
     job = SampleJob(made, store.at("samples"), SampleConfig(per_class=20, num_steps=4, temperature=0.5), 0, "g")
     (entry,) = generate(job, options=WorkerOptions())
@@ -231,7 +235,7 @@ def test_an_annealed_order_resumes_bit_for_bit(store: Store) -> None:
                 if done == stop_at:
                     raise KeyboardInterrupt
 
-            run = Run(store.at(name), seed=0, progress=stop)
+            run = TrainingRun(store.at(name), seed=0, progress=stop)
             with contextlib.suppress(KeyboardInterrupt):
                 train_generator(data(), data(seed=1), INFO, model, config(4, checkpoint_every=2), run=run)
         runs[name] = store.at(name).read("model.safetensors")

@@ -13,7 +13,7 @@ from generator.train import train_generator
 from infra.compute.device import IEEE, NumericsConfig, use_numerics
 from infra.store.store import Store
 from infra.training.learner import Learner
-from infra.training.loop import Run
+from infra.training.loop import TrainingRun
 from tests.generator.test_train import INFO, MASKED, MODEL, config, data
 from tests.sftok.training.test_stages import losses
 from tests.sftok.training.test_stages_gpu import FILES, Killed, stop, waiting_refused
@@ -40,7 +40,7 @@ def train(
     folder: Store, model: GeneratorConfig | MaskedConfig, steps: int, device: str = "cuda", **changes: object
 ) -> None:
     progress = {"progress": changes.pop("progress")} if "progress" in changes else {}
-    run = Run(folder, seed=0, device=device, numerics=NumericsConfig(deterministic=True), **progress)  # type: ignore[arg-type]
+    run = TrainingRun(folder, seed=0, device=device, numerics=NumericsConfig(deterministic=True), **progress)  # type: ignore[arg-type]
     train_generator(data(), data(seed=1), INFO, model, config(steps, **changes), run=run)
 
 
@@ -99,6 +99,6 @@ def test_no_step_between_two_logged_lines_waits_for_the_gpu(
         return made
 
     monkeypatch.setattr(Learner, "update", watched)
-    run = Run(store, seed=0, device="cuda")
+    run = TrainingRun(store, seed=0, device="cuda")
     with refused:
         train_generator(data(), data(seed=1), INFO, model, config(10, micro_batch=8, log_every=1000), run=run)

@@ -18,7 +18,7 @@ def test_defaults_need_nothing() -> None:
     settings = Settings()
     assert settings.store == "./store"
     assert settings.home == Path.home() / ".sftok"
-    assert settings.s3_patience == 60
+    assert settings.s3_retry_seconds == 60
     assert settings.ray_address is None
     assert settings.prefect_api_url is None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from infra.compute.device import use_numerics
 from infra.compute.ranks import ALONE
 from infra.config import Precision
-from infra.training.learner import Learner, Plan
+from infra.training.learner import Learner, OptimizerPlan
 from infra.training.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import AlignmentStageConfig
 from sftok.model.decoder import random_mask
@@ -73,7 +73,7 @@ def our_step(bench: Bench, images: Tensor, *, is_compiled: bool) -> Callable[[Te
     model = subjects.tokenizer(bench, pixels=False).requires_grad_(True).train()
     config = stage(len(images), "fp32", is_compiled=is_compiled)
     set_up([model.encoder, model.decoder], config.training)
-    learner, steps = Learner(model.named_parameters(), Plan.of(config.training, ALONE)), itertools.count()
+    learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(config.training, ALONE)), itertools.count()
 
     def step(proxy_BP: Tensor) -> None:
         learner.backward(alignment_losses(model, proxy_BP, images, config, torch.Generator().manual_seed(0))["loss"])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from infra.compute.device import use_numerics
 from infra.compute.ranks import ALONE
 from infra.store.store import Store
-from infra.training.learner import Learner, Plan
-from infra.training.loop import Run
+from infra.training.learner import Learner, OptimizerPlan
+from infra.training.loop import TrainingRun
 from infra.training.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import AdversarialConfig, FineTuneStageConfig
 from sftok.losses.adversarial import Adversary
@@ -77,11 +77,11 @@ def our_step(bench: Bench, images: Tensor, size: int, *, is_compiled: bool) -> C
     model, trained = trained_parts(bench)
     assert model.pixel_decoder is not None
     set_up([model.encoder, model.decoder, model.pixel_decoder], config.training)
-    learner, steps = Learner(trained, Plan.of(config.training, ALONE)), itertools.count()
+    learner, steps = Learner(trained, OptimizerPlan.of(config.training, ALONE)), itertools.count()
     adversary = Adversary(
         config.adversarial, steps=STEPS, image_size=size, micro_batch=len(images), dino=dino_file(), device=bench.device
     )
-    run = Run(Store("."), seed=0, device=bench.device.type)  # nothing is written
+    run = TrainingRun(Store("."), seed=0, device=bench.device.type)  # nothing is written
     pixels = PixelLosses(config, run=run, lpips=lpips(bench.device), adversary=adversary)
 
     def step() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from generator.autoregressive import CodeSpace, Generator
 from generator.config import GENERATORS, GeneratorConfig, SampleConfig, SamplePrecision
 from generator.sampling.autoregressive import Sampler
-from generator.sampling.cuda_graph import Captured, Desk, record_cuda_graph
+from generator.sampling.cuda_graph import GraphReplayer, SharedRecordings, record_cuda_graph
 from generator.sampling.prepared import DTYPES, prepare_sampler
 from tests.benchmarks.device.bench import Bench, share_equal
 
@@ -72,8 +72,8 @@ def samplers(bench: Bench, model: Generator, precision: SamplePrecision) -> dict
         sampler = prepare_sampler(model, SampleConfig(cfg_scale=SCALE, precision=precision, compile=way == "compiled"))
         assert isinstance(sampler, Sampler)
         if way == "captured":
-            desk = Desk(record_cuda_graph if bench.device.type == "cuda" else lambda tick, _: tick)
-            sampler.draw_all = Captured(sampler.network, sampler.config, {"recorded": sampler.advance}, desk)
+            recordings = SharedRecordings(record_cuda_graph if bench.device.type == "cuda" else lambda tick, _: tick)
+            sampler.draw_all = GraphReplayer(sampler.network, sampler.config, {"recorded": sampler.advance}, recordings)
         return sampler
 
     # Made at the first call: within what may fail and take time.
@@ -111,8 +111,8 @@ def compare_codes(
         first = bench.once(lambda: draw(sampler, given))
         differs, note = 100 * (1 - share_equal(draw(sampler, given), wanted)), f"(its first call took {first:.1f} s)"
         draws = sampler().draw_all
-        if isinstance(draws, Captured) and draws.desk.refused:
-            note += f"; drawn another way, since it was refused: {', '.join(sorted(draws.desk.refused))}"
+        if isinstance(draws, GraphReplayer) and draws.recordings.refused:
+            note += f"; drawn another way, since it was refused: {', '.join(sorted(draws.recordings.refused))}"
         bench.put(name, differs, "%", note=note)
 
     for way in WAYS[1:]:

@@ -139,7 +139,7 @@ def _column(results: Results, key: str):
 
 def test_every_arm_sees_the_same_batches() -> None:
     """Batches are a function of seed, step and the settings that all arms share; nothing of an arm reaches them."""
-    from infra.training.loop import Run
+    from infra.training.loop import TrainingRun
     from sftok.images.dataset import ImageRows
     from sftok.training.common import TrainingImages
 
@@ -150,7 +150,9 @@ def test_every_arm_sees_the_same_batches() -> None:
         recipe = next(one.recipe for one in plan.arms if one.name == arm)
         seen = []
         for stage in (recipe.warm_up, recipe.align):
-            stream = TrainingImages(rows, rows, recipe.augment).stream(Run(Store("unused"), seed), stage.training)
+            stream = TrainingImages(rows, rows, recipe.augment).stream(
+                TrainingRun(Store("unused"), seed), stage.training
+            )
             seen += [stream.batch(step, 0) for step in range(stage.training.steps)]
         return seen
 

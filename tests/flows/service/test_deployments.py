@@ -210,7 +210,8 @@ class TestRuns:
         assert fakes.attempts["teacher"] == 2
 
     @pytest.mark.parametrize(
-        ("given", "said"), [("sample=soon", "'sample=soon' is no stage=seconds"), ("encod=3", "'encod' is no stage")]
+        ("given", "said"),
+        [("sample=soon", "'sample=soon' is not of the form stage=seconds"), ("encod=3", "'encod' is no stage")],
     )
     def test_timeouts_that_mean_nothing_are_refused(self, monkeypatch, given, said) -> None:
         from flows.pipeline.tasks import timeout_of

@@ -14,7 +14,7 @@ from flows.pipeline import graph
 from flows.recipes.small import RECIPES
 from flows.runs.journal import RunRecord, StageRecord
 from flows.store.inventory import kept_keys, size_text
-from infra.artifacts.inventory import key_of_ref, made_of, manifests, pins, stands_on
+from infra.artifacts.inventory import descendants, key_of_ref, manifests, pins, with_ancestors
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, manifest_of, publish, verify
 from infra.artifacts.shards import put
 from infra.store.store import Store
@@ -78,11 +78,11 @@ def test_ls_shows_every_artifact_and_who_uses_it(built: Built, capsys: pytest.Ca
 def test_lineage_goes_back_and_forward(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     made, refs = built
     found = manifests(made.store)
-    assert stands_on(found, key_of_ref(refs["tokenizer"])) == {
+    assert descendants(found, key_of_ref(refs["tokenizer"])) == {
         key_of_ref(refs["codes"]),
         key_of_ref(refs["more_codes"]),
     }
-    assert made_of(found, [key_of_ref(refs["codes"])]) == {
+    assert with_ancestors(found, [key_of_ref(refs["codes"])]) == {
         key_of_ref(refs[n]) for n in ("codes", "images", "tokenizer")
     }
     shown = run_json(capsys, "show", refs["images"], "--lineage", "--store", made.store.uri)
@@ -295,11 +295,11 @@ def test_gc_aborts_uploads_on_s3(s3_store: Store, capsys: pytest.CaptureFixture[
     s3_store.write("artifacts/codes/x", b"x")
     bucket = s3_store._backend
     bucket._request("create_multipart_upload", "artifacts/big", Key=bucket._object("artifacts/big"))
-    assert len(list(s3_store.abandoned())) == 1
+    assert len(list(s3_store.unfinished_writes())) == 1
     assert collect(capsys, s3_store)["uploads"] == 0, "it may be at work"
     time.sleep(1.1)  # S3 tells times to the second
     assert collect(capsys, s3_store, "--grace", "0h")["uploads"] == 1
-    assert list(s3_store.abandoned()) == []
+    assert list(s3_store.unfinished_writes()) == []
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_one_changed_bit_is_found_wherever_it_is(copy):
             broken[len(data) // 2] ^= 1
             copy.folder(kind).write(entry.path, bytes(broken))
             (finding,) = copy.findings(kind)
-            assert finding.startswith(f"{entry.path}: other bytes than {MANIFEST} says")
+            assert finding.startswith(f"{entry.path}: its bytes differ from {MANIFEST}")
             copy.folder(kind).write(entry.path, data)
 
 
@@ -391,7 +391,7 @@ def test_an_image_in_another_shard_and_one_in_both_splits(copy):
     found = " | ".join(copy.findings("images"))
     assert f"train-00002-of-00003.parquet: 1 images belong into another shard: '{image_id}'" in found
     assert f"image '{image_id}' comes twice" in found
-    assert any(f"1 images belong into another shard: '{image_id}'" in finding for finding in copy.findings("codes"))
+    assert any(f"1 images belong in another shard: '{image_id}'" in finding for finding in copy.findings("codes"))
     counts = manifest_of(copy.store, copy.refs["images"]).counts
     assert f"counts.accepted = {counts['accepted']}, the files have {counts['accepted'] + 1}" in found
 

@@ -12,11 +12,12 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from generator.autoregressive import CodeSpace, Generator
 from generator.config import SampleConfig
-from generator.sampling.autoregressive import Sampler, advance_of, pick_of, sample
+from generator.sampling.autoregressive import Sampler, advance_of, pick_of
 from generator.sampling.compiled import compiled
 from generator.sampling.filters import LIKELIEST, draw, filter_logits, guidance_scales, guide, invert, nucleus_floor
-from generator.sampling.prepared import Prepared, prepare_sampler, typed_copy
+from generator.sampling.prepared import PreparedGenerator, prepare_sampler, typed_copy
 from infra.compute.compiler import compile_in_place
+from tests.support.plain_sampling import sample
 from tests.support.small_generators import SPACE, autoregressive, masked, uniform
 
 RANDOM = {"kind": "annealed", "start_step": 1, "end_step": 2}
@@ -248,7 +249,7 @@ def test_guidance_of_a_generator_without_classes_costs_nothing() -> None:
 
 
 def test_all_scales_of_guidance_share_a_graph() -> None:
-    prepared = Prepared(autoregressive(), "bf16", compile=True)
+    prepared = PreparedGenerator(autoregressive(), "bf16", compile=True)
 
     def graph(**changes: float) -> object:
         sampler = prepared.sampler(SampleConfig.model_validate({"precision": "bf16", "compile": True, **changes}))
@@ -257,7 +258,7 @@ def test_all_scales_of_guidance_share_a_graph() -> None:
 
     assert graph(cfg_scale=2.0) is graph(cfg_scale=3.0, cfg_schedule="linear")
     assert len({graph(), graph(cfg_scale=2.0), graph(temperature=0.5), graph(top_k=3)}) == 4
-    with pytest.raises(ValueError, match="prepared for bf16, compile = True: prepare it again for others"):
+    with pytest.raises(ValueError, match="prepared for bf16, compile = True: prepare again for other settings"):
         prepared.sampler(SampleConfig())
 
 
@@ -362,5 +363,5 @@ def test_negative_temperatures_are_refused() -> None:
 
 
 def test_settings_of_masked_generators_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^num_steps = 4 means nothing to a generator that is autoregressive"):
+    with pytest.raises(ValueError, match=r"^num_steps = 4 has no effect on a generator that is autoregressive"):
         sample(autoregressive(), torch.tensor([0]), uniform(1, 6), SampleConfig(num_steps=4))

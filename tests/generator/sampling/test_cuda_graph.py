@@ -16,12 +16,13 @@ from torch import Tensor
 from generator.autoregressive import CodeSpace, Generator
 from generator.config import SampleConfig
 from generator.sampling import prepared as fast_sample
-from generator.sampling.autoregressive import Sampler, sample
+from generator.sampling.autoregressive import Sampler
 from generator.sampling.compiled import isolated
 from generator.sampling.cuda_graph import Tick
 from generator.sampling.filters import draw, misfit
 from generator.sampling.fused import FusedGenerator
-from generator.sampling.prepared import Prepared, compile_blocks, typed_copy
+from generator.sampling.prepared import PreparedGenerator, compile_blocks, typed_copy
+from tests.support.plain_sampling import sample
 from tests.support.small_generators import autoregressive, masked, uniform
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -56,7 +57,7 @@ def sampler_of(
     model: Generator, config: SampleConfig, record: Callable[[Tick, Tick], Tick] | None = recorded
 ) -> Sampler:
     config = config.on(model.device.type)
-    prepared = Prepared(model, config.arithmetic, compile=True, record=record)
+    prepared = PreparedGenerator(model, config.arithmetic, compile=True, record=record)
     sampler = prepared.sampler(config.model_copy(update={"compile": True}))
     assert isinstance(sampler, Sampler)
     return sampler
@@ -124,7 +125,7 @@ def test_a_faulty_recording_is_found_and_said_once(
 ) -> None:
     """The fault that draws the first code for ever must not pass for a sampler."""
     model, config = autoregressive(), SampleConfig(cfg_scale=2.0)
-    prepared = Prepared(model, "fp32", compile=True, record=record)
+    prepared = PreparedGenerator(model, "fp32", compile=True, record=record)
     with caplog.at_level(logging.WARNING):
         for temperature in (1.0, 0.9):
             changed = config.model_copy(update={"temperature": temperature, "compile": True})
@@ -172,22 +173,22 @@ def test_memory_that_runs_out_is_no_fault_of_a_recording() -> None:
 
 def test_samplers_of_one_network_share_the_room_of_a_batch() -> None:
     model = autoregressive()
-    prepared = Prepared(model, "fp32", compile=True, record=recorded)
+    prepared = PreparedGenerator(model, "fp32", compile=True, record=recorded)
     configs = [SampleConfig(temperature=t, compile=True) for t in (0.5, 1.0, 1.5)]
     samplers = [prepared.sampler(config) for config in configs]
     for _ in range(2):  # recorded in turns, replayed in turns
         for sampler, config in zip(samplers, configs, strict=True):
             assert torch.equal(sampler(CLASSES, uniform(4, 6)), sample(model, CLASSES, uniform(4, 6), config))
-    assert prepared.desk is not None
-    assert len(prepared.desk.states) == 1
+    assert prepared.recordings is not None
+    assert len(prepared.recordings.states) == 1
 
 
 @pytest.mark.usefixtures("by_parts")
 def test_what_was_prepared_is_freed_when_it_is_dropped() -> None:
-    prepared = Prepared(autoregressive(), "fp32", compile=True, record=recorded)
+    prepared = PreparedGenerator(autoregressive(), "fp32", compile=True, record=recorded)
     prepared.sampler(SampleConfig(compile=True))(CLASSES, uniform(4, 6))
-    assert prepared.desk is not None
-    held = [weakref.ref(prepared.network), *(weakref.ref(state) for state in prepared.desk.states.values())]
+    assert prepared.recordings is not None
+    held = [weakref.ref(prepared.network), *(weakref.ref(state) for state in prepared.recordings.states.values())]
     del prepared
     gc.collect()
     assert [ref() for ref in held] == [None] * 2

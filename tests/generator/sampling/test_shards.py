@@ -12,7 +12,7 @@ from generator.autoregressive import Generator
 from generator.config import GeneratorConfig, SampleConfig
 from generator.data import space_of
 from generator.sampling.prepared import prepare_sampler
-from generator.sampling.shards import SampleJob, Wanted, generate, share_changed
+from generator.sampling.shards import SampleJob, SampleSpec, generate, share_changed
 from infra.artifacts.shards import write_shard
 from infra.codes.contract import CodesInfo, read_codes
 from infra.compute.cluster import session
@@ -93,7 +93,7 @@ def test_samples_of_another_micro_batch_are_compared_one_by_one(kind: str) -> No
     """Equal at one size; a sampler that notices how many it draws at once changes exactly the samples it touches."""
     model = autoregressive() if kind == "autoregressive" else masked()
     sampler = prepare_sampler(model, SampleConfig(cfg_scale=2.0))
-    wanted = [Wanted(i % 3, i // 3) for i in range(24)]
+    wanted = [SampleSpec(i % 3, i // 3) for i in range(24)]
     assert share_changed(sampler, wanted, (6, 6), seed=0) == 0
     assert share_changed(sampler, wanted, (6, 5), seed=0) < 0.2  # few draws are so close that rounding decides them
 

@@ -92,7 +92,7 @@ class TestPages:
         page = write_page(store, entries(4))
         good = store.read(page.path)
         store.write(page.path, good.replace(b'"rows":2', b'"rows":3', 1))
-        with pytest.raises(ValueError, match="other bytes than its name says; delete"):
+        with pytest.raises(ValueError, match="does not match its name's hash; delete"):
             read_page(store, page)
         store.write(page.path, good)
         with pytest.raises(ValueError, match="lists 4 files, the manifest says 5"):
@@ -135,7 +135,7 @@ class TestManifest:
     def test_a_damaged_page_is_found_before_its_files_are_used(self, store: Store) -> None:
         manifest = published(store)
         store.write(f"{PLAN.prefix}/{manifest.pages[1].path}", b"[]")
-        with pytest.raises(ValueError, match="other bytes than its name says"):
+        with pytest.raises(ValueError, match="does not match its name's hash"):
             verify(store, manifest)
         (finding,) = read_manifest(store, PLAN.kind, PLAN.digest)[1]
         assert "names a page that cannot be read: files/" in finding.problem

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from infra.artifacts.manifest import Plan, folder_of, publish
 from infra.artifacts.shards import FileEntry, put, shard_name, write_shard
 from infra.artifacts.verify import (
-    Ledger,
+    DuplicateIndex,
     Shard,
     bucket_of,
     check_bytes,
     check_shard_names,
     check_sidecar,
+    duplicates,
     id_groups,
     local_file,
     locate,
     read_manifest,
     some,
-    twice,
 )
 from infra.store.store import Store
 
@@ -51,13 +51,13 @@ def test_a_large_file_is_hashed_in_little_memory(store: Store) -> None:
     assert len(seen) > 10, "progress should be seen while it reads"
 
 
-def test_a_ledger_finds_what_comes_twice() -> None:
-    ledger = Ledger()
-    ledger.add("one", ["b", "a", "é", "Z", "a\n", "\U0001f600", "\uffff", "aa"])
-    assert list(ledger.twice()) == []
-    ledger.add("two", ["é"])
-    ledger.add("two", ["b", "b"])
-    assert list(ledger.twice()) == [("b", ["one", "two"]), ("é", ["one", "two"])]
+def test_the_index_finds_duplicates() -> None:
+    index = DuplicateIndex()
+    index.add("one", ["b", "a", "é", "Z", "a\n", "\U0001f600", "\uffff", "aa"])
+    assert list(index.duplicates()) == []
+    index.add("two", ["é"])
+    index.add("two", ["b", "b"])
+    assert list(index.duplicates()) == [("b", ["one", "two"]), ("é", ["one", "two"])]
 
 
 @given(train=st.integers(1, 40), val=st.integers(1, 40), hashed=st.integers(0, 2**64 - 1))
@@ -133,7 +133,7 @@ def test_shards_are_numbered_without_gaps(store: Store) -> None:
 
 def test_few_are_named_and_the_rest_counted() -> None:
     assert some(["d", "b", "a", "c", "e"]) == "'a', 'b', 'c' and 2 more"
-    assert twice(["a", "b", "a", "a"]) == ["a"]
+    assert duplicates(["a", "b", "a", "a"]) == ["a"]
 
 
 @pytest.mark.s3

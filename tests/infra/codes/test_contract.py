@@ -87,7 +87,7 @@ def test_no_rows_are_rows():
 
 
 def test_several_row_groups_are_read_whole(monkeypatch):
-    monkeypatch.setattr("infra.codes.contract._ROWS_A_GROUP", 64)
+    monkeypatch.setattr("infra.codes.contract._ROWS_PER_GROUP", 64)
     rows = rows_of(200)
     data = to_parquet(INFO, rows)
     assert pq.read_metadata(io.BytesIO(data)).num_row_groups == 4
@@ -271,7 +271,7 @@ def test_no_changed_byte_escapes_as_an_error_of_arrow():
 
 def shards(store: Store, rows: CodeRows, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The rows in three files of several row groups."""
-    monkeypatch.setattr("infra.codes.contract._ROWS_A_GROUP", 64)
+    monkeypatch.setattr("infra.codes.contract._ROWS_PER_GROUP", 64)
     names, cuts = ["c.parquet", "a.parquet", "b.parquet"], [0, 150, 151, len(rows.image_id)]
     for name, first, last in zip(names, cuts, cuts[1:], strict=False):
         store.write(name, to_parquet(INFO, pick(rows, list(range(first, last)))))
@@ -316,7 +316,7 @@ def test_loading_holds_a_row_group_beside_the_array(store):
         codes = load_codes(store, names)[1].codes
     finally:
         pa.set_memory_pool(before)
-    group = infra.codes.contract._ROWS_A_GROUP * 64 * 2
+    group = infra.codes.contract._ROWS_PER_GROUP * 64 * 2
     assert codes.nbytes == 4 * 40_000 * 64 * 2
     assert 0 < pool.max_memory() < 8 * group < codes.nbytes
     assert pool.bytes_allocated() == 0, "nothing of Arrow's should be left"

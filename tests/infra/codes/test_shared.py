@@ -123,7 +123,7 @@ def test_a_process_that_may_not_look_reads_a_copy(folder: Store, caplog: pytest.
     info, arrays = shared._mapped(folder, NAMES, [2**22 + 1, 3, 4])  # no such process
     assert info == INFO
     assert np.array_equal(arrays.class_id, load_codes(folder, NAMES)[1].class_id)
-    assert "does not share its codes" in caplog.text
+    assert "cannot map the codes of process" in caplog.text
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 5)])

@@ -33,7 +33,7 @@ def test_cuda_needs_a_c_compiler_and_pythons_headers(path: Path, monkeypatch: py
     program(path, "clang")
     check_compiler(CUDA)
     monkeypatch.setenv("CC", "mycc")
-    with pytest.raises(ValueError, match=r"^CC = mycc is no program.* unset it, or correct it$"):
+    with pytest.raises(ValueError, match=r"^CC = mycc is not a program.* unset or correct it$"):
         check_compiler(CUDA)
     program(path, "mycc")
     check_compiler(CUDA)

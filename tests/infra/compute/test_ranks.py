@@ -52,7 +52,9 @@ def test_every_part_is_some_ranks_and_in_order(size: int) -> None:
 
 def test_parts_that_cannot_be_shared_are_refused() -> None:
     assert list(ALONE.share(3)) == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"3 micro-batches .* divide by 2 ranks; set training\.micro_batch"):
+    with pytest.raises(
+        ValueError, match=r"3 micro-batches .* cannot be shared equally by 2 ranks; set training\.micro_batch"
+    ):
         Ranks(0, 2).share(3)
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from flows.cli.main import main
-from infra.compute.threads import SPINS, wait_briefly
+from infra.compute.threads import SPINS, limit_spinning
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -21,7 +21,7 @@ def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_the_user_has_set_stays(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    wait_briefly()
+    limit_spinning()
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == (given or {"GOMP_SPINCOUNT": SPINS})
 
 

@@ -212,7 +212,7 @@ class TestProcesses:
         process = driver("dies")
         out, err = process.communicate(timeout=120)
         assert (out, process.returncode) == ("[0, 1, 2, 3, 4, 5]\n", 0)
-        assert "a worker process died and is started again" in err
+        assert "a worker process died; it is restarted" in err
         assert "Traceback" not in err
         assert _marked(driver.mark) == []
 

@@ -11,7 +11,7 @@ import pytest
 
 from infra.errors import TransientError
 from infra.store.errors import StoreFullError
-from infra.store.s3 import FIRST_PATIENCE
+from infra.store.s3 import FIRST_CONTACT_SECONDS
 from infra.store.store import Store
 from tests.conftest import FOREIGN
 from tests.support.s3_faults import FAULTS, Asked, FaultProxy, running_proxy
@@ -39,7 +39,7 @@ def test_a_server_that_comes_back_is_waited_for(instance: Instance) -> None:
         made, found = pool.submit(store.create, "marker", b"2"), pool.submit(store.read, "before")
         copy = pool.submit(pickle.loads(pickle.dumps(store)).read, "before")  # as a worker that starts meanwhile
         missing = pool.submit(store.exists, "never")
-        time.sleep(FIRST_PATIENCE + 1)
+        time.sleep(FIRST_CONTACT_SECONDS + 1)
         assert not any(one.done() for one in (made, found, copy, missing))
         assert instance.start()
         assert (made.result(), found.result(), copy.result(), missing.result()) == (True, b"1", b"1", False)
@@ -51,7 +51,7 @@ def test_patience_ends_with_what_to_do(instance: Instance, monkeypatch: pytest.M
     store = Store("s3://tests/given-up")
     store.write("a", b"1")
     instance.kill()
-    said = rf"^s3://tests/given-up/a: {instance.server.endpoint} does not answer \(\w+\) for \d+ s; see to the server"
+    said = rf"^s3://tests/given-up/a: {instance.server.endpoint} does not answer \(\w+\) for \d+ s; check the server"
     with pytest.raises(TransientError, match=rf"{said}.* SFTOK_S3_PATIENCE = 1$"):
         store.read("a")
 

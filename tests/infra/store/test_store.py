@@ -267,7 +267,7 @@ class TestS3:
         _fails_in_one_line(Store("s3://tests/x"), "http://127.0.0.1:9 does not answer.*AWS_ENDPOINT_URL", s3_env)
         with pytest.raises(TransientError, match=r"does not answer .*; start the server or correct AWS_ENDPOINT_URL$"):
             Store("s3://tests/x").read("a")
-        assert time.monotonic() - start < Settings().s3_patience, "a mistyped address was waited for"
+        assert time.monotonic() - start < Settings().s3_retry_seconds, "a mistyped address was waited for"
 
     def test_nothing_is_readable_without_a_signature(self, s3_env: S3Server, s3_store: Store) -> None:
         s3_store.write("a", b"1")

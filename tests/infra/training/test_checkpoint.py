@@ -112,5 +112,5 @@ def test_a_kill_between_data_and_marker_changes_nothing(store: Store) -> None:
 
 
 def test_nothing_to_keep_is_refused(store: Store) -> None:
-    with pytest.raises(ValueError, match="keep=0"):
+    with pytest.raises(ValueError, match="keep = 0"):
         Checkpoints(store, keep=0)

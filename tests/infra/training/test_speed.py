@@ -62,14 +62,14 @@ def test_without_a_known_peak_there_is_no_share_of_it(monkeypatch: pytest.Monkey
     ],
 )
 def test_gpus_are_told_apart_by_their_names(name: str, half: float | None, single: float | None) -> None:
-    assert speed._known(name, "bf16") == half
-    assert speed._known(name, "fp32") == single
+    assert speed._listed_peak(name, "bf16") == half
+    assert speed._listed_peak(name, "fp32") == single
 
 
 def test_single_precision_by_tf32_has_a_peak_of_its_own_where_a_gpu_has_it() -> None:
     names = ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "Tesla T4")
-    assert [speed._known(name, "fp32", is_tf32=True) for name in names] == [494.5e12, 156e12, 8.1e12]
-    assert speed._known("NVIDIA H200", "bf16", is_tf32=True) == 989e12
+    assert [speed._listed_peak(name, "fp32", is_tf32=True) for name in names] == [494.5e12, 156e12, 8.1e12]
+    assert speed._listed_peak("NVIDIA H200", "bf16", is_tf32=True) == 989e12
 
 
 def test_the_peak_of_a_processor_is_timed_and_leaves_randomness_alone() -> None:

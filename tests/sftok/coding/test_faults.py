@@ -197,8 +197,8 @@ def test_a_server_whose_disk_is_full_is_named(tmp_path) -> None:
     shell = 'mount -t tmpfs -o size=200m tmpfs "$1" && exec "$2" -c "$3" "$1"'
     done = alone(shell, str(disk), sys.executable, FULL_SERVER)
     assert re.fullmatch(
-        r"TransientError s3://tests/full/\d+: http://\S+ failed \(InternalError\) for \d+ s; see to the server and its "
-        r"disk; how many seconds it is waited for is SFTOK_S3_PATIENCE = 5\n[1-9]\d* whole\n",
+        r"TransientError s3://tests/full/\d+: http://\S+ failed \(InternalError\) for \d+ s; check the server and its "
+        r"disk, or retry for longer than SFTOK_S3_PATIENCE = 5 s\n[1-9]\d* whole\n",
         done,
     )
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from infra.progress import Progress, silent
 from infra.store.store import Store
-from infra.training.loop import Run
+from infra.training.loop import TrainingRun
 from sftok.config import NO_ADVERSARY, AugmentConfig, DataConfig, TeacherStageConfig
 from sftok.images.dataset import ImageBatch, ImageRows, ImageSet, TrainImages
 from sftok.images.decode_ahead import Decoders, Decoding, Order
@@ -164,7 +164,7 @@ def train(shards: StoredShards, folder: Store, steps: int, progress: Progress = 
     )
     held_out = ImageRows(["a"] * 4, torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     images = TrainingImages(shards, held_out, AugmentConfig(crop="random", flip=True))
-    run = Run(folder, seed=0, progress=progress)
+    run = TrainingRun(folder, seed=0, progress=progress)
     train_teacher(images, config, run=run, weights=lambda config, what: b"")
 
 

@@ -80,7 +80,7 @@ def test_a_round_trip_through_the_store_is_exact(store: Store) -> None:
 def test_damaged_weights_are_named(store: Store) -> None:
     save_tokenizer(tokenizer(), store)
     store.write("model.safetensors", store.read("model.safetensors")[:-10])
-    with pytest.raises(ValueError, match=r"model\.safetensors does not hold the weights"):
+    with pytest.raises(ValueError, match=r"model\.safetensors does not match the network"):
         load_tokenizer(store)
 
 

@@ -14,7 +14,7 @@ from infra.compute.cluster import session
 from infra.compute.ranks import Ranks, run_ranks
 from infra.progress import Progress
 from infra.store.store import Store
-from infra.training.loop import Run, TrainResult
+from infra.training.loop import TrainingRun, TrainResult
 from tests.sftok.training.test_stages import STAGES
 
 PARTS = {"batch_size": 12, "micro_batch": 3}
@@ -32,7 +32,7 @@ def train(stage: str, steps: int, folder: Store, victim: Path | None, ranks: Ran
     def listen(done: int, total: int, figures: object) -> None:
         progress(done, total, {})
 
-    run = Run(folder, seed=0, progress=listen, ranks=ranks)
+    run = TrainingRun(folder, seed=0, progress=listen, ranks=ranks)
     if victim is not None and ranks.rank == 1 and not victim.exists():
         _die_when(folder, victim)
     return STAGES[stage](run, steps, checkpoint_every=2, **PARTS)

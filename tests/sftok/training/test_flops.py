@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.store.store import Store
-from infra.training.loop import Run
+from infra.training.loop import TrainingRun
 from sftok.config import NO_ADVERSARY, AdversarialConfig, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
 from sftok.model.teacher import Teacher
 from sftok.training.alignment import alignment_losses
@@ -18,7 +18,7 @@ from tests.sftok.losses.test_discriminator import dino_file
 from tests.support.tiny_tokenizer import SIZE, TEACHER, TOKENIZER, tokenizer, training
 
 BATCH = 3
-RUN = Run(Store("."), seed=0)
+RUN = TrainingRun(Store("."), seed=0)
 TRAINING = training(9, batch_size=BATCH)
 PATCH = AdversarialConfig(weight=0.5, kind="patch", start_step=2, channels=4, layers=2)
 DINO = AdversarialConfig(weight=0.5, kind="dino", start_step=2)

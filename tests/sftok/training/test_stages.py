@@ -11,7 +11,7 @@ from torch import Tensor
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.store.store import Store
 from infra.training.learner import Learner
-from infra.training.loop import Run, TrainResult, picture_grid
+from infra.training.loop import TrainingRun, TrainResult, picture_grid
 from infra.training.schedule import OptimizerConfig
 from sftok.config import NO_ADVERSARY, AdversarialConfig, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
 from sftok.model.teacher import Teacher
@@ -27,7 +27,7 @@ from tests.support.tiny_tokenizer import SIZE, TEACHER, TOKENIZER, images, token
 PLAIN = {"perceptual_weight": 0, "adversarial": NO_ADVERSARY}
 
 
-RUN = Run(Store("."), seed=0)
+RUN = TrainingRun(Store("."), seed=0)
 
 
 def teacher() -> Teacher:
@@ -39,22 +39,22 @@ def no_weights(config: PretrainedConfig, what: str) -> bytes:
     raise AssertionError(f"{what} were asked for")
 
 
-def run_teacher(run: Run, steps: int, **changes: object) -> TrainResult:
+def run_teacher(run: TrainingRun, steps: int, **changes: object) -> TrainResult:
     config = TeacherStageConfig(model=TEACHER, training=training(steps, **changes), restart_every=2, **PLAIN)
     return train_teacher(images(), config, run=run, weights=no_weights)
 
 
-def run_align(run: Run, steps: int, **changes: object) -> TrainResult:
+def run_align(run: TrainingRun, steps: int, **changes: object) -> TrainResult:
     config = AlignmentStageConfig(training=training(steps, **changes), replacement="self_forcing", from_scratch=True)
     return train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=run)
 
 
-def run_fine_tune(run: Run, steps: int, **changes: object) -> TrainResult:
+def run_fine_tune(run: TrainingRun, steps: int, **changes: object) -> TrainResult:
     config = FineTuneStageConfig(training=training(steps, **changes), **PLAIN)
     return train_fine_tune(images(), config, teacher=teacher(), start=tokenizer(), run=run, weights=no_weights)
 
 
-def run_warm_up(run: Run, steps: int, **changes: object) -> TrainResult:
+def run_warm_up(run: TrainingRun, steps: int, **changes: object) -> TrainResult:
     config = AlignmentStageConfig(training=training(steps, **changes), replacement="none")
     return train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=run)
 
@@ -73,12 +73,12 @@ GAME = {
 }
 
 
-def run_teacher_game(run: Run, steps: int, **changes: object) -> TrainResult:
+def run_teacher_game(run: TrainingRun, steps: int, **changes: object) -> TrainResult:
     config = TeacherStageConfig(model=TEACHER, training=training(steps, **changes), restart_every=2, **GAME)
     return train_teacher(images(), config, run=run, weights=no_weights)
 
 
-def run_fine_tune_game(run: Run, steps: int, **changes: object) -> TrainResult:
+def run_fine_tune_game(run: TrainingRun, steps: int, **changes: object) -> TrainResult:
     config = FineTuneStageConfig(training=training(steps, **changes), **GAME)
     return train_fine_tune(images(), config, teacher=teacher(), start=tokenizer(), run=run, weights=no_weights)
 
@@ -104,14 +104,16 @@ def losses(folder: Store) -> list[float]:
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_a_stage_learns_its_one_batch(stage: Stage, store: Store) -> None:
-    stage(Run(store, seed=0), 60)
+    stage(TrainingRun(store, seed=0), 60)
     values = losses(store) if "game" not in stage.__name__ else figures(store, "mse")
     assert values[-1] < 0.7 * values[0]
 
 
 def test_warming_up_overfits_one_batch_to_the_last_code(store: Store) -> None:
     config = AlignmentStageConfig(training=training(400, log_every=50), replacement="none", quantizer_weight=0.1)
-    train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, seed=0))
+    train_alignment(
+        images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=TrainingRun(store, seed=0)
+    )
     assert figures(store, "cross_entropy")[-1] < 0.1
 
 
@@ -119,7 +121,9 @@ def test_alignment_overfits_one_batch_to_the_last_code(store: Store) -> None:
     config = AlignmentStageConfig(
         training=training(400, log_every=50), replacement="self_forcing", from_scratch=True, quantizer_weight=0.1
     )
-    train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, seed=0))
+    train_alignment(
+        images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=TrainingRun(store, seed=0)
+    )
     assert figures(store, "cross_entropy")[-1] < 0.1
 
 
@@ -127,18 +131,18 @@ def test_pixels_overfit_one_batch(store: Store) -> None:
     """The teacher, then fine-tuning of a tokenizer that knows the teacher's codes: above 30 dB, both."""
     pixels = training(500, log_every=100)
     config = TeacherStageConfig(model=TEACHER, training=pixels, restart_every=10, **PLAIN)
-    taught = train_teacher(images(), config, run=Run(store.at("t"), seed=0), weights=no_weights)
+    taught = train_teacher(images(), config, run=TrainingRun(store.at("t"), seed=0), weights=no_weights)
     assert taught.metrics["val_psnr"] > 30
     model = load_teacher(store.at("t"))
     warm = AlignmentStageConfig(training=training(300, log_every=100), replacement="none", quantizer_weight=0.1)
-    run = Run(store.at("w"), seed=0)
+    run = TrainingRun(store.at("w"), seed=0)
     train_alignment(images(), warm, teacher=model, start=TOKENIZER, image_size=SIZE, run=run)
     tuned = train_fine_tune(
         images(),
         FineTuneStageConfig(training=pixels, assignment="nearest", **PLAIN),
         teacher=model,
         start=load_tokenizer(store.at("w")),
-        run=Run(store.at("f"), seed=0),
+        run=TrainingRun(store.at("f"), seed=0),
         weights=no_weights,
     )
     assert tuned.metrics["val_psnr"] > 30
@@ -151,23 +155,23 @@ class Killed(Exception):
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_two_and_two_steps_equal_four(stage: Stage, store: Store) -> None:
     whole, parts = store.at("whole"), store.at("parts")
-    stage(Run(whole, seed=0), 4)
+    stage(TrainingRun(whole, seed=0), 4)
 
     def stop(done: int, total: int, figures: object) -> None:
         if done == 3:
             raise Killed
 
     with pytest.raises(Killed):
-        stage(Run(parts, seed=0, progress=stop), 4, checkpoint_every=2)
+        stage(TrainingRun(parts, seed=0, progress=stop), 4, checkpoint_every=2)
     assert not parts.exists("model.safetensors")
-    stage(Run(parts, seed=0), 4, checkpoint_every=2)
+    stage(TrainingRun(parts, seed=0), 4, checkpoint_every=2)
     assert parts.read("model.safetensors") == whole.read("model.safetensors")
     assert parts.read("log.jsonl") == whole.read("log.jsonl")
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_a_stage_states_how_fast_it_learnt_and_its_log_does_not(stage: Stage, store: Store) -> None:
-    metrics = stage(Run(store, seed=0), 3).metrics
+    metrics = stage(TrainingRun(store, seed=0), 3).metrics
     assert metrics["images_per_s"] > 0
     assert metrics["model_flops_per_s"] > 0
     assert 0 < metrics["mfu"] < 1
@@ -193,18 +197,18 @@ def test_no_step_between_two_logged_lines_reads_anything_back(
 
     monkeypatch.setattr(Learner, "update", watched)
     with refused:
-        stage(Run(store, seed=0), 7, micro_batch=6, log_every=1000)
+        stage(TrainingRun(store, seed=0), 7, micro_batch=6, log_every=1000)
     assert 5 in seen
 
 
 def test_another_seed_gives_another_model(store: Store) -> None:
-    run_align(Run(store.at("0"), seed=0), 2)
-    run_align(Run(store.at("1"), seed=1), 2)
+    run_align(TrainingRun(store.at("0"), seed=0), 2)
+    run_align(TrainingRun(store.at("1"), seed=1), 2)
     assert store.at("0").read("model.safetensors") != store.at("1").read("model.safetensors")
 
 
 def test_fine_tuning_leaves_encoder_and_quantizer_alone(store: Store) -> None:
-    run_fine_tune(Run(store, seed=0), 3)
+    run_fine_tune(TrainingRun(store, seed=0), 3)
     before, after = tokenizer().state_dict(), load_tokenizer(store).state_dict()
     moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
     assert moved == {"decoder"}
@@ -292,13 +296,15 @@ def test_the_mask_schedule_is_the_configs(schedule: str) -> None:
 def test_alignment_without_a_start_has_to_be_asked_for(store: Store) -> None:
     config = AlignmentStageConfig(training=training(1), replacement="self_forcing")
     with pytest.raises(ValueError, match="run warm_up first, or set from_scratch"):
-        train_alignment(images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, 0))
+        train_alignment(
+            images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=TrainingRun(store, 0)
+        )
 
 
 @pytest.mark.parametrize("stage", ["align", "fine_tune"])
 def test_computing_activations_again_changes_nothing(stage: str, store: Store) -> None:
     for name, again in (("kept", False), ("again", True)):
-        STAGES[stage](Run(store.at(name), seed=0), 3, activation_checkpointing=again)
+        STAGES[stage](TrainingRun(store.at(name), seed=0), 3, activation_checkpointing=again)
     assert store.at("kept").read("model.safetensors") == store.at("again").read("model.safetensors")
 
 
@@ -311,7 +317,7 @@ def test_a_teacher_in_half_precision_has_to_give_the_codes_of_fp32(
 
     def train() -> TrainResult:
         return train_alignment(
-            images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=Run(store, seed=0)
+            images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=TrainingRun(store, seed=0)
         )
 
     if least > 1:
@@ -336,7 +342,7 @@ def test_a_teachers_distances_are_fp32_in_half_precision_too() -> None:
 @pytest.mark.slow
 def test_a_compiled_stage_learns_the_same(store: Store) -> None:
     for name, compiled in (("eager", False), ("compiled", True)):
-        run_align(Run(store.at(name), seed=0), 2, compile=compiled)
+        run_align(TrainingRun(store.at(name), seed=0), 2, compile=compiled)
     assert losses(store.at("compiled")) == pytest.approx(losses(store.at("eager")), rel=1e-3)
     load_tokenizer(store.at("compiled"))  # its weights have their own names
 
@@ -351,7 +357,7 @@ def test_neither_a_validation_nor_a_step_after_the_first_compiles_anything(store
     def note(done: int, total: int, figures: object) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
 
-    run = Run(store, seed=0, progress=note)
+    run = TrainingRun(store, seed=0, progress=note)
     run_align(run, 4, compile=True, validate_every=2, batch_size=18, micro_batch=9)
     assert graphs[0] > 0
     assert graphs == [graphs[0]] * 4
@@ -381,6 +387,6 @@ def test_a_validation_sees_no_more_at_once_than_a_pass_of_the_training() -> None
 
 
 def test_bf16_learns_too(store: Store) -> None:
-    run_align(Run(store, seed=0), 40, precision="bf16")
+    run_align(TrainingRun(store, seed=0), 40, precision="bf16")
     values = losses(store)
     assert values[-1] < 0.8 * values[0]

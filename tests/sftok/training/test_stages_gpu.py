@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from infra.compute.device import IEEE, NumericsConfig, use_numerics
-from infra.compute.memory import full_memory
+from infra.compute.memory import reraise_out_of_memory
 from infra.store.store import Store
 from infra.training.learner import Learner
-from infra.training.loop import Run, TrainResult
+from infra.training.loop import TrainingRun, TrainResult
 from sftok.losses.dino import shrink
 from tests.sftok.training.test_stages import STAGES, figures, losses, run_align
 from tests.support import ROOT
@@ -45,8 +45,8 @@ def _numerics_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         use_numerics(IEEE, "cuda")
 
 
-def on_cuda(folder: Store, **changes: object) -> Run:
-    return Run(folder, seed=0, device="cuda", numerics=DETERMINISTIC, **changes)  # type: ignore[arg-type]
+def on_cuda(folder: Store, **changes: object) -> TrainingRun:
+    return TrainingRun(folder, seed=0, device="cuda", numerics=DETERMINISTIC, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu
@@ -72,7 +72,7 @@ def test_twenty_steps_repeat_themselves_bit_by_bit(stage: Stage, store: Store) -
 
 def test_twenty_steps_repeat_themselves_on_a_cpu_too(store: Store) -> None:
     for name in ("once", "again"):
-        run = Run(store.at(name), seed=0, numerics=DETERMINISTIC)
+        run = TrainingRun(store.at(name), seed=0, numerics=DETERMINISTIC)
         STAGES["fine_tune_game"](run, 20, micro_batch=6)
     for name in FILES:
         assert store.at("once").read(name) == store.at("again").read(name), name
@@ -85,9 +85,9 @@ def test_a_checkpoint_of_another_device_is_gone_on_from(stage: Stage, first: str
     """Two steps there and two here: but for rounding, which may decide some codes, what four steps here give."""
     then = {"cpu": "cuda", "cuda": "cpu"}[first]
     with pytest.raises(Killed):
-        stage(Run(store.at("parts"), seed=0, device=first, progress=stop), 4, checkpoint_every=2)
-    stage(Run(store.at("parts"), seed=0, device=then), 4, checkpoint_every=2)
-    stage(Run(store.at("whole"), seed=0, device=then), 4)
+        stage(TrainingRun(store.at("parts"), seed=0, device=first, progress=stop), 4, checkpoint_every=2)
+    stage(TrainingRun(store.at("parts"), seed=0, device=then), 4, checkpoint_every=2)
+    stage(TrainingRun(store.at("whole"), seed=0, device=then), 4)
     assert losses(store.at("parts")) == pytest.approx(losses(store.at("whole")), rel=0.05)
 
 
@@ -119,7 +119,7 @@ def main(folder: str, device: str, kill_at: str) -> None:
         if done == int(kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run = Run(Store(folder), seed=0, device=device, numerics=DETERMINISTIC, progress=listen)
+    run = TrainingRun(Store(folder), seed=0, device=device, numerics=DETERMINISTIC, progress=listen)
     STAGES["warm_up"](run, 4, checkpoint_every=2)
 
 
@@ -155,14 +155,14 @@ def test_no_step_between_two_logged_lines_waits_for_the_gpu(
 
     monkeypatch.setattr(Learner, "update", watched)
     with refused:
-        stage(Run(store, seed=0, device="cuda"), 14, micro_batch=6, log_every=1000)
+        stage(TrainingRun(store, seed=0, device="cuda"), 14, micro_batch=6, log_every=1000)
     assert 10 in updates
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", ["warm_up", "align", "fine_tune", "fine_tune_game"])
 def test_half_precision_trains_and_counts_what_it_left_out(stage: str, store: Store) -> None:
-    STAGES[stage](Run(store, seed=0, device="cuda"), 40, precision="fp16")
+    STAGES[stage](TrainingRun(store, seed=0, device="cuda"), 40, precision="fp16")
     skipped = figures(store, "skipped_steps")
     assert skipped == sorted(skipped)
     assert skipped[-1] < 30
@@ -180,8 +180,8 @@ def test_a_compiled_stage_learns_the_same_and_compiles_in_its_first_step_alone(s
         graphs.append(counters["stats"]["unique_graphs"])
 
     sizes = {"batch_size": 18, "micro_batch": 9, "validate_every": 2}
-    run_align(Run(store.at("eager"), seed=0, device="cuda"), 4, **sizes)
-    run_align(Run(store.at("compiled"), seed=0, device="cuda", progress=note), 4, compile=True, **sizes)
+    run_align(TrainingRun(store.at("eager"), seed=0, device="cuda"), 4, **sizes)
+    run_align(TrainingRun(store.at("compiled"), seed=0, device="cuda", progress=note), 4, compile=True, **sizes)
     assert losses(store.at("compiled")) == pytest.approx(losses(store.at("eager")), rel=0.02)
     assert graphs == [graphs[0]] * 4
 
@@ -194,7 +194,7 @@ def test_images_are_shrunk_for_the_discriminator_as_on_a_cpu() -> None:
 
 @pytest.mark.gpu
 def test_a_full_card_is_told_in_a_line() -> None:
-    with pytest.raises(ValueError, match=r"memory ran out .*; take less"), full_memory("take less"):
+    with pytest.raises(ValueError, match=r"memory ran out .*; take less"), reraise_out_of_memory("take less"):
         torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
 
 
@@ -202,7 +202,7 @@ def test_a_full_card_is_told_in_a_line() -> None:
 def test_every_stage_states_its_rate_and_share(store: Store) -> None:
     from infra.training.speed import peak_flops
 
-    metrics = run_align(Run(store, seed=0, device="cuda"), 6).metrics
+    metrics = run_align(TrainingRun(store, seed=0, device="cuda"), 6).metrics
     assert metrics["images_per_s"] > 0
     assert ("mfu" in metrics) == (peak_flops("cuda", "fp32") is not None)
 

@@ -1,6 +1,6 @@
-"""The published layout of masked generators (method.md 1.6): weights from there and back, bit for bit.
+"""Convert masked generators' weights from and to the published layout (method.md 1.6), bit for bit.
 
-Published names are those of a BERT model with a head. Queries, keys and values stand apart there and together here.
+Published names are those of a BERT model with a head. Queries, keys and values are separate there and fused here.
 """
 
 import re
@@ -41,7 +41,7 @@ _NO_WEIGHTS = "model.embeddings.position_ids"
 
 
 def published_names(ours: str) -> tuple[str, ...]:
-    """Where one of our weights stands in a published file: one name, or those of queries, keys and values."""
+    """Return the published names of one of our weights: a single one, or those of queries, keys and values."""
     for pattern, theirs in _OURS:
         if match := re.fullmatch(pattern, ours):
             name = match.expand(theirs)
@@ -50,14 +50,14 @@ def published_names(ours: str) -> tuple[str, ...]:
 
 
 def from_published(weights: Mapping[str, Tensor], *, heads: int = HEADS) -> MaskedGenerator:
-    """A frozen masked generator in evaluation mode, its sizes read from the weights' shapes.
+    """Build a frozen masked generator in evaluation mode, with sizes read from the weights' shapes.
 
     Args:
-        weights: by published names; EMA weights, which are what is released.
-        heads: attention heads, which shapes do not tell.
+        weights: by published names; EMA weights, since those are released.
+        heads: attention heads, which cannot be read from shapes.
 
     Raises:
-        ValueError: missing, unexpected or misshapen weights, or sizes that fit no generator.
+        ValueError: weights are missing, unexpected or of other shapes, or the sizes fit no generator.
     """
     weights = {name: tensor for name, tensor in weights.items() if name != _NO_WEIGHTS}
     config, space = _sizes(weights, heads)
@@ -73,7 +73,7 @@ def from_published(weights: Mapping[str, Tensor], *, heads: int = HEADS) -> Mask
 
 
 def to_published(model: MaskedGenerator) -> dict[str, Tensor]:
-    """A masked generator's weights by their published names."""
+    """Return a masked generator's weights by their published names."""
     weights: dict[str, Tensor] = {}
     for ours, tensor in model.state_dict().items():
         names = published_names(ours)
@@ -82,13 +82,13 @@ def to_published(model: MaskedGenerator) -> dict[str, Tensor]:
 
 
 def _sizes(weights: Mapping[str, Tensor], heads: int) -> tuple[MaskedConfig, CodeSpace]:
-    """What shapes tell."""
+    """Read the sizes of the network and of its codes from the weights' shapes."""
     for name, axes in _SIZES.items():
         if name not in weights or weights[name].ndim != axes:
             raise ValueError(f"no {name} with {axes} axes among the weights, which sizes are read from")
     words, positions, hidden, head = (weights[name].shape for name in _SIZES)
     layers = 1 + max(int(match[1]) for n in weights if (match := re.match(rf"{re.escape(LAYER)}(\d+)\.", n)))
-    # The table has the codes, the mask, the classes and the null class.
+    # The embedding table has the codes, the mask, the classes and the null class.
     space = CodeSpace(codebook_size=head[0], num_tokens=positions[0] - 1, num_classes=words[0] - head[0] - 2)
     if space.num_tokens < 1 or space.num_classes < 0:
         raise ValueError(
@@ -99,7 +99,7 @@ def _sizes(weights: Mapping[str, Tensor], heads: int) -> tuple[MaskedConfig, Cod
 
 
 def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
-    """What is wrong with a file's keys, in one line; empty where nothing is."""
+    """Describe the differences between two sets of weights in one line; empty if there are none."""
     common = expected.keys() & found.keys()
     sorts = {
         "missing": expected.keys() - found.keys(),
