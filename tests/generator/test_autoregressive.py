@@ -1,4 +1,4 @@
-"""The autoregressive generator: sizes, parity, what its options change, and what it refuses."""
+"""The autoregressive generator: sizes, parity, effects of its options, and rejected inputs."""
 
 from copy import deepcopy
 
@@ -95,7 +95,7 @@ def test_it_computes_what_a_llama_of_the_same_weights_does() -> None:
 
 
 def cached_logits(network: Generator | PackedGenerator, classes: Tensor, codes: Tensor) -> Tensor:
-    """Logits by cached steps, in the dataset's layout."""
+    """Compute logits by cached steps, in the dataset's layout."""
     cache, x_BW = network.empty_cache(len(codes)), network.class_embed(classes)
     found = torch.empty(*codes.shape, network.space.codebook_size)
     for step in range(codes.shape[1]):
@@ -120,7 +120,7 @@ def test_cached_steps_equal_the_full_forward(variant: str) -> None:
 
 
 def test_positions_matter_in_one_dimension() -> None:
-    """Rotary positions: equal codes at all places still give different logits at different places."""
+    """Rotary positions: a sequence of equal codes still gives different logits at each position."""
     logits = autoregressive()(torch.tensor([1]), torch.full((1, 6), 5))
     assert not torch.allclose(logits[0, 2], logits[0, 5], atol=1e-3)
 
@@ -165,7 +165,7 @@ def test_one_batch_is_learnt_by_heart_in_random_orders() -> None:
 
 
 def test_bf16_weights_keep_exact_positions() -> None:
-    """Angles in bf16 would put position 60 where 61 is."""
+    """Guards against angles in bf16, which cannot distinguish positions 60 and 61."""
     model = autoregressive(space=SPACE._replace(num_tokens=64)).to(torch.bfloat16)
     model.place_tables()
     assert model.cos.dtype == torch.float32
@@ -213,7 +213,7 @@ def test_codes_of_another_length_are_refused() -> None:
 
 
 class Dispatched(TorchDispatchMode):
-    """The operations that are called."""
+    """Record the operations that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Dispatched(TorchDispatchMode):
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "order": RANDOM}])
 def test_no_step_waits_for_a_value_on_the_host(changes: dict[str, object]) -> None:
-    """Which no CUDA graph can hold: a position that is used as a number would be read back."""
+    """Guards against host synchronization, which breaks CUDA graphs, such as indexing with the position itself."""
     network, config = autoregressive(**changes), SampleConfig(cfg_scale=2.0, top_k=5, top_p=0.9)
     advance, cache = advance_of(network, pick_of(network, config)), network.empty_cache(4)
     x_RW, uniform_B = network.class_embed(torch.tensor([0, 1, 3, 3])), torch.rand(2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a generator cannot work with is refused in one line that names it: nothing is clipped, skipped or guessed."""
+"""Invalid input to a generator is rejected in one line that names it; nothing is clipped, skipped or guessed."""
 
 import io
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def rows(count: int = 8, *, start: int = 0, classes: int | None = None, top: int
 
 
 def refused(call: Callable[[], object]) -> str:
-    """The one line that is said."""
+    """Return the message of the error, which must be one line."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers look at what is said
         call()
     said = str(caught.value)
@@ -79,7 +79,7 @@ def test_shards_of_two_tokenizers(store: Store) -> None:
 
 
 def test_codes_beyond_the_codebook(store: Store) -> None:
-    """As by a writer that does not check: the file says 11 codes and holds 16."""
+    """As from a writer that does not check: the file states 11 codes and holds 16."""
     wide = INFO.model_copy(update={"codebook_size": 16})
     table = pq.read_table(io.BytesIO(to_parquet(wide, rows(top=16))))
     file = io.BytesIO()
@@ -108,7 +108,7 @@ def test_labels_beyond_the_classes(store: Store) -> None:
 
 
 def test_no_labels_where_there_are_classes(store: Store) -> None:
-    """A conditional generator would learn the null class alone, and every class would be drawn from nothing."""
+    """A conditional generator would learn only the null class, and samples of every class would be arbitrary."""
     said = refused(lambda: train(rows(classes=-1), rows(), store))
     assert "class_names" in said
     assert "no row has a label" in said
@@ -120,7 +120,7 @@ def test_no_training_rows(store: Store) -> None:
 
 
 def test_rows_without_a_class_among_others_are_of_the_null_class(store: Store) -> None:
-    """Not an error: some images have no label."""
+    """Not an error, since some images may have no label."""
     mixed = rows()
     mixed.class_id[::2] = -1
     train(mixed, rows(), store)
@@ -166,7 +166,7 @@ def test_settings_that_were_not_checked_are_refused_by_the_draw(setting: str, va
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_cache_that_is_too_short(packed: bool) -> None:
-    """For fewer sequences, or of fewer codes."""
+    """The cache is for fewer sequences, or fewer codes."""
     models = [autoregressive(), autoregressive(SPACE._replace(num_tokens=4))]
     steps, short = [PackedGenerator(model, torch.float32) if packed else model for model in models]
     x_BW = models[0].class_embed(torch.tensor([0, 1]))
@@ -175,7 +175,7 @@ def test_a_cache_that_is_too_short(packed: bool) -> None:
 
 
 def test_a_shard_of_samples_that_was_damaged(store: Store) -> None:
-    """A shard whose sidecar says nothing, or is another one's, is not taken for finished."""
+    """A shard whose sidecar is empty or belongs to another is not considered finished."""
     save_generator(autoregressive(), INFO, store.at("generator"))
     job = SampleJob(store.at("generator"), store.at("out"), SampleConfig(per_class=2, micro_batch=3), 0, "g")
     (entry,) = generate(job, options=WorkerOptions())
@@ -187,7 +187,7 @@ def test_a_shard_of_samples_that_was_damaged(store: Store) -> None:
 
 
 def test_weights_that_are_not_finite(store: Store) -> None:
-    """Every code would be drawn as 0."""
+    """Otherwise every code would be drawn as 0."""
     model = autoregressive()
     with torch.no_grad():
         model.norm_out.weight[3] = torch.nan

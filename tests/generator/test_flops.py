@@ -1,4 +1,4 @@
-"""The formula of a generator's operations, against PyTorch's counter of what it really does."""
+"""The FLOPs formula of a generator, compared with PyTorch's FlopCounterMode."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Held-out codes under the frequencies of a class at a position, beside a plain reference."""
+"""The unigram baseline, compared with a plain reference."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def data(rows: int, seed: int, classes: int = 2, codes: int = 7) -> CodeData:
 
 
 def reference(train: CodeData, held_out: CodeData, weight: float) -> np.ndarray:
-    """By loops."""
+    """Compute the baseline by loops."""
     nll = np.zeros(3)
     for label, codes in zip(held_out.classes.tolist(), held_out.codes.tolist(), strict=True):
         for place, code in enumerate(codes):
@@ -31,7 +31,7 @@ def reference(train: CodeData, held_out: CodeData, weight: float) -> np.ndarray:
 
 @pytest.mark.parametrize("codes", [7, 3])
 def test_it_is_the_best_of_the_smoothed_frequencies(codes: int) -> None:
-    """Also where held-out codes are missing among training codes, or rows have no label."""
+    """Holds also if held-out codes do not occur in training, or rows have no label."""
     train, held_out = data(60, 0, codes=codes), data(20, 1)
     wanted = min((reference(train, held_out, weight) for weight in WEIGHTS), key=np.mean)
     assert np.allclose(frequency_nll(train, held_out, SPACE), wanted)

@@ -1,4 +1,4 @@
-"""A generator learns more than which codes a class has at a position: how they depend on each other."""
+"""A generator beats the unigram baseline: it learns how codes depend on each other."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ INFO = CodesInfo(
 
 
 def rows(count: int, seed: int) -> CodeRows:
-    """A code is that of its class and position, moved by one of 8 levels that codes of an image share but for noise.
+    """Make codes of class and position, shifted by one of 8 levels that an image's codes share, plus noise.
 
     Entropy of a code given class and position: ln 8 = 2.08 nats. Given the codes before it, but for the first, it is
     that of the noise: one in ten is of another level, 0.1 ln 10 + 0.9 ln (10 / 9) + 0.1 ln 7 = 0.52 nats.

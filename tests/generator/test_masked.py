@@ -29,7 +29,7 @@ HIDDEN = torch.rand(3, 6, generator=torch.Generator().manual_seed(1)) < 0.5
 
 
 def transcription(weights: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor:
-    """BERT and its head, in plain words, from published names: token ids (B, S) to logits (B, S, V)."""
+    """Transcribe BERT with its head from published names: maps token ids (B, S) to logits (B, S, V)."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -60,7 +60,7 @@ def transcription(weights: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor
 
 
 def token_ids(classes: Tensor, codes: Tensor, hidden: Tensor) -> Tensor:
-    """method.md 1.5: codes, then the mask 11, then the classes from 12 on, the null class last."""
+    """Make token ids as in method.md 1.5: codes, then the mask 11, then classes from 12 on, the null class last."""
     return torch.cat([12 + classes[:, None], torch.where(hidden, 11, codes)], dim=1)
 
 
@@ -201,7 +201,7 @@ def test_codes_once_given_stay_and_counts_follow_the_schedule() -> None:
 
 
 def test_choosing_follows_noisy_argmax() -> None:
-    """Drawing from softmax(logits / noise) is taking the argmax of logits + noise * Gumbel."""
+    """Drawing from softmax(logits / noise) has the distribution of the argmax of logits + noise * Gumbel."""
     logits, count, noise = torch.tensor([0.0, 1.0, -0.5, 2.0]), 40_000, 1.7
     drawn = choose(logits.expand(1, count, 4), uniform(1, count), noise)
     noisy = (logits + noise * gumbel(uniform(count, 4, seed=9))).argmax(-1)
@@ -211,7 +211,7 @@ def test_choosing_follows_noisy_argmax() -> None:
 
 
 def test_two_tokens_are_sampled_as_enumerated() -> None:
-    """Two steps on two tokens: first codes by softmax / noise, the surer stays, the other is the argmax given it."""
+    """In two steps on two tokens, the more confident code is kept, and the other is the argmax given it."""
     model, config = masked(space=CodeSpace(3, 2, 1)), SampleConfig(num_steps=2, temperature=2.0)
     count, noise = 4096, 1.0  # of the first of two steps
     codes = sample_masked(model, torch.zeros(count, dtype=torch.long), uniform(count, 2, 2, 2), config)

@@ -1,4 +1,4 @@
-"""Token orders: what is drawn, how it anneals, and that a model's codes and logits stay in the dataset's layout."""
+"""Token orders: how they are drawn and annealed; codes and logits stay in the dataset's layout."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_fixed_orders_depend_on_the_seed_alone() -> None:
 
 
 def seen(model: Generator, codes: Tensor, order: Tensor | None) -> Tensor:
-    """(target, source), true where logits change with a code."""
+    """Return (target, source), true if the target's logits depend on the source code."""
     classes = torch.tensor([1])
     before, rows = model(classes, codes, order), []
     for source in range(6):
@@ -68,7 +68,7 @@ def test_a_code_sees_exactly_those_before_it_in_the_order() -> None:
 
 
 def test_logits_depend_on_which_position_is_asked_for() -> None:
-    """Target-aware positions: with the same codes seen so far, another next position has other logits."""
+    """Target-aware positions: after the same codes, another next position has other logits."""
     model, codes = autoregressive(order=RANDOM), torch.randint(11, (1, 6))
     first, second = torch.tensor([[2, 4, 0, 1, 3, 5]]), torch.tensor([[2, 5, 0, 1, 3, 4]])
     one, other = model(torch.tensor([1]), codes, first), model(torch.tensor([1]), codes, second)

@@ -1,4 +1,4 @@
-"""Generator training: it learns what is to be learnt, keeps the best, resumes bit for bit."""
+"""Generator training learns, keeps the best weights, and resumes bit for bit."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ INFO = CodesInfo(
 
 
 def data(count: int = 64, *, seed: int = 0) -> CodeData:
-    """The first code tells the class, the second is random, the others follow from the second."""
+    """Make rows whose first code is the class, the second random, and the others functions of the second."""
     random = np.random.default_rng(seed)
     classes, second = np.arange(count, dtype=np.int32) % 2, random.integers(8, size=count)
     codes = np.stack([classes * 5, second, second + 8, (second * 3) % 16], axis=1).astype(np.uint16)
@@ -199,7 +199,7 @@ def test_rows_that_a_gpu_has_no_room_for_come_from_the_host(monkeypatch: pytest.
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32])
 def test_codes_beyond_half_of_their_type_are_what_they_were(dtype: torch.dtype) -> None:
-    """They are kept as signed integers, which every device can gather."""
+    """Codes are stored as signed integers, which every device can gather."""
     codes = torch.tensor([[0, 1, 40_000, 65_535]] * 4)
     space = CodeSpace(codebook_size=65_536, num_tokens=4, num_classes=2)
     stream = TrainCodes(CodeData(torch.zeros(4), codes.to(dtype)), space, seed=0, batch_size=4, class_dropout=0.0)
@@ -214,7 +214,7 @@ def test_unlabelled_rows_train_the_null_class() -> None:
 
 
 def test_a_masked_generator_learns_and_samples_too(store: Store) -> None:
-    """The first code tells the class: a generator that has learnt anything gets it right for every sample."""
+    """The first code is the class: a trained generator gets it right in every sample."""
     model = MaskedConfig(width=32, layers=2, heads=2, ffn_width=64, dropout=0.0)
     made = store.at("masked")
     result = train_generator(data(), data(seed=1), INFO, model, config(150), run=TrainingRun(made, seed=0))

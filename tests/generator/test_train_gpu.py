@@ -1,4 +1,4 @@
-"""Training of a generator on CUDA: it resumes, repeats itself, and never waits for the host."""
+"""Training of a generator on CUDA resumes, is reproducible, and never synchronizes the host between logged steps."""
 
 import contextlib
 from collections.abc import Iterator

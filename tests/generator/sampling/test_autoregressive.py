@@ -1,4 +1,4 @@
-"""Sampling against plain references on small vocabularies."""
+"""Sampling compared with plain references on small vocabularies."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest) -> Generator:
 
 
 def plain_sample(model: Generator, classes: Tensor, numbers: Tensor, config: SampleConfig) -> Tensor:
-    """Without cache or batch: a full forward for every code, its place in the running sum found by a loop."""
+    """Sample without cache or batch: a full forward pass per code, inverting the cumulative sum by a loop."""
     codes = torch.zeros(len(classes), SPACE.num_tokens, dtype=torch.long)
     scales = guidance_scales(config, SPACE.num_tokens)
     for row, class_id in enumerate(classes):
@@ -56,7 +56,7 @@ def plain_sample(model: Generator, classes: Tensor, numbers: Tensor, config: Sam
 
 
 def reference_filter(logits: Tensor, top_k: int, top_p: float) -> set[int]:
-    """Codes kept, by a plain loop."""
+    """Return the codes that nucleus filtering keeps, by a plain loop."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i].item())
     if top_k:
         order = order[:top_k]
@@ -89,7 +89,7 @@ def test_samples_are_those_of_a_plain_loop(model: Generator, changes: dict[str, 
 
 @torch.no_grad()
 def test_three_tokens_are_sampled_as_enumerated() -> None:
-    """The whole way, with guidance: counts of all 27 sequences against their exact probabilities (chi-square)."""
+    """Compare counts of all 27 sequences, with guidance, with their exact probabilities (chi-square)."""
     model, count = autoregressive(space=CodeSpace(3, 3, 1)), 8192
     config = SampleConfig(cfg_scale=1.5, temperature=1.2)
     codes = prepare_sampler(model, config)(torch.zeros(count, dtype=torch.long), uniform(count, 3))
@@ -131,7 +131,7 @@ def test_guidance_follows_its_formula() -> None:
 
 
 def test_schedules_grow_from_one() -> None:
-    """method.md 1.5, in this project's convention: (s - 1) * (1 - cos(pi (step / T)^p)) / 2 + 1."""
+    """Follows method.md 1.5 in this project's convention: (s - 1) * (1 - cos(pi (step / T)^p)) / 2 + 1."""
     config = SampleConfig(cfg_scale=5.0)
     assert guidance_scales(config, 4) == [5.0] * 4
     assert guidance_scales(config.model_copy(update={"cfg_schedule": "linear"}), 4) == [1.0, 2.0, 3.0, 4.0]
@@ -160,7 +160,7 @@ def test_filters_equal_a_plain_loop(top_k: int, top_p: float) -> None:
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.9999999])
 def test_the_nucleus_of_a_large_vocabulary_needs_no_full_sort_and_is_exact(top_p: float) -> None:
-    """Peaked rows are found among the likeliest codes, flat ones are not: both equal a plain loop."""
+    """Peaked rows take the fast path, flat ones the full sort; both equal a plain loop."""
     sharpness = torch.tensor([[8.0], [2.0], [0.3], [0.0]])
     logits = torch.randn(4, 4 * LIKELIEST, generator=torch.Generator().manual_seed(0)) * sharpness
     logits[3] = torch.arange(4 * LIKELIEST) * 1e-6  # all but uniform, without ties
@@ -238,7 +238,7 @@ def test_without_classes_everything_is_of_the_null_class() -> None:
 
 
 def test_guidance_of_a_generator_without_classes_costs_nothing() -> None:
-    """Both halves would be the same rows."""
+    """Conditional and unconditional rows would be equal."""
     model, rows = autoregressive(space=SPACE._replace(num_classes=0)), []
     sampler = prepare_sampler(model, SampleConfig(cfg_scale=3.0))
     step = sampler.advance
@@ -264,7 +264,7 @@ def test_all_scales_of_guidance_share_a_graph() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_step_in_bf16_is_nearly_that_of_the_modules() -> None:
-    """The same at nearly every code, and bitwise the same in any order."""
+    """Packed and plain codes agree almost everywhere, and bitwise in any order."""
     model, config = autoregressive(), SampleConfig(cfg_scale=2.0, precision="bf16", compile=True)
     sampler, order = prepare_sampler(model, config), torch.randperm(48)
     classes, numbers = torch.arange(48) % 3, uniform(48, 6)
@@ -277,7 +277,7 @@ def test_a_compiled_step_in_bf16_is_nearly_that_of_the_modules() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"cfg_scale": 2.0, "top_k": 8, "top_p": 0.9, "temperature": 0.9}])
 def test_the_whole_step_is_one_graph(changes: dict[str, object]) -> None:
-    """Compiled with fullgraph, for all positions at once; the same codes come out."""
+    """A step compiled with fullgraph serves all positions and draws the same codes."""
     model, classes = autoregressive(qk_norm=True, order=RANDOM), torch.tensor([0, 1, 2, 3])
     sampler = prepare_sampler(model, SampleConfig.model_validate({**changes, "compile": True}))
     plain = sample(model, classes, uniform(4, 6), SampleConfig.model_validate(changes))
@@ -286,7 +286,7 @@ def test_the_whole_step_is_one_graph(changes: dict[str, object]) -> None:
 
 @pytest.mark.slow
 def test_compiled_functions_of_the_same_code_keep_their_own_weights() -> None:
-    """Of more of them than PyTorch compiles again, and when another of the same shape was called before."""
+    """Holds for more functions than PyTorch's recompile limit, and after another of the same shape was called."""
 
     def function_of(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         return lambda x: layer(x).relu()
@@ -314,7 +314,7 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
 
 @torch.no_grad()
 def test_one_graph_serves_all_positions() -> None:
-    """Traced without breaks, once: the position is data and not a constant of the graph."""
+    """The step is traced once, without graph breaks: the position is data, not a constant of the graph."""
     graphs = []
 
     def count(module: torch.fx.GraphModule, _: list[Tensor]) -> object:

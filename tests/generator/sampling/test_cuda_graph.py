@@ -1,4 +1,4 @@
-"""Sampling as GPUs do it, on a CPU: steps recorded by stand-ins, whole and faulty ones; on a GPU in earnest."""
+"""Recorded sampling: on a CPU with fakes of CUDA graphs, correct and faulty ones; on a GPU with real ones."""
 
 import gc
 import logging
@@ -37,7 +37,7 @@ CLASSES = torch.tensor([0, 1, 2, 3])
 
 
 def recorded(tick: Tick, rewind: Tick) -> Tick:
-    """A recording as it should be: it can be called before, and does the same work again."""
+    """Record correctly: warm up, rewind, and replay the same step."""
     for _ in range(9):
         rewind()
         tick()
@@ -45,7 +45,7 @@ def recorded(tick: Tick, rewind: Tick) -> Tick:
 
 
 def empty(_tick: Tick, _rewind: Tick) -> Tick:
-    """One that has recorded nothing."""
+    """Record nothing."""
     return lambda: None
 
 
@@ -65,7 +65,7 @@ def sampler_of(
 
 @pytest.fixture
 def by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small generators take the way of large ones, uncompiled."""
+    """Treat small generators like large ones, without compiling."""
     monkeypatch.setattr(fast_sample, "LARGE", 0)
     monkeypatch.setattr(fast_sample, "compiled", lambda function, device: function)
 
@@ -123,7 +123,7 @@ def test_recorded_steps_in_parts_draw_the_same(
 def test_a_faulty_recording_is_found_and_said_once(
     record: Callable[[Tick, Tick], Tick], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The fault that draws the first code for ever must not pass for a sampler."""
+    """Guards against a faulty recording that always draws the first code."""
     model, config = autoregressive(), SampleConfig(cfg_scale=2.0)
     prepared = PreparedGenerator(model, "fp32", compile=True, record=record)
     with caplog.at_level(logging.WARNING):
@@ -141,7 +141,7 @@ def test_a_faulty_recording_is_found_and_said_once(
 def test_a_compiled_step_that_draws_other_codes_gives_way_to_the_recorded_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As torch 2.11 drew code 0 from codebooks of up to 128 (pytorch#189895)."""
+    """Guards against torch 2.11, which drew code 0 from codebooks of up to 128 (pytorch#189895)."""
 
     def faulty(function: Callable[..., object], device: torch.device) -> Callable[..., object]:
         def zero(logits_RV: Tensor, uniform_B: Tensor, _scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def test_a_misfit_is_zero_for_codes_that_were_drawn(temperature: float) -> None:
 
 
 class Counting:
-    """A backend that compiles nothing and counts what it is given."""
+    """Backend of torch.compile that compiles nothing and counts graphs."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -243,7 +243,7 @@ def test_all_blocks_of_a_masked_generator_share_one_graph() -> None:
 def test_functions_of_the_same_code_have_graphs_of_their_own(
     can_isolate: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than torch compiles of one code; torch before it could keep them apart has them kept apart here."""
+    """Exceeds torch's recompile limit; on versions without isolation, our own must keep graphs separate."""
     if can_isolate is not None:
         monkeypatch.setattr("generator.sampling.compiled.CAN_ISOLATE", can_isolate)
 
@@ -287,7 +287,7 @@ KERNEL = """
 
 @pytest.mark.slow
 def test_the_attention_kernel_computes_what_the_operations_do() -> None:
-    """By Triton's interpreter, in a process of its own, since it is chosen when Triton is imported."""
+    """Runs Triton's interpreter in its own process, since it is chosen when Triton is imported."""
     triton = pytest.importorskip("triton", "3.8")  # older interpreters fail with numpy 2.4
     assert triton is not None
     code = "import os\nos.environ['TRITON_INTERPRET'] = '1'\n" + textwrap.dedent(KERNEL)
@@ -295,7 +295,7 @@ def test_the_attention_kernel_computes_what_the_operations_do() -> None:
 
 
 def test_a_kernel_that_triton_cannot_compile_is_refused_like_any_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's errors are no RuntimeError, which is what gives way to the next way of drawing."""
+    """Triton's errors are not RuntimeErrors, on which the next variant is used."""
     triton = pytest.importorskip("triton")
     from generator.sampling import attention_kernel
 
@@ -340,7 +340,7 @@ def test_a_second_process_finds_what_the_first_compiled(
 
 
 def gpu_codes(model: Generator, config: SampleConfig, classes: Tensor, numbers: Tensor) -> list[Tensor]:
-    """Codes from a recorded sampler, drawn twice, on the CPU."""
+    """Draw codes twice with a recorded sampler, and return them on the CPU."""
     sampler = sampler_of(model, config, None)
     return [sampler(classes, numbers).cpu() for _ in range(2)]
 
@@ -373,7 +373,7 @@ def test_eager_recorded_and_compiled_draw_the_same_on_a_gpu(
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_compiled_logits_in_bf16_are_those_of_the_modules_within_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    """Given the same codes: in the root mean square within 2 % of how far logits spread."""
+    """Given the same codes, the RMS difference of logits is within 2 % of their spread."""
     from generator.sampling.compiled import compiled
 
     model = autoregressive(width=128, heads=2, layers=4, ffn_width=344, space=CodeSpace(300, 70, 3))

@@ -1,4 +1,4 @@
-"""Sample shards: balanced, and the same for any number of workers and restarts."""
+"""Sample shards are balanced, and identical for any number of workers and restarts."""
 
 import dataclasses
 from collections import Counter
@@ -63,7 +63,7 @@ def test_a_restart_does_only_what_is_missing(job: SampleJob) -> None:
 
 @pytest.mark.slow
 def test_workers_change_no_byte(job: SampleJob, store: Store) -> None:
-    """Three shards by two workers, and by none."""
+    """Sample three shards with two workers, and with none."""
     alone = generate(job, options=WorkerOptions())
     with session(None, 2):
         other = dataclasses.replace(job, out=store.at("other"))
@@ -73,7 +73,7 @@ def test_workers_change_no_byte(job: SampleJob, store: Store) -> None:
 
 
 def test_a_shard_of_another_length_is_refused(job: SampleJob) -> None:
-    """Whoever draws: the pipeline's stage as well as the command."""
+    """Applies to the pipeline's stage as well as the command."""
     first, *_ = generate(job, options=WorkerOptions())
     job.out.delete(f"{first.path}.json")
     write_shard(job.out, first.path, job.out.read(first.path), 4)
@@ -90,7 +90,7 @@ def test_another_seed_draws_other_samples(job: SampleJob, store: Store) -> None:
 
 @pytest.mark.parametrize("kind", ["autoregressive", "masked"])
 def test_samples_of_another_micro_batch_are_compared_one_by_one(kind: str) -> None:
-    """Equal at one size; a sampler that notices how many it draws at once changes exactly the samples it touches."""
+    """Equal sizes change nothing; a sampler that depends on the batch size changes exactly the samples it should."""
     model = autoregressive() if kind == "autoregressive" else masked()
     sampler = prepare_sampler(model, SampleConfig(cfg_scale=2.0))
     wanted = [SampleSpec(i % 3, i // 3) for i in range(24)]

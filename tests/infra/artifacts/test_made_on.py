@@ -1,4 +1,4 @@
-"""What artifacts say of the devices that made them, and that no two kinds mix in one."""
+"""Artifacts record the devices that made them, and no two kinds mix in one artifact."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ def test_another_generation_or_arithmetic_is_another_kind(out: Store, change: di
 
 
 def test_names_and_versions_are_told_and_do_not_divide(out: Store) -> None:
-    """Guards against a re-tokenization that ends at every update of a library."""
+    """Guards against a re-tokenization that stops at every library update."""
     other = H200 | {"device": "NVIDIA H100", "torch": "2.15.0"}
     begin_shards(out, H200)
     begin_shards(out, other)
@@ -95,7 +95,7 @@ def test_a_damaged_note_is_named_with_the_remedy(out: Store, data: bytes) -> Non
 
 
 def test_gpus_of_one_generation_and_another_size_are_of_two_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An A30 has half an A100's multiprocessors: cuBLAS chooses other kernels for it, which add up in another order."""
+    """An A30 has half an A100's multiprocessors, so cuBLAS chooses other kernels, which sum in another order."""
     import torch
 
     def kind(multiprocessors: int) -> str:

@@ -112,7 +112,7 @@ class TestPublish:
             publish(store, PLAN, files=[entry, entry], counts={}, metrics={}, seconds=1)
 
     def test_a_hundred_thousand_shards_take_no_request_each(self, store: Store) -> None:
-        """And no quadratic time: their sidecars vouched for them when they were written."""
+        """Nor quadratic time: their sidecars vouched for them when they were written."""
         files = [
             FileEntry(path=f"train-{n:05d}-of-99999.parquet", size=1, sha256="0" * 64, rows=1) for n in range(99_999)
         ]
@@ -182,11 +182,11 @@ SHARD = "train-00000-of-00001.parquet"
 
 
 class TestReferences:
-    """Files that lie in another artifact's folder."""
+    """Files in another artifact's folder."""
 
     @pytest.fixture
     def entry(self, store: Store) -> FileEntry:
-        """A shard of another artifact."""
+        """Make a shard of another artifact."""
         other = PLAN.model_copy(update={"version": 7})
         made = write_shard(folder_of(store, other.kind, other.digest), SHARD, b"rows", 4)
         return made.model_copy(update={"source": f"{other.prefix}/{SHARD}"})
@@ -214,7 +214,7 @@ class TestReferences:
     def test_are_the_same_file_for_two_runs(
         self, store: Store, entry: FileEntry, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """One that found a shard, and one that encoded it."""
+        """One run reused a shard, the other encoded it."""
         own = write_shard(folder_of(store, PLAN.kind, PLAN.digest), SHARD, b"rows", 4)
         first, second = (publish(store, PLAN, files=[e], counts={}, metrics={}, seconds=1) for e in (entry, own))
         assert first == second

@@ -1,4 +1,4 @@
-"""Very many shards: spread over folders, and listed in pages beside a small manifest."""
+"""Many shards are spread over folders, and listed in pages beside a small manifest."""
 
 import json
 from collections import Counter
@@ -34,7 +34,7 @@ def entries(count: int, total: int | None = None) -> list[FileEntry]:
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of three."""
+    """Set the page size to three entries."""
     for module in ("infra.artifacts.pages", "infra.artifacts.manifest"):
         monkeypatch.setattr(f"{module}.PAGE_ENTRIES", 3)
 

@@ -1,4 +1,4 @@
-"""Weights from elsewhere are those that the hash names, or an error that says what to do."""
+"""Pretrained weights match their hash, or the error states the remedy."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The hash of a set: whatever the order and the pieces, the same; and another for any other set."""
+"""The hash of a set does not depend on order or pieces, and differs for any other set."""
 
 import hashlib
 
@@ -25,7 +25,7 @@ def test_other_items_make_another_hash(one, other) -> None:
 
 
 def test_it_is_the_product_that_the_docstring_states() -> None:
-    """Other programs may compute it: the prime of MuHash3072, numbers by SHAKE-256, both big-endian."""
+    """Pins the definition for other programs: the prime of MuHash3072, numbers by SHAKE-256, both big-endian."""
     numbers = [int.from_bytes(hashlib.shake_256(item).digest(384), "big") for item in (b"a", b"b")]
     product = numbers[0] * numbers[1] % PRIME
     assert set_hash.of_items([b"a", b"b"]) == product

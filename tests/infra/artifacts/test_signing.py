@@ -1,4 +1,4 @@
-"""Signed manifests: what was changed, or written by somebody without the key, is refused before it is used."""
+"""Manifests that were changed, or written without the key, are rejected before they are used."""
 
 import json
 

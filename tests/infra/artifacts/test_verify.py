@@ -1,4 +1,4 @@
-"""The parts of a verification: bytes in constant memory, keys on disk, names, and stores that are far away."""
+"""Parts of verification: bytes in constant memory, keys on disk, shard names, and remote stores."""
 
 import hashlib
 import math
@@ -73,7 +73,7 @@ def test_one_id_of_both_splits_is_in_one_group(train: int, val: int, hashed: int
 
 
 def test_groups_are_few_and_still_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a number of groups that is no divisor: ids would be compared with the wrong shards."""
+    """Guards against a number of groups that is not a divisor: ids would be compared with the wrong shards."""
     monkeypatch.setattr("infra.artifacts.verify.MOST_GROUPS", 4)
     shards = [Shard(shard_name(split, i, n), "") for split, n in (("train", 12), ("val", 6)) for i in range(n)]
     groups = id_groups(shards, by_hash=True)
@@ -84,7 +84,7 @@ def test_groups_are_few_and_still_whole(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_buckets_are_the_published_rule() -> None:
-    """SHA-256 of "abc" begins with ba7816bf8f01cfea: other tools may rely on it."""
+    """SHA-256 of "abc" begins with ba7816bf8f01cfea; other tools may rely on the rule."""
     assert bucket_of("abc", 1 << 64) == 0xBA7816BF8F01CFEA
     assert bucket_of("abc", 1000) == 0xBA7816BF8F01CFEA % 1000
 

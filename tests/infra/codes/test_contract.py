@@ -110,7 +110,7 @@ def test_sampling_settings_travel_with_samples():
 
 
 def test_a_file_may_carry_notes_of_its_own(store):
-    """What one file says besides does not make it one of another dataset."""
+    """Additional metadata of a file does not make it part of another dataset."""
     store.write("a.parquet", to_parquet(INFO, rows_of(4)))
     store.write("b.parquet", to_parquet(INFO, rows_of(4), {"sftok.failed": '["é"]'}))
     assert pq.read_schema(store.path / "b.parquet").metadata[b"sftok.failed"].decode() == '["é"]'
@@ -253,7 +253,7 @@ def test_truncated_files_are_refused(tmp_path):
 
 
 def test_no_changed_byte_escapes_as_an_error_of_arrow():
-    """Guards against damage that Arrow reports as an OSError, which flows would take for a store that is away."""
+    """Guards against damage that Arrow reports as an OSError, which flows would treat as an unavailable store."""
     data = to_parquet(INFO, rows_of(600))
     refused = 0
     for at in range(0, len(data), 41):
@@ -270,7 +270,7 @@ def test_no_changed_byte_escapes_as_an_error_of_arrow():
 
 
 def shards(store: Store, rows: CodeRows, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The rows in three files of several row groups."""
+    """Write the rows to three files of several row groups."""
     monkeypatch.setattr("infra.codes.contract._ROWS_PER_GROUP", 64)
     names, cuts = ["c.parquet", "a.parquet", "b.parquet"], [0, 150, 151, len(rows.image_id)]
     for name, first, last in zip(names, cuts, cuts[1:], strict=False):
@@ -352,7 +352,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", CONTRACT, flags=re.DOTALL)
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory) -> Store:
-    """A code dataset that the encode stage made of images."""
+    """Make a code dataset with the encode stage."""
     place = tmp_path_factory.mktemp("encoded")
     draw_images(place / "source")
     made = Made(Store(place / "store"), place / "source")
@@ -398,7 +398,7 @@ def run_cli(*arguments: str) -> int:
 
 
 def test_files_that_lie_with_another_version_are_listed(tmp_path, capsys):
-    """What the globs do not see: a dataset of one image more takes the other shards from the one before."""
+    """Globs miss shared shards: a dataset with one more image reuses the other shards of the earlier one."""
     draw_images(tmp_path / "source")
     made = Made(Store(tmp_path / "store"), tmp_path / "source")
     tokenizer = made.tokenizer(0)

@@ -1,4 +1,4 @@
-"""Codes that ranks share: equal to those that are loaded, held once, private when written to, gone with the ranks."""
+"""Codes shared by ranks equal loaded ones, are held once, are copied on write, and are freed with the ranks."""
 
 import multiprocessing
 import os
@@ -43,7 +43,7 @@ def folder(store: Store) -> Store:
 
 
 def checked(folder: Store, ranks: Ranks, names: list[str]) -> dict[str, Any]:
-    """Whether a rank finds what is in the files, how much memory that takes from it alone, whose writes it sees."""
+    """Return whether a rank reads the files' codes, its private memory, and whose writes it sees."""
     info, arrays = share_codes(folder, names, ranks, "cpu")
     expected_info, expected = load_codes(folder, names)
     is_equal = info == expected_info and all(map(np.array_equal, arrays[:2], expected[:2]))
@@ -57,7 +57,7 @@ def checked(folder: Store, ranks: Ranks, names: list[str]) -> dict[str, Any]:
 
 
 def private_bytes() -> int | None:
-    """Bytes of mapped codes that no other process has; None where nothing is mapped."""
+    """Return the bytes of mapped codes that are private to this process; None if nothing is mapped."""
     total, is_codes, seen = 0, False, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split()[0] and ":" not in line.split()[0]:

@@ -1,4 +1,4 @@
-"""What compiling needs is looked for where torch and Triton look; what was compiled is kept where it is found again."""
+"""Compilers are looked for where torch and Triton look, and compiled code is cached."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def program(folder: Path, name: str) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder of programs, with Python's headers beside."""
+    """Make an empty folder the only one of programs, with Python's headers beside it."""
     (tmp_path / "Python.h").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)

@@ -1,4 +1,4 @@
-"""Precisions that a device is slow in: measured on CPUs, known of GPUs, and told as part of a sentence."""
+"""Slow precisions: measured on CPUs, known for GPUs, and explained as part of a sentence."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def _measured_anew() -> None:
 
 
 def test_the_ratio_is_that_of_the_best_of_some_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first product, for which kernels are made, counts for nothing; nor does what comes between the others."""
+    """The first product, for which kernels are created, does not count, nor does time between the others."""
     taken = {torch.bfloat16: [9.0, 0.5, 0.25, 0.75], torch.float32: [0.001, 2.0, 3.0, 1.0]}
     monkeypatch.setattr(precision, "_seconds", lambda a: taken[a.dtype].pop(0))
     assert precision_ratio("bf16") == 4.0

@@ -1,4 +1,4 @@
-"""Ranks: they share, sum and wait; what goes wrong in one is said as itself; a lost one is replaced."""
+"""Ranks share, sum and wait; errors in one are raised unchanged; lost ones are replaced."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_an_error_of_one_rank_is_the_error_of_all() -> None:
 def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(
     backend: str, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL's groups are left by all at once, and the others wait for a sum: the error would never be told."""
+    """Leaving an NCCL group is collective while the others wait for a sum: the error would never be reported."""
     leaving: list[str] = []
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: leaving.append(backend))
@@ -100,7 +100,7 @@ def test_a_killed_rank_is_replaced(tmp_path: Path) -> None:
 
 
 def place_and_workers(ranks: Ranks, progress: Progress) -> tuple[int, str, list[str]]:
-    """Where a process is, and where workers are that it starts itself."""
+    """Return where a process runs, and where workers run that it starts itself."""
     options = WorkerOptions(workers=1, gpus_per_worker=0.99)
     return os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"], map_shards(make_place, [0], options=options)
 
@@ -129,7 +129,7 @@ ray.shutdown()
 
 
 def test_on_a_gpu_one_rank_has_a_process_of_its_own_and_leaves_room_for_its_workers() -> None:
-    """On a declared GPU, which need not exist; guards against an evaluation that waits for its own card."""
+    """Uses a declared GPU, which need not exist; guards against an evaluation that waits for its own card."""
     root = str(ROOT)
     environment = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, "-c", GPU]
@@ -165,7 +165,7 @@ WAITS = {
 
 @pytest.mark.parametrize("what", WAITS)
 def test_a_signal_while_ray_waits_comes_out_as_itself(what: str) -> None:
-    """Ray's compiled code makes a SystemError of it, which was told as a failure of the stage."""
+    """Guards against Ray's compiled code, whose SystemError was reported as a failure of the stage."""
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, 6)
     try:

@@ -1,4 +1,4 @@
-"""Which parts of a network are compiled by themselves, and that a validation compiles nothing."""
+"""Blocks of a network are compiled separately, and a validation compiles nothing."""
 
 from collections.abc import Callable
 
@@ -40,7 +40,7 @@ def test_layers_alone_are_no_blocks(network: nn.Module) -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """What torch's compiler was asked for, which compiles nothing."""
+    """Record the calls of torch's compiler, which is replaced by one that compiles nothing."""
     found: list[dict[str, object]] = []
 
     def record(
@@ -57,7 +57,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
 
 def test_what_is_promised_again_is_not_tuned_by_timing(asked: list[dict[str, object]]) -> None:
-    """Guards against two workers whose sums are divided otherwise, since each has timed its kernels itself."""
+    """Guards against two workers that split sums differently because each autotuned its own kernels."""
     from generator.sampling.compiled import compiled
     from sftok.model.cast_transformer import CastTransformer
 

@@ -1,4 +1,4 @@
-"""Threads that do not spin on cores which others need."""
+"""Threads do not spin on cores that others need."""
 
 import os
 

@@ -206,7 +206,7 @@ class TestActors:
 
 
 class TestProcesses:
-    """What a driver leaves on the machine; its processes are known by a variable that they inherit."""
+    """List processes that a driver leaves behind, recognised by a variable that they inherit."""
 
     def test_stdout_is_ours_alone(self, driver: "Driver") -> None:
         process = driver("dies")
@@ -240,7 +240,7 @@ class TestProcesses:
 
 
 class Driver:
-    """Starts a program that maps shards."""
+    """Start a program that maps shards."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
@@ -307,7 +307,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 class WhichGpus:
-    """Says which GPUs Ray gave its process."""
+    """Return the GPUs that Ray gave this process."""
 
     def __call__(self, seconds: float) -> tuple[int, str]:
         time.sleep(seconds)
@@ -329,7 +329,7 @@ ray.shutdown()
 
 @pytest.mark.parametrize(("workers", "gpus", "a_gpu"), [(2, 1.0, 1), pytest.param(4, 0.5, 2, marks=pytest.mark.slow)])
 def test_workers_are_placed_on_gpus(workers: int, gpus: float, a_gpu: int) -> None:
-    """On declared GPUs, which need not exist: so many workers a GPU, and each sees its own alone."""
+    """Uses declared GPUs, which need not exist: workers fill the GPUs, and each sees only its own."""
     command = [sys.executable, "-c", PLACED, str(workers), str(gpus)]  # a process of its own: a cluster of its own
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)

@@ -1,4 +1,4 @@
-"""What networks and busy servers do to S3, done by a proxy or to the server itself: bytes arrive whole, and once."""
+"""Network and server faults of S3, made by a proxy or at the server itself: bytes arrive intact, exactly once."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture
 def instance(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Instance]:
-    """A server of the test's own, which it may kill; the environment leads to it."""
+    """Start a server that the test may kill, and point the environment at it."""
     with running_instance(tmp_path_factory.mktemp("s3")) as found:
         for name in FOREIGN:
             monkeypatch.delenv(name, raising=False)
@@ -52,7 +52,7 @@ def test_patience_ends_with_what_to_do(instance: Instance, monkeypatch: pytest.M
     store.write("a", b"1")
     instance.kill()
     said = rf"^s3://tests/given-up/a: {instance.server.endpoint} does not answer \(\w+\) for \d+ s; check the server"
-    with pytest.raises(TransientError, match=rf"{said}.* SFTOK_S3_PATIENCE = 1$"):
+    with pytest.raises(TransientError, match=rf"{said}.* SFTOK_S3_PATIENCE = 1 s$"):
         store.read("a")
 
 
@@ -81,7 +81,7 @@ def test_every_fault_is_ridden_out(s3_env: S3Server, monkeypatch: pytest.MonkeyP
 def test_a_create_whose_answer_was_lost_is_ours_and_nobody_else_s(
     s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever below us asks again, finds what we made; another writer's equal bytes are still another's."""
+    """Retries in lower layers recognise our own object; another writer's equal bytes are still another's."""
     proxy = FaultProxy(s3_env.endpoint, chosen=lambda asked: "lost" if asked.is_create and asked.times == 1 else None)
     with running_proxy(proxy) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

@@ -1,4 +1,4 @@
-"""The policies of infra/deploy/s3 on a real server: each role can do its work, and nothing else.
+"""The policies of infra/deploy/s3 on a real server: each role can do its own work and nothing else.
 
 SeaweedFS enforces all of them but the actions it has no name for (`UNKNOWN`), which are left out here.
 """
@@ -27,7 +27,7 @@ PLAN = Plan(kind="images", version=1, config={"x": 1})
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A server that takes users and policies."""
+    """Start a server that enforces users and policies."""
     instance = Instance(tmp_path_factory.mktemp("s3"))
     instance.ports["s3.iam.readOnly"] = "false"
     try:
@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def keys(server: S3Server) -> dict[str, tuple[str, str]]:
-    """A user of each role, with its policy and nothing more."""
+    """Make a user for each role, with only its policy."""
     iam = Session().create_client(
         "iam",
         endpoint_url=server.endpoint,
@@ -62,7 +62,7 @@ def keys(server: S3Server) -> dict[str, tuple[str, str]]:
 
 @pytest.fixture
 def act_as(server: S3Server, keys: dict[str, tuple[str, str]], monkeypatch: pytest.MonkeyPatch):
-    """The store as a role sees it."""
+    """Open the store as a role."""
     for name in FOREIGN:
         monkeypatch.delenv(name, raising=False)
 
@@ -77,7 +77,7 @@ def act_as(server: S3Server, keys: dict[str, tuple[str, str]], monkeypatch: pyte
 
 
 def make(store: Store) -> None:
-    """An artifact with a checkpoint on the way."""
+    """Publish an artifact, with a checkpoint along the way."""
     out = folder_of(store, PLAN.kind, PLAN.digest)
     out.write(f"{CHECKPOINTS}/1/checkpoint.json", b"{}")
     file = put(out, "train-00000.parquet", b"rows")

@@ -1,4 +1,4 @@
-"""The learner and the loop: rates, averages, added gradients, scales, what stops, what is kept and written."""
+"""The learner and the loop: rates, EMA, gradient accumulation, loss scaling, bad steps, best weights, outputs."""
 
 import io
 import math
@@ -107,7 +107,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(store: Store) -> Non
 
 
 def overflow(layer: nn.Module) -> Tensor:
-    """A finite loss with an infinite slope."""
+    """Return a finite loss with an infinite gradient."""
     return (layer(torch.ones(1, 3)) * 0).sqrt().sum()
 
 
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_stops_too_and_has_changed_nothing() -> No
 
 @pytest.mark.parametrize("poison", [2, 3, 5])
 def test_the_first_bad_step_is_named_though_it_is_found_out_later(poison: int, store: Store) -> None:
-    """Figures are fetched at steps 1 and 6 here; what came after the bad step is neither saved nor published."""
+    """Figures are fetched at steps 1 and 6 here; nothing after the bad step is saved or published."""
     layer = linear()
     made = learner(layer)
     config = LoopConfig(steps=9, log_every=6, checkpoint_every=6)
@@ -211,7 +211,7 @@ def test_other_errors_of_a_step_stay_what_they_are(store: Store) -> None:
 
 
 class NoReading(TorchDispatchMode):
-    """Refuses what has the host wait for a GPU's values; integers alone may be read, as orders of images are."""
+    """Reject operations that synchronize the host with a GPU; only integers may be read, such as orders of images."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -240,7 +240,7 @@ def test_a_step_reads_nothing_back(is_scaled: bool) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_what_a_checkpoint_holds_is_put_where_its_parameter_lies(device: str) -> None:
-    """A fused step refuses a `step` that was left on the CPU: no run on a GPU could go on from a checkpoint."""
+    """Guards against a `step` tensor left on the CPU, which a fused step rejects: GPU runs could not resume."""
     first = learner(conv := nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last))
     first.backward(conv(torch.ones(1, 3, 4, 4)).square().mean())
     first.update(0)

@@ -1,4 +1,4 @@
-"""Figures of speed: what is counted, what is left out, and what a device could do."""
+"""Throughput figures: counted and excluded steps, and the peak of a device."""
 
 import time
 
@@ -10,7 +10,7 @@ from infra.training.speed import Clock, Effort, peak_flops
 
 
 class Hands:
-    """A clock that is turned by hand."""
+    """A clock that the test advances."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
