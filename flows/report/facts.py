@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import pyarrow.parquet as pq
 
 from flows.results.types import GeneratorFit, LossCurve, Rejects
-from infra.artifacts.manifest import Manifest, folder_of
-from infra.store.store import Store
+from infra.artifacts.artifact import Artifact
+from infra.artifacts.manifest import Manifest
 from sftok.prepare.prepare import REJECTS, gist
 
 LOG = "log.jsonl"
@@ -24,13 +24,13 @@ DONE = {  # what a stage did, by its counts
 }
 
 
-def loss_curves(store: Store, made: Mapping[str, Manifest]) -> tuple[LossCurve, ...]:
+def loss_curves(made: Mapping[str, Artifact]) -> tuple[LossCurve, ...]:
     """The loss of each training among the stages, thinned out evenly."""
     curves = []
-    for stage, manifest in made.items():
-        if not any(entry.path == LOG for entry in manifest.files):
+    for stage, artifact in made.items():
+        if not any(entry.path == LOG for entry in artifact.manifest.files):
             continue
-        lines = folder_of(store, manifest.kind, manifest.digest).read(LOG).decode().splitlines()
+        lines = artifact.folder.read(LOG).decode().splitlines()
         rows = [row for row in map(json.loads, lines) if "loss" in row]
         step = max(1, len(rows) // POINTS)
         kept = [*rows[::step], *([rows[-1]] if rows and (len(rows) - 1) % step else [])]
@@ -79,12 +79,11 @@ def _per_second(rate: float, unit: str) -> str:
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
-def rejects_of(store: Store, images: Manifest) -> tuple[Rejects, ...]:
+def rejects_of(images: Artifact) -> tuple[Rejects, ...]:
     """What prepare rejected, by reason, the commonest first."""
-    folder = folder_of(store, images.kind, images.digest)
-    if not any(entry.path == REJECTS for entry in images.files):
+    if not any(entry.path == REJECTS for entry in images.manifest.files):
         return ()
-    with folder.open(REJECTS) as opened, pq.ParquetFile(opened) as file:
+    with images.folder.open(REJECTS) as opened, pq.ParquetFile(opened) as file:
         table = file.read(["path", "reason"])
     found: dict[str, tuple[int, str]] = {}
     for path, reason in zip(table["path"].to_pylist(), table["reason"].to_pylist(), strict=True):

@@ -17,6 +17,7 @@ from infra.artifacts.lineage import Lineage, lineage
 from infra.artifacts.made_on import summary
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
+from infra.store.store import Store
 
 FILES = 20  # of an artifact, named in the report
 STAGE_OF_KIND = {
@@ -54,7 +55,7 @@ def report_data(evaluation: Artifact, run: RunInfo) -> ReportData:
         ValueError: the evaluation is of another version, or what it was made of is not in the store.
     """
     store, manifest, folder = evaluation.store, evaluation.manifest, evaluation.folder
-    made = _manifests(lineage(store, manifest))
+    made = _artifacts(store, lineage(store, manifest))
     if "prepare" not in made:
         raise ValueError(f"the images behind {evaluation} are not in {store.uri}: name their store")
     pictures = [file.path for file in manifest.files if file.path.startswith(PICTURES)]
@@ -65,14 +66,14 @@ def report_data(evaluation: Artifact, run: RunInfo) -> ReportData:
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         source=run.source,
         command=manifest.command,
-        counts=made["prepare"].counts,
-        stages=tuple(_row(name, one) for name, one in made.items()),
+        counts=made["prepare"].manifest.counts,
+        stages=tuple(_row(name, one.manifest) for name, one in made.items()),
         evaluation=read_evaluation(evaluation),
         sweep=read_sweep(folder, manifest),
         images={path.removeprefix(PICTURES): folder.read(path) for path in pictures},
-        losses=loss_curves(store, made),
-        fit=fit_of(made["train_generator"]) if "train_generator" in made else None,
-        rejects=rejects_of(store, made["prepare"]),
+        losses=loss_curves(made),
+        fit=fit_of(made["train_generator"].manifest) if "train_generator" in made else None,
+        rejects=rejects_of(made["prepare"]),
         config=run.config,
         versions=manifest.versions,
         hardware=manifest.hardware,
@@ -94,18 +95,18 @@ def read_evaluation(evaluation: Artifact) -> EvaluationReport:
         raise ValueError(f"{evaluation.uri}/{EVALUATION}: {where}: {said['msg']}; evaluate the run again") from error
 
 
-def _manifests(tree: Lineage) -> dict[str, Manifest]:
-    """Return the manifests behind an artifact by the stage that made them, each after its inputs."""
-    found: dict[str, Manifest] = {}
+def _artifacts(store: Store, tree: Lineage) -> dict[str, Artifact]:
+    """Return the artifacts behind another one by the stage that made them, each after its inputs."""
+    found: dict[str, Artifact] = {}
     for below in tree.inputs.values():
-        found |= _manifests(below)
+        found |= _artifacts(store, below)
     if tree.manifest is not None:
-        found.setdefault(stage_of(tree.manifest), tree.manifest)
+        found.setdefault(stage_of(tree.manifest), Artifact(store, tree.manifest))
     return found
 
 
 def stage_of(manifest: Manifest) -> str:
-    """The stage that made an artifact; tokenizers name it in their config."""
+    """Return the name of the stage that made an artifact; tokenizers name it in their config."""
     return str(manifest.config.get("stage", STAGE_OF_KIND.get(manifest.kind, manifest.kind)))
 
 
