@@ -213,7 +213,7 @@ def test_codes_of_another_length_are_refused() -> None:
 
 
 class Dispatched(TorchDispatchMode):
-    """Record the operations that are called."""
+    """Mode that records the operations that are called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ HIDDEN = torch.rand(3, 6, generator=torch.Generator().manual_seed(1)) < 0.5
 
 
 def transcription(weights: dict[str, Tensor], ids: Tensor, heads: int) -> Tensor:
-    """Transcribe BERT with its head from published names: maps token ids (B, S) to logits (B, S, V)."""
+    """Compute BERT and its head from weights by published names: token ids (B, S) to logits (B, S, V)."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]

@@ -17,7 +17,7 @@ ROWS = {shard_name("train", 0, 2): 3, shard_name("train", 1, 2): 4, shard_name("
 
 
 def images_in(store: Store, plan: Plan = IMAGES) -> Artifact:
-    """Three shards of two splits, and a file that is no shard."""
+    """Publish three shards of two splits, and a file that is not a shard."""
     folder = folder_of(store, plan.kind, plan.digest)
     files = [write_shard(folder, name, name.encode(), rows) for name, rows in ROWS.items()]
     files.append(put(folder, "rejects.parquet", b"none"))
@@ -26,7 +26,7 @@ def images_in(store: Store, plan: Plan = IMAGES) -> Artifact:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file is read, by its URI."""
+    """Count how often each file is read, by its URI."""
     counts: Counter[str] = Counter()
     read = Store.read
 
@@ -40,7 +40,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The manifests whose signatures are verified."""
+    """List the manifests whose signatures are verified."""
     monkeypatch.setenv(signing.KEY, KEY)
     verified: list[str] = []
     check = signing.check
@@ -54,7 +54,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def use(images: Artifact) -> None:
-    """Ask for all that there is."""
+    """Read everything that the artifact offers."""
     for split in ("train", "val"):
         assert images.keys(split) == list(images.rows(split))
         assert images.shards(split)

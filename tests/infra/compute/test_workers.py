@@ -206,7 +206,7 @@ class TestActors:
 
 
 class TestProcesses:
-    """List processes that a driver leaves behind, recognised by a variable that they inherit."""
+    """Output of a driver, and processes that it leaves behind, recognised by a variable that they inherit."""
 
     def test_stdout_is_ours_alone(self, driver: "Driver") -> None:
         process = driver("dies")
@@ -240,7 +240,7 @@ class TestProcesses:
 
 
 class Driver:
-    """Start a program that maps shards."""
+    """Starter of a program that maps shards."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
@@ -307,7 +307,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 class WhichGpus:
-    """Return the GPUs that Ray gave this process."""
+    """Worker that returns the GPUs that Ray gave its process."""
 
     def __call__(self, seconds: float) -> tuple[int, str]:
         time.sleep(seconds)

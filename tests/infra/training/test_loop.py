@@ -211,7 +211,7 @@ def test_other_errors_of_a_step_stay_what_they_are(store: Store) -> None:
 
 
 class NoReading(TorchDispatchMode):
-    """Reject operations that synchronize the host with a GPU; only integers may be read, such as orders of images."""
+    """Mode that rejects synchronizing the host with a GPU; only integers may be read, such as orders of images."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
