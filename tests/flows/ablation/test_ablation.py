@@ -189,7 +189,7 @@ def test_every_ablation_builds_and_its_arms_are_the_papers() -> None:
     ("changes", "said"),
     [
         (("align.replacment=none",), r"arm 'mine': recipe digits: align.replacment: unknown field, did you mean repl"),
-        (("align.training.steps=9",), r"arm 'mine': align.training.steps = 9, arm 'SFVR' has 800: .* with --set"),
+        (("align.training.steps=9",), r"arm 'mine': align.training.steps = 9, arm 'SFVR' has 700: .* with --set"),
         (("warm_up.training.batch_size=8",), r"warm_up.training.batch_size = 8, arm 'SFVR' has 32"),
         (("align.from_scratch=true",), r"align.from_scratch = True.*set warm_up.replacement as align's"),
         (("seed=3",), r"seed = 3, arm 'SFVR' has 0"),
