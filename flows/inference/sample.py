@@ -208,12 +208,8 @@ def sample(request: SampleRequest, progress: Callable[[str], Progress]) -> Sampl
     Raises:
         ValueError: not all samples were drawn, or the samples are damaged.
     """
-    asked = request.arguments
-
-    def draw(out: Store) -> Result:
-        return _draw(request, out, progress("sample"))
-
-    samples, state = find_or_publish(request.generator.store, request.plan, draw)
+    asked, store = request.arguments, request.generator.store
+    samples, state = find_or_publish(store, request.plan, lambda out: _draw(request, out, progress("sample")))
     if any(asked.outputs):
         _write_images(request, samples, progress("decode"))
     names = request.info.class_names or ()
