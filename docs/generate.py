@@ -102,8 +102,8 @@ class _Use(NamedTuple):
 
 def configuration() -> str:
     """Return the page of all settings of a recipe."""
+    from flows.recipes.registry import RECIPES
     from flows.recipes.schema import Recipe
-    from flows.recipes.small import RECIPES
 
     uses: dict[str, _Use] = {}
     _walk(Recipe, "", uses)

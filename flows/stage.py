@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from flows.recipes.small import ComputeConfig, Recipe
+from flows.recipes.schema import ComputeConfig, Recipe
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import decisive, describe_kind, shards_begun_on
 from infra.artifacts.manifest import ArtifactRef, Manifest, Plan

@@ -1,4 +1,4 @@
-"""Ablations: one recipe trained in several ways with several seeds, and the page that compares them.
+"""Ablations: variants of one recipe, trained with several seeds, and the page that compares them.
 
 `flow.ablation` is the Prefect flow.
 """

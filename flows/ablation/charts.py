@@ -1,4 +1,4 @@
-"""Geometry of the ablation page's drawings: a curve an arm, and every seed as a dot of its own."""
+"""Geometry of the ablation page's charts: one curve per arm, one dot per seed."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,12 @@ from flows.report.charts import Tick, nice_ticks
 
 SMALL, WIDE = (320, 190), (760, 260)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 26
-_BINS = 100  # points of a loss curve
+_BINS = 100  # points per loss curve
 STRIP = (110, 16)
 
 
 class Dot(NamedTuple):
-    """One seed."""
+    """The value of one seed."""
 
     x: float
     y: float
@@ -22,24 +22,24 @@ class Dot(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A label below the drawing."""
+    """A label below a chart."""
 
     x: float
     text: str
 
 
 class ArmCurve(NamedTuple):
-    """One arm: a line through its means, and the seeds around it."""
+    """The curve of one arm: a line through its means, and a dot per seed."""
 
     name: str
     number: int  # of its colour
     path: str
     dots: list[Dot]
-    means: list[str]  # as they are printed
+    means: list[str]  # formatted
 
 
 class ArmChart(NamedTuple):
-    """A figure of all arms against something."""
+    """A chart of one metric of all arms."""
 
     title: str
     note: str
@@ -48,22 +48,22 @@ class ArmChart(NamedTuple):
     ticks: list[Tick]
     marks: list[Mark]
     axis: str
-    summary: str  # the drawing in words
-    border: float | None = None  # where a vertical line is drawn
+    summary: str  # text alternative
+    border: float | None = None  # x of a vertical line
 
 
 class Series(NamedTuple):
-    """Numbers of one arm: at each x the value of every seed."""
+    """Values of one arm: at each x one per seed."""
 
     name: str
     number: int
     x: Sequence[float]  # in [0, 1]
     values: Sequence[Sequence[float]]
-    apart: int = 0  # points at the beginning that the line does not join
+    apart: int = 0  # leading points that the line leaves out
 
 
 def number(value: float, unit: str = "") -> str:
-    """A value as the page prints it."""
+    """Format a value with its unit."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "?"
     if unit == "%":
@@ -75,12 +75,12 @@ def number(value: float, unit: str = "") -> str:
 
 
 def bare(value: float, unit: str = "") -> str:
-    """The same without its unit, which stands nearby; a share keeps its sign."""
+    """Format a value without its unit, which is shown nearby; a share keeps its percent sign."""
     return number(value, unit).removesuffix("" if unit == "%" else f" {unit}")
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
+    """Return the arithmetic mean."""
     return math.fsum(values) / len(values)
 
 
@@ -96,7 +96,7 @@ def arm_chart(
     dots: bool = True,
     border: float | None = None,
 ) -> ArmChart:
-    """Draw series on one scale; `marks` are the labels of the axis below, by x in [0, 1]."""
+    """Chart series on one scale; `marks` are the labels of the x axis, by x in [0, 1]."""
     every = [value for one in series for values in one.values for value in values]
     ticks = nice_ticks(min(every), max(every))
     if unit == "%":
@@ -134,7 +134,7 @@ def arm_chart(
         ticks=[Tick(y(tick), _tick(tick, gap, unit)) for tick in ticks],
         marks=[Mark(x(at), label) for at, label in marks.items()],
         axis=axis,
-        summary="; ".join(f"{one.name}: {_told(one, text)}" for one in series),
+        summary="; ".join(f"{one.name}: {_summary(one, text)}" for one in series),
         border=None if border is None else x(border),
     )
 
@@ -143,10 +143,10 @@ def _means(series: Series, unit: str) -> list[str]:
     return [number(mean(values), unit) for values in series.values]
 
 
-def _told(series: Series, text: Callable[[float, float], str]) -> str:
-    """Means in words, of a long curve the first and the last."""
-    told = [text(mean(values), at) for at, values in zip(series.x, series.values, strict=True)]
-    return ", ".join(told) if len(told) <= 20 else f"from {told[0]} to {told[-1]}"
+def _summary(series: Series, text: Callable[[float, float], str]) -> str:
+    """Describe the means in words; for a long curve, the first and the last."""
+    texts = [text(mean(values), at) for at, values in zip(series.x, series.values, strict=True)]
+    return ", ".join(texts) if len(texts) <= 20 else f"from {texts[0]} to {texts[-1]}"
 
 
 def _tick(tick: float, gap: float, unit: str) -> str:
@@ -156,7 +156,7 @@ def _tick(tick: float, gap: float, unit: str) -> str:
 
 
 def evenly(count: int) -> list[float]:
-    """Places of `count` marks in [0, 1], half a gap from either end."""
+    """Return the positions of `count` marks in [0, 1], half a gap from either end."""
     return [(i + 0.5) / count for i in range(count)]
 
 
@@ -164,7 +164,7 @@ def evenly(count: int) -> list[float]:
 
 
 def quality_charts(results: Results) -> list[ArmChart]:
-    """Quality against decoding steps, a chart a figure."""
+    """Chart quality against decoding steps, one chart per metric."""
     steps = [step.num_steps for step in results.sample.by_steps]
     places = evenly(len(steps))
     marks = dict(zip(places, map(str, steps), strict=True))
@@ -189,7 +189,7 @@ def quality_charts(results: Results) -> list[ArmChart]:
 
 
 def agreement_charts(results: Results) -> list[ArmChart]:
-    """Figure 4a: KL to the final prediction, and top-1 agreement with it, of the truth and of every step."""
+    """Chart figure 4a: KL to the final prediction, and top-1 agreement with it, of the truth and of every step."""
     count = len(results.sample.steps) + 1
     places = evenly(count)
     marks = dict(zip(places, ["truth", *map(str, range(1, count))], strict=True))
@@ -209,7 +209,7 @@ def agreement_charts(results: Results) -> list[ArmChart]:
 
 
 def published_agreement(truth: tuple[float, float], kl: Sequence[float], top1: Sequence[float]) -> list[ArmChart]:
-    """The same as the paper printed it."""
+    """Chart figure 4a with the values that the paper reports."""
     places = evenly(len(kl) + 1)
     marks = dict(zip(places, ["truth", *map(str, range(1, len(kl) + 1))], strict=True))
 
@@ -224,7 +224,7 @@ def published_agreement(truth: tuple[float, float], kl: Sequence[float], top1: S
 
 
 def loss_chart(results: Results) -> ArmChart:
-    """Training loss of every arm, the mean over seeds."""
+    """Chart the training loss of every arm, the mean over seeds."""
     some = next(iter(results.outcomes.values()))
     total, stages = some.steps, list(some.training.items())
     series = []
@@ -248,7 +248,7 @@ def loss_chart(results: Results) -> ArmChart:
 
 
 def strip(values: Sequence[float], low: float, high: float) -> list[Dot]:
-    """Seeds on a line from the smallest to the largest value of a column."""
+    """Place seeds on a line from the smallest to the largest value of a column."""
     span = (high - low) or 1.0
     width, height = STRIP
     return [Dot(round(5 + (v - low) / span * (width - 10), 2), height / 2, number(v)) for v in values]

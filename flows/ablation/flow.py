@@ -13,7 +13,7 @@ from flows.ablation.arm import ABLATION_ARM
 from flows.pipeline import tasks
 from flows.pipeline.graph import PREPARE
 from flows.pipeline.tasks import Run
-from flows.recipes.ablations import Ablation, Trained
+from flows.recipes.ablations import Ablation, ResolvedArm
 from flows.runs.journal import Journal, RunRecord, StageRecord, State, start_journal
 from flows.stage import Job, Listing, Result, Stage, Work
 from infra.artifacts.manifest import ArtifactRef, manifest_of
@@ -54,7 +54,7 @@ def ablation(
     return journal.record
 
 
-def _arm(whole: Run, arm: Trained, seed: int, images: ArtifactRef) -> ArtifactRef:
+def _arm(whole: Run, arm: ResolvedArm, seed: int, images: ArtifactRef) -> ArtifactRef:
     """One arm with one seed; teacher and warming up are shared with the arms that have the same."""
     name = f"{arm.name}, seed {seed}"
     job = whole.job._replace(recipe=arm.recipe.model_copy(update={"seed": seed}))

@@ -1,7 +1,7 @@
-"""The page of an ablation: what its numbers say and nothing beyond, as HTML, as Markdown and as JSON.
+"""Report an ablation as HTML, Markdown and JSON.
 
-Every sentence is counted from the outcomes; which arm is better is nowhere taken for granted. Published figures stand
-apart, marked as not comparable.
+Every sentence is derived from the outcomes; which arm is better is nowhere taken for granted. Published figures are
+shown apart, marked as not comparable.
 """
 
 import json
@@ -40,29 +40,29 @@ from infra.provenance import hardware, versions
 FIGURE_4A_TRUTH = (10.11, 0.09)
 FIGURE_4A_KL = (1.04, 0.85, 0.67, 0.49, 0.32, 0.16, 0.05)
 FIGURE_4A_TOP1 = (0.78, 0.77, 0.74, 0.78, 0.85, 0.88, 0.89)
-FEW_SEEDS = 3  # below which the page says that a range over seeds says little
+FEW_SEEDS = 3  # below which the page warns that a range over seeds says little
 
 
 class Facts(NamedTuple):
-    """What the page says of the run."""
+    """Facts about the run."""
 
     run: str
     source: str
 
 
 class Cell(NamedTuple):
-    """A figure of an arm: its mean over seeds, the range, and each seed."""
+    """A metric of an arm: mean and range over seeds, and each seed."""
 
     mean: float
     low: float
     high: float
     unit: str
     dots: list[Dot]
-    told: str
+    summary: str  # text alternative
 
 
 class Row(NamedTuple):
-    """An arm of the table."""
+    """A row of the table: an arm."""
 
     name: str
     number: int
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 class Versus(NamedTuple):
-    """An arm against the reference arm, seed by seed, in one figure."""
+    """An arm against the reference arm in one metric, seed by seed."""
 
     arm: str
     column: Column
@@ -79,34 +79,34 @@ class Versus(NamedTuple):
 
     @property
     def better(self) -> int:
-        """Seeds in which the arm was better than the reference."""
+        """Count the seeds in which the arm was better than the reference."""
         sign = 1 if self.column.better == "higher" else -1
         return sum(sign * difference > 0 for difference in self.differences)
 
     @property
     def equal(self) -> int:
-        """Seeds in which both were the same."""
+        """Count the seeds in which both were equal."""
         return sum(difference == 0 for difference in self.differences)
 
     @property
-    def told(self) -> str:
-        """Counts and differences, in words."""
+    def summary(self) -> str:
+        """Describe counts and differences in words."""
         if self.equal == len(self.differences):
             return f"equal in all {self.equal} seed{'' if self.equal == 1 else 's'}"
         return f"{self.counted}; mean difference {self.difference}"
 
     @property
     def difference(self) -> str:
-        """The mean difference and, of several seeds, its range, with their signs."""
-        told = _signed(mean(self.differences), self.column)
+        """Format the mean difference and, for several seeds, its range, with signs."""
+        text = _signed(mean(self.differences), self.column)
         if len(self.differences) > 1:
             low, high = (_signed(end, self.column) for end in (min(self.differences), max(self.differences)))
-            told += f" ({low} to {high})"
-        return f"{told} {'points' if self.column.unit == '%' else self.column.unit}".rstrip()
+            text += f" ({low} to {high})"
+        return f"{text} {'points' if self.column.unit == '%' else self.column.unit}".rstrip()
 
     @property
     def counted(self) -> str:
-        """In how many seeds it was better; what is left were worse."""
+        """Describe in how many seeds it was better, equal and worse."""
         total = len(self.differences)
         worse = total - self.better - self.equal
         parts = [f"better in {self.better} of {total} seed{'' if total == 1 else 's'}"]
@@ -120,7 +120,7 @@ def _signed(value: float, column: Column) -> str:
 
 
 def versus(results: Results, column: Column) -> list[Versus]:
-    """Every other arm against the reference."""
+    """Compare every other arm with the reference."""
     reference = results.values(results.plan.reference, column)
     return [
         Versus(name, column, [a - b for a, b in zip(results.values(name, column), reference, strict=True)])
@@ -130,27 +130,27 @@ def versus(results: Results, column: Column) -> list[Versus]:
 
 
 def findings(results: Results) -> dict[str, list[str]]:
-    """What was better where, counted, by what is compared: arms with the reference, and many steps with one."""
+    """State which arms did better, as sentences by heading: against the reference, and many steps against one."""
     steps, first = headline(results.sample), results.sample.by_steps[0].num_steps
     psnr, _, distance, agreement = STEP_METRICS
-    told = {
+    sentences = {
         f"Against {results.plan.reference}": [
-            f"{column.label}: {one.arm} was {one.told}."
+            f"{column.label}: {one.arm} was {one.summary}."
             for column in (step_column(psnr, steps), step_column(distance, steps))
             for one in versus(results, column)
         ]
     }
     if first != steps:
-        told[f"{steps_text(steps).capitalize()} of decoding against {steps_text(first)}"] = [
-            f"{metric.label}: {one.arm} was {one.told}."
+        sentences[f"{steps_text(steps).capitalize()} of decoding against {steps_text(first)}"] = [
+            f"{metric.label}: {one.arm} was {one.summary}."
             for metric in (psnr, agreement)
             for one in _gains(results, metric, first, steps)
         ]
-    return told
+    return sentences
 
 
 def _gains(results: Results, metric: Metric, first: int, last: int) -> list[Versus]:
-    """Every arm at `last` steps against itself at `first`."""
+    """Compare every arm at `last` steps with itself at `first`."""
     before, after = step_column(metric, first), step_column(metric, last)
     return [
         Versus(
@@ -163,7 +163,7 @@ def _gains(results: Results, metric: Metric, first: int, last: int) -> list[Vers
 
 
 def table(results: Results) -> list[Row]:
-    """Every arm with every figure."""
+    """Make the table of every arm and metric."""
     shown = columns(results.sample)
     ranges = {
         column.key: [value for name in results.names for value in results.values(name, column)] for column in shown
@@ -171,11 +171,11 @@ def table(results: Results) -> list[Row]:
 
     def cell(name: str, column: Column) -> Cell:
         values, every = results.values(name, column), ranges[column.key]
-        told = ", ".join(
+        summary = ", ".join(
             f"seed {seed}: {number(value, column.unit)}" for seed, value in zip(results.plan.seeds, values, strict=True)
         )
         dots = strip(values, min(every), max(every))
-        return Cell(mean(values), min(values), max(values), column.unit, dots, told)
+        return Cell(mean(values), min(values), max(values), column.unit, dots, summary)
 
     return [
         Row(name, i, results.of_arm(name)[0].steps, [cell(name, column) for column in shown])
@@ -184,7 +184,7 @@ def table(results: Results) -> list[Row]:
 
 
 def metrics(results: Results) -> dict[str, float]:
-    """The means over seeds, by arm and figure."""
+    """Return the means over seeds, by arm and metric."""
     shown = columns(results.sample)
     return {f"{name}: {c.key}": mean(results.values(name, c)) for name in results.names for c in shown}
 

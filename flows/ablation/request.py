@@ -1,4 +1,4 @@
-"""What is checked before an ablation starts any server or writes anything: a ValueError is one line for the user."""
+"""Check the request of an ablation before any server starts or anything is written."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from sftok.config import NO_ADVERSARY
 
 
 class AblationRequest(NamedTuple):
-    """An ablation that can begin."""
+    """A checked request, ready to run."""
 
     plan: Ablation
     store: Store
@@ -36,7 +36,11 @@ def check_ablation_request(
     ranks: int,
     gpus: float | None = None,
 ) -> AblationRequest:
-    """Turn what the user asked for into a request, the store last: checking it writes to it."""
+    """Check the user's arguments and make a request of them; the store comes last, since checking it writes to it.
+
+    Raises:
+        ValueError: one line that names the problem and the remedy.
+    """
     from sftok.sources.sources import check_source
 
     settings = Settings()
@@ -61,10 +65,10 @@ def check_ablation_request(
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """Seeds as they are written on the command line.
+    """Parse seeds as given on the command line.
 
     Raises:
-        ValueError: they are no whole numbers.
+        ValueError: one is not a whole number.
     """
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
@@ -73,6 +77,6 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def _without_fine_tuning(recipe: Recipe) -> Recipe:
-    """An ablation ends before fine-tuning, and needs no weights for it."""
+    """Remove what fine-tuning needs weights for: an ablation ends before it."""
     changes = {"perceptual_weight": 0.0, "adversarial": NO_ADVERSARY}
     return recipe.model_copy(update={"fine_tune": recipe.fine_tune.model_copy(update=changes)})

@@ -21,7 +21,7 @@ from flows.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from flows.recipes.small import EncodeConfig
+    from flows.recipes.schema import EncodeConfig
     from flows.requests.encode import EncodeRequest
     from flows.runs.journal import RunRecord
 
@@ -106,7 +106,7 @@ def encode(
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from pydantic import ValidationError
 
-        from flows.recipes.small import EncodeConfig
+        from flows.recipes.schema import EncodeConfig
         from flows.requests.encode import check_encode_request
 
         try:

@@ -203,7 +203,7 @@ def recipes(
 ) -> None:
     """List the recipes, or print one."""
     from flows.recipes.files import load_recipe, to_toml
-    from flows.recipes.small import RECIPES
+    from flows.recipes.registry import RECIPES
 
     if name is None and toml:
         raise Refused("--toml prints one recipe: name it, as in `sftok recipes digits --toml`")

@@ -9,7 +9,7 @@ from flows.cli.console import logging_on_stderr, print_table, stdout_for_results
 from flows.cli.options import JsonOption, StoreOption, one_line_refusals
 
 if TYPE_CHECKING:
-    from flows.report.benchmark import Reported
+    from flows.report.benchmark import ReportResult
 
 GATE_FAILED = 3  # exit code
 
@@ -68,7 +68,7 @@ def report(
     ] = False,
     threshold: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIGURE=LOSS", help="How much worse a figure may be. [default: the recipe's gate]"),
+        typer.Option(metavar="METRIC=LOSS", help="How much worse a metric may be. [default: the recipe's gate]"),
     ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -97,7 +97,7 @@ def report(
         raise typer.Exit(GATE_FAILED)
 
 
-def _show(made: "Reported") -> None:
+def _show(made: "ReportResult") -> None:
     if made.comparison is not None:
         rows = [
             (row.name, f"{row.value:.5g}", f"{row.other:.5g}", "not comparable" if row.why_not else row.verdict)
@@ -108,7 +108,7 @@ def _show(made: "Reported") -> None:
         typer.echo(name)
 
 
-def _say_gate(made: "Reported") -> None:
+def _say_gate(made: "ReportResult") -> None:
     if made.gate is None:
         return
     for loss in made.gate.losses:

@@ -115,7 +115,7 @@ def sample(
             from flows.inference.sample import SampleArguments, check
             from flows.inference.sample import sample as run
             from flows.inference.tokenizer import Choice
-            from flows.recipes.small import ComputeConfig
+            from flows.recipes.schema import ComputeConfig
             from flows.runs.progress import on_stderr
 
             config = _config(

@@ -131,15 +131,15 @@ def reconstruct(
 ) -> None:
     """Send pictures through a tokenizer and back: both side by side, and the codes between as Parquet."""
     with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
-        from flows.inference.reconstruct import Job
+        from flows.inference.reconstruct import ReconstructRequest
         from flows.inference.reconstruct import reconstruct as run
         from flows.runs.progress import on_stderr
         from sftok.config import DecodingConfig
 
         decoding = DecodingConfig(num_steps=steps, temperature=temperature)
-        job = Job(images, tokenizer, teacher, Path(out).expanduser(), decoding, seed, store)
+        request = ReconstructRequest(images, tokenizer, teacher, Path(out).expanduser(), decoding, seed, store)
         with on_stderr() as display:
-            made = run(job, functools.partial(display.update, "reconstruct"))
+            made = run(request, functools.partial(display.update, "reconstruct"))
     if as_json:
         typer.echo(json.dumps(made.as_json()))
     else:

@@ -1,4 +1,4 @@
 """Evaluation: quality of reconstructions and of generated samples, from artifacts of the store.
 
-`evaluate.evaluate` is the stage; `inputs` gathers what it reads, `meters` what it measures with.
+`inputs.measure` is the stage and `evaluate.evaluate` its computation; `meters` has its inputs and meters.
 """

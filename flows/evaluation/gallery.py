@@ -1,4 +1,4 @@
-"""Which pictures the report shows: chosen by stated rules, never by looks."""
+"""Galleries of the report: pictures chosen by stated rules, never by looks."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,39 +13,39 @@ from sftok.metrics.functional import Images
 from sftok.metrics.nearest import Nearest
 
 Names = Sequence[str]
-Shown = Mapping[int, Tensor]  # some of the images, by index
+ImagesByIndex = Mapping[int, Tensor]  # a subset of the images
 
-ROWS = 10  # held-out images, classes and neighbours shown
-SAMPLES = 10  # samples shown of each class
-EXTREMES = 5  # reconstructions shown of the worst, the middle and the best
+ROWS = 10  # held-out images, classes and pairs of neighbours shown
+SAMPLES = 10  # samples shown per class
+EXTREMES = 5  # reconstructions shown per row: worst, median, best
 
 
 def png(image: Tensor) -> bytes:
-    """A uint8 image (3, S, S) as PNG."""
+    """Encode a uint8 image (3, S, S) as PNG."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG", optimize=True)
     return file.getvalue()
 
 
 class Pictures:
-    """Pictures and their PNG bytes, collected side by side."""
+    """Collector of pictures and their PNG bytes."""
 
     def __init__(self) -> None:
         self.images: dict[str, bytes] = {}
 
     def add(self, file: str, image: Tensor, *, alt: str, caption: str = "") -> Picture:
-        """Keep an image (3, S, S) uint8 under `file`, and return what the report says of it."""
+        """Store a uint8 image (3, S, S) under `file`, and return its entry in the report."""
         self.images[file] = png(image)
         return Picture(file=file, alt=alt, caption=caption)
 
 
 def name_of(class_id: int, class_names: Sequence[str]) -> str:
-    """The class's name; for an image without a class, the word that says so."""
+    """Return the name of a class, or "no class" for an image without one."""
     return class_names[class_id] if 0 <= class_id < len(class_names) else "no class"
 
 
 def class_balanced(class_ids: Tensor, count: int) -> list[int]:
-    """Up to `count` indices, in turn over the classes (evenly spaced ones where there are more), first come first."""
+    """Select up to `count` indices in rounds over the classes (evenly spaced ones if there are more than `count`)."""
     ids = class_ids.tolist()
     classes = sorted(set(ids))
     if len(classes) > count:
@@ -57,19 +57,19 @@ def class_balanced(class_ids: Tensor, count: int) -> list[int]:
 
 
 def reconstructions_shown(class_ids: Tensor) -> list[int]:
-    """Indices of the held-out images whose reconstructions are shown."""
+    """Select the held-out images whose reconstructions are shown, by index."""
     return class_balanced(class_ids, ROWS)
 
 
 def reconstruction_gallery(
     pictures: Pictures,
     originals: Tensor,
-    by_steps: Mapping[int, Shown],
+    by_steps: Mapping[int, ImagesByIndex],
     *,
     class_ids: Tensor,
     class_names: Names,
 ) -> Gallery:
-    """Held-out images beside what is left of them after each number of decoding steps: by steps, then by index."""
+    """Show held-out images beside their reconstructions in each number of decoding steps."""
     rows = []
     for index in reconstructions_shown(class_ids):
         name = name_of(int(class_ids[index]), class_names)
@@ -81,14 +81,14 @@ def reconstruction_gallery(
         ]
         rows.append(PictureRow(title=name, pictures=tuple(row)))
     return Gallery(
-        rule="Held-out images that no stage was trained on: the first ones by image id, class by class.",
+        rule="Held-out images, on which no stage was trained: the first of each class by image id.",
         columns=("original", *(f"{k} step" if k == 1 else f"{k} steps" for k in by_steps)),
         rows=tuple(rows),
     )
 
 
 def extremes_shown(psnr: Tensor) -> dict[str, list[int]]:
-    """Indices of the reconstructions with the lowest, the middle and the highest PSNR, by what they are called."""
+    """Select the reconstructions with the lowest, median and highest PSNR: indices by row title."""
     order = torch.argsort(psnr, stable=True).tolist()
     some = min(EXTREMES, len(order) // 3 or 1)
     middle = (len(order) - some) // 2
@@ -96,9 +96,9 @@ def extremes_shown(psnr: Tensor) -> dict[str, list[int]]:
 
 
 def extreme_gallery(
-    pictures: Pictures, originals: Tensor, images: Shown, psnr: Tensor, *, class_ids: Tensor, class_names: Names
+    pictures: Pictures, originals: Tensor, images: ImagesByIndex, psnr: Tensor, *, class_ids: Tensor, class_names: Names
 ) -> Gallery:
-    """The reconstructions of `extremes_shown`, each beside its original."""
+    """Show the reconstructions of `extremes_shown`, each beside its original."""
     rows = []
     for title, chosen in extremes_shown(psnr).items():
         row = []
@@ -110,22 +110,22 @@ def extreme_gallery(
             row.append(pictures.add(f"{stem}.png", images[index], alt=text, caption=decibels))
         rows.append(PictureRow(title=title, pictures=tuple(row)))
     return Gallery(
-        rule="Held-out images with the lowest, the middle and the highest PSNR of all, at the most decoding steps.",
+        rule="Held-out images with the lowest, median and highest PSNR, at the largest number of decoding steps.",
         columns=("original", "reconstruction"),
         rows=tuple(rows),
     )
 
 
 def samples_shown(class_ids: Tensor) -> list[int]:
-    """Indices of the samples that are shown: the first ones of each class, class by class."""
+    """Select the samples that are shown: indices of the first ones of each class."""
     firsts = class_balanced(class_ids, min(ROWS, len(set(class_ids.tolist()))))
     return [
         index for first in firsts for index in (class_ids == class_ids[first]).nonzero().flatten()[:SAMPLES].tolist()
     ]
 
 
-def sample_gallery(pictures: Pictures, samples: Shown, *, class_ids: Tensor, class_names: Names) -> Gallery:
-    """The samples of `samples_shown`, a row a class."""
+def sample_gallery(pictures: Pictures, samples: ImagesByIndex, *, class_ids: Tensor, class_names: Names) -> Gallery:
+    """Show the samples of `samples_shown`, one row per class."""
     by_class: dict[int, list[int]] = {}
     for index in samples_shown(class_ids):
         by_class.setdefault(int(class_ids[index]), []).append(index)
@@ -137,21 +137,21 @@ def sample_gallery(pictures: Pictures, samples: Shown, *, class_ids: Tensor, cla
             for n, index in enumerate(chosen)
         ]
         rows.append(PictureRow(title=name, pictures=tuple(row)))
-    return Gallery(rule=f"The first {SAMPLES} samples of each class, as drawn.", rows=tuple(rows))
+    return Gallery(rule=f"The first {SAMPLES} samples of each class, in the order of sampling.", rows=tuple(rows))
 
 
 def neighbour_gallery(
     pictures: Pictures,
-    samples: Shown,
+    samples: ImagesByIndex,
     *,
     nearest: Nearest,
     train: Images,
     class_ids: Tensor,
     class_names: Names,
 ) -> Gallery:
-    """Of each class the sample closest to any training image, beside that image: where copying would show first.
+    """Show, for each class, the sample closest to any training image beside that image: copies would appear here first.
 
-    `nearest` and `class_ids` are of the samples in their order; their pictures are called by their indices.
+    `nearest` and `class_ids` follow the order of `samples`, whose keys name their files.
     """
     indices = list(samples)
     rows = []
@@ -172,7 +172,7 @@ def neighbour_gallery(
         )
         rows.append(PictureRow(title=name, pictures=pair))
     return Gallery(
-        rule="Of each class, the sample that lies closest to any training image: where copying would show first.",
+        rule="For each class, the sample closest to any training image: copies would appear here first.",
         columns=("sample", "training"),
         rows=tuple(rows),
     )

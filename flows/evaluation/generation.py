@@ -1,13 +1,13 @@
-"""How good generated images are, and whether they are copies."""
+"""Scores of generated images: distance to real images, class agreement, and signs of memorization."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flows.evaluation.gallery import neighbour_gallery, sample_gallery
-from flows.evaluation.meters import Instruments, as_codes, code_batches, rows_of
-from flows.evaluation.samples import SamplesSeen
-from flows.results.types import ConfusionMatrix, GenerationReport, Histogram, Measure
+from flows.evaluation.meters import Meters, as_codes, code_batches, rows_of
+from flows.evaluation.samples import SampleSummary
+from flows.results.types import ConfusionMatrix, GenerationReport, Histogram, Score
 from sftok.metrics import functional
 from sftok.metrics.class_reader import confusion_matrix
 from sftok.metrics.frechet import frechet_distance
@@ -15,31 +15,31 @@ from sftok.metrics.frechet import frechet_distance
 _BINS = 32
 
 
-def measure_generation(tools: Instruments, samples: SamplesSeen) -> GenerationReport:
-    """Compare the samples with real images: as distributions, by class, and one by one."""
-    inputs, classes = tools.inputs, samples.classes
+def measure_generation(meters: Meters, samples: SampleSummary) -> GenerationReport:
+    """Score the samples against real images: as distributions, by class, and image by image."""
+    inputs, classes = meters.inputs, samples.classes
     names = inputs.class_names
-    nearest, nearest_real = tools.nearest
-    read = None
-    if tools.reader is not None and samples.thumbnails is not None:
-        read = tools.reader.read_thumbnails(samples.thumbnails.numpy())
-    measures = (
-        *_distance_measures(tools, samples.features),
-        *_class_measures(tools, read, classes),
-        *_memory_measures(tools, nearest.distances, nearest_real.distances),
+    nearest, nearest_real = meters.nearest
+    predicted = None
+    if meters.reader is not None and samples.thumbnails is not None:
+        predicted = meters.reader.read_thumbnails(samples.thumbnails.numpy())
+    scores = (
+        *_distance_scores(meters, samples.features),
+        *_class_scores(meters, predicted, classes),
+        *_memory_scores(meters, nearest.distances, nearest_real.distances),
     )
     if inputs.scorer is not None and samples.scored is not None:
-        facts = {**tools.sampling(), "seeds": tools.seeds}
-        measures += inputs.scorer.generation(samples.scored, facts)
+        facts = {**meters.sampling(), "seeds": meters.seeds}
+        scores += inputs.scorer.generation(samples.scored, facts)
     confusion = None
-    if read is not None:
-        counts = confusion_matrix(read, classes, len(names))
+    if predicted is not None:
+        counts = confusion_matrix(predicted, classes, len(names))
         confusion = ConfusionMatrix(counts=tuple(tuple(row) for row in counts.tolist()))
     return GenerationReport(
-        measures=measures,
-        gallery=sample_gallery(tools.pictures, samples.shown, class_ids=classes, class_names=names),
+        measures=scores,
+        gallery=sample_gallery(meters.pictures, samples.shown, class_ids=classes, class_names=names),
         neighbours=neighbour_gallery(
-            tools.pictures,
+            meters.pictures,
             dict(zip(samples.looked.tolist(), samples.near, strict=True)),
             nearest=nearest,
             train=inputs.train_images,
@@ -51,74 +51,76 @@ def measure_generation(tools: Instruments, samples: SamplesSeen) -> GenerationRe
     )
 
 
-def _distance_measures(tools: Instruments, features_ND: Tensor) -> tuple[Measure, ...]:
-    """Distance of samples to real images, also at the N of the floor (N biases it), and the floor of real images."""
-    val, train = tools.inputs.val_images, tools.inputs.train_images
-    few = torch.from_numpy(tools.random.permutation(len(features_ND))[: len(val)])
-    label, reference = tools.features.label, ("real training images", len(train))
+def _distance_scores(meters: Meters, features_ND: Tensor) -> tuple[Score, ...]:
+    """Score samples by Fréchet distance, also at the N of the floor (N biases it), and held-out images as the floor."""
+    val, train = meters.inputs.val_images, meters.inputs.train_images
+    few = torch.from_numpy(meters.random.permutation(len(features_ND))[: len(val)])
+    label, reference = meters.features.label, ("real training images", len(train))
     return (
-        Measure(
+        Score(
             name="generation.fd_random",
             label=f"{label}, samples",
             better="lower",
-            value=tools.frechet(features_ND, tools.train_moments),
-            protocol=tools.feature_protocol(len(features_ND), *reference, **tools.sampling()),
+            value=meters.frechet(features_ND, meters.train_moments),
+            protocol=meters.feature_protocol(len(features_ND), *reference, **meters.sampling()),
         ),
-        Measure(
+        Score(
             name="generation.fd_random_same_n",
-            label=f"{label}, no more samples than held-out images",
+            label=f"{label}, as many samples as held-out images",
             better="lower",
-            value=tools.frechet(features_ND[few], tools.train_moments),
-            protocol=tools.feature_protocol(len(few), *reference, **tools.sampling()),
+            value=meters.frechet(features_ND[few], meters.train_moments),
+            protocol=meters.feature_protocol(len(few), *reference, **meters.sampling()),
         ),
-        Measure(
+        Score(
             name="real.fd_random",
-            label=f"{label}, real held-out images (the floor)",
-            value=frechet_distance(tools.val_moments, tools.train_moments),
-            protocol=tools.feature_protocol(len(val), *reference),
+            label=f"{label}, real held-out images (floor)",
+            value=frechet_distance(meters.val_moments, meters.train_moments),
+            protocol=meters.feature_protocol(len(val), *reference),
         ),
     )
 
 
-def _class_measures(tools: Instruments, seen: Tensor | None, classes: Tensor) -> tuple[Measure, ...]:
-    """What the reader has seen in samples; in real held-out images; and in samples whose labels were shuffled."""
-    shuffled = classes[torch.from_numpy(tools.random.permutation(len(classes)))]
-    read = (
-        tools.read("generation.class_agreement", "Samples show their class", seen, classes, **tools.sampling()),
-        tools.read(
-            "real.class_agreement",
-            "Real held-out images read rightly",
-            tools.reader.read(tools.inputs.val_images) if tools.reader else None,
-            tools.inputs.val_labels,
+def _class_scores(meters: Meters, predicted: Tensor | None, classes: Tensor) -> tuple[Score, ...]:
+    """Score class agreement of samples, of real held-out images, and of samples with shuffled labels (control)."""
+    shuffled = classes[torch.from_numpy(meters.random.permutation(len(classes)))]
+    scores = (
+        meters.class_agreement(
+            "generation.class_agreement", "Class agreement, samples", predicted, classes, **meters.sampling()
         ),
-        tools.read(
+        meters.class_agreement(
+            "real.class_agreement",
+            "Class agreement, real held-out images",
+            meters.reader.read(meters.inputs.val_images) if meters.reader else None,
+            meters.inputs.val_labels,
+        ),
+        meters.class_agreement(
             "generation.class_agreement_shuffled",
-            "Control: samples with shuffled labels",
-            seen,
+            "Class agreement, samples with shuffled labels (control)",
+            predicted,
             shuffled,
             reference="classes of the samples, shuffled",
-            **tools.sampling(),
+            **meters.sampling(),
         ),
     )
-    return tuple(measure for measure in read if measure is not None)
+    return tuple(score for score in scores if score is not None)
 
 
-def _memory_measures(tools: Instruments, sample_distance: Tensor, real_distance: Tensor) -> tuple[Measure, ...]:
-    """Are samples copies? Distances in pixels and whole codes, beside those of held-out images, which are none."""
-    sample_codes, val_codes = as_codes(tools.inputs.sample_codes), as_codes(tools.inputs.val_codes)
-    verbatim = functional.verbatim_shares([sample_codes, val_codes], code_batches(tools.inputs.train_codes))
-    num_train, num_codes = len(tools.inputs.train_images), rows_of(tools.inputs.train_codes)
-    measures = []
+def _memory_scores(meters: Meters, sample_distance: Tensor, real_distance: Tensor) -> tuple[Score, ...]:
+    """Score memorization: nearest training images and verbatim codes, with held-out images as the baseline."""
+    sample_codes, val_codes = as_codes(meters.inputs.sample_codes), as_codes(meters.inputs.val_codes)
+    verbatim = functional.verbatim_shares([sample_codes, val_codes], code_batches(meters.inputs.train_codes))
+    num_train, num_codes = len(meters.inputs.train_images), rows_of(meters.inputs.train_codes)
+    scores = []
     for who, label, codes, share, distance, facts in (
-        ("generation", "samples", sample_codes, verbatim[0], sample_distance, tools.sampling()),
+        ("generation", "samples", sample_codes, verbatim[0], sample_distance, meters.sampling()),
         ("real", "real held-out images", val_codes, verbatim[1], real_distance, {}),
     ):
-        measures += [
-            Measure(
+        scores += [
+            Score(
                 name=f"{who}.nearest_distance",
                 label=f"Median distance to the nearest training image, {label}",
                 value=distance.median().item(),
-                protocol=tools.protocol(
+                protocol=meters.protocol(
                     len(distance),
                     reference="real training images",
                     num_reference=num_train,
@@ -126,12 +128,12 @@ def _memory_measures(tools: Instruments, sample_distance: Tensor, real_distance:
                     **facts,
                 ),
             ),
-            Measure(
+            Score(
                 name=f"{who}.verbatim_share",
-                label=f"Codes verbatim in training, {label}",
+                label=f"Code sequences found verbatim in training, {label}",
                 unit="%",
                 value=share,
-                protocol=tools.protocol(
+                protocol=meters.protocol(
                     len(codes),
                     reference="codes of training images, all variants",
                     num_reference=num_codes,
@@ -142,21 +144,21 @@ def _memory_measures(tools: Instruments, sample_distance: Tensor, real_distance:
                 ),
             ),
         ]
-    distinct = Measure(
+    distinct = Score(
         name="generation.distinct_share",
-        label="Samples with codes of their own",
+        label="Distinct code sequences, samples",
         unit="%",
         better="higher",
         value=functional.distinct_share(sample_codes),
-        protocol=tools.protocol(
+        protocol=meters.protocol(
             len(sample_distance),
             rounding="",
             dtype="",
             definition="distinct sequences of codes over samples",
-            **tools.sampling(),
+            **meters.sampling(),
         ),
     )
-    return (*measures, distinct)
+    return (*scores, distinct)
 
 
 def _histogram(samples: Tensor, real: Tensor) -> Histogram:

@@ -1,9 +1,8 @@
-"""The evaluate stage's inputs, gathered from artifacts: images, codes, and the models that turn one into the other.
+"""Inputs of the evaluate stage, read from artifacts: images, codes, and the models that convert between them.
 
-Training images and codes stay in the store and are passed over; of them only a class id an image is in memory, and the
-thumbnails of at most `evaluate.classifier_images`. What was held out is in memory, decoded: 196 KB an image at 256x256,
-10 GB for 50,000. Reconstructions and samples are decoded some at a time, where the models are, and pass; of them stay
-figures and features.
+Training images and codes are streamed from the store; memory holds one class id per image and the thumbnails of at most
+`evaluate.classifier_images`. Held-out images are in memory, decoded: 196 KB per image at 256x256, 10 GB for 50,000.
+Reconstructions and samples are decoded in batches on the models' device and discarded; scores and features are kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flows.evaluation.evaluate import EvaluationFacts, EvaluationInputs, Reconstructed, evaluate
+from flows.evaluation.evaluate import EvaluationInputs, ProtocolFacts, ReconstructionBatch, evaluate
 from flows.evaluation.scores import scorer_of
 from flows.results.types import FinalAgreement
 from flows.stage import CPU, Result, Work
@@ -36,26 +35,26 @@ from sftok.weights.artifacts import load_teacher, load_tokenizer
 
 EVALUATION = "evaluation.json"
 PICTURES = "pictures/"
-_COMPILED_FROM = 20_000  # images that are decoded on a GPU: compiling takes half a minute
-_DECODED = 64  # images that pass at once, or a micro-batch
-_ROWS_READ = 1 << 14  # codes that are counted or looked up at once
+_COMPILED_FROM = 20_000  # images to decode on a GPU from which compiling pays: it takes half a minute
+_DECODED = 64  # images per decoded batch, or a micro-batch
+_ROWS_READ = 1 << 14  # rows of codes that are counted or looked up at once
 
 
 class StoredCodes:
-    """Codes (n, N) of all variants where they lie; of one file at a time they are in memory."""
+    """Codes (n, N) of all variants, read from the store one file at a time."""
 
     def __init__(self, store: Store, files: Mapping[str, int]) -> None:
-        """`files` are keys of code Parquet, with the rows that the manifest says they have."""
+        """`files` maps keys of code Parquet files to the number of rows in the manifest."""
         self.store, self.files = store, dict(files)
 
     def __len__(self) -> int:
         return sum(self.files.values())
 
     def batches(self) -> Iterator[NDArray[np.integer]]:
-        """The codes, some thousand rows at a time.
+        """Yield the codes in batches of some thousand rows.
 
         Raises:
-            ValueError: a file has other rows than it should, or is of another dataset than the first.
+            ValueError: a file has an unexpected number of rows, or belongs to another dataset than the first.
         """
         first: CodesInfo | None = None
         for key, expected in self.files.items():
@@ -71,7 +70,7 @@ class StoredCodes:
 
 
 class Codes(NamedTuple):
-    """The codes that figures are about."""
+    """The codes of an evaluation."""
 
     train: StoredCodes
     val: CodeRows
@@ -79,7 +78,7 @@ class Codes(NamedTuple):
 
 
 def measure(work: Work) -> Result:
-    """Evaluate the artifacts of a run; writes evaluation.json and the pictures that it names."""
+    """Evaluate the artifacts of a run; write evaluation.json and the pictures that it names."""
     torch.set_num_threads(work.recipe.threads)
     made = evaluate(_inputs(work), work.recipe.evaluate, seed=work.recipe.seed, progress=work.progress)
     files = [put(work.out, EVALUATION, made.report.model_dump_json(indent=1).encode())]
@@ -114,7 +113,7 @@ def _inputs(work: Work) -> EvaluationInputs:
     )
     val_proxy = _teacher_codes(teacher, val.images, images_at_once(device, recipe.encode.micro_batch))
 
-    def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[Reconstructed]:
+    def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[ReconstructionBatch]:
         decoding = recipe.decoding.model_copy(update={"num_steps": num_steps})
         chosen = list(range(len(val.image_ids)) if rows is None else rows)
         given, ids = torch.from_numpy(codes.val.codes[chosen]).long(), [val.image_ids[row] for row in chosen]
@@ -122,7 +121,7 @@ def _inputs(work: Work) -> EvaluationInputs:
         for made in decoder.decode_all(given, ids, decoding, at_once=_DECODED):
             part = chosen[at : at + len(made.images)]
             at += len(part)
-            yield Reconstructed(made.images, made.proxy_codes, val_proxy[part])
+            yield ReconstructionBatch(made.images, made.proxy_codes, val_proxy[part])
 
     def decode_samples() -> Iterator[Tensor]:
         given = torch.from_numpy(codes.samples.codes).long()
@@ -156,13 +155,13 @@ def _inputs(work: Work) -> EvaluationInputs:
 
 @torch.no_grad()
 def _agreement(work: Work, decoder: ImageDecoder, codes: CodeRows, truth_BP: Tensor) -> FinalAgreement:
-    """How near each decoding step's prediction of held-out images is to the last one's, in micro-batches."""
+    """Measure how closely each decoding step's prediction agrees with the last one's, on held-out images."""
     prepared, predictor, size = decoder.decoder, decoder.predictor, decoder.micro_batch
     total: StepAgreement | None = None
     for at in range(0, len(codes.image_id), size):
         rows = torch.from_numpy(codes.codes[at : at + size].astype(np.int64))
         count, ids = len(rows), codes.image_id[at : at + size]
-        if prepared.device.type != CPU:  # where it may be compiled, for batches of one size
+        if prepared.device.type != CPU:  # it may be compiled there, for batches of one size
             rows = F.pad(rows, (0, 0, 0, size - count))
             ids = [*ids, *[""] * (size - count)]
         given = predictor.given(rows)
@@ -186,7 +185,7 @@ def _agreement(work: Work, decoder: ImageDecoder, codes: CodeRows, truth_BP: Ten
 
 
 def _lpips(work: Work) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Perceptual distances of images, in batches; None where no weights are given."""
+    """Return a function that computes LPIPS of image pairs in batches; None if no weights are given."""
     config, size = work.recipe.evaluate.lpips, images_at_once(work.job.device, work.recipe.encode.micro_batch)
     if not config.is_given:
         return None
@@ -202,9 +201,9 @@ def _lpips(work: Work) -> Callable[[Tensor, Tensor], Tensor] | None:
     return distances
 
 
-def _facts(work: Work, decoding: DecodingConfig) -> EvaluationFacts:
+def _facts(work: Work, decoding: DecodingConfig) -> ProtocolFacts:
     sample = work.recipe.sample
-    return EvaluationFacts(
+    return ProtocolFacts(
         codebook_size=work.recipe.tokenizer.codebook_size,
         num_steps=decoding.num_steps,
         temperature=decoding.temperature,
@@ -216,18 +215,18 @@ def _facts(work: Work, decoding: DecodingConfig) -> EvaluationFacts:
 
 
 def _in_order(rows: CodeRows, images: ImageRows) -> CodeRows:
-    """The centre view of every image, in the order of `images`."""
+    """Return the codes of the centre view of every image, in the order of `images`."""
     keys = zip(rows.image_id, rows.variant, strict=True)
     place = {key: row for row, key in enumerate(keys)}
     missing = [image_id for image_id in images.image_ids if (image_id, "center") not in place]
     if missing:
-        raise ValueError(f"the codes lack the view center of {len(missing)} held-out images, {missing[0]!r} for one")
+        raise ValueError(f"the codes lack the view center of {len(missing)} held-out images, such as {missing[0]!r}")
     order = [place[image_id, "center"] for image_id in images.image_ids]
     return CodeRows(images.image_ids, rows.class_id[order], ["center"] * len(order), rows.codes[order])
 
 
 def images_at_once(device: str, micro_batch: int) -> int:
-    """Images that the teacher and LPIPS look at together: on CUDA no more than a pixel decoder paints."""
+    """Return the batch size of the teacher and LPIPS; on CUDA, at most that of a pixel decoder."""
     return micro_batch if device == CPU else min(micro_batch, AT_ONCE)
 
 

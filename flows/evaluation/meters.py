@@ -1,4 +1,4 @@
-"""What an evaluation is given, and the instruments that it sets up on real images."""
+"""Inputs of an evaluation, and the meters that are set up on its real images and shared by all scores."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flows.evaluation.gallery import Pictures
-from flows.recipes.small import EvaluateConfig
-from flows.results.types import FinalAgreement, Measure, Protocol
+from flows.recipes.schema import EvaluateConfig
+from flows.results.types import FinalAgreement, Protocol, Score
 from infra.config import Config
 from sftok.metrics import functional
 from sftok.metrics.class_reader import ClassReader, accuracy, thumbnails
@@ -22,12 +22,12 @@ from sftok.metrics.measure import Features
 from sftok.metrics.nearest import Nearest, NearestSearch
 from sftok.metrics.random_features import RandomFeatures
 
-_BATCH = 64  # real images that are looked at at once
+_BATCH = 64  # real images per batch
 ROUNDING = "clamp to [0, 1], times 255, round half to even, uint8"
 
 
-class Reconstructed(NamedTuple):
-    """Some held-out images through the tokenizer and back, on any device."""
+class ReconstructionBatch(NamedTuple):
+    """A batch of reconstructed held-out images, on any device."""
 
     images: Tensor  # uint8 (n, 3, S, S)
     proxy_codes: Tensor  # (n, P), predicted
@@ -36,46 +36,46 @@ class Reconstructed(NamedTuple):
 
 @runtime_checkable
 class CodeBatches(Interface):
-    """Codes (n, N) that are not in memory: read in batches, as often as asked."""
+    """Codes (n, N) that are not in memory: read in batches, any number of times."""
 
     def __len__(self) -> int: ...
     def batches(self) -> Iterator[ArrayLike]: ...  # noqa: D102
 
 
 class FeatureMeter(Interface):
-    """Takes a scorer's features of images that pass."""
+    """Accumulator of a scorer's features over a stream of images."""
 
     def add(self, images: Tensor) -> None:
-        """See the next uint8 images (n, 3, S, S), on any device."""
+        """Add the next uint8 images (n, 3, S, S), on any device."""
 
     def features(self) -> Features:
-        """Those of all images so far, as whoever made this orders them."""
+        """Return the features of all images so far, in the order that its maker defines."""
 
 
 class ImageScorer(Interface):
-    """Scores images under a protocol of Inception's features."""
+    """Scorer of images under a protocol of Inception features."""
 
     def meter(self, num_steps: int | None = None) -> FeatureMeter:
-        """What sees the held-out images' reconstructions in so many steps, in order; without a number, the samples."""
+        """Return a meter for the held-out images' reconstructions in `num_steps`, in order; for the samples if None."""
 
     def reconstruction(
-        self, seen: FeatureMeter, originals: Tensor, num_steps: int, facts: dict[str, Any]
-    ) -> tuple[Measure, ...]:
-        """Scores of reconstructions, held against their originals."""
+        self, meter: FeatureMeter, originals: Tensor, num_steps: int, facts: dict[str, Any]
+    ) -> tuple[Score, ...]:
+        """Score reconstructions against their originals."""
 
-    def generation(self, seen: FeatureMeter, facts: dict[str, Any]) -> tuple[Measure, ...]:
-        """Scores of samples, held against the protocol's reference."""
+    def generation(self, meter: FeatureMeter, facts: dict[str, Any]) -> tuple[Score, ...]:
+        """Score samples against the protocol's reference."""
 
 
 class Reconstruct(Interface):
-    """Reconstructs held-out images."""
+    """Function that reconstructs held-out images."""
 
-    def __call__(self, num_steps: int, rows: Sequence[int] | None = None) -> Iterable[Reconstructed]:
-        """Those numbered `rows`, by default all, in that order, some at a time."""
+    def __call__(self, num_steps: int, rows: Sequence[int] | None = None) -> Iterable[ReconstructionBatch]:
+        """Yield reconstructions of the images at the indices `rows` (default: all), in that order, in batches."""
 
 
-class EvaluationFacts(Config):
-    """What the figures' protocols state about the models."""
+class ProtocolFacts(Config):
+    """Facts about the models that the scores' protocols state."""
 
     codebook_size: int
     num_steps: int
@@ -88,10 +88,10 @@ class EvaluationFacts(Config):
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """Everything that is measured: images uint8 (n, 3, S, S), class ids (-1 = none), codes (n, N).
+    """Everything that is evaluated: images uint8 (n, 3, S, S), class ids (-1 = none), codes (n, N).
 
-    Training images and codes may lie elsewhere and are passed over; what was held out is in memory; what was made is
-    decoded some images at a time, once for all that looks at it.
+    Training images and codes may be streamed from storage; held-out images are in memory; reconstructions and samples
+    are decoded in batches, once for all scores.
     """
 
     class_names: tuple[str, ...]
@@ -105,18 +105,18 @@ class EvaluationInputs:
     train_codes: ArrayLike | CodeBatches  # all variants
     sample_codes: ArrayLike
     sample_classes: ArrayLike
-    decode_samples: Callable[[], Iterable[Tensor]]  # all of them, some at a time
-    facts: EvaluationFacts
-    agreement: Callable[[], FinalAgreement] | None = None  # of what decoding predicts on the way
+    decode_samples: Callable[[], Iterable[Tensor]]  # all of them, in batches
+    facts: ProtocolFacts
+    agreement: Callable[[], FinalAgreement] | None = None  # of each decoding step with the last
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # of uint8 images and their originals, (n)
-    scorer: ImageScorer | None = None  # None: random features alone
-    reader_rows: Tensor | None = None  # indices of the training images that teach the class reader; None: all
-    device: str = "cpu"  # where figures are computed
+    scorer: ImageScorer | None = None  # None: random features only
+    reader_rows: Tensor | None = None  # training images that train the class reader, by index; None: all
+    device: str = "cpu"  # where scores are computed
 
 
 @dataclass(frozen=True)
-class Instruments:
-    """What every figure needs: the inputs, the instruments set up on real images, and the pictures taken."""
+class Meters:
+    """State shared by all scores: the inputs, what was set up on the real images, and the pictures."""
 
     inputs: EvaluationInputs
     features: RandomFeatures
@@ -126,7 +126,7 @@ class Instruments:
     random: np.random.Generator
     seeds: dict[str, int]
     nearest: list[Nearest]
-    """the nearest training images of each set of queries."""
+    """nearest training images of each set of queries."""
     pictures: Pictures = field(default_factory=Pictures)
 
     @classmethod
@@ -138,10 +138,10 @@ class Instruments:
         *,
         features: RandomFeatures,
         queries: Sequence[Tensor],
-    ) -> "Instruments":
-        """Set up on the real images of `inputs`, and look for the nearest training images of `queries` on the way."""
+    ) -> "Meters":
+        """Set up on the real images of `inputs`, and find the nearest training images of `queries` in the same pass."""
         search = NearestSearch(queries, inputs.device)
-        train_moments, reader = _seen_in_training(inputs, features, search, is_read=config.class_reader)
+        train_moments, reader = _pass_training_images(inputs, features, search, is_read=config.class_reader)
         val_features = [features(part.to(inputs.device)) for part in inputs.val_images.split(_BATCH)]
         return cls(
             inputs=inputs,
@@ -160,16 +160,19 @@ class Instruments:
         return len(self.inputs.train_images if rows is None else rows)
 
     def frechet(self, features_ND: Tensor, reference: functional.FeatureMoments) -> float:
-        """Fréchet distance to a reference of images whose random features these are."""
+        """Return the Fréchet distance of images with these random features to a reference."""
         return frechet_distance(functional.FeatureMoments.of(features_ND.to(self.inputs.device)), reference)
 
     def protocol(self, num_images: int, **facts: Any) -> Protocol:
-        """The protocol of a figure on images or codes that involve the tokenizer only."""
+        """Return the protocol of a score on images or codes that involve the tokenizer only.
+
+        Scores of two runs are comparable if these texts are equal: rewording one makes earlier runs incomparable.
+        """
         common = {"resize": self.inputs.facts.resize, "rounding": ROUNDING, "dtype": "float64", "seeds": self.seeds}
         return Protocol.model_validate({"num_images": num_images, **common, **facts})
 
     def feature_protocol(self, num_images: int, reference: str, num_reference: int, **facts: Any) -> Protocol:
-        """The protocol of a distance between random features."""
+        """Return the protocol of a distance between random features."""
         return self.protocol(
             num_images,
             reference=reference,
@@ -182,7 +185,7 @@ class Instruments:
         )
 
     def sampling(self) -> dict[str, Any]:
-        """What a protocol says of generated images, beyond what it says of reconstructions."""
+        """Return the protocol facts of generated images, beyond those of reconstructions."""
         facts = self.inputs.facts
         return {
             "num_steps": facts.num_steps,
@@ -191,18 +194,20 @@ class Instruments:
             "cfg_scale": facts.cfg_scale,
         }
 
-    def read(self, name: str, label: str, seen: Tensor | None, intended: Tensor, **facts: Any) -> Measure | None:
-        """How often the class reader has seen the intended class; nothing where there is no reader."""
-        if self.reader is None or seen is None:
+    def class_agreement(
+        self, name: str, label: str, predicted: Tensor | None, intended: Tensor, **facts: Any
+    ) -> Score | None:
+        """Score how often the class reader predicts the intended class; None without a reader."""
+        if self.reader is None or predicted is None:
             return None
-        return Measure(
+        return Score(
             name=name,
             label=label,
-            value=accuracy(seen, intended),
+            value=accuracy(predicted, intended),
             unit="%",
             better="higher",
             protocol=self.protocol(
-                len(seen),
+                len(predicted),
                 extractor=f"{self.reader.name}, trained on {self._num_read:,} real training images",
                 definition="share of images read as the class that is meant",
                 **{"reference": "classes of the images", **facts},
@@ -210,10 +215,10 @@ class Instruments:
         )
 
 
-def _seen_in_training(
+def _pass_training_images(
     inputs: EvaluationInputs, features: RandomFeatures, search: NearestSearch, *, is_read: bool
 ) -> tuple[functional.FeatureMoments, ClassReader | None]:
-    """What one pass over the training images gives: moments of their features, and a reader taught by thumbnails."""
+    """Pass once over the training images: moments of their features, and a class reader trained on thumbnails."""
     rows = inputs.reader_rows if inputs.reader_rows is not None else torch.arange(len(inputs.train_images))
     is_kept = torch.zeros(len(inputs.train_images), dtype=torch.bool)
     is_kept[rows if is_read else rows[:0]] = True
@@ -230,12 +235,13 @@ def _seen_in_training(
     assert total is not None, "`check` refuses an empty training set"
     if not is_read:
         return total, None
-    order = torch.argsort(torch.argsort(rows)).numpy()  # they came by index, and are taught in the order of the rows
+    # They came by index; the reader is trained in the order of `rows`.
+    order = torch.argsort(torch.argsort(rows)).numpy()
     return total, ClassReader.fit_thumbnails(np.concatenate(kept)[order], inputs.train_labels[rows])
 
 
 def code_batches(values: ArrayLike | CodeBatches) -> Iterator[Tensor]:
-    """Codes as int64 (n, N), in batches where they are not in memory."""
+    """Yield codes as int64 (n, N), in batches if they are not in memory."""
     if isinstance(values, CodeBatches):
         yield from map(as_codes, values.batches())
     else:
@@ -243,17 +249,21 @@ def code_batches(values: ArrayLike | CodeBatches) -> Iterator[Tensor]:
 
 
 def rows_of(values: ArrayLike | CodeBatches) -> int:
-    """How many rows of codes there are."""
+    """Count the rows of codes."""
     return len(values) if isinstance(values, CodeBatches) else len(np.asarray(values))
 
 
 def as_codes(values: ArrayLike) -> Tensor:
-    """Codes or class ids of any integer type (uint16 included) as int64."""
+    """Convert codes or class ids of any integer type (uint16 included) to int64."""
     return torch.from_numpy(np.asarray(values).astype(np.int64))
 
 
 def check(inputs: EvaluationInputs) -> None:
-    """Refuse inputs that do not belong together, before anything is computed."""
+    """Check that the inputs belong together, before anything is computed.
+
+    Raises:
+        ValueError: counts disagree, or a split is too small to evaluate.
+    """
     counts: dict[str, dict[str, Any]] = {
         "train": {"images": inputs.train_images, "labels": inputs.train_labels},
         "val": {
@@ -267,6 +277,8 @@ def check(inputs: EvaluationInputs) -> None:
     for split, parts in counts.items():
         lengths = {what: len(values) for what, values in parts.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"{split}: {lengths} must be one for one; look for shards that are missing")
+            raise ValueError(f"{split}: {lengths} must be one for one; look for missing shards")
         if min(lengths.values()) < 2:
-            raise ValueError(f"{split}: {lengths} are too few to evaluate: at least 2, some hundreds to mean anything")
+            raise ValueError(
+                f"{split}: {lengths} are too few to evaluate: at least 2, and some hundreds for meaningful scores"
+            )

@@ -1,4 +1,4 @@
-"""What samples are compared with under a protocol: statistics of real images, and features of some of them."""
+"""Reference of samples under a protocol: statistics of real images, and features of some of them."""
 
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from sftok.metrics.reference_file import Statistics, write_statistics
 
 
 def real_images(work: Work, config: ScoresConfig, protocol: ScoreProtocol, seed: int) -> Reference:
-    """The reference that the training images are: statistics of all, features of some, drawn by a seed.
+    """Build the reference from the training images: statistics of all, features of a seeded subset.
 
     Raises:
-        ValueError: the weights are not there, or are others.
+        ValueError: the weights are missing, or are not the expected ones.
     """
     made = of_real_images(work, config, protocol)
     pool, spatial = _statistics(made, work.job.device)
@@ -42,7 +42,7 @@ def export_statistics(text: str, file: str, *, store: str | None) -> int:
     """Write the statistics of a `features` artifact as an .npz that clean-fid, pytorch-fid and ADM's evaluator read.
 
     Returns:
-        How many images they are of.
+        The number of images behind them.
 
     Raises:
         ValueError: there is no such artifact, it is of another kind, or the file is there or cannot be written.
@@ -50,7 +50,7 @@ def export_statistics(text: str, file: str, *, store: str | None) -> int:
     place, path = Store(store or Settings().store), Path(file).expanduser()
     made = Artifact(place, resolve(place, text))
     if made.manifest.kind != "features":
-        raise ValueError(f"{text!r} is {made}, where features are wanted: see `sftok ls`")
+        raise ValueError(f"{text!r} is {made}, but features are needed: see `sftok ls`")
     if path.exists():
         raise ValueError(f"{path} exists: name another file, or remove it")
     pool, spatial = _statistics(made)
@@ -62,7 +62,7 @@ def export_statistics(text: str, file: str, *, store: str | None) -> int:
 
 
 def _statistics(made: Artifact, device: str = CPU) -> tuple[Gaussian, Gaussian]:
-    """Of pool and of spatial features, one shard of them in memory, and on the device, at a time."""
+    """Fit Gaussians to pool and spatial features, one shard in memory, and on the device, at a time."""
     pool = spatial = None
     for features in feature_shards(made):
         assert features.spatial is not None
@@ -74,7 +74,7 @@ def _statistics(made: Artifact, device: str = CPU) -> tuple[Gaussian, Gaussian]:
 
 
 def _chosen(made: Artifact, most: int, seed: int) -> Tensor:
-    """Pool features of at most `most` images, as many of each shard as its share, the same for a seed."""
+    """Return pool features of at most `most` images, drawn at random by the seed."""
     count = made.manifest.counts["images"]
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=generator)[:most].sort().values

@@ -1,4 +1,4 @@
-"""The samples as they pass, once: decoded some at a time, seen by all that measures them, and few of them kept."""
+"""One pass over the samples: decoded in batches, given to every meter, and only a few images kept."""
 
 from dataclasses import dataclass
 
@@ -14,31 +14,31 @@ from sftok.metrics.random_features import RandomFeatures
 
 
 @dataclass(frozen=True)
-class SamplesSeen:
-    """What is left of the samples when they have passed."""
+class SampleSummary:
+    """Values kept of the streamed samples."""
 
     classes: Tensor
     features: Tensor
-    """(n, D), random ones."""
+    """(n, D), random features."""
     thumbnails: Tensor | None
-    """(n, 64) float64; None where no classes are read."""
+    """(n, 64) float64; None without a class reader."""
     looked: Tensor
-    """indices of those whose nearest training image is looked for."""
+    """indices of the samples whose nearest training image is searched for."""
     near: Tensor
-    """their images, uint8."""
+    """the images of these, uint8."""
     shown: dict[int, Tensor]
     """images of the gallery, by index."""
     scored: FeatureMeter | None
-    """what the scorer has seen; None where nothing is scored."""
+    """features for the scorer; None without one."""
 
     def __len__(self) -> int:
         return len(self.classes)
 
 
-def see_samples(
+def summarize_samples(
     inputs: EvaluationInputs, features: RandomFeatures, *, is_read: bool, nearest_images: int
-) -> SamplesSeen:
-    """Decode all samples, once.
+) -> SampleSummary:
+    """Decode all samples once, and collect what the scores need.
 
     Raises:
         ValueError: there are more or fewer samples than classes.
@@ -58,7 +58,7 @@ def see_samples(
             scored.add(images)
     if meter.count != len(classes):
         raise ValueError(f"{meter.count} decoded samples, but {len(classes)} sample classes")
-    return SamplesSeen(
+    return SampleSummary(
         classes=classes,
         features=meter["features"],
         thumbnails=meter["thumbnails"] if is_read else None,
@@ -70,5 +70,5 @@ def see_samples(
 
 
 def evenly(count: int, most: int) -> Tensor:
-    """Indices of at most `most` of `count`, spread evenly: each is compared with every training image."""
+    """Select at most `most` of `count` indices, evenly spread: each is compared with every training image."""
     return torch.linspace(0, count - 1, min(count, most)).round().long()

@@ -1,4 +1,4 @@
-"""FID and its kin of reconstructions and samples, under the protocol that the recipe names."""
+"""FID and related scores of reconstructions and samples, under the protocol that the recipe names."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from flows.evaluation.features import (
 from flows.evaluation.meters import FeatureMeter
 from flows.evaluation.reference import real_images
 from flows.recipes.schema import ScoresConfig
-from flows.results.types import Measure, Protocol
+from flows.results.types import Protocol, Score
 from flows.stage import Work
 from infra.store.store import Store
 from sftok.images.resize import Resize
@@ -29,39 +29,39 @@ from sftok.metrics.measure import Features, ImageScore, Reference, measure
 from sftok.metrics.protocols import PROTOCOLS, ScoreProtocol
 from sftok.metrics.reference_file import has_images, read_images, read_statistics
 
-OTHER_WEIGHTS = "Inception's layers, other weights"  # what they find is no FID
-FEWEST = 20  # images, below which no protocol scores
+OTHER_WEIGHTS = "Inception's layers, other weights"  # scores with them are not called FID
+FEWEST = 20  # images that a protocol needs at least
 
 
 class Scorer(NamedTuple):
-    """Scores images under one protocol."""
+    """Scorer of images under one protocol."""
 
     protocol: ScoreProtocol
     network: PreparedInception
     resize: Resize
     reference: Callable[[], Reference]
-    """of samples; taken when it is first needed."""
+    """of samples; computed when first needed."""
     num_samples: int | None
     kept: Callable[[int | None], PassingFeatures] | None = None
-    """what keeps features of reconstructions in so many steps, or of samples; None: they are taken and not kept."""
+    """makes meters that store the features of reconstructions in so many steps, or of samples; None: not stored."""
     originals: Callable[[], Features] | None = None
-    """of the held-out images, where workers take them; None: they are taken of the images given."""
+    """features of the held-out images, computed by workers; None: computed from the images given."""
     seed: int = 0
 
     def meter(self, num_steps: int | None = None) -> PassingFeatures:
-        """What sees the held-out images' reconstructions in so many steps, in order; without a number, the samples."""
+        """Return a meter for the held-out images' reconstructions in `num_steps`, in order; for the samples if None."""
         return self.kept(num_steps) if self.kept else PassingFeatures(self.network, self.resize)
 
     def reconstruction(
-        self, seen: FeatureMeter, originals: Tensor, num_steps: int, facts: dict[str, object]
-    ) -> tuple[Measure, ...]:
-        """Scores of reconstructions, held against their originals.
+        self, meter: FeatureMeter, originals: Tensor, num_steps: int, facts: dict[str, object]
+    ) -> tuple[Score, ...]:
+        """Score reconstructions against their originals.
 
         Raises:
             ValueError: there are too few images.
         """
         protocol = self._at(len(originals))
-        features = seen.features()
+        features = meter.features()
         real = self.originals() if self.originals else features_of(self.network, originals, self.resize)
         if not len(features) == len(real) == len(originals):
             raise ValueError(
@@ -70,35 +70,35 @@ class Scorer(NamedTuple):
             )
         reference = Reference.of(real, protocol, "the held-out images themselves")
         scores = measure(protocol, features, reference, device=self.network.device)
-        return measures_of(scores, "reconstruction", f"@{num_steps}", {**facts, "num_steps": num_steps})
+        return scores_of(scores, "reconstruction", f"@{num_steps}", {**facts, "num_steps": num_steps})
 
-    def generation(self, seen: FeatureMeter, facts: dict[str, object]) -> tuple[Measure, ...]:
-        """Scores of samples, held against the reference; those that are scored, and their order, a seed draws.
+    def generation(self, meter: FeatureMeter, facts: dict[str, object]) -> tuple[Score, ...]:
+        """Score samples against the reference, in an order drawn by the seed.
 
-        Samples lie class by class: the first ones would be of the first classes, and so would the Inception Score's
-        splits.
+        Samples are stored class by class: without shuffling, the first ones and each split of the Inception Score would
+        hold only some of the classes.
 
         Raises:
             ValueError: there are fewer samples than the protocol takes.
         """
         wanted = self.num_samples or self.protocol.num_images
-        protocol, found = self._at(wanted), seen.features()
+        protocol, found = self._at(wanted), meter.features()
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.seed))[:wanted]
         scores = measure(protocol, found.rows(order), self.reference(), device=self.network.device)
-        return measures_of(scores, "generation", "", facts)
+        return scores_of(scores, "generation", "", facts)
 
     def _at(self, count: int) -> ScoreProtocol:
-        """The protocol, or that of another number of images, whose name says so."""
+        """Return the protocol for `count` images; its name states a number other than its own."""
         if count < FEWEST:
             raise ValueError(f"{self.protocol.name} scores {FEWEST} images at least, there are {count}")
         return self.protocol if count == self.protocol.num_images else self.protocol.at(count)
 
 
 def scorer_of(work: Work) -> Scorer | None:
-    """What scores the images of a run; None where the recipe asks for nothing.
+    """Return the scorer of a run; None if the recipe asks for none.
 
     Raises:
-        ValueError: the weights are not there or are others; the reference cannot be read.
+        ValueError: the weights are missing or are not the expected ones, or the reference cannot be read.
     """
     config = work.recipe.evaluate.scores
     if config.protocol == "none":
@@ -128,19 +128,19 @@ def scorer_of(work: Work) -> Scorer | None:
 
 
 class ReferenceFile(NamedTuple):
-    """An .npz of statistics, and perhaps images, as ADM and clean-fid give them out."""
+    """An .npz file of statistics, and possibly images, as published by ADM and clean-fid."""
 
     name: str
     data: bytes
     what: str
-    """its name in errors."""
+    """name in errors."""
 
     @classmethod
     def read(cls, uri: str) -> "ReferenceFile":
-        """A file of this machine or of a store.
+        """Read a local file, or one of a store.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: there is no such file.
         """
         path, what = (
             uri if "://" in uri else os.path.abspath(os.path.expanduser(uri)),
@@ -154,14 +154,14 @@ class ReferenceFile(NamedTuple):
 
     @property
     def has_images(self) -> bool:
-        """Whether precision, recall and KID can be had of it."""
+        """Return whether it has images, which precision, recall and KID need."""
         return has_images(self.data, self.what)
 
     def reference(self, protocol: ScoreProtocol, network: PreparedInception) -> Reference:
-        """Its statistics, and features of its images where it has any.
+        """Return its statistics, and features of its images if it has any.
 
         Raises:
-            ValueError: it is damaged, or no such file.
+            ValueError: it is damaged, or of another format.
         """
         made, features = read_statistics(self.data, self.what), None
         if self.has_images:
@@ -172,20 +172,18 @@ class ReferenceFile(NamedTuple):
 
 
 def protocol_of(config: ScoresConfig, given: ReferenceFile | None = None) -> ScoreProtocol:
-    """The named protocol with the recipe's weights: of others than the published ones no score is called FID."""
+    """Return the named protocol with the recipe's weights; with unpublished weights, no score is called FID."""
     protocol = PROTOCOLS[config.protocol]
     changes: dict[str, object] = {"precision": config.precision, "extractor_sha256": config.inception.sha256}
     if config.inception.sha256 != PUBLISHED_SHA256:
         changes["features"] = OTHER_WEIGHTS
-    if given is not None and not given.has_images:  # what needs features one by one is left out, and not printed
+    if given is not None and not given.has_images:  # scores that need features of single images are left out
         changes["scores"] = tuple(s for s in protocol.scores if s in ("fid", "sfid", "inception_score"))
     return ScoreProtocol.model_validate({**dict(protocol), **changes})
 
 
-def measures_of(
-    scores: tuple[ImageScore, ...], what: str, suffix: str, facts: dict[str, object]
-) -> tuple[Measure, ...]:
-    """Scores as figures of the report, each with its protocol; a distance at infinitely many images is one more."""
+def scores_of(scores: tuple[ImageScore, ...], what: str, suffix: str, facts: dict[str, object]) -> tuple[Score, ...]:
+    """Convert scores to those of the report, each with its protocol; an extrapolation to infinite N is one more."""
     made = []
     for score in scores:
         protocol = score.protocol
@@ -206,7 +204,7 @@ def measures_of(
         name = f"{what}.{protocol.name.partition('/')[0]}.{score.name}"
         label = f"{score.label}, {protocol.name}"
         made.append(
-            Measure(
+            Score(
                 name=f"{name}{suffix}",
                 label=label,
                 value=score.value,
@@ -218,7 +216,7 @@ def measures_of(
         if score.at_infinity is not None:
             definition = f"protocol {protocol.name}; {score.at_infinity.method}"
             made.append(
-                Measure(
+                Score(
                     name=f"{name}_infinity{suffix}",
                     label=f"{label}, extrapolated in 1/N",
                     value=score.at_infinity.value,

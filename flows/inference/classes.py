@@ -1,4 +1,4 @@
-"""Classes as a person writes them: ids, ranges of ids, names."""
+"""Parse classes as users write them: ids, ranges of ids, names."""
 
 import difflib
 import re
@@ -8,10 +8,10 @@ _IDS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 
 
 def chosen_classes(texts: Sequence[str], names: Sequence[str], generator: str) -> tuple[int, ...] | None:
-    """The classes that are meant, in order, each once; None where all are. A number is an id, whatever the names are.
+    """Return the ids of the given classes, sorted and unique; None for all. A number is an id, whatever the names are.
 
     Raises:
-        ValueError: there is no such class, or a name is that of several; the generator has no classes.
+        ValueError: there is no such class, a name is ambiguous, or the generator has no classes.
     """
     if not texts:
         return None
@@ -30,7 +30,7 @@ def _ids_of(word: str, names: Sequence[str]) -> Sequence[int]:
     if match := _IDS.fullmatch(word):
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"--classes {word} ends before it begins: write {last}-{first}")
+            raise ValueError(f"--classes {word} ends before it starts: write {last}-{first}")
         if last >= len(names):
             raise ValueError(f"--classes {word}: class ids are 0 to {len(names) - 1}")
         return range(first, last + 1)
@@ -40,5 +40,5 @@ def _ids_of(word: str, names: Sequence[str]) -> Sequence[int]:
     if not ids:
         close = difflib.get_close_matches(word, names, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"give a name or an id from 0 to {len(names) - 1}"
-        raise ValueError(f"--classes {word!r} is no class of the generator; {remedy}")
+        raise ValueError(f"--classes {word!r} is not a class of the generator; {remedy}")
     return ids

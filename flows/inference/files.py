@@ -1,4 +1,4 @@
-"""Files of sampled images: a folder of pictures, a contact sheet with class names, one large array."""
+"""Write sampled images to files: a folder of pictures, a contact sheet with class names, one large array."""
 
 import contextlib
 import functools
@@ -17,79 +17,79 @@ from torch import Tensor
 
 from flows.evaluation.gallery import png
 
-UNFINISHED = ".unfinished.json"  # in a folder of pictures, some of which are missing
+UNFINISHED = ".unfinished.json"  # in a folder of pictures while some are missing
 GAP = 4  # pixels between pictures of a contact sheet
 
 
 class Outputs(NamedTuple):
-    """Where images are wanted; None: not there."""
+    """Files to write images to; None: not requested."""
 
     folder: Path | None = None
     sheet: Path | None = None
     npz: Path | None = None
 
 
-class Part(NamedTuple):
-    """A micro-batch of samples as images."""
+class ImageBatch(NamedTuple):
+    """A micro-batch of samples, decoded."""
 
     sample_ids: list[str]
     images: Tensor
     """uint8 (n, 3, S, S)."""
 
 
-Take = Callable[[Part], None]
+WriteBatch = Callable[[ImageBatch], None]
 
 
 def check_names(outputs: Outputs) -> None:
-    """Refuse names that say something else than what their files will hold.
+    """Check that file names have the suffix of what they will hold.
 
     Raises:
-        ValueError: such a name.
+        ValueError: a name has another suffix.
     """
     for option, file, suffix in (("--grid", outputs.sheet, ".png"), ("--npz", outputs.npz, ".npz")):
         if file is not None and file.suffix.lower() != suffix:
-            raise ValueError(f"{option} {file} would not be read as what it is: let its name end in {suffix}")
+            raise ValueError(f"{option} {file}: the name must end in {suffix}")
 
 
 def picture_file(folder: Path, sample_id: str) -> Path:
-    """Where the picture of a sample is, below the folder of its class."""
+    """Return the file of a sample's picture, in a subfolder for its class."""
     return folder / f"{sample_id}.png"
 
 
 @contextlib.contextmanager
-def writing(outputs: Outputs, *, count: int, size: int, rows: Mapping[str, Sequence[str]]) -> Iterator[Take]:
-    """Take images as they come, in any order, into all files that are wanted.
+def image_writer(outputs: Outputs, *, count: int, size: int, rows: Mapping[str, Sequence[str]]) -> Iterator[WriteBatch]:
+    """Write images to all requested files as they arrive, in any order.
 
     Args:
-        outputs: which files.
-        count: images that will come.
+        outputs: the requested files.
+        count: the number of images to expect.
         size: side of an image, in pixels.
-        rows: ids of the samples on the contact sheet, by the titles of its rows.
+        rows: ids of the samples on the contact sheet, by row title.
     """
     with contextlib.ExitStack() as stack:
-        takers: list[Take] = []
+        writers: list[WriteBatch] = []
         if outputs.folder is not None:
-            takers.append(functools.partial(_write_pictures, outputs.folder))
+            writers.append(functools.partial(_write_pictures, outputs.folder))
         if outputs.sheet is not None:
-            takers.append(stack.enter_context(sheet_writer(outputs.sheet, rows)))
+            writers.append(stack.enter_context(sheet_writer(outputs.sheet, rows)))
         if outputs.npz is not None:
-            takers.append(stack.enter_context(npz_writer(outputs.npz, count, size)))
+            writers.append(stack.enter_context(npz_writer(outputs.npz, count, size)))
 
-        def take(part: Part) -> None:
-            for each in takers:
-                each(part)
+        def write_batch(batch: ImageBatch) -> None:
+            for write in writers:
+                write(batch)
 
-        yield take
+        yield write_batch
 
 
-def _write_pictures(folder: Path, part: Part) -> None:
-    for sample_id, image in zip(part.sample_ids, part.images, strict=True):
+def _write_pictures(folder: Path, batch: ImageBatch) -> None:
+    for sample_id, image in zip(batch.sample_ids, batch.images, strict=True):
         if not (file := picture_file(folder, sample_id)).exists():
             write_whole(file, png(image))
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a file that has its name once it is complete."""
+    """Write a file atomically: it has its name only when it is complete."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         partial.write_bytes(data)
@@ -98,8 +98,8 @@ def write_whole(file: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def is_begun(folder: Path, settings: JsonValue) -> bool:
-    """Whether pictures of these settings were begun in a folder and not finished: what is there goes on."""
+def is_unfinished(folder: Path, settings: JsonValue) -> bool:
+    """Return whether a folder holds an unfinished set of pictures with these settings, which can be resumed."""
     try:
         found: JsonValue = json.loads((folder / UNFINISHED).read_bytes())
     except (OSError, ValueError):
@@ -108,8 +108,8 @@ def is_begun(folder: Path, settings: JsonValue) -> bool:
 
 
 @contextlib.contextmanager
-def begun(folder: Path | None, settings: JsonValue) -> Iterator[None]:
-    """Note in a folder what its pictures are of, as long as some are missing."""
+def marked_unfinished(folder: Path | None, settings: JsonValue) -> Iterator[None]:
+    """Mark a folder of pictures as unfinished, with its settings, until the block ends without an error."""
     if folder is None:
         yield
         return
@@ -119,17 +119,17 @@ def begun(folder: Path | None, settings: JsonValue) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def npz_writer(file: Path, count: int, size: int) -> Iterator[Take]:
-    """Write images as they come into one array `arr_0`, uint8 (count, size, size, 3), as ADM's evaluator reads it.
+def npz_writer(file: Path, count: int, size: int) -> Iterator[WriteBatch]:
+    """Write images as they arrive into one array `arr_0`, uint8 (count, size, size, 3), as ADM's evaluator reads it.
 
-    The array goes into the archive piece by piece, uncompressed; the file has its name once it is complete.
+    The array is streamed into the archive, uncompressed; the file has its name only when it is complete.
 
     Raises:
-        ValueError: it was given more or fewer images.
+        ValueError: there were more or fewer images.
     """
     unfinished, written = file.with_name(f".{file.name}.{os.getpid()}.part"), 0
     try:
-        # A plain ZipInfo has a fixed date: the same images are the same bytes.
+        # A plain ZipInfo has a fixed date: the same images give the same bytes.
         with (
             zipfile.ZipFile(unfinished, "x") as archive,
             archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array,
@@ -137,35 +137,36 @@ def npz_writer(file: Path, count: int, size: int) -> Iterator[Take]:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(array, header)
 
-            def take(part: Part) -> None:
+            def write_batch(batch: ImageBatch) -> None:
                 nonlocal written
-                array.write(np.ascontiguousarray(part.images.permute(0, 2, 3, 1).numpy()).data)
-                written += len(part.images)
+                array.write(np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy()).data)
+                written += len(batch.images)
 
-            yield take
+            yield write_batch
         if written != count:
-            raise ValueError(f"{file}: {written} images of {count} came: delete the samples and run again")
+            raise ValueError(f"{file}: {written} of {count} images were written: delete the samples and run again")
         unfinished.rename(file)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def sheet_writer(file: Path, rows: Mapping[str, Sequence[str]]) -> Iterator[Take]:
-    """Keep the images of the contact sheet as they come, and write it at the end."""
+def sheet_writer(file: Path, rows: Mapping[str, Sequence[str]]) -> Iterator[WriteBatch]:
+    """Collect the images of the contact sheet as they arrive, and write it at the end."""
     kept: dict[str, Tensor] = {}
     shown = {sample_id for row in rows.values() for sample_id in row}
 
-    def take(part: Part) -> None:
-        kept.update((name, image) for name, image in zip(part.sample_ids, part.images, strict=True) if name in shown)
+    def write_batch(batch: ImageBatch) -> None:
+        pairs = zip(batch.sample_ids, batch.images, strict=True)
+        kept.update((sample_id, image) for sample_id, image in pairs if sample_id in shown)
 
-    yield take
+    yield write_batch
     pictures = {title: [kept[sample_id] for sample_id in row] for title, row in rows.items()}
     write_whole(file, png(labelled_sheet(pictures)))
 
 
 def labelled_sheet(rows: dict[str, list[Tensor]]) -> Tensor:
-    """Rows of pictures (3, S, S), each below its title, uint8 (3, ...); a title longer than its row is cut."""
+    """Lay out rows of pictures (3, S, S), each below its title, as uint8 (3, ...); titles longer than a row are cut."""
     columns, size = max(map(len, rows.values())), next(iter(rows.values()))[0].shape[-1]
     width = columns * (size + GAP) - GAP
     font = ImageFont.load_default(min(max(size // 8, 10), 24))

@@ -1,4 +1,4 @@
-"""`sftok reconstruct`: pictures through a tokenizer and back, side by side, and the codes between."""
+"""`sftok reconstruct`: encode and decode pictures with a tokenizer; write both side by side, and the codes."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -30,18 +30,18 @@ from sftok.weights.artifacts import load_teacher, load_tokenizer
 CODES, SHEET = "codes.parquet", "contact_sheet.png"
 ON_SHEET = 64  # pictures on the contact sheet, at most
 GAP = 4  # pixels between pictures
-MICRO_BATCH = 1  # so that a picture's codes are the same alone and among others
+MICRO_BATCH = 1  # so that a picture's codes do not depend on the others
 
 
-class Job(NamedTuple):
-    """What to reconstruct with what."""
+class ReconstructRequest(NamedTuple):
+    """The pictures to reconstruct, the models, and the output folder."""
 
     images: Sequence[str]
     """files; the path as given is the image's id in the codes and for the decoding noise."""
     tokenizer: str
     """reference of an artifact."""
     teacher: str | None
-    """reference of an artifact, for a tokenizer that has no pixel decoder and does not know its teacher."""
+    """reference of an artifact, for a tokenizer without pixel decoder that does not name its teacher."""
     out: Path
     decoding: DecodingConfig
     seed: int
@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A picture that went through."""
+    """A reconstructed picture."""
 
     image: str
     file: Path
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """What was written, and what could not be read."""
+    """The files written, and the pictures that could not be read."""
 
     tokenizer: str
     pairs: list[Pair]
@@ -68,7 +68,7 @@ class Reconstruction(NamedTuple):
     codes: Path | None
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One object; paths as strings."""
+        """Return one JSON object, with paths as strings."""
         return {
             "tokenizer": self.tokenizer,
             "images": [{"image": p.image, "file": str(p.file), "psnr": round(p.psnr, 3)} for p in self.pairs],
@@ -78,21 +78,21 @@ class Reconstruction(NamedTuple):
         }
 
 
-def reconstruct(job: Job, progress: Progress = silent) -> Reconstruction:
-    """Encode and decode every picture that can be read; write pairs, a contact sheet and the codes into `job.out`.
+def reconstruct(request: ReconstructRequest, progress: Progress = silent) -> Reconstruction:
+    """Encode and decode every readable picture; write pairs, a contact sheet and the codes into `request.out`.
 
     Raises:
-        ValueError: the tokenizer or its teacher is not to be had, or a file would be overwritten.
+        ValueError: the tokenizer or its teacher is not available, or a file would be overwritten.
     """
-    images = list(dict.fromkeys(job.images))
-    files = dict(zip(images, _names(images, job.out), strict=True))
-    found = find_artifact(job.tokenizer, job.store, "tokenizer")
+    images = list(dict.fromkeys(request.images))
+    files = dict(zip(images, _names(images, request.out), strict=True))
+    found = find_artifact(request.tokenizer, request.store, "tokenizer")
     use_numerics(IEEE, default_device())
     model = load_tokenizer(found.folder).to(default_device())
-    teacher = _teacher(model, found, job)
+    teacher = _teacher(model, found, request)
     encoder = prepare_encoder(model)
-    decoder = ImageDecoder(model, teacher, micro_batch=MICRO_BATCH, seed=job.seed)
-    new_files([*files.values(), job.out / SHEET, job.out / CODES])
+    decoder = ImageDecoder(model, teacher, micro_batch=MICRO_BATCH, seed=request.seed)
+    new_files([*files.values(), request.out / SHEET, request.out / CODES])
     pairs: list[Pair] = []
     rejects: list[tuple[str, str]] = []
     codes: list[Tensor] = []
@@ -105,7 +105,7 @@ def reconstruct(job: Job, progress: Progress = silent) -> Reconstruction:
             rejects.append((image, str(error)))
             continue
         row = encode_batches(encoder, to_float(original)[None], "nearest", MICRO_BATCH)
-        made = decoder(row, [image], job.decoding).images
+        made = decoder(row, [image], request.decoding).images
         side_by_side = beside(original, made[0])
         files[image].write_bytes(png(side_by_side))
         pairs.append(Pair(image, files[image], psnr(made, original[None]).item()))
@@ -114,16 +114,16 @@ def reconstruct(job: Job, progress: Progress = silent) -> Reconstruction:
     progress(len(images), len(images), {})
     if not pairs:
         return Reconstruction(str(found), pairs, rejects, None, None)
-    (job.out / SHEET).write_bytes(png(contact_sheet(shown)))
-    (job.out / CODES).write_bytes(_code_file(model, found, [pair.image for pair in pairs], torch.cat(codes)))
-    return Reconstruction(str(found), pairs, rejects, job.out / SHEET, job.out / CODES)
+    (request.out / SHEET).write_bytes(png(contact_sheet(shown)))
+    (request.out / CODES).write_bytes(_code_file(model, found, [pair.image for pair in pairs], torch.cat(codes)))
+    return Reconstruction(str(found), pairs, rejects, request.out / SHEET, request.out / CODES)
 
 
 def read_square(path: str, size: int) -> Tensor:
-    """A picture as the tokenizer sees it: upright RGB, resized by the shorter side, centre-cropped, uint8 (3, S, S).
+    """Read a picture as the tokenizer sees it: upright RGB, shorter side resized, centre-cropped, uint8 (3, S, S).
 
     Raises:
-        ValueError: with the reason, where there is no file or no picture in it.
+        ValueError: there is no such file, or it is not a picture; the message is the reason.
     """
     try:
         data = Path(path).expanduser().read_bytes()
@@ -133,12 +133,12 @@ def read_square(path: str, size: int) -> Tensor:
 
 
 def beside(left: Tensor, right: Tensor) -> Tensor:
-    """Two pictures (3, S, S) with a white gap, (3, S, 2 S + gap)."""
+    """Place two pictures (3, S, S) side by side with a white gap, (3, S, 2 S + gap)."""
     return torch.cat([left, left.new_full((3, left.shape[1], GAP), 255), right], dim=2)
 
 
 def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
-    """Pictures of one size (3, H, W) in a grid that is about as high as wide, row by row, (3, ...)."""
+    """Arrange pictures of one size (3, H, W) in a roughly square grid, row by row, (3, ...)."""
     height, width = pictures[0].shape[1:]
     columns = min(len(pictures), math.ceil(math.sqrt(len(pictures) * height / width)))
     rows = math.ceil(len(pictures) / columns)
@@ -149,14 +149,14 @@ def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
     return sheet
 
 
-def _teacher(model: SFTok, found: Artifact, job: Job) -> Teacher | None:
-    """The teacher that turns proxy codes into pixels, where the tokenizer does not do it itself."""
+def _teacher(model: SFTok, found: Artifact, request: ReconstructRequest) -> Teacher | None:
+    """Load the teacher that decodes proxy codes to pixels; None if the tokenizer has a pixel decoder."""
     if model.pixel_decoder is not None:
-        if job.teacher:
+        if request.teacher:
             raise ValueError(f"{found} has a pixel decoder of its own: leave out --teacher")
         return None
-    if job.teacher:
-        given = find_artifact(job.teacher, job.store or found.store.uri, "teacher")
+    if request.teacher:
+        given = find_artifact(request.teacher, request.store or found.store.uri, "teacher")
     elif "teacher" in found.inputs:
         given = found.input("teacher")
     else:
@@ -170,12 +170,12 @@ def _teacher(model: SFTok, found: Artifact, job: Job) -> Teacher | None:
 
 
 def _names(images: Sequence[str], out: Path) -> Iterator[Path]:
-    """A file for each picture: its own name, numbered where that is taken."""
+    """Yield a file for each picture: its own name, numbered if that is taken."""
     taken = {Path(SHEET).stem}
     for image in images:
         stem = Path(image).stem or "image"
         name, number = stem, 2
-        while name.casefold() in taken:  # some file systems take A.png and a.png for one
+        while name.casefold() in taken:  # some file systems do not distinguish A.png and a.png
             name, number = f"{stem}-{number}", number + 1
         taken.add(name.casefold())
         yield out / f"{name}.png"

@@ -14,12 +14,20 @@ from pydantic import JsonValue
 
 from flows.evaluation.gallery import name_of
 from flows.inference.classes import chosen_classes
-from flows.inference.files import Outputs, Part, begun, check_names, is_begun, picture_file, writing
+from flows.inference.files import (
+    ImageBatch,
+    Outputs,
+    check_names,
+    image_writer,
+    is_unfinished,
+    marked_unfinished,
+    picture_file,
+)
 from flows.inference.tokenizer import Choice, DecodingModels, decoding_device, decoding_models, decoding_precision
 from flows.make import find_or_publish
 from flows.outputs import new_files
 from flows.pipeline.generator import SAMPLE, samples_result
-from flows.recipes.small import ComputeConfig
+from flows.recipes.schema import ComputeConfig
 from flows.requests.checks import check_ray
 from flows.requests.devices import choose_device
 from flows.requests.precisions import warn_of_slow
@@ -194,7 +202,7 @@ def _files(request: SampleRequest) -> list[Path]:
     """Return all files that must not exist yet and whose folders have to be created."""
     folder, sheet, npz = request.arguments.outputs
     pictures = list(request.pictures.values())
-    if folder is not None and is_begun(folder, request.settings):
+    if folder is not None and is_unfinished(folder, request.settings):
         pictures = [file for file in pictures if not file.exists()]
     return pictures + [file for file in (sheet, npz) if file is not None]
 
@@ -251,8 +259,8 @@ def _write_images(request: SampleRequest, samples: Artifact, progress: Progress)
         missing = {sample_id for sample_id, file in request.pictures.items() if not file.exists()}
         needed = missing.union(*shown.values())
     with (
-        begun(folder, request.settings),
-        writing(request.arguments.outputs, count=count, size=request.info.image_size, rows=shown) as take,
+        marked_unfinished(folder, request.settings),
+        image_writer(request.arguments.outputs, count=count, size=request.info.image_size, rows=shown) as take,
     ):
         done, total = 0, count if needed is None else len(needed)
         for part in decoded(request, samples, needed):
@@ -263,7 +271,7 @@ def _write_images(request: SampleRequest, samples: Artifact, progress: Progress)
             raise ValueError(f"{samples} has {done} of {total} samples: `sftok verify` it")
 
 
-def decoded(request: SampleRequest, samples: Artifact, needed: set[str] | None = None) -> Iterator[Part]:
+def decoded(request: SampleRequest, samples: Artifact, needed: set[str] | None = None) -> Iterator[ImageBatch]:
     """Decode samples in the order of shards, and of ids within a shard; yield at most a micro-batch at a time.
 
     Args:
@@ -283,7 +291,7 @@ def decoded(request: SampleRequest, samples: Artifact, needed: set[str] | None =
         for at in range(0, len(chosen), size):
             part = chosen[at : at + size]
             ids = [rows.image_id[row] for row in part]
-            yield Part(ids, decoder(torch.from_numpy(rows.codes[part].astype(np.int64)), ids, decoding).images)
+            yield ImageBatch(ids, decoder(torch.from_numpy(rows.codes[part].astype(np.int64)), ids, decoding).images)
         if missing is not None:
             missing.difference_update(rows.image_id)
 

@@ -1,4 +1,4 @@
-"""Which tokenizer turns samples into images: that of the generator's codes, and another one only where told to."""
+"""Choose the tokenizer that decodes samples: that of the generator's codes, or another one only on request."""
 
 from typing import NamedTuple
 
@@ -17,23 +17,23 @@ WITHOUT = "or leave out --images, --grid and --npz"
 
 
 class Choice(NamedTuple):
-    """The tokenizer that was asked for."""
+    """The requested tokenizer."""
 
     tokenizer: str | None = None
-    """reference of an artifact; None: that of the generator's codes."""
+    """reference of an artifact; None: the tokenizer of the generator's codes."""
     is_any: bool = False
-    """whether it may be another one than that: its codes then mean other images, unless it shares the codebook."""
+    """whether it may be another tokenizer, to which the codes mean other images unless it shares the codebook."""
 
 
 class DecodingModels(NamedTuple):
-    """What turns codes into images."""
+    """The models that decode codes to images."""
 
     tokenizer: Artifact
     teacher: Artifact | None
-    """paints for a tokenizer that ends in proxy codes."""
+    """pixel decoder for a tokenizer that ends in proxy codes."""
 
     def decoder(self, device: str, *, micro_batch: int, seed: int) -> ImageDecoder:
-        """The models, loaded."""
+        """Load the models."""
         use_numerics(IEEE, device)
         model = load_tokenizer(self.tokenizer.folder).to(device)
         teacher = None if self.teacher is None else load_teacher(self.teacher.folder).to(device)
@@ -41,17 +41,17 @@ class DecodingModels(NamedTuple):
 
 
 def decoding_device(chosen: str) -> str:
-    """Where this machine decodes what was drawn on the device `chosen`: there, if it is here."""
+    """Return the device that decodes samples of the device `chosen`: the same kind, if this machine has it."""
     return "cpu" if chosen == "cpu" else default_device()
 
 
 def decoding_precision(device: str) -> InferencePrecision:
-    """What a device of this machine decodes in."""
+    """Return the precision in which a device of this machine decodes."""
     return DecodingConfig().on(device).arithmetic
 
 
 def decoding_models(generator: Artifact, choice: Choice) -> DecodingModels:
-    """The tokenizer for the images of a generator's samples, and the teacher if it does not paint itself.
+    """Find the tokenizer that decodes a generator's samples, and the teacher if it has no pixel decoder.
 
     Raises:
         ValueError: one of them is not in the store, or the tokenizer is not that of the codes.
@@ -65,7 +65,7 @@ def decoding_models(generator: Artifact, choice: Choice) -> DecodingModels:
         return DecodingModels(tokenizer, None)
     if "teacher" not in tokenizer.inputs:
         raise ValueError(
-            f"{tokenizer} ends in proxy codes and names no teacher that would paint them: sample with a generator of "
+            f"{tokenizer} ends in proxy codes and names no teacher to decode them: sample with a generator of "
             f"another tokenizer, {WITHOUT}"
         )
     return DecodingModels(tokenizer, tokenizer.input("teacher"))
@@ -76,7 +76,7 @@ def _own(generator: Artifact) -> Artifact:
     folder = folder_of(store, "tokenizer", digest)
     if not folder.exists(MANIFEST):
         raise ValueError(
-            f"{generator} draws codes of tokenizer/{digest}, which is not in {store.uri}: bring it there, {WITHOUT}"
+            f"{generator} draws codes of tokenizer/{digest}, which is not in {store.uri}: copy it there, {WITHOUT}"
         )
     return Artifact.load(store, ArtifactRef(kind="tokenizer", digest=digest, uri=folder.uri))
 
@@ -93,7 +93,7 @@ def _other(generator: Artifact, text: str, is_any: bool) -> Artifact:
     theirs = file.tokenizer.num_latent_tokens, file.tokenizer.codebook_size, file.image_size
     ours = codes.num_tokens, codes.codebook_size, codes.image_size
     for what, their, our in zip(
-        ("codes an image", "codes in the codebook", "pixels a side"), theirs, ours, strict=True
+        ("codes per image", "codes in the codebook", "pixels per side"), theirs, ours, strict=True
     ):
         if their != our:
             raise ValueError(f"{found} has {their} {what}, {generator} {our}: name a tokenizer that fits")

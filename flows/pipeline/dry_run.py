@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from flows.pipeline import graph
 from flows.pipeline.graph import ENCODE, PREPARE, SAMPLE
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from flows.requests.checks import Request
 from flows.stage import Job, Stage, plan_of
 from flows.store.inventory import size_text

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from flows.pipeline import tasks
 from flows.pipeline.tasks import Run
-from flows.recipes.small import EncodeConfig
+from flows.recipes.schema import EncodeConfig
 from flows.requests.encode import find_dataset
 from flows.runs.journal import RunRecord, start_journal
 from flows.stage import Job, Listing

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from flows.pipeline import tasks
 from flows.pipeline.tasks import Run
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from flows.runs.journal import RunRecord, stage_rows, start_journal
 from flows.stage import Job, Listing
 from infra.artifacts.manifest import ArtifactRef, manifest_of

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from flows.stage import Job, Result, Stage, Work, computed, seeded, shards, training_run
 from infra.artifacts.pretrained import read_pretrained
 from infra.config import Config

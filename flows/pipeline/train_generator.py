@@ -7,7 +7,7 @@ from pydantic import Field
 
 from flows.pipeline import tasks
 from flows.pipeline.tasks import Run
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from flows.runs.journal import RunRecord, start_journal
 from flows.stage import Job
 from infra.artifacts.lineage import find_artifact

@@ -1,8 +1,8 @@
-"""Prefect's own watch over deployed runs: one that gave a sign of life and then none is crashed.
+"""A Prefect automation that marks deployed runs as crashed when their heartbeats stop.
 
-A run is watched if it has the tag `TAG`, as all deployments have, and the server runs its services. It has to give a
-sign of life every `BEAT_SECONDS`, as runs do that are started with PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30: `sftok serve`
-and infra/deploy/prefect.yaml see to that.
+It covers runs with the tag `TAG`, as all deployments have, if the server runs its services. Runs must send a heartbeat
+every `BEAT_SECONDS`, which PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 makes them do: `sftok serve` and
+infra/deploy/prefect.yaml set it.
 """
 
 from datetime import timedelta
@@ -17,12 +17,12 @@ AUTOMATION = "sftok-heartbeat"
 BEAT = "prefect.flow-run.heartbeat"
 BEAT_SECONDS, WITHIN_SECONDS = 30, 120
 
-# Events are named after the state's name, and ours have names of their own.
+# Events are named after the name of a state, and some states are ours.
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "TimedOut", "Cached", "Changed", "Skipped")
 
 
 def automation(notify_block: SendNotification | None = None) -> AutomationCore:
-    """Prefect's own watch: a deployed run that gave a sign of life and then none is crashed."""
+    """Build the automation: a deployed run whose heartbeats stop is marked as crashed."""
     ends = {f"prefect.flow-run.{name}" for name in ENDS}
     change = ChangeFlowRunState(
         state=StateType.CRASHED,
@@ -47,7 +47,7 @@ def automation(notify_block: SendNotification | None = None) -> AutomationCore:
 
 
 def ensure_automation(block: str | None) -> None:
-    """Make the automation, or bring it up to date; with a block it also tells of what it did."""
+    """Create or update the automation; with a notification block it also notifies."""
     with get_client(sync_client=True) as client:
         wanted = automation(_notification(client, block) if block else None)
         found = client.read_automations_by_name(AUTOMATION)

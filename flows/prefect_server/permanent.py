@@ -1,7 +1,7 @@
-"""A Prefect server as `sftok serve` needs it: the one of `flows.prefect_server.temporary`, with all services.
+"""The Prefect server of `sftok serve`: that of `flows.prefect_server.temporary`, with all services.
 
-With scheduler and triggers, and with leases that survive its restart. Its database is the one of the temporary servers
-under SFTOK_HOME; it listens on loopback only, and is gone when the process that started it is.
+It has a scheduler and triggers, and its leases survive a restart. It shares the database of the temporary servers under
+SFTOK_HOME, listens on loopback only, and ends with the process that started it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ SERVICES = {
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
     "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
-    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "20",  # a new schedule is seen after at most so long
+    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "20",  # a new schedule takes effect within this time
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     "PYTHONUNBUFFERED": "1",
     "PYTHONWARNINGS": "ignore",
@@ -29,13 +29,13 @@ SERVICES = {
 
 
 @contextlib.contextmanager
-def whole_server(home: Path, *, port: int, api_url: str | None, verbose: bool = False) -> Iterator[Server]:
-    """Point Prefect at `api_url`, or at a server of our own with all services that is gone when the block ends."""
+def permanent_server(home: Path, *, port: int, api_url: str | None, verbose: bool = False) -> Iterator[Server]:
+    """Point Prefect at `api_url`, or at a server of our own with all services that is stopped when the block ends."""
     from flows.prefect_server.heartbeat import BEAT_SECONDS
 
-    server = Server(api_url) if api_url else start_whole_server(home, port)
+    server = Server(api_url) if api_url else start_permanent_server(home, port)
     try:
-        with prefect_server(home, api_url=server.url, verbose=verbose):  # gives the environment back
+        with prefect_server(home, api_url=server.url, verbose=verbose):  # restores the environment
             os.environ["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] = str(BEAT_SECONDS)
             configure(server.url, home=None if api_url else home, verbose=verbose)
             yield server
@@ -43,8 +43,8 @@ def whole_server(home: Path, *, port: int, api_url: str | None, verbose: bool = 
         server.stop()
 
 
-def start_whole_server(home: Path, port: int) -> Server:
-    """Start a server with all services; it does not answer yet, and is the caller's to stop.
+def start_permanent_server(home: Path, port: int) -> Server:
+    """Start a server with all services, without waiting until it answers; the caller stops it.
 
     Raises:
         ValueError: the port is taken.
@@ -56,7 +56,7 @@ def start_whole_server(home: Path, port: int) -> Server:
         listener = socket.create_server((LOOPBACK, port))
     except OSError as error:
         raise ValueError(
-            f"--port {port}: {os.strerror(error.errno or 0)}; name another one, or join the server there by "
+            f"--port {port}: {os.strerror(error.errno or 0)}; name another port, or join the server there with "
             "PREFECT_API_URL"
         ) from None
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}

@@ -1,7 +1,7 @@
 """A temporary Prefect server that lives exactly as long as the run that started it.
 
-Two halves of one file: `prefect_server` runs in the run's process, `_serve` in the server's own. The server half is
-started as a plain file, so it imports nothing of ours.
+`prefect_server` runs in the run's process, `_serve` in the server's own. The latter is started as a plain file, so this
+module imports nothing of ours.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ LOOPBACK = "127.0.0.1"
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-    "PREFECT_LOGGING_TO_API_ENABLED": "false",  # the server's own lines belong in its file
-    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",  # its memory outlives a deleted database
-    # A run without deployments has nothing to schedule, to wake or to notify.
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",  # the server's own lines belong in its log file
+    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",  # the memo outlives a deleted database
+    # A run without deployments has nothing to schedule, trigger or notify.
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
@@ -45,7 +45,7 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """A Prefect API to talk to; one of our own until `stop`, or somebody else's."""
+    """A Prefect API: of a server of our own until `stop`, or of somebody else's."""
 
     def __init__(self, url: str, process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> None:
         self.url = url
@@ -54,11 +54,15 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """The process of a temporary server."""
+        """Return the process id of a server of our own."""
         return self._process.pid if self._process else None
 
     def wait(self, timeout: float = START_SECONDS) -> None:
-        """Return when the API answers; ServerError with the log's last line if it does not."""
+        """Wait until the API answers.
+
+        Raises:
+            ServerError: it does not, with the log's last line if the server has ended.
+        """
         end = time.monotonic() + timeout
         while (trouble := health(self.url)) is not None:
             if self._process is None:
@@ -70,7 +74,7 @@ class Server:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """End a temporary server, by force if it does not listen."""
+        """Stop a server of our own: terminate it, and kill it if it does not end in time."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
@@ -82,15 +86,15 @@ class Server:
 
     def _last_line(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log else []
-        return f"{lines[-1].strip() if lines else 'it said nothing'} (log: {self.log})"
+        return f"{lines[-1].strip() if lines else 'it logged nothing'} (log: {self.log})"
 
 
 @contextlib.contextmanager
 def prefect_server(home: Path, *, api_url: str | None = None, verbose: bool = False) -> Iterator[Server]:
-    """Point Prefect at `api_url`, or at a temporary server under `home` that is gone when the block ends.
+    """Point Prefect at `api_url`, or at a temporary server under `home` that is stopped when the block ends.
 
     The environment is set on entry, so Prefect must be imported inside the block. The server may still be starting:
-    call `wait` before the first flow, and import what is heavy meanwhile.
+    call `wait` before the first flow, and import heavy modules meanwhile.
     """
     server = Server(api_url) if api_url else start_server(home)
     before = dict(os.environ)
@@ -98,19 +102,19 @@ def prefect_server(home: Path, *, api_url: str | None = None, verbose: bool = Fa
         configure(server.url, home=None if api_url else home, verbose=verbose)
         yield server
     finally:
-        _say_last_words()
+        _flush_logs_and_events()
         server.stop()
         os.environ.clear()
         os.environ.update(before)
 
 
 def configure(url: str, *, home: Path | None, verbose: bool = False) -> None:
-    """Set what Prefect reads from the environment on import.
+    """Set the environment variables that Prefect reads on import.
 
-    Its lines go to stderr and only when `verbose`; the API always gets them, ours included.
+    Its log lines go to stderr only if `verbose`; the API always gets them, ours included.
     """
     os.environ.update(
-        DO_NOT_TRACK="1",  # Prefect's client has telemetry of its own, and says so on terminals
+        DO_NOT_TRACK="1",  # Prefect's client has telemetry, and announces it on terminals
         PREFECT_API_URL=url,
         PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="INFO" if verbose else "CRITICAL",
         PREFECT_LOGGING_EXTRA_LOGGERS="flows,sftok,generator,infra",
@@ -121,14 +125,14 @@ def configure(url: str, *, home: Path | None, verbose: bool = False) -> None:
         os.environ["PREFECT_HOME"] = str(_prefect_home(home))
         for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach our loopback
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOOPBACK]))
-    if "prefect" in sys.modules:  # a library user's or a test's process: settings were read before
+    if "prefect" in sys.modules:  # imported before, by a library user or a test: its settings are stale
         from prefect.context import refresh_global_settings_context
 
         refresh_global_settings_context()
 
 
 def health(url: str, timeout: float = 5.0) -> str | None:
-    """None if a Prefect API answers at `url`, else what is wrong with it."""
+    """Check a Prefect API: None if it answers at `url`, else the problem in words."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return "not an http(s) URL"
@@ -142,12 +146,12 @@ def health(url: str, timeout: float = 5.0) -> str | None:
             connection.close()
     except (OSError, http.client.HTTPException, ValueError) as error:
         return str(error) or type(error).__name__
-    # 401 and 403 are answers: the client has the key, this question does not.
+    # 401 and 403 are answers: the client sends the key, this check does not.
     return None if status in (200, 401, 403) else f"status {status}"
 
 
-def _say_last_words() -> None:
-    """Send what Prefect still holds back (it sends logs and events in batches) while somebody listens."""
+def _flush_logs_and_events() -> None:
+    """Send the logs and events that Prefect still buffers, while the server is up."""
     if "prefect.main" in sys.modules:
         from prefect.events.worker import EventsWorker
         from prefect.logging.handlers import APILogWorker
@@ -161,24 +165,24 @@ def _prefect_home(home: Path) -> Path:
 
 
 def start_server(home: Path) -> Server:
-    """Start a server of our own under `home`; it does not answer yet, and is the caller's to stop."""
+    """Start a server of our own under `home`, without waiting until it answers; the caller stops it."""
     folder = _prefect_home(home)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "server.log"
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(folder / "server.log.1")
-    # Bound here and inherited, so that nobody can take the port in between.
+    # Bound here and inherited, so that no other process can take the port in between.
     with socket.create_server((LOOPBACK, 0)) as listener, log.open("ab") as lines:
         port = listener.getsockname()[1]
         process = subprocess.Popen(
             [sys.executable, "-P", __file__, str(listener.fileno()), str(os.getpid())],
-            cwd=folder,  # a prefect.toml or .env where the user stands is not meant for this server
+            cwd=folder,  # a prefect.toml or .env in the current folder is not meant for this server
             env=_server_environment(folder, port),
             stdin=subprocess.DEVNULL,
             stdout=lines,
             stderr=subprocess.STDOUT,
             pass_fds=[listener.fileno()],
-            start_new_session=True,  # Ctrl-C is the run's to handle; it stops the server after its last words
+            start_new_session=True,  # the run handles Ctrl-C, and stops the server after a last flush
         )
     return Server(f"http://{LOOPBACK}:{port}/api", process, log)
 
@@ -202,10 +206,10 @@ def _server_environment(folder: Path, port: int) -> dict[str, str]:
 
 
 def _serve(listener: int, parent: int) -> None:
-    _die_with(parent)
+    _exit_with_parent(parent)
     home = Path(os.environ["PREFECT_HOME"])
     if _migrate(home):
-        # Prefect holds on to the first database it sees; execv keeps pid, socket and death signal.
+        # Prefect keeps the first database it opens; execv keeps pid, socket and death signal.
         os.execv(sys.executable, [sys.executable, "-P", __file__, str(listener), str(parent)])
     os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = _url(_database(home))
     os.environ["PREFECT_SERVER_DATABASE_MIGRATE_ON_START"] = "false"
@@ -217,24 +221,24 @@ def _serve(listener: int, parent: int) -> None:
     uvicorn.run(create_app(final=True), fd=listener, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
 
 
-def _die_with(parent: int) -> None:
-    """Have the system kill this process when the run's process is gone, however it went."""
+def _exit_with_parent(parent: int) -> None:
+    """Make this process end with the run's process, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # it ended before the call
             sys.exit(1)
     else:
-        threading.Thread(target=_watch, args=[parent], daemon=True).start()
+        threading.Thread(target=_exit_after_parent, args=[parent], daemon=True).start()
 
 
-def _watch(parent: int) -> None:
+def _exit_after_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _database(home: Path) -> Path:
-    """One file a Prefect version: that it exists says that its migrations are complete."""
+    """Return the database file of this Prefect version; if it exists, its migrations are complete."""
     from importlib.metadata import version
 
     return home / f"prefect-{version('prefect')}.db"
@@ -245,10 +249,10 @@ def _url(database: Path) -> str:
 
 
 def _migrate(home: Path) -> bool:
-    """Create the database under a temporary name, one process at a time; whether this process did."""
+    """Create the database under a temporary name, one process at a time; return whether this process did."""
     database = _database(home)
     with (home / "database.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system if we are killed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system if we are killed
         if database.exists():
             return False
         new = database.with_suffix(".new")
@@ -272,7 +276,7 @@ async def _create_database() -> None:
 
     database = provide_database_interface()
     await database.create_db()
-    async with await database.session() as session:  # two servers that do this at once trip over each other, too
+    async with await database.session() as session:  # not safe for two servers at once either
         await run_block_auto_registration(session=session)
         await session.commit()
 

@@ -1,4 +1,4 @@
 """Recipes: named configurations of a whole run, as data.
 
-`schema.Recipe` is what a recipe is, `small.RECIPES` names all of them, `files.load_recipe` reads and overrides one.
+`schema.Recipe` is their type, `registry.RECIPES` has them by name, `files.load_recipe` reads and overrides one.
 """

@@ -1,4 +1,4 @@
-"""In what a recipe differs from the one of the same name: the settings that make it again."""
+"""Express a recipe as overrides of another one."""
 
 import json
 from collections.abc import Iterator
@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pydantic import JsonValue
 
 from flows.recipes.files import load_recipe
-from flows.recipes.small import RECIPES, Recipe
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import Recipe
 
 
 def changes_of(recipe: Recipe, base: Recipe | None = None) -> tuple[str, ...] | None:
-    """The `section.field=value` that turn `base` into `recipe`; None if that cannot be said so.
+    """Return the `section.field=value` overrides that turn `base` into `recipe`; None if there are none that do.
 
     Args:
         recipe: any recipe.
-        base: what it is compared with; None for the recipe of the same name, if there is one.
+        base: the recipe to start from; None for the registered one of the same name, if there is one.
     """
     if base is None:
         if recipe.name not in RECIPES:
@@ -29,5 +30,5 @@ def _changes(path: str, old: JsonValue, new: JsonValue) -> Iterator[str | None]:
         for name in new:
             yield from _changes(f"{path}.{name}" if path else name, old.get(name), new[name])
     elif old != new:
-        # JSON's words are TOML's, but TOML has none for nothing.
+        # JSON literals are valid TOML, which has none for null.
         yield None if new is None or isinstance(new, dict) else f"{path}={json.dumps(new)}"

@@ -1,4 +1,4 @@
-"""From a recipe's name or TOML file and the user's overrides to a checked Recipe, and from a Recipe to TOML."""
+"""Load a recipe from its name or TOML file with the user's overrides, and write a recipe as TOML."""
 
 import difflib
 import inspect
@@ -13,16 +13,17 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from flows.recipes.small import RECIPES, Recipe
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import Recipe
 
 Section = dict[str, Any]
 
 
 def load_recipe(name: str, *, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
-    """The recipe called `name`, or of the TOML file `name`, with `section.field=value` overrides.
+    """Load the recipe called `name`, or the TOML file `name`, with `section.field=value` overrides.
 
     Raises:
-        ValueError: one line that names what is wrong and, where that can be guessed, what was meant.
+        ValueError: one line that names the problem and, if it can be guessed, what was meant.
     """
     if name.endswith(".toml") or "/" in name:
         where, settings = f"recipe file {name}", _read(Path(name))
@@ -55,7 +56,7 @@ def _read(path: Path) -> Section:
 
 
 def _apply(settings: Section, override: str) -> None:
-    """Set one `section.field=value` in place; what does not exist is left for the model to refuse."""
+    """Set one `section.field=value` in place; unknown fields are left for the model to reject."""
     path, equals, text = override.partition("=")
     *sections, field = path.strip().split(".")
     if not equals or not field or not all(sections):
@@ -70,7 +71,7 @@ def _apply(settings: Section, override: str) -> None:
 
 
 def _parse(text: str) -> Any:
-    """A TOML value (1e-3, true, [1, 2]); anything else is a string."""
+    """Parse a TOML value (1e-3, true, [1, 2]); anything else is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -89,7 +90,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{where}: unknown field{_did_you_mean(str(field), model.model_fields if model else ())}"
         elif problem["type"] == "missing":
             yield f"{where}: missing"
-        elif problem["type"] == "value_error":  # from our own validators, which name field and value themselves
+        elif problem["type"] == "value_error":  # from our validators, which name field and value themselves
             message = problem["msg"].removeprefix("Value error, ")
             yield f"{where}: {message}" if where else message
         else:
@@ -122,21 +123,21 @@ def _short(value: object) -> str:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """A full TOML file with each field's description as a comment; loads back into an equal recipe."""
+    """Write a full TOML file with each field's description as a comment; it loads back into an equal recipe."""
     about = inspect.getdoc(RECIPES[recipe.name]) if recipe.name in RECIPES else None
     head = [f"# {line}".rstrip() for line in (about or "A recipe.").splitlines()]
     return "\n".join([*head, "", *_table(recipe, ())]) + "\n"
 
 
 def _table(model: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
-    """The lines of one table: its values first, since a value after a sub-table would belong to that."""
+    """Yield the lines of one table: values first, since a value after a sub-table would belong to that."""
     values = model.model_dump(mode="json")
     sections = []
     for name, field in type(model).model_fields.items():
         inner = getattr(model, name)
         if isinstance(inner, BaseModel):
             sections.append((name, inner))
-        elif values.get(name) is None:  # or left out: nothing uses it
+        elif values.get(name) is None:  # or excluded: nothing uses it
             yield f"# {name} is not set{': ' if field.description else ''}{field.description or ''}"
         else:
             yield from _commented(name, values[name], field)

@@ -1,7 +1,7 @@
-"""Recipes of ImageNet at 256x256: the published tokenizers, and generators of the published size and of ours.
+"""Recipes for ImageNet at 256x256: the published tokenizers, and generators of the published size and of ours.
 
-What is published is from arXiv 2512.16910 and its code; nothing here has been trained by this project. Hours are
-arithmetic, not measurements: a schedule's operations (generator/flops.py) at 40 % of eight A100's 312 TFLOP/s.
+Published settings are from arXiv 2512.16910 and its code; nothing here has been trained by this project. Hours are
+estimates, not measurements: a schedule's operations (generator/flops.py) at 40 % of the 312 TFLOP/s of eight A100.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from sftok.config import (
 def _imagenet_training(
     steps: int, batch_size: int, micro_batch: int, *, warmup_steps: int, beta_2: float
 ) -> TrainingConfig:
-    """A stage as published: fp16, AdamW at 1e-4 falling to 1e-5, micro-batches of one of eight GPUs (method.md 1.3)."""
+    """Return a stage as published (method.md 1.3): fp16, AdamW at 1e-4 falling to 1e-5, a micro-batch per GPU of 8."""
     return TrainingConfig(
         steps=steps,
         batch_size=batch_size,
@@ -57,9 +57,9 @@ class _Generator(NamedTuple):
 
 
 def _autoregressive(size: str, micro_batch: int) -> _Generator:
-    """Ours: RAR's optimizer and length (400 epochs of 2,048 sequences a step, method.md 1.5), in the natural order.
+    """Return our generator: RAR's optimizer and length (400 epochs, 2,048 sequences per step, method.md 1.5).
 
-    Queries and keys are normalised, as RAR has it, for the sake of its high rate.
+    Codes are in their natural order. Queries and keys are normalised, as in RAR, because of its high learning rate.
     """
     optimizer = OptimizerConfig(
         lr=4e-4, end_lr=1e-5, warmup_steps=62_500, betas=(0.9, 0.96), weight_decay=0.03, ema_decay=0.9999
@@ -72,7 +72,7 @@ def _autoregressive(size: str, micro_batch: int) -> _Generator:
 
 
 def _maskgit() -> _Generator:
-    """The paper's generator, schedule and sampling (method.md 1.5); guidance of 4.5 there is 5.5 here."""
+    """Return the paper's generator, schedule and sampling (method.md 1.5); its guidance of 4.5 is 5.5 here."""
     optimizer = OptimizerConfig(
         lr=2e-4, end_lr=1e-5, warmup_steps=10_000, betas=(0.9, 0.96), weight_decay=0.03, ema_decay=0.999
     )
@@ -87,7 +87,7 @@ def _maskgit() -> _Generator:
 def _generator_training(
     steps: int, batch_size: int, micro_batch: int, optimizer: OptimizerConfig
 ) -> GeneratorTrainingConfig:
-    """What both sorts share: bf16, a tenth of the classes dropped, a validation every 25,000 steps."""
+    """Return the settings of both kinds: bf16, class dropout 0.1, a validation every 25,000 steps."""
     return GeneratorTrainingConfig(
         steps=steps,
         batch_size=batch_size,
@@ -103,7 +103,7 @@ def _generator_training(
 
 
 def _imagenet256(name: str, size: str, description: str, generator: _Generator) -> Recipe:
-    """The paper's schedule at 256x256 for a tokenizer of a published size, and a generator of its codes."""
+    """Combine the paper's schedule for a tokenizer of a published size with a generator of its codes."""
     alignment = _imagenet_training(200_000, 256, 32, warmup_steps=10_000, beta_2=0.99)
     pixels = _imagenet_training(1_000_000, 128, 8, warmup_steps=5_000, beta_2=0.999)
     return Recipe(
@@ -159,9 +159,9 @@ def imagenet256_ar_b() -> Recipe:
     """Autoregressive generator B on SFTok-B's codes: `sftok run imagenet256_ar_b --data DIR --ranks 8`.
 
     Up to the codes the stages are those of `imagenet256_sftok_b` and shared with it, so that only the generator is new.
-    Ours: 98.3 M parameters (12 layers of width 768), 250,000 steps of 2,048 sequences in bf16, warming up for 62,500,
-    rate 4e-4 down to 1e-5; guidance 2. About 5 hours on eight A100 of 40 GB by arithmetic. Published: no figure, since
-    the paper has no autoregressive generator; expected is a gFID in reach of the masked one's 2.32. Not trained here.
+    Ours: 98.3 M parameters (12 layers of width 768), 250,000 steps of 2,048 sequences in bf16, warm-up of 62,500,
+    learning rate 4e-4 down to 1e-5; guidance 2. About 5 hours on eight A100 of 40 GB, estimated. Published: no gFID,
+    since the paper has no autoregressive generator; expected: a gFID close to the masked one's 2.32. Not trained here.
     """
     return _imagenet256("imagenet256_ar_b", "B", "autoregressive, 98 M, on codes of SFTok-B", _autoregressive("B", 256))
 
@@ -169,8 +169,8 @@ def imagenet256_ar_b() -> Recipe:
 def imagenet256_ar_l() -> Recipe:
     """Autoregressive generator L on SFTok-B's codes: `sftok run imagenet256_ar_l --data DIR --ranks 8`.
 
-    As `imagenet256_ar_b` with 326.1 M parameters (24 layers of width 1,024). About 17 hours on eight A100 of 80 GB by
-    arithmetic. Published: no figure; expected is a gFID below B's. Not trained here.
+    As `imagenet256_ar_b` with 326.1 M parameters (24 layers of width 1,024). About 17 hours on eight A100 of 80 GB,
+    estimated. Published: no gFID; expected: a gFID below B's. Not trained here.
     """
     return _imagenet256(
         "imagenet256_ar_l", "B", "autoregressive, 326 M, on codes of SFTok-B", _autoregressive("L", 128)
@@ -180,8 +180,8 @@ def imagenet256_ar_l() -> Recipe:
 def imagenet256_ar_xl() -> Recipe:
     """Autoregressive generator XL on SFTok-B's codes: `sftok run imagenet256_ar_xl --data DIR --ranks 8`.
 
-    As `imagenet256_ar_b` with 753.7 M parameters (36 layers of width 1,280). About 41 hours on eight A100 of 80 GB by
-    arithmetic. Published: no figure; expected is a gFID below L's. Not trained here.
+    As `imagenet256_ar_b` with 753.7 M parameters (36 layers of width 1,280). About 41 hours on eight A100 of 80 GB,
+    estimated. Published: no gFID; expected: a gFID below L's. Not trained here.
     """
     return _imagenet256(
         "imagenet256_ar_xl", "B", "autoregressive, 754 M, on codes of SFTok-B", _autoregressive("XL", 64)
@@ -192,9 +192,9 @@ def imagenet256_maskgit() -> Recipe:
     """The paper's masked generator on SFTok-B's codes: `sftok run imagenet256_maskgit --data DIR --ranks 8`.
 
     Up to the codes the stages are those of `imagenet256_sftok_b` and shared with it. Published: 183.5 M parameters (24
-    layers of width 768, 16 heads), 1,000,000 steps of 1,024 sequences in bf16, label smoothing 0.1, rate 2e-4 down to
-    1e-5, 8 steps at temperature 1 and guidance 4.5, which is 5.5 here; gFID 2.32, of settings that are not published.
-    Ours: it reads the codes of centre crops and their mirror images once encoded, where the published code encodes
-    anew. About 20 hours on eight A100 of 40 GB by arithmetic. Not trained here.
+    layers of width 768, 16 heads), 1,000,000 steps of 1,024 sequences in bf16, label smoothing 0.1, learning rate 2e-4
+    down to 1e-5, 8 steps at temperature 1 and guidance 4.5, which is 5.5 here; gFID 2.32, with unpublished settings.
+    Ours: it reads codes of centre crops and their mirror images that were encoded once, where the published code
+    encodes anew. About 20 hours on eight A100 of 40 GB, estimated. Not trained here.
     """
     return _imagenet256("imagenet256_maskgit", "B", "MaskGIT as published, 184 M, on codes of SFTok-B", _maskgit())

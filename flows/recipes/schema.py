@@ -1,4 +1,4 @@
-"""What a recipe is: everything that decides what is computed, from images to report, as data."""
+"""The schema of recipes: everything that decides what a run computes, from images to report, as data."""
 
 from typing import Annotated, Literal, Self
 
@@ -45,17 +45,17 @@ class EncodeConfig(Config):
         "auto", description="arithmetic of the encoder; bf16 changes some codes; auto: fp32 on CPUs, bf16 on CUDA"
     )
     micro_batch: NonNegativeInt = Field(
-        0, description="images encoded at once; fixed, the last one padded; 0: 64 on CPUs, 256 on CUDA"
+        0, description="images per encoding batch; fixed, the last batch padded; 0: 64 on CPUs, 256 on CUDA"
     )
     compile: Annotated[bool | None, OmittedAt(None, False)] = Field(
         None,
-        description="compile the encoder's blocks; not given: on CUDA, unless the encoder is so small that it would "
-        "take longer than encoding",
+        description="compile the encoder's blocks; not given: on CUDA, unless the encoder is so small that compiling "
+        "would take longer than encoding",
     )
     decoder: Annotated[Literal["pil", "torchcodec"], OmittedAt("pil")] = Field(
         "pil",
-        description="what decodes and resizes images: pil, or torchcodec (which is to be installed) and torch, on a "
-        "GPU where the encoder is: pixels differ by a level of 255 here and there",
+        description="library that decodes and resizes images: pil, or torchcodec (to be installed) with torch, on the "
+        "encoder's GPU: some pixels differ by one level of 255",
     )
     ten_crop_resize: float = Field(
         TEN_CROP_RESIZE,
@@ -70,7 +70,7 @@ class EncodeConfig(Config):
         return expanded(views)
 
     def on(self, device: str, *, width: int) -> Self:
-        """Settle what depends on the device, and on the width of the encoder: precision, micro-batch, compilation."""
+        """Resolve what depends on the device and the width of the encoder: precision, micro-batch, compilation."""
         is_cuda = device.startswith("cuda")
         settled = {
             "micro_batch": self.micro_batch or (256 if is_cuda else 64),
@@ -81,7 +81,7 @@ class EncodeConfig(Config):
 
     @property
     def has_crops(self) -> bool:
-        """Whether any view is one of the ten crops."""
+        """Return whether any view is one of the ten crops."""
         return has_crops((*self.variants, *self.val_variants))
 
     def identity(self) -> dict[str, JsonValue]:
@@ -108,42 +108,42 @@ class EncodeConfig(Config):
 
 
 class SweepConfig(Config):
-    """Class accuracy of samples against guidance and temperature, of the run's generator and of one beside it."""
+    """Class accuracy of samples against guidance and temperature, of the run's generator and of a second one."""
 
-    cfg_scales: tuple[NonNegativeFloat, ...] = Field((), description="guidance that is tried; empty: no sweep")
+    cfg_scales: tuple[NonNegativeFloat, ...] = Field((), description="guidance scales to try; empty: no sweep")
     temperatures: tuple[PositiveFloat, ...] = Field((1.0, 1.5), description="of an autoregressive generator")
     masked_temperatures: tuple[PositiveFloat, ...] = Field((1.0, 8.0), description="of a masked generator")
-    per_class: PositiveInt = Field(10, description="samples of every class at every setting")
+    per_class: PositiveInt = Field(10, description="samples per class at every setting")
     generator: AnyGeneratorConfig | None = Field(
-        None, description="a second generator of the same codes, trained where the store has none like it"
+        None, description="a second generator of the same codes, trained unless the store has it"
     )
-    train_generator: GeneratorTrainingConfig | None = Field(None, description="how the second one is trained")
+    train_generator: GeneratorTrainingConfig | None = Field(None, description="training of the second one")
 
     @model_validator(mode="after")
     def _second_one_is_whole(self) -> Self:
         if (self.generator is None) != (self.train_generator is None):
             raise ValueError("generator and train_generator belong together: give both, or neither")
         if self.cfg_scales and not (self.temperatures and self.masked_temperatures):
-            raise ValueError("temperatures and masked_temperatures need one value each: 1.0 for one")
+            raise ValueError("temperatures and masked_temperatures need at least one value each, such as 1.0")
         return self
 
 
 class ScoresConfig(Config):
-    """FID and its kin, for which Inception's weights are needed."""
+    """FID and related scores, which need Inception's weights."""
 
     protocol: Literal["none", "torch_fidelity", "clean", "adm"] = Field(
-        "none", description="how images are scored (sftok.metrics.protocols); none: by random features alone"
+        "none", description="protocol of the scores (sftok.metrics.protocols); none: random features only"
     )
     inception: PretrainedConfig = Field(
         PretrainedConfig(sha256=INCEPTION_SHA256),
-        description="the network's weights: `sftok weights fetch inception-2015` puts the published ones there",
+        description="the network's weights: `sftok weights fetch inception-2015` downloads the published ones",
     )
     num_samples: PositiveInt | None = Field(
-        None, description="samples that are scored; another N than the protocol's is named behind it"
+        None, description="samples to score; an N other than the protocol's is appended to its name"
     )
-    reference: str = Field("", description="an .npz of ADM or clean-fid; empty: the real training images")
+    reference: str = Field("", description="an .npz file of ADM or clean-fid; empty: the real training images")
     reference_features: PositiveInt = Field(
-        10_000, description="training images whose features KID, precision and recall are given, drawn by the seed"
+        10_000, description="training images, drawn by the seed, whose features KID, precision and recall use"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the features")
 
@@ -153,24 +153,24 @@ class ScoresConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """What is measured."""
+    """Evaluation of reconstructions and samples."""
 
     steps: tuple[PositiveInt, ...] = Field((1, 2, 4, 8), description="numbers of decoding steps that are compared")
     class_reader: bool = Field(
         False,
-        description="train a classifier (scikit-learn) on the real training images and let it read the classes",
+        description="train a classifier (scikit-learn) on the real training images, and score class agreement with it",
     )
     classifier_images: PositiveInt = Field(
-        20_000, description="training images that the classifier is trained on: all, or as many chosen by hash"
+        20_000, description="training images for the classifier: all, or this many chosen by hash"
     )
     nearest_images: PositiveInt = Field(
-        1_000, description="samples, and held-out images, whose nearest training image is looked for, spread evenly"
+        1_000, description="samples, and held-out images, evenly spread, whose nearest training image is searched for"
     )
     feature_seed: int = Field(0, description="seed of the random feature extractor")
     sweep: SweepConfig = SweepConfig()
     scores: ScoresConfig = ScoresConfig()
     lpips: PretrainedConfig = Field(
-        PretrainedConfig(), description="VGG16's weights, for LPIPS of reconstructions; not given: it is not measured"
+        PretrainedConfig(), description="VGG16's weights, for LPIPS of reconstructions; not given: no LPIPS"
     )
 
     @model_validator(mode="after")
@@ -181,31 +181,31 @@ class EvaluateConfig(Config):
 
 
 class ComputeConfig(NumericsConfig):
-    """Where a run computes, and how."""
+    """Device and arithmetic of a run."""
 
     device: DeviceChoice = Field(
         "auto",
-        description="cpu, or cuda: a GPU for each worker and rank; auto: cuda where the machine, or the Ray cluster "
-        "that is joined, has one. What is computed on CUDA has digests of its own",
+        description="cpu, or cuda: a GPU for each worker and rank; auto: cuda if the machine, or the Ray cluster to "
+        "join, has one. Results computed on CUDA have digests of their own",
     )
 
     @property
     def numerics(self) -> NumericsConfig:
-        """The arithmetic alone."""
+        """Return the arithmetic without the device."""
         return NumericsConfig(**self.model_dump(include=set(NumericsConfig.model_fields)))
 
 
 class Recipe(Config):
-    """Everything that decides what is computed, from images to report."""
+    """Everything that decides what a run computes, from images to report."""
 
     name: str
     description: str = ""
     seed: int = Field(0, ge=0)
     threads: PositiveInt = Field(
-        2, description="threads of a training process; sums round differently with another number"
+        2, description="threads per training process; sums round differently with another number"
     )
     compute: ComputeConfig = ComputeConfig()
-    source: str = Field("", description="images to use where --data is not given; empty: --data is required")
+    source: str = Field("", description="images to use if --data is not given; empty: --data is required")
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     teacher: TeacherStageConfig
@@ -222,7 +222,7 @@ class Recipe(Config):
     gate: GateConfig = GateConfig()
 
     def on(self, device: str) -> Self:
-        """Settle the device, and what depends on it."""
+        """Resolve the device, and the settings that depend on it."""
         teacher, generator, sweep = self.teacher, self.generator, self.evaluate.sweep
         encoder = self.tokenizer.encoder.width
         settled: dict[str, object] = {}

@@ -1,19 +1,8 @@
-"""Named full configurations. A recipe is a claim: its docstring states command, time and expected result.
-
-Those for two cores stand here, those of ImageNet in `recipes_imagenet`; what a recipe is, in `recipe`.
-"""
+"""Recipes for two CPU cores and for own images. A recipe is a claim: command, time and expected result are stated."""
 
 from typing import NamedTuple
 
-from flows.recipes.imagenet import (
-    imagenet256_ar_b,
-    imagenet256_ar_l,
-    imagenet256_ar_xl,
-    imagenet256_maskgit,
-    imagenet256_sftok_b,
-    imagenet256_sftok_l,
-)
-from flows.recipes.schema import ComputeConfig, EncodeConfig, EvaluateConfig, Recipe, SweepConfig
+from flows.recipes.schema import EncodeConfig, EvaluateConfig, Recipe, SweepConfig
 from flows.results.gate import GateConfig
 from generator.config import (
     GENERATORS,
@@ -36,23 +25,21 @@ from sftok.config import (
     TransformerConfig,
 )
 
-__all__ = ["RECIPES", "ComputeConfig", "EncodeConfig", "EvaluateConfig", "Recipe", "SweepConfig"]
-
 
 def _optimizer(lr: float, warmup_steps: int) -> OptimizerConfig:
-    """The optimizer of small recipes: a short warm-up, a decay to a twentieth, a short average."""
+    """Return the optimizer of small recipes: short warm-up, decay to a twentieth, short weight average."""
     return OptimizerConfig(lr=lr, end_lr=lr / 20, warmup_steps=warmup_steps, ema_decay=0.98)
 
 
 def _training(steps: int, lr: float, batch_size: int = 32) -> TrainingConfig:
-    """A training stage of small recipes."""
+    """Return the training of a stage of small recipes."""
     return TrainingConfig(
         steps=steps, batch_size=batch_size, optimizer=_optimizer(lr, min(20, steps // 5)), checkpoint_every=100
     )
 
 
 def _generator_training(steps: int, lr: float, batch_size: int, *, validate_every: int) -> GeneratorTrainingConfig:
-    """The same for a generator, stopped where held-out images become less likely."""
+    """Return the training of a generator, which keeps the weights with the lowest held-out NLL."""
     return GeneratorTrainingConfig.model_validate(
         {**_training(steps, lr, batch_size).as_json(), "validate_every": validate_every, "keep": "best"}
     )
@@ -66,7 +53,7 @@ class _Generator(NamedTuple):
 
 
 def _views(count: int) -> tuple[str, ...]:
-    """The centre view and `count` affine ones."""
+    """Return the centre view and `count` affine ones."""
     return ("center", *(f"affine-{k}" for k in range(1, count + 1)))
 
 
@@ -74,7 +61,7 @@ def digits() -> Recipe:
     """Handwritten digits at 32x32: the whole pipeline on two cores. `sftok run digits`.
 
     scikit-learn's 1,797 scans; under 8 minutes on two cores. Expected: a classifier trained on the real training images
-    reads at least 95 % of reconstructed held-out digits and at least 90 % of 1,000 generated ones as intended.
+    classifies at least 95 % of reconstructed held-out digits and at least 90 % of 1,000 generated ones as intended.
     """
     return Recipe(
         name="digits",
@@ -119,10 +106,10 @@ def digits() -> Recipe:
 
 
 def digits_maskgit() -> Recipe:
-    """`digits` with the masked generator to draw its samples: `sftok run digits_maskgit`.
+    """`digits` with samples of the masked generator: `sftok run digits_maskgit`.
 
     Every stage up to the codes is that of `digits`, and so are both generators: after `sftok run digits` it takes under
-    a minute. Expected: at least 90 % of 1,000 generated digits are read as intended.
+    a minute. Expected: at least 90 % of 1,000 generated digits are classified as intended.
     """
     full = digits()
     masked = _digits_masked()
@@ -143,13 +130,13 @@ def digits_maskgit() -> Recipe:
 
 
 def _digits_masked() -> _Generator:
-    """Half the size of the autoregressive one; it learns these codes in 400 steps."""
+    """Return a masked generator, half the size of the autoregressive one; it learns these codes in 400 steps."""
     model = MaskedConfig(width=96, layers=3, heads=3, ffn_width=384)
     return _Generator(model, _generator_training(400, 6e-3, 64, validate_every=100))
 
 
 def _sweep(beside: _Generator) -> SweepConfig:
-    """Guidance of 1, 2, 4 and 6 at two temperatures, of the recipe's own generator and one beside it."""
+    """Return a sweep of guidance 1, 2, 4 and 6 at two temperatures, of the recipe's generator and a second one."""
     return SweepConfig(cfg_scales=(1.0, 2.0, 4.0, 6.0), generator=beside.model, train_generator=beside.training)
 
 
@@ -225,20 +212,3 @@ def small64() -> Recipe:
         train_generator=_generator_training(6000, 1e-3, 64, validate_every=200),
         sample=SampleConfig(per_class=50, cfg_scale=2.0),
     )
-
-
-RECIPES = {
-    recipe.__name__: recipe
-    for recipe in (
-        digits,
-        digits_maskgit,
-        digits_tiny,
-        small64,
-        imagenet256_sftok_b,
-        imagenet256_sftok_l,
-        imagenet256_ar_b,
-        imagenet256_ar_l,
-        imagenet256_ar_xl,
-        imagenet256_maskgit,
-    )
-}

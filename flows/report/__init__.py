@@ -1,4 +1,4 @@
 """Reports: HTML, Markdown and JSON pages of a run, of a benchmark and of a store's history.
 
-`pages.write_pages` is the stage, `render.build_report` makes HTML and Markdown of its data.
+`pages.write_pages` is the stage, `render.build_report` renders its data.
 """

@@ -1,4 +1,4 @@
-"""The report of a run beside another one: what changed, whether the gate lets it pass, and the page of all runs."""
+"""Report a run against a baseline run: changes, the gate's verdict, and the page of all runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ PUBLISHED = "published"
 RECONSTRUCTIONS = "reconstructions.png"
 
 
-class Reported(NamedTuple):
-    """What was written about a run."""
+class ReportResult(NamedTuple):
+    """The outcome of reporting a run, and the files written."""
 
     run: str
     against: str | None
@@ -30,15 +30,15 @@ class Reported(NamedTuple):
     files: tuple[str, ...]
     metrics: dict[str, float]
     picture: str | None
-    """an image of reconstructions, where the tokenizer's training left one."""
+    """an image of reconstructions, if the tokenizer's training left one."""
 
     @property
     def is_passed(self) -> bool:
-        """Whether the gate lets the run pass; where it was not asked, it does."""
+        """Return whether the run passed the gate; True if the gate was not run."""
         return self.gate is None or self.gate.passed
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One object for scripts."""
+        """Return one JSON object, for scripts."""
         rows = self.comparison.rows if self.comparison else ()
         return {
             "run": self.run,
@@ -52,10 +52,10 @@ class Reported(NamedTuple):
 
 
 def choose(found: Sequence[PastRun], run: str | None) -> PastRun:
-    """The run that is reported on: the named one, or the last that was evaluated.
+    """Choose the run to report: the named one, or the last that was evaluated.
 
     Raises:
-        ValueError: there is none, or it has no figures.
+        ValueError: there is none, or it was not evaluated.
     """
     if run is None:
         chosen = latest(found)
@@ -67,13 +67,15 @@ def choose(found: Sequence[PastRun], run: str | None) -> PastRun:
         there = ", ".join(one.run for one in found[-5:]) or "none"
         raise ValueError(f"there is no run {run!r}; the last ones are: {there}")
     if not is_evaluated(chosen):
-        raise ValueError(f"run {run} is {chosen.state} and has no figures: run its recipe again, it goes on from there")
+        raise ValueError(
+            f"run {run} is {chosen.state} and was not evaluated: run its recipe again, it resumes from there"
+        )
     return chosen
 
 
 def write_report(
     store: Store, *, run: str | None, against: str | None, out: str | None, gate: GateConfig | None
-) -> Reported:
+) -> ReportResult:
     """Write the report of a run as a page, Markdown and JSON, and the page of all runs beside it.
 
     Args:
@@ -82,10 +84,10 @@ def write_report(
         against: another run, or "published" for the published figures alone; None for the last good run of the same
             recipe before it, if there is one.
         out: a local folder; None writes into `runs/{run}` and the page of all runs into the store's root.
-        gate: what the run is held to; None does not ask the gate.
+        gate: thresholds to check the run against; None does not run the gate.
 
     Raises:
-        ValueError: a run is not there, has no figures or is of another version; the folder cannot be written.
+        ValueError: a run is missing, was not evaluated or was written by another version; the folder cannot be written.
     """
     found = records(store)
     chosen = choose(found, run)
@@ -107,14 +109,14 @@ def write_report(
     data = data.model_copy(update={"comparison": comparison, "gate": judged})
     files = _write(store, chosen, build_report(data), found, out)
     against_run = other.run if other else None
-    return Reported(chosen.run, against_run, comparison, judged, files, now.metrics(), _picture(evaluation))
+    return ReportResult(chosen.run, against_run, comparison, judged, files, now.metrics(), _picture(evaluation))
 
 
 def gate_of(store: Store, run: str | None, thresholds: Sequence[str]) -> GateConfig:
-    """What a run is held to: `figure=loss` of the command line, else its recipe's gate.
+    """Return the thresholds for a run: METRIC=LOSS of the command line, else its recipe's gate.
 
     Raises:
-        ValueError: a threshold cannot be read, or there is none at all.
+        ValueError: a threshold cannot be parsed, or there is none at all.
     """
     if thresholds:
         for text in thresholds:
@@ -127,13 +129,13 @@ def gate_of(store: Store, run: str | None, thresholds: Sequence[str]) -> GateCon
         raise ValueError(f"the gate of run {chosen.run} cannot be read: {error.errors()[0]['msg']}") from error
     if not config.thresholds:
         raise ValueError(
-            f"recipe {chosen.recipe.name} has no gate: give --threshold FIGURE=LOSS, or set gate.thresholds"
+            f"recipe {chosen.recipe.name} has no gate: give --threshold METRIC=LOSS, or set gate.thresholds"
         )
     return config
 
 
 def run_info(run: PastRun) -> RunInfo:
-    """Return a past run's description of itself."""
+    """Return the facts of a past run."""
     config = run.recipe.model_dump(mode="json")
     return RunInfo(run.run, run.recipe.name, str(config.get("description", "")), run.source, config)
 
@@ -146,7 +148,7 @@ def _other(found: Sequence[PastRun], chosen: PastRun, against: str | None) -> Pa
 
 def _evaluation(store: Store, run: PastRun) -> Artifact:
     ref = ref_of(run, "evaluate")
-    assert ref is not None, "`choose` refuses runs without figures"
+    assert ref is not None, "`choose` rejects runs without an evaluation"
     return Artifact.load(store, ref)
 
 

@@ -1,17 +1,17 @@
-"""Geometry of the report's drawings: numbers in, SVG coordinates out; the templates draw them."""
+"""Geometry of the report's charts: numbers in, SVG coordinates out; the templates draw them."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.results.types import FinalAgreement, GeneratorFit, Histogram, LossCurve, Measure, StepMeasures, SweepRow
+from flows.results.types import FinalAgreement, GeneratorFit, Histogram, LossCurve, Score, StepScores, SweepRow
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 20, 24
 
 
 class Point(NamedTuple):
-    """A measured point: where it is drawn, and what is written at it."""
+    """A data point: its coordinates and labels."""
 
     x: float
     y: float
@@ -20,25 +20,25 @@ class Point(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """A line of the grid and its label."""
+    """A grid line and its label."""
 
     y: float
     text: str
 
 
 class LineChart(NamedTuple):
-    """One measure against the number of decoding steps."""
+    """One metric against the number of decoding steps."""
 
     title: str
     better: str
     points: list[Point]
     path: str
     ticks: list[Tick]
-    summary: str  # the drawing in words
+    summary: str  # text alternative
 
 
 class Curve(NamedTuple):
-    """One line of a chart of several."""
+    """A curve of a chart of several."""
 
     name: str
     path: str
@@ -46,55 +46,55 @@ class Curve(NamedTuple):
 
 
 class SweepChart(NamedTuple):
-    """Class accuracy of one generator's samples against guidance, a curve a temperature."""
+    """Class accuracy of one generator's samples against guidance, one curve per temperature."""
 
     generator: str
-    seconds: str  # what drawing an image took, in words; empty where that is not known
+    seconds: str  # sampling time per image, in words; empty if unknown
     curves: list[Curve]
     ticks: list[Tick]
-    summary: str  # the drawing in words
+    summary: str  # text alternative
 
 
 class FitChart(NamedTuple):
-    """Nats a held-out code by its position: of the generator, and of the frequencies that it is held against."""
+    """Held-out NLL per token by position, in nats: of the generator and of the unigram baseline."""
 
     curves: list[Curve]
     ticks: list[Tick]
     marks: list[Point]  # the first and the last position
-    summary: str  # the drawing in words
+    summary: str  # text alternative
 
 
 class Area(NamedTuple):
-    """One series of a histogram, as a stepped outline in a box of 100 x 100."""
+    """One series of a histogram, as a stepped outline in a 100 x 100 box."""
 
     name: str
     path: str
 
 
-def show(measure: Measure, value: float | None = None) -> str:
-    """A value as the report prints it: shares in percent, plain numbers to three significant digits."""
-    number = measure.value if value is None else value
-    if measure.unit == "%":
+def show(score: Score, value: float | None = None) -> str:
+    """Format a value for the report: shares in percent, plain numbers to three significant digits."""
+    number = score.value if value is None else value
+    if score.unit == "%":
         return f"{100 * number:.1f} %"
-    if measure.unit:
-        return f"{number:.2f} {measure.unit}"
+    if score.unit:
+        return f"{number:.2f} {score.unit}"
     if 0.1 <= abs(number) < 10:
         return f"{number:.3f}"
     return f"{number:.3g}" if abs(number) < 1000 else f"{number:,.0f}"
 
 
-def step_charts(by_steps: Sequence[StepMeasures]) -> list[LineChart]:
-    """A chart of each measure that was taken at every step count; steps are spaced evenly, as powers of two are."""
-    labels = [measure.label for measure in by_steps[0].measures] if by_steps else []
+def step_charts(by_steps: Sequence[StepScores]) -> list[LineChart]:
+    """Chart each metric that has a score at every number of steps; steps are evenly spaced, as powers of two are."""
+    labels = [score.label for score in by_steps[0].measures] if by_steps else []
     columns = [[m for step in by_steps for m in step.measures if m.label == label] for label in labels]
     steps = [step.num_steps for step in by_steps]
     return [_line_chart(column, steps) for column in columns if len(column) == len(steps)]
 
 
-def _line_chart(measures: Sequence[Measure], steps: Sequence[int]) -> LineChart:
-    values = [measure.value for measure in measures]
+def _line_chart(scores: Sequence[Score], steps: Sequence[int]) -> LineChart:
+    values = [score.value for score in scores]
     ticks = nice_ticks(min(values), max(values))
-    if measures[0].unit == "%":
+    if scores[0].unit == "%":
         ticks = [tick for tick in ticks if -1e-9 <= tick <= 1 + 1e-9]
     low, high = min(*values, ticks[0]), max(*values, ticks[-1])
     inner = WIDTH - _LEFT - _RIGHT
@@ -103,10 +103,10 @@ def _line_chart(measures: Sequence[Measure], steps: Sequence[int]) -> LineChart:
         return round(HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM), 2)
 
     points = [
-        Point(round(_LEFT + inner * (i + 0.5) / len(steps), 2), y(measure.value), str(step), _point_label(measure))
-        for i, (step, measure) in enumerate(zip(steps, measures, strict=True))
+        Point(round(_LEFT + inner * (i + 0.5) / len(steps), 2), y(score.value), str(step), _point_label(score))
+        for i, (step, score) in enumerate(zip(steps, scores, strict=True))
     ]
-    first = measures[0]
+    first = scores[0]
     return LineChart(
         title=first.label if first.unit in ("", "%") else f"{first.label}, {first.unit}",
         better=first.better,
@@ -118,10 +118,12 @@ def _line_chart(measures: Sequence[Measure], steps: Sequence[int]) -> LineChart:
 
 
 def agreement_charts(found: FinalAgreement) -> list[LineChart]:
-    """Two charts over the steps before the last: the divergence from its prediction, and the share of equal codes."""
+    """Chart the steps before the last: divergence from its prediction, and share of equal codes."""
     return [
         _over_steps("KL to the final prediction, nats", found.kl, "truth {:.2f}", "{:.2f}", low=0.0),
-        _over_steps("Same likeliest code as the final one", found.top1, "truth {:.0%}", "{:.0%}", low=0.0, high=1.0),
+        _over_steps(
+            "Same most likely code as the final prediction", found.top1, "truth {:.0%}", "{:.0%}", low=0.0, high=1.0
+        ),
     ]
 
 
@@ -150,7 +152,7 @@ def _over_steps(
 
 
 def loss_charts(curves: Sequence[LossCurve]) -> list[LineChart]:
-    """A chart of each training's loss, on a logarithmic scale where it falls by more than ten times."""
+    """Chart each training's loss, on a logarithmic scale if it falls by more than ten times."""
     return [_loss_chart(curve) for curve in curves if len(curve.steps) > 1]
 
 
@@ -179,8 +181,8 @@ def _loss_chart(curve: LossCurve) -> LineChart:
 
 
 def fit_chart(fit: GeneratorFit) -> FitChart:
-    """Two curves over the positions of a sequence, counted from 1."""
-    lines = {"generator": fit.by_position, "class and position alone": fit.frequency_by_position}
+    """Chart the generator's NLL and the baseline's over the positions of a sequence, counted from 1."""
+    lines = {"generator": fit.by_position, "unigram baseline": fit.frequency_by_position}
     values = [value for line in lines.values() for value in line]
     ticks = nice_ticks(min(values), max(values))
     low, high = min(*values, ticks[0]), max(*values, ticks[-1])
@@ -211,7 +213,7 @@ def fit_chart(fit: GeneratorFit) -> FitChart:
 
 
 def sweep_charts(rows: Sequence[SweepRow]) -> list[SweepChart]:
-    """A chart of each generator, all of one scale, so that they can be compared side by side."""
+    """Chart each generator, all on one scale, so that they can be compared side by side."""
     if not rows:
         return []
     ticks = [tick for tick in nice_ticks(min(row.class_accuracy for row in rows), 1.0) if tick <= 1 + 1e-9]
@@ -247,15 +249,15 @@ def _sweep_chart(rows: Sequence[SweepRow], scales: Sequence[float], ticks: Seque
     digits = max(0, -math.floor(math.log10(gap * 100) + 1e-9))
     return SweepChart(
         generator=rows[0].generator,
-        seconds=_drawing_time(rows),
+        seconds=_sampling_time(rows),
         curves=curves,
         ticks=[Tick(y(tick), f"{100 * tick:.{digits}f} %") for tick in ticks],
         summary="; ".join(f"{c.name}: {', '.join(f'{p.text} at {p.x_label}' for p in c.points)}" for c in curves),
     )
 
 
-def _drawing_time(rows: Sequence[SweepRow]) -> str:
-    """Milliseconds an image without and with guidance: of the fastest setting, which other programs disturbed least."""
+def _sampling_time(rows: Sequence[SweepRow]) -> str:
+    """Format milliseconds per image without and with guidance, of the fastest (least disturbed) setting."""
     found = []
     for word, is_guided in (("without guidance", False), ("with", True)):
         taken = [
@@ -264,23 +266,23 @@ def _drawing_time(rows: Sequence[SweepRow]) -> str:
             if row.seconds_per_image is not None and (row.cfg_scale != 1) == is_guided
         ]
         if taken:
-            found.append(f"{1000 * min(taken):.2g} ms an image {word}")
+            found.append(f"{1000 * min(taken):.2g} ms per image {word}")
     return ", ".join(found)
 
 
-def _point_label(measure: Measure) -> str:
-    """The value without a unit that the title states."""
-    return show(measure).removesuffix(f" {measure.unit}" if measure.unit != "%" else "")
+def _point_label(score: Score) -> str:
+    """Format a value without the unit, which the title states."""
+    return show(score).removesuffix(f" {score.unit}" if score.unit != "%" else "")
 
 
-def _tick_label(measure: Measure, tick: float, gap: float) -> str:
-    scale, unit = (100, " %") if measure.unit == "%" else (1, "")
+def _tick_label(score: Score, tick: float, gap: float) -> str:
+    scale, unit = (100, " %") if score.unit == "%" else (1, "")
     digits = max(0, -math.floor(math.log10(gap * scale) + 1e-9))
     return f"{tick * scale:.{digits}f}{unit}"
 
 
 def nice_ticks(low: float, high: float, count: int = 3) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from at most `low` to at least `high`."""
+    """Return round numbers (1, 2 or 5 times a power of ten apart) from at most `low` to at least `high`."""
     if high - low < 1e-12 * max(1.0, abs(high)):
         pad = abs(high) * 0.01 or 1.0
         low, high = low - pad, high + pad
@@ -292,7 +294,7 @@ def nice_ticks(low: float, high: float, count: int = 3) -> list[float]:
 
 
 def histogram_areas(histogram: Histogram) -> list[Area]:
-    """Each series as a closed, stepped outline; the highest bin of all touches the top."""
+    """Outline each series as a closed, stepped path, scaled so that the highest bin of all almost touches the top."""
     low, span = histogram.edges[0], (histogram.edges[-1] - histogram.edges[0]) or 1.0
     top = max((max(shares) for shares in histogram.series.values()), default=1.0) or 1.0
     xs = [round((edge - low) / span * 100, 3) for edge in histogram.edges]

@@ -1,4 +1,4 @@
-"""What a run's artifacts tell about how it went: losses, rates, and what was rejected."""
+"""Facts about a run from its artifacts: losses, held-out NLL, throughput, and rejected entries."""
 
 import json
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from infra.artifacts.manifest import Manifest
 from sftok.prepare.prepare import REJECTS, gist
 
 LOG = "log.jsonl"
-VAL_NLL = "val_nll/"  # and a position
-POINTS = 160  # of a drawn curve
-REASONS = 8  # of rejects that are told
-DONE = {  # what a stage did, by its counts
+VAL_NLL = "val_nll/"  # followed by a position
+POINTS = 160  # per drawn curve
+REASONS = 8  # of rejection that are listed
+DONE = {  # count of a stage's work, and its unit
     "images": ("accepted", "images"),
     "codes": ("rows", "rows"),
     "samples": ("samples", "samples"),
@@ -25,7 +25,7 @@ DONE = {  # what a stage did, by its counts
 
 
 def loss_curves(made: Mapping[str, Artifact]) -> tuple[LossCurve, ...]:
-    """The loss of each training among the stages, thinned out evenly."""
+    """Read the loss of each training stage, thinned out evenly."""
     curves = []
     for stage, artifact in made.items():
         if not any(entry.path == LOG for entry in artifact.manifest.files):
@@ -41,7 +41,7 @@ def loss_curves(made: Mapping[str, Artifact]) -> tuple[LossCurve, ...]:
 
 
 def fit_of(manifest: Manifest) -> GeneratorFit | None:
-    """How likely held-out codes are to a generator, where its training measured that and what to hold it against."""
+    """Return the held-out NLL of a generator and of its baseline; None if its training did not measure both."""
     found = manifest.metrics
     if not {"val_nll", "val_top1", "frequency_nll"} <= found.keys():
         return None
@@ -60,9 +60,9 @@ def fit_of(manifest: Manifest) -> GeneratorFit | None:
 
 
 def rate_of(manifest: Manifest) -> str:
-    """What a stage did a second, where its counts tell; an imported model did nothing.
+    """Return the throughput of a stage, if its counts tell; an imported model has none.
 
-    Of a training: what its steps alone took in, and which share of the device's peak their arithmetic is.
+    For a training: the rate of its steps alone, and their arithmetic as a share of the device's peak (MFU).
     """
     for unit in ("images", "tokens"):
         if rate := manifest.metrics.get(f"{unit}_per_s"):
@@ -80,7 +80,7 @@ def _per_second(rate: float, unit: str) -> str:
 
 
 def rejects_of(images: Artifact) -> tuple[Rejects, ...]:
-    """What prepare rejected, by reason, the commonest first."""
+    """Count what prepare rejected, by reason, most frequent first."""
     if not any(entry.path == REJECTS for entry in images.manifest.files):
         return ()
     with images.folder.open(REJECTS) as opened, pq.ParquetFile(opened) as file:

@@ -1,4 +1,4 @@
-"""The page of all runs: one file, which links to the reports of the runs beside it."""
+"""The page of all runs: a single file that links to the reports of the runs beside it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from flows.report.script import SCRIPT, SCRIPT_HASH
 from flows.runs.history import HEIGHT, WIDTH, PastRun, trends
 
 HISTORY = "history.html"
-SHOWN = (  # of each run, in the table; all figures are drawn below it
+SHOWN = (  # per run, in the table; all metrics are charted below it
     "generation.class_agreement",
     "generation.fd_random",
     "reconstruction.psnr",
@@ -18,13 +18,13 @@ SHOWN = (  # of each run, in the table; all figures are drawn below it
 
 
 def history_page(store: str, found: Sequence[PastRun], *, beside: str | None = None) -> str:
-    """Render the page.
+    """Render the page of all runs.
 
     Args:
-        store: the store's URI, which is printed.
+        store: the store's URI, which is displayed.
         found: its runs, oldest first.
-        beside: folder that the page is written to, so that links to reports on this machine are relative to it; None
-            links to runs as they lie beside a page in the store's root.
+        beside: folder that the page is written to: links to local reports are relative to it. None: the page lies in
+            the store's root, and links are relative to that.
     """
     templates = environment()
     templates.filters["duration"] = duration
@@ -44,7 +44,7 @@ def history_page(store: str, found: Sequence[PastRun], *, beside: str | None = N
 
 
 def _shown(found: Sequence[PastRun]) -> tuple[str, ...]:
-    """The headline figures that some run has; of one taken at several step counts, that at the most."""
+    """Select the headline metrics that some run has; per number of decoding steps, the one with the most."""
     names = {name for record in found for name in record.metrics}
     shown = []
     for wanted in SHOWN:

@@ -19,7 +19,7 @@ from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
 from infra.store.store import Store
 
-FILES = 20  # of an artifact, named in the report
+FILES = 20  # listed per artifact
 STAGE_OF_KIND = {
     "images": "prepare",
     "codes": "encode",
@@ -30,7 +30,7 @@ STAGE_OF_KIND = {
 
 
 def write_pages(work: Work) -> Result:
-    """Write the report's three forms."""
+    """Write the report as HTML, Markdown and JSON."""
     recipe = work.recipe
     run = RunInfo(work.job.run, recipe.name, recipe.description, work.job.source, recipe.as_json())
     report = build_report(report_data(work.input("evaluation"), run))
@@ -39,7 +39,7 @@ def write_pages(work: Work) -> Result:
 
 
 class RunInfo(NamedTuple):
-    """A run's own description of itself: its name, recipe, source and config."""
+    """Facts about a run that its manifests do not hold: name, recipe, source and config."""
 
     run: str
     recipe: str
@@ -52,7 +52,7 @@ def report_data(evaluation: Artifact, run: RunInfo) -> ReportData:
     """Collect all that a page shows from the manifests behind an evaluation.
 
     Raises:
-        ValueError: the evaluation is of another version, or what it was made of is not in the store.
+        ValueError: the evaluation was written by another version, or one of its inputs is not in the store.
     """
     store, manifest, folder = evaluation.store, evaluation.manifest, evaluation.folder
     made = _artifacts(store, lineage(store, manifest))
@@ -85,7 +85,7 @@ def read_evaluation(evaluation: Artifact) -> EvaluationReport:
     """Read the scores and galleries of an evaluation.
 
     Raises:
-        ValueError: it is of another version.
+        ValueError: it was written by another version.
     """
     try:
         return EvaluationReport.model_validate_json(evaluation.folder.read(EVALUATION))

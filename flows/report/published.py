@@ -1,4 +1,4 @@
-"""Figures that others published, to stand beside ours and never among them: ImageNet-1k at 256x256."""
+"""Published results on ImageNet-1k at 256x256, shown apart from ours and never among them."""
 
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ GENERATORS = (
 STEPS = ((1, "1.67", "159.4"), (2, "1.50", "165.6"), (4, "1.48", "166.4"), (8, "1.44", "167.2"), (16, "1.44", "167.3"))
 """SFTok-B after fine-tuning: decoding steps, rFID, Inception Score."""
 
-ON_THE_WAY = (
+STEP_AGREEMENT = (
     ("truth", "10.11", "0.09"),
     ("1", "1.04", "0.78"),
     ("2", "0.85", "0.77"),

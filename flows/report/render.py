@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing else, the same in Markdown, and its data as JSON."""
+"""Render the report of a run: a self-contained HTML page, Markdown, and its data as JSON."""
 
 import base64
 import json
@@ -22,15 +22,15 @@ from flows.report.charts import (
     sweep_charts,
 )
 from flows.report.script import SCRIPT, SCRIPT_HASH
-from flows.results.types import ConfusionMatrix, EvaluationReport, Measure, Protocol, ReportData
+from flows.results.types import ConfusionMatrix, EvaluationReport, Protocol, ReportData, Score
 
 TEMPLATES = Path(__file__).parent / "templates"
-MATRIX_LIMIT = 30  # classes up to which the whole confusion matrix is printed
-_CONFUSED = 10  # pairs printed beyond that
+MATRIX_LIMIT = 30  # classes up to which the whole confusion matrix is shown
+_CONFUSED = 10  # most confused pairs shown
 
 
 class Report(NamedTuple):
-    """The three forms of a report."""
+    """A report as HTML, Markdown and JSON."""
 
     html: str
     markdown: str
@@ -38,23 +38,23 @@ class Report(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A headline figure, with the figures that put it in proportion."""
+    """A headline figure, with the figures to judge it by."""
 
     title: str
-    measure: Measure
-    beside: tuple[tuple[str, Measure], ...]
+    score: Score
+    beside: tuple[tuple[str, Score], ...]
 
 
 class Row(NamedTuple):
-    """One line of a table of figures: a figure, or the same one at several step counts."""
+    """A row of a table of figures: one score, or one per number of decoding steps."""
 
     label: str
-    measures: tuple[Measure, ...]
+    scores: tuple[Score, ...]
     protocol: str
 
 
-class Confusion(NamedTuple):
-    """What the class reader saw: shares of each row; pairs (intended, read, share), most confused first."""
+class ConfusionTable(NamedTuple):
+    """Confusion of the class reader: counts and shares by row, recall, and the most confused pairs."""
 
     rows: list[list[tuple[int, float]]]
     recall: list[float]
@@ -73,7 +73,7 @@ def build_report(data: ReportData) -> Report:
 
 
 def environment() -> Environment:
-    """Templates of pages and of Markdown: HTML is escaped, and a name that is not given is an error."""
+    """Create the template environment: HTML is escaped, and an undefined name is an error."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=lambda name: name is not None and ".html" in name,
@@ -94,7 +94,7 @@ def _environment(data: ReportData) -> Environment:
 def _view(data: ReportData) -> dict[str, object]:
     report = data.evaluation
     generation = report.generation
-    common = common_protocol(report.measures())
+    common = common_protocol(report.scores())
     return {
         "data": data,
         "report": report,
@@ -110,7 +110,7 @@ def _view(data: ReportData) -> dict[str, object]:
         "slider": [step.num_steps for step in report.reconstruction.by_steps],
         "script": SCRIPT,
         "script_hash": SCRIPT_HASH,
-        "confusion": confused(generation.confusion, report.class_names) if generation.confusion else None,
+        "confusion": confusion_table(generation.confusion, report.class_names) if generation.confusion else None,
         "matrix_limit": MATRIX_LIMIT,
         "common": common,
         "step_rows": step_rows(report, common),
@@ -123,37 +123,35 @@ def _view(data: ReportData) -> dict[str, object]:
 
 
 def tiles(report: EvaluationReport) -> list[Tile]:
-    """The headline figures, those of them that were measured, beside what they must be held against."""
+    """Select the headline figures that were measured, each with the figures to judge it by."""
     last = report.reconstruction.by_steps[-1].num_steps if report.reconstruction.by_steps else 0
     wanted = (
-        ("Samples that show their class", "generation.class_agreement",
+        ("Class agreement, samples", "generation.class_agreement",
          (("real held-out", "real.class_agreement"), ("shuffled labels", "generation.class_agreement_shuffled"))),
-        ("Reconstructions that keep it", f"reconstruction.class_agreement@{last}",
+        ("Class agreement, reconstructions", f"reconstruction.class_agreement@{last}",
          (("real held-out", "real.class_agreement"),)),
         ("FD (random features), samples", "generation.fd_random_same_n",
          (("real held-out", "real.fd_random"),)),
-        ("PSNR of reconstructions", f"reconstruction.psnr@{last}", (("SSIM", f"reconstruction.ssim@{last}"),)),
-        ("Codebook in use", "codebook.usage_held_out", (("perplexity", "codebook.perplexity_held_out"),)),
-        ("Samples copied verbatim", "generation.verbatim_share", (("real held-out", "real.verbatim_share"),)),
+        ("PSNR, reconstructions", f"reconstruction.psnr@{last}", (("SSIM", f"reconstruction.ssim@{last}"),)),
+        ("Codebook usage", "codebook.usage_held_out", (("perplexity", "codebook.perplexity_held_out"),)),
+        ("Samples with verbatim codes", "generation.verbatim_share", (("real held-out", "real.verbatim_share"),)),
     )  # fmt: skip
     made = []
     for title, name, beside in wanted:
-        if measure := report.find(name):
-            found = tuple(
-                (_beside(label, measure, other), other) for label, key in beside if (other := report.find(key))
-            )
-            made.append(Tile(title, measure, found))
+        if score := report.find(name):
+            found = tuple((_beside(label, score, other), other) for label, key in beside if (other := report.find(key)))
+            made.append(Tile(title, score, found))
     return made
 
 
-def _beside(label: str, measure: Measure, other: Measure) -> str:
-    """Says N where it differs: distances at different N do not compare."""
+def _beside(label: str, score: Score, other: Score) -> str:
+    """Add N to a label if it differs: distances at different N are not comparable."""
     n = other.protocol.num_images
-    return label if n == measure.protocol.num_images else f"{label} (N = {n:,})"
+    return label if n == score.protocol.num_images else f"{label} (N = {n:,})"
 
 
-def confused(matrix: ConfusionMatrix, class_names: Sequence[str]) -> Confusion:
-    """The matrix as shares of each row; a class without samples has shares of 0."""
+def confusion_table(matrix: ConfusionMatrix, class_names: Sequence[str]) -> ConfusionTable:
+    """Compute shares per row, recall and the most confused pairs; a class without samples has shares of 0."""
     rows, pairs = [], []
     for intended, counts in enumerate(matrix.counts):
         total = sum(counts) or 1
@@ -161,16 +159,16 @@ def confused(matrix: ConfusionMatrix, class_names: Sequence[str]) -> Confusion:
         pairs += [(intended, read, n / total) for read, n in enumerate(counts) if n and read != intended]
     pairs.sort(key=lambda pair: (-pair[2], pair[0], pair[1]))
     named = [(class_names[a], class_names[b], share) for a, b, share in pairs[:_CONFUSED]]
-    return Confusion(rows, [row[i][1] for i, row in enumerate(rows)], named)
+    return ConfusionTable(rows, [row[i][1] for i, row in enumerate(rows)], named)
 
 
-def single_rows(measures: Sequence[Measure], common: dict[str, str]) -> list[Row]:
-    """A line of each figure."""
-    return [Row(measure.label, (measure,), protocol_text(measure.protocol, common)) for measure in measures]
+def single_rows(scores: Sequence[Score], common: dict[str, str]) -> list[Row]:
+    """Make a row of each score."""
+    return [Row(score.label, (score,), protocol_text(score.protocol, common)) for score in scores]
 
 
 def step_rows(report: EvaluationReport, common: dict[str, str]) -> list[Row]:
-    """A line of each figure that was taken at every step count; the protocol is the same but for the steps."""
+    """Make a row of each metric with its scores by decoding steps; their protocols differ in the steps only."""
     columns = zip(*(step.measures for step in report.reconstruction.by_steps), strict=True)
     return [
         Row(column[0].label, column, protocol_text(column[0].protocol.model_copy(update={"num_steps": None}), common))
@@ -178,21 +176,21 @@ def step_rows(report: EvaluationReport, common: dict[str, str]) -> list[Row]:
     ]
 
 
-def common_protocol(measures: Sequence[Measure]) -> dict[str, str]:
-    """What holds for every figure that states it, so that tables need not repeat it."""
+def common_protocol(scores: Sequence[Score]) -> dict[str, str]:
+    """Return the protocol terms that all scores which state them share, so that tables need not repeat them."""
     common = {}
     for term in ("resize", "rounding"):
-        stated = {getattr(measure.protocol, term) for measure in measures} - {""}
+        stated = {getattr(score.protocol, term) for score in scores} - {""}
         if len(stated) == 1:
             common[term] = stated.pop()
-    seeds = {_seeds(measure.protocol) for measure in measures} - {""}
+    seeds = {_seeds(score.protocol) for score in scores} - {""}
     if len(seeds) == 1:
         common["seeds"] = seeds.pop()
     return common
 
 
 def protocol_text(protocol: Protocol, common: dict[str, str]) -> str:
-    """A protocol in one line, without what is common to all."""
+    """Format a protocol in one line, without the common terms."""
     against = protocol.reference
     if against and protocol.num_reference is not None:
         against += f" ({protocol.num_reference:,})"
@@ -223,7 +221,7 @@ def _seeds(protocol: Protocol) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    """Format seconds for people: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -235,7 +233,7 @@ def duration(seconds: float) -> str:
 
 
 def markdown_text(value: object) -> str:
-    """Text that Markdown shows as it is: one line, no markup, no table borders."""
+    """Escape text for Markdown: one line, no markup, no table borders."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join("\\" + char if char in "\\`*_[]|#~>" else char for char in text)
 

@@ -1,4 +1,4 @@
-"""The one script of the pages, and the hash by which their security policy allows it and nothing else."""
+"""The only script of the pages, and its hash, by which their content security policy allows it and nothing else."""
 
 import base64
 import hashlib

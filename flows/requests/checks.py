@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from flows.prefect_server.temporary import health
 from flows.recipes.files import load_recipe
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from flows.requests.devices import choose_device
 from flows.requests.precisions import precisions_of, warn_of_slow
 from infra.artifacts.pretrained import WEIGHTS_ROOT

@@ -1,6 +1,6 @@
 """Which device a run computes on: what was asked for, held against the machine, or the Ray cluster that it joins."""
 
-from flows.recipes.small import ComputeConfig
+from flows.recipes.schema import ComputeConfig
 from infra.compute.cluster import cluster_gpus
 from infra.compute.device import default_device
 from infra.settings import Settings

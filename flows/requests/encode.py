@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.recipes.files import load_recipe
-from flows.recipes.small import EncodeConfig, Recipe
+from flows.recipes.schema import EncodeConfig, Recipe
 from flows.requests.checks import check_decoder, check_servers, on_device
 from flows.requests.precisions import warn_of_slow
 from infra.artifacts.artifact import Artifact

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flows.recipes.files import load_recipe
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from flows.requests.checks import check_compilers, check_servers, check_share, on_device
 from flows.requests.precisions import warn_of_slow
 from infra.artifacts.lineage import find_artifact

@@ -1,4 +1,4 @@
-"""Compare the figures of two runs: which may be compared, how each changed, and the result as frozen data."""
+"""Compare the scores of two runs: which are comparable, how each changed, and the result as frozen data."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -7,15 +7,15 @@ from pydantic import Field, FiniteFloat
 from infra.config import Config
 
 if TYPE_CHECKING:
-    from flows.results.types import EvaluationReport, Measure, Protocol
+    from flows.results.types import EvaluationReport, Protocol, Score
 
-# Seeds draw another sample of the same thing: the figure may move, and that is what a comparison is to show.
+# Seeds draw another sample of the same thing: a comparison is to show how far a score moves with them.
 CHANCE = frozenset({"seeds"})
 Verdict = Literal["better", "worse", "same", "changed"]
 
 
 class FigureChange(Config):
-    """One figure in two runs."""
+    """A score in two runs."""
 
     name: str
     label: str
@@ -25,16 +25,16 @@ class FigureChange(Config):
     other: FiniteFloat
     interval: tuple[FiniteFloat, FiniteFloat] | None = None
     other_interval: tuple[FiniteFloat, FiniteFloat] | None = None
-    why_not: str = Field("", description="why the two cannot be compared; empty where they can")
+    why_not: str = Field("", description="why the two are not comparable; empty if they are")
 
     @property
     def change(self) -> float:
-        """How much larger it is now."""
+        """Return the value now minus the value then."""
         return self.value - self.other
 
     @property
     def verdict(self) -> Verdict:
-        """What the change is worth; within the wider interval of the two it is none."""
+        """Classify the change; within the wider interval of the two, the values count as the same."""
         if self.change == 0 or abs(self.change) <= self.noise:
             return "same"
         if not self.better:
@@ -43,58 +43,58 @@ class FigureChange(Config):
 
     @property
     def noise(self) -> float:
-        """Half the wider interval; 0 where none was taken."""
+        """Return half the width of the wider interval; 0 without intervals."""
         widths = [high - low for low, high in filter(None, (self.interval, self.other_interval))]
         return max(widths, default=0.0) / 2
 
 
 class Comparison(Config):
-    """Two runs."""
+    """The scores of two runs, paired."""
 
     run: str
     other: str
     rows: tuple[FigureChange, ...]
-    only_now: tuple[str, ...] = Field((), description="figures that the other run does not have")
-    only_then: tuple[str, ...] = Field((), description="figures that this run does not have")
+    only_now: tuple[str, ...] = Field((), description="scores that the other run does not have")
+    only_then: tuple[str, ...] = Field((), description="scores that this run does not have")
     same_images: bool = Field(description="whether both were measured on the same images")
 
 
 class GateResult(Config):
-    """What the regression gate said of a run."""
+    """The regression gate's verdict on a run."""
 
-    against: str = Field(description="the run that it was held against")
+    against: str = Field(description="the baseline run")
     passed: bool
-    held: int = Field(description="figures that were held to a threshold")
-    losses: tuple[str, ...] = Field((), description="figures that became worse than they may, in words")
-    skipped: tuple[str, ...] = Field((), description="figures with a threshold that could not be compared, and why")
+    held: int = Field(description="scores that were checked against a threshold")
+    losses: tuple[str, ...] = Field((), description="scores that became worse than allowed, in words")
+    skipped: tuple[str, ...] = Field((), description="scores with a threshold that were not comparable, and why")
 
 
 def compare(
     run: str, now: "EvaluationReport", other: str, then: "EvaluationReport", *, same_images: bool
 ) -> Comparison:
-    """Pair the figures of two evaluations by name.
+    """Pair the scores of two evaluations by name.
 
     Args:
-        run: the run that is looked at.
+        run: the run to compare.
         now: its evaluation.
-        other: the run that it is held against.
+        other: the run to compare it with.
         then: its evaluation.
         same_images: whether the prepared images of both are the same by content.
     """
-    ours, theirs = ({measure.name: measure for measure in report.measures()} for report in (now, then))
+    ours, theirs = ({score.name: score for score in report.scores()} for report in (now, then))
     rows = tuple(
         FigureChange(
             name=name,
-            label=_label(measure),
-            unit=measure.unit,
-            better=measure.better,
-            value=measure.value,
+            label=_label(score),
+            unit=score.unit,
+            better=score.better,
+            value=score.value,
             other=theirs[name].value,
-            interval=measure.interval,
+            interval=score.interval,
             other_interval=theirs[name].interval,
-            why_not=why_not(measure.protocol, theirs[name].protocol, same_images=same_images),
+            why_not=why_not(score.protocol, theirs[name].protocol, same_images=same_images),
         )
-        for name, measure in ours.items()
+        for name, score in ours.items()
         if name in theirs
     )
     return Comparison(
@@ -108,7 +108,7 @@ def compare(
 
 
 def why_not(now: "Protocol", then: "Protocol", *, same_images: bool) -> str:
-    """Why two figures cannot be compared: other images, or the first difference of their protocols; else nothing."""
+    """Explain why two scores are not comparable: other images, or the first difference of their protocols; else ""."""
     if not same_images:
         return "measured on other images"
     ours, theirs = now.as_json(), then.as_json()
@@ -118,10 +118,10 @@ def why_not(now: "Protocol", then: "Protocol", *, same_images: bool) -> str:
     return ""
 
 
-def _label(measure: "Measure") -> str:
-    steps = measure.protocol.num_steps
-    is_stepped = steps is not None and measure.name.endswith(f"@{steps}")
-    return f"{measure.label}, {steps} decoding steps" if is_stepped else measure.label
+def _label(score: "Score") -> str:
+    steps = score.protocol.num_steps
+    is_stepped = steps is not None and score.name.endswith(f"@{steps}")
+    return f"{score.label}, {steps} decoding steps" if is_stepped else score.label
 
 
 def _plain(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The regression gate: what may become worse by how much, held against the last good run."""
+"""The regression gate: how much worse than the last good run each score may be."""
 
 import fnmatch
 from typing import NamedTuple
@@ -10,35 +10,35 @@ from infra.config import Config
 
 
 class Threshold(NamedTuple):
-    """How much worse a figure may become; a change within its interval is never a loss."""
+    """Threshold on the loss of a score; a change within its interval is never a loss."""
 
     metric: str
-    """name of a figure, or a pattern: reconstruction.psnr@*"""
+    """name of a metric, or a pattern: reconstruction.psnr@*"""
     max_loss: float
-    """in the figure's unit; of shares, 0.01 is one point."""
+    """in the metric's unit; for shares, 0.01 is one percentage point."""
 
     @classmethod
     def parse(cls, text: str) -> "Threshold":
-        """A threshold as it is written: FIGURE=LOSS.
+        """Parse a threshold, METRIC=LOSS.
 
         Raises:
-            ValueError: it is written otherwise, or the loss is negative.
+            ValueError: it has another form, or the loss is negative.
         """
         metric, _, loss = text.rpartition("=")
         try:
             found = cls(metric.strip(), float(loss))
         except ValueError as error:
-            raise ValueError(f"threshold {text!r}: write FIGURE=LOSS, such as reconstruction.psnr@8=0.5") from error
+            raise ValueError(f"threshold {text!r}: write METRIC=LOSS, such as reconstruction.psnr@8=0.5") from error
         if not found.metric or not found.max_loss >= 0:
-            raise ValueError(f"threshold {text!r}: write FIGURE=LOSS, such as reconstruction.psnr@8=0.5")
+            raise ValueError(f"threshold {text!r}: write METRIC=LOSS, such as reconstruction.psnr@8=0.5")
         return found
 
 
 class GateConfig(Config):
-    """What the gate holds a run to; empty lets everything pass."""
+    """Configuration of the gate; without thresholds everything passes."""
 
     thresholds: tuple[str, ...] = Field(
-        (), description="FIGURE=LOSS, how much worse it may become; a figure is held to the first one that names it"
+        (), description="METRIC=LOSS, how much worse it may become; the first one that matches a metric applies"
     )
 
     @field_validator("thresholds")
@@ -50,7 +50,7 @@ class GateConfig(Config):
 
 
 class Loss(NamedTuple):
-    """A figure that became worse than it may."""
+    """A score that became worse than allowed."""
 
     figure: FigureChange
     threshold: Threshold
@@ -64,37 +64,37 @@ class Loss(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What the gate says of a run."""
+    """The gate's verdict, with the losses as objects."""
 
     losses: tuple[Loss, ...]
     held: int
-    """figures that were held to a threshold."""
+    """scores that were checked against a threshold."""
     skipped: tuple[str, ...]
-    """figures with a threshold that cannot be compared, and why."""
+    """scores with a threshold that are not comparable, and why."""
 
     @property
     def is_passed(self) -> bool:
-        """Whether nothing became worse than it may."""
+        """Return whether no score became worse than allowed."""
         return not self.losses
 
     def result(self, against: str) -> GateResult:
-        """The same in words, for a page."""
+        """Return the verdict in words, for a page."""
         losses = tuple(map(str, self.losses))
         return GateResult(against=against, passed=self.is_passed, held=self.held, losses=losses, skipped=self.skipped)
 
 
 def judge(comparison: Comparison, config: GateConfig) -> Judgement:
-    """Hold a run against another one.
+    """Check the scores of a run against thresholds of loss.
 
     Raises:
-        ValueError: a threshold names no figure of the run.
+        ValueError: a threshold matches no metric of the run.
     """
     names = [row.name for row in comparison.rows] + list(comparison.only_now)
     thresholds = [Threshold.parse(text) for text in config.thresholds]
     for threshold in thresholds:
         if not fnmatch.filter(names, threshold.metric):
             raise ValueError(
-                f"gate: threshold {threshold.metric!r} names no figure of {comparison.run}; there are "
+                f"gate: threshold {threshold.metric!r} matches no metric of {comparison.run}; there are "
                 f"{', '.join(sorted(names)[:5])} ..."
             )
     losses, held, skipped = [], 0, []

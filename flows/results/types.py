@@ -1,4 +1,4 @@
-"""What the report knows, as frozen data: every figure with its whole protocol, every picture with its words."""
+"""Data of a report, frozen: every score with its whole protocol, every picture with its texts."""
 
 from collections.abc import Iterator
 from typing import Literal, Self
@@ -10,58 +10,58 @@ from infra.config import Config
 
 
 class Protocol(Config):
-    """How a figure came about; a figure without it cannot be compared with anything."""
+    """Protocol of a score: everything that must be equal for two scores to be comparable."""
 
     num_images: int = Field(description="N: images (or rows of codes) measured")
     reference: str = Field(default="", description="what they were compared with")
     num_reference: int | None = Field(default=None, description="images (or rows of codes) of the reference")
     extractor: str = Field(default="", description="feature extractor or classifier")
     extractor_sha256: str = Field(default="", description="hash of the extractor's weights, where it has any")
-    resize: str = Field(default="", description="how images of the source came to their size")
-    rounding: str = Field(default="", description="how floats became the pixels that were measured")
-    dtype: str = Field(default="", description="number type of the arithmetic")
+    resize: str = Field(default="", description="how source images were resized")
+    rounding: str = Field(default="", description="how floats were converted to the pixels measured")
+    dtype: str = Field(default="", description="number format of the arithmetic")
     num_steps: int | None = Field(default=None, description="decoding steps of the tokenizer")
     temperature: float | None = Field(
         default=None, description="decoding temperature of the tokenizer; 0 is deterministic"
     )
     sample_temperature: float | None = Field(default=None, description="temperature of the generator")
-    cfg_scale: float | None = Field(default=None, description="guidance of the generator; 1 is conditional only")
-    seeds: dict[str, int] = Field(default_factory=dict, description="seed of each source of chance")
+    cfg_scale: float | None = Field(default=None, description="guidance scale of the generator; 1 is conditional only")
+    seeds: dict[str, int] = Field(default_factory=dict, description="seed of each source of randomness")
     definition: str = Field(default="", description="formula or convention, in words")
 
 
-class Measure(Config):
-    """One figure: what it is, its value, which way is better, and the protocol behind it."""
+class Score(Config):
+    """A metric's value with its interval and protocol."""
 
-    name: str = Field(description="flat name, as it stands in manifests: reconstruction.psnr")
+    name: str = Field(description="metric name, as in manifests: reconstruction.psnr")
     label: str
     value: FiniteFloat
     unit: Literal["", "dB", "bits", "%", "codes"] = Field(default="", description='"%": the value is a share in [0, 1]')
-    better: Literal["higher", "lower", ""] = Field(default="", description="empty where neither is better as such")
+    better: Literal["higher", "lower", ""] = Field(default="", description="empty if neither is better as such")
     interval: tuple[FiniteFloat, FiniteFloat] | None = Field(
-        default=None, description="interval, by the protocol's definition"
+        default=None, description="interval, as the protocol defines it"
     )
     protocol: Protocol
 
 
-class StepMeasures(Config):
-    """Reconstruction after so many decoding steps."""
+class StepScores(Config):
+    """Scores of reconstructions in one number of decoding steps."""
 
     num_steps: int
-    measures: tuple[Measure, ...]
+    measures: tuple[Score, ...]
 
 
 class Histogram(Config):
-    """Shares of several series over the same bins, for a drawing."""
+    """Shares of several series over the same bins, for a chart."""
 
     title: str
     axis: str
     edges: tuple[FiniteFloat, ...] = Field(description="bin edges; one more than bins")
-    series: dict[str, tuple[FiniteFloat, ...]] = Field(description="share a bin of each series")
+    series: dict[str, tuple[FiniteFloat, ...]] = Field(description="share per bin of each series")
 
 
 class ConfusionMatrix(Config):
-    """Counts: row = intended class, column = class read."""
+    """Counts: row = intended class, column = predicted class."""
 
     counts: tuple[tuple[int, ...], ...]
 
@@ -70,7 +70,7 @@ class Picture(Config):
     """An image shown in the report."""
 
     file: str = Field(description="key of its PNG")
-    alt: str = Field(description="text for those who cannot see it")
+    alt: str = Field(description="alternative text")
     caption: str = ""
 
 
@@ -82,41 +82,43 @@ class PictureRow(Config):
 
 
 class Gallery(Config):
-    """Pictures chosen by rule, never by looks; the rule is stated."""
+    """Pictures chosen by a stated rule, never by looks."""
 
     rule: str
-    columns: tuple[str, ...] = Field(default=(), description="headings, where columns differ")
+    columns: tuple[str, ...] = Field(default=(), description="headings, if columns differ")
     rows: tuple[PictureRow, ...]
 
     def pictures(self) -> Iterator[Picture]:
-        """All pictures, row by row."""
+        """Yield all pictures, row by row."""
         return (picture for row in self.rows for picture in row.pictures)
 
 
 class FinalAgreement(Config):
-    """How near what is predicted on the way is to the final prediction (the paper's figure 4a)."""
+    """Agreement of each decoding step's prediction with the final one (the paper's figure 4a)."""
 
     num_steps: int
     num_images: int
-    kl: tuple[FiniteFloat, ...] = Field(description="nats a position: of the truth, then of steps 1 to num_steps - 1")
-    top1: tuple[FiniteFloat, ...] = Field(description="share of positions with the same likeliest code, in that order")
+    kl: tuple[FiniteFloat, ...] = Field(description="nats per position: of the truth, then of steps 1 to num_steps - 1")
+    top1: tuple[FiniteFloat, ...] = Field(
+        description="share of positions with the same most likely code, in that order"
+    )
 
 
 class ReconstructionReport(Config):
-    """Images through the tokenizer and back."""
+    """Evaluation of reconstructions."""
 
-    by_steps: tuple[StepMeasures, ...] = Field(min_length=1, description="in the order of the step counts asked for")
-    measures: tuple[Measure, ...]
+    by_steps: tuple[StepScores, ...] = Field(min_length=1, description="in the order of the step counts asked for")
+    measures: tuple[Score, ...]
     gallery: Gallery
-    extremes: Gallery | None = Field(default=None, description="the worst, the middle and the best by PSNR")
+    extremes: Gallery | None = Field(default=None, description="the worst, median and best by PSNR")
     agreement: FinalAgreement | None = None
-    usage: Histogram | None = Field(default=None, description="how often codes occur, the commonest first")
+    usage: Histogram | None = Field(default=None, description="code frequencies, most frequent first")
 
 
 class GenerationReport(Config):
-    """Images from the generator."""
+    """Evaluation of generated images."""
 
-    measures: tuple[Measure, ...]
+    measures: tuple[Score, ...]
     gallery: Gallery
     neighbours: Gallery = Field(description="samples beside their nearest training images")
     distances: Histogram = Field(description="distances to the nearest training image")
@@ -124,7 +126,7 @@ class GenerationReport(Config):
 
 
 class EvaluationReport(Config):
-    """Everything that the evaluate stage found."""
+    """Output of the evaluate stage."""
 
     schema_version: Literal[1] = 1
     class_names: tuple[str, ...]
@@ -132,18 +134,18 @@ class EvaluationReport(Config):
     reconstruction: ReconstructionReport
     generation: GenerationReport
 
-    def measures(self) -> tuple[Measure, ...]:
-        """Every figure, in reading order."""
+    def scores(self) -> tuple[Score, ...]:
+        """Return every score, in reading order."""
         stepped = (m for step in self.reconstruction.by_steps for m in step.measures)
         return (*stepped, *self.reconstruction.measures, *self.generation.measures)
 
     def metrics(self) -> dict[str, float]:
-        """Flat names to values, for the manifest; a figure a step count is called name@steps."""
-        return {measure.name: measure.value for measure in self.measures()}
+        """Return values by metric name, for the manifest; per number of decoding steps: name@steps."""
+        return {score.name: score.value for score in self.scores()}
 
-    def find(self, name: str) -> Measure | None:
-        """The figure of that name, if it was measured."""
-        return next((measure for measure in self.measures() if measure.name == name), None)
+    def find(self, name: str) -> Score | None:
+        """Return the score of that name, if there is one."""
+        return next((score for score in self.scores() if score.name == name), None)
 
     def pictures(self) -> Iterator[Picture]:
         """Every picture that the report shows."""
@@ -154,33 +156,33 @@ class EvaluationReport(Config):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        names = [measure.name for measure in self.measures()]
+        names = [score.name for score in self.scores()]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"measures named twice: {', '.join(twice)}")
+            raise ValueError(f"scores named twice: {', '.join(twice)}")
         return self
 
 
 class SweepPoint(Config):
-    """How often samples of one generator show their class at one setting."""
+    """Class accuracy of one generator's samples at one setting."""
 
     generator: str = Field(description="autoregressive or masked")
-    cfg_scale: float = Field(description="guidance; 1 is conditional only")
+    cfg_scale: float = Field(description="guidance scale; 1 is conditional only")
     temperature: float = Field(description="autoregressive: of the softmax; masked: of the noise at the first step")
-    samples: int = Field(gt=0, description="as many of every class")
-    class_accuracy: FiniteFloat = Field(ge=0, le=1, description="share read as the class that is meant")
+    samples: int = Field(gt=0, description="as many of each class")
+    class_accuracy: FiniteFloat = Field(ge=0, le=1, description="share classified as the intended class")
 
 
 class SweepRow(SweepPoint):
-    """The same with what it took."""
+    """A point of the sweep with its cost."""
 
     seconds_per_image: FiniteFloat | None = Field(
-        default=None, description="drawing the codes, on the machine that did it; without decoding"
+        default=None, description="time of sampling the codes, on the machine that did it; without decoding"
     )
 
 
 class LossCurve(Config):
-    """How a training went: its loss by steps, thinned out for a drawing."""
+    """Loss of a training by step, thinned out for a chart."""
 
     stage: str
     steps: tuple[int, ...]
@@ -188,43 +190,43 @@ class LossCurve(Config):
 
 
 class GeneratorFit(Config):
-    """Nats a held-out code, to the generator and to a model of class and position alone."""
+    """Held-out NLL per token, of the generator and of the class-and-position unigram baseline, in nats."""
 
-    generator: str = Field(
-        description="autoregressive: given the codes before; masked: given those that are not hidden"
-    )
+    generator: str = Field(description="autoregressive: given the preceding codes; masked: given the visible ones")
     nll: FiniteFloat
-    top1: FiniteFloat = Field(ge=0, le=1, description="share of codes that the generator holds likeliest")
+    top1: FiniteFloat = Field(ge=0, le=1, description="share of codes that the generator ranks first")
     positions: tuple[int, ...]
     by_position: tuple[FiniteFloat, ...]
-    frequency_nll: FiniteFloat = Field(description="under the frequencies of training codes of its class and position")
+    frequency_nll: FiniteFloat = Field(
+        description="of the unigram baseline: frequencies of training codes by class and position"
+    )
     frequency_by_position: tuple[FiniteFloat, ...]
 
 
 class Rejects(Config):
-    """Entries of the source that are no images, by reason."""
+    """Rejected entries of the source, by reason."""
 
-    reason: str = Field(description="without what differs from file to file")
+    reason: str = Field(description="without what differs between files")
     count: int
     example: str = Field(description="path of one of them")
 
 
 class StageRow(Config):
-    """One stage of the run."""
+    """A stage of the run."""
 
     name: str
     state: str = Field(description="Completed, Cached ...")
-    seconds: float = Field(ge=0, description="how long the work took, when it was done")
+    seconds: float = Field(ge=0, description="duration of the work, when it was done")
     digest: str
     uri: str = ""
     inputs: tuple[str, ...] = Field(default=(), description="digests of the artifacts it was made from")
-    rate: str = Field(default="", description="what it did a second, in words")
+    rate: str = Field(default="", description="throughput, in words")
     made_on: str = Field(default="", description="devices and arithmetic that computed it")
-    files: tuple[str, ...] = Field(default=(), description="name, size and SHA-256 of its files, the first of them")
+    files: tuple[str, ...] = Field(default=(), description="name, size and SHA-256 of its first files")
 
 
 class ReportData(Config):
-    """One run, ready to be shown."""
+    """Everything that the pages of a run show."""
 
     model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
@@ -232,17 +234,17 @@ class ReportData(Config):
     recipe: str
     description: str = ""
     created_at: str = Field(description="ISO 8601, UTC")
-    source: str = Field(default="", description="where the images came from")
+    source: str = Field(default="", description="source of the images")
     command: str = ""
     counts: dict[str, int] = Field(default_factory=dict, description="found, accepted, rejected, train, val, classes")
     stages: tuple[StageRow, ...]
     evaluation: EvaluationReport
-    sweep: tuple[SweepRow, ...] = Field(default=(), description="generators side by side, at every setting")
-    losses: tuple[LossCurve, ...] = Field(default=(), description="of each training")
+    sweep: tuple[SweepRow, ...] = Field(default=(), description="both generators, at every setting")
+    losses: tuple[LossCurve, ...] = Field(default=(), description="one per training")
     fit: GeneratorFit | None = Field(default=None, description="of the generator to held-out codes")
-    rejects: tuple[Rejects, ...] = Field(default=(), description="commonest first")
-    comparison: Comparison | None = Field(default=None, description="with an earlier run, where there is one")
-    gate: GateResult | None = Field(default=None, description="what the regression gate said, where it was asked")
+    rejects: tuple[Rejects, ...] = Field(default=(), description="most frequent first")
+    comparison: Comparison | None = Field(default=None, description="with an earlier run, if there is one")
+    gate: GateResult | None = Field(default=None, description="verdict of the regression gate, if it was run")
     images: dict[str, bytes] = Field(
         default_factory=dict, description="PNG of each picture; left out of the JSON form", repr=False
     )

@@ -14,7 +14,7 @@ from typing import Literal
 import psutil
 from pydantic import ConfigDict, Field
 
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from infra.artifacts.manifest import DIGEST_CHARS, ArtifactRef, Manifest
 from infra.config import Config
 from infra.store.store import Store

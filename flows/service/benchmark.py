@@ -14,7 +14,7 @@ from prefect.artifacts import (
 from pydantic import Field, ValidationError
 
 from flows.pipeline.full import full_pipeline
-from flows.report.benchmark import Reported, choose, gate_of, write_report
+from flows.report.benchmark import ReportResult, choose, gate_of, write_report
 from flows.runs.history import is_evaluated, records
 from flows.runs.journal import RunRecord, new_run_id
 from infra.store.store import Store
@@ -27,7 +27,7 @@ KEY = "benchmark"
 class GateFailedError(RuntimeError):
     """A figure became worse than it may; the report is published nevertheless."""
 
-    def __init__(self, reported: Reported) -> None:
+    def __init__(self, reported: ReportResult) -> None:
         losses = reported.gate.losses if reported.gate else ()
         super().__init__(f"the gate is failed by run {reported.run}: {'; '.join(losses)}")
         self.reported = reported
@@ -45,7 +45,7 @@ def benchmark(
         bool, Field(description="fail, after publishing, if a figure became worse than its recipe allows")
     ] = False,
     out: Annotated[str | None, Field(description="local folder for the pages; none: in the store")] = None,
-) -> Reported:
+) -> ReportResult:
     """Publish a run's report; one that was not evaluated is run again first, which does only what is missing.
 
     Raises:
@@ -85,7 +85,7 @@ def _evaluated(store: Store, run: str | None) -> str:
     return str(again.run)
 
 
-def _note(store: Store, made: Reported) -> None:
+def _note(store: Store, made: ReportResult) -> None:
     """Write into the run's record what the gate said: a failed run is not what later ones are held against."""
     assert made.gate is not None
     key = f"runs/{made.run}/run.json"
@@ -98,7 +98,7 @@ def _note(store: Store, made: Reported) -> None:
     store.write(key, noted.model_dump_json(indent=2).encode())
 
 
-def _show_in_prefect(store: Store, made: Reported) -> None:
+def _show_in_prefect(store: Store, made: ReportResult) -> None:
     """The report as artifacts of the flow run; it is published and well even if the server will not have them."""
     rows = made.comparison.rows if made.comparison else ()
     then = {row.name: row for row in rows}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from flows.pipeline.graph import ENCODE, PREPARE
 from flows.recipes.changes import changes_of
 from flows.recipes.files import load_recipe
-from flows.recipes.small import EncodeConfig, Recipe
+from flows.recipes.schema import EncodeConfig, Recipe
 from flows.requests.encode import Dataset, find_dataset
 from flows.runs.history import records, ref_of
 from flows.service.parameters import RetokenizeParameters

@@ -34,7 +34,7 @@ from pydantic import ValidationError
 
 from flows.prefect_server.heartbeat import BEAT
 from flows.recipes.changes import changes_of
-from flows.recipes.small import Recipe
+from flows.recipes.schema import Recipe
 from flows.runs.journal import Writer, one_line, this_process
 from flows.service import notify
 from flows.service.parameters import PipelineParameters

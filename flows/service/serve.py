@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from flows.prefect_server.permanent import whole_server
+from flows.prefect_server.permanent import permanent_server
 from flows.prefect_server.temporary import LOOPBACK
 from flows.recipes.files import load_recipe
 from flows.requests.checks import check_home, check_ranks, check_request, check_weights
@@ -219,7 +219,9 @@ def serve(options: ServeOptions, *, say: Callable[[str], None], verbose: bool = 
         ServerError: the server does not start.
     """
     settings = Settings()
-    with whole_server(settings.home, port=options.port, api_url=settings.prefect_api_url, verbose=verbose) as server:
+    with permanent_server(
+        settings.home, port=options.port, api_url=settings.prefect_api_url, verbose=verbose
+    ) as server:
         server.wait()
         from flows.prefect_server import heartbeat
         from flows.service import concurrency as overlap

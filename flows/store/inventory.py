@@ -1,4 +1,4 @@
-"""What a store holds: artifacts, what stands on them, which runs made them, and what is kept."""
+"""Inventory of a store: list, pin, copy and collect artifacts, with the runs that use them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -20,11 +20,11 @@ from infra.store.store import Store
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-SHOWN_CHARS = 12  # of a digest's 32
+SHOWN_CHARS = 12  # of the 32 of a digest
 
 
-class Listed(NamedTuple):
-    """An artifact of the store."""
+class ArtifactListing(NamedTuple):
+    """An artifact of a store, as `sftok ls` shows it."""
 
     manifest: Manifest
     uri: str
@@ -33,11 +33,11 @@ class Listed(NamedTuple):
 
     @property
     def stage(self) -> str:
-        """What made it, where its kind does not say."""
+        """Return the stage that made it, if its kind does not tell."""
         return str(self.manifest.config.get("stage", ""))
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One flat object."""
+        """Return one flat JSON object."""
         made = self.manifest
         return {
             "ref": f"{made.kind}/{made.digest}",
@@ -53,7 +53,7 @@ class Listed(NamedTuple):
         }
 
     def as_row(self) -> tuple[str, ...]:
-        """Cells of a table."""
+        """Return the cells of a table row."""
         made = self.manifest
         last = f"{self.runs[-1]}{f' and {len(self.runs) - 1} more' if len(self.runs) > 1 else ''}" if self.runs else ""
         return (
@@ -67,11 +67,11 @@ class Listed(NamedTuple):
         )
 
 
-HEAD = ("artifact", "stage", "made", "files", "size", "runs", "")
+HEAD = ("artifact", "stage", "created", "files", "size", "runs", "")
 
 
-def list_artifacts(*, store: str | None, kind: str | None = None, run: str | None = None) -> list[Listed]:
-    """The finished artifacts of a store, or those of one kind, or of one run.
+def list_artifacts(*, store: str | None, kind: str | None = None, run: str | None = None) -> list[ArtifactListing]:
+    """List the finished artifacts of a store, optionally of one kind or one run.
 
     Raises:
         ValueError: there is no such run, or a manifest is damaged.
@@ -83,13 +83,13 @@ def list_artifacts(*, store: str | None, kind: str | None = None, run: str | Non
         found = {key: manifest for key, manifest in found.items() if key in wanted}
     users, kept = _users(records(place)), pins(place)
     return [
-        Listed(manifest, ref_of(place, manifest).uri, tuple(users.get(key, ())), kept.get(key))
+        ArtifactListing(manifest, ref_of(place, manifest).uri, tuple(users.get(key, ())), kept.get(key))
         for key, manifest in found.items()
     ]
 
 
 def pin(text: str, *, store: str | None, reason: str = "") -> Pin:
-    """Keep the artifact that `text` names, and all that it stands on, whatever is collected.
+    """Pin the artifact that `text` names: collections keep it and all its inputs.
 
     Raises:
         ValueError: there is no such artifact, or more than one.
@@ -99,7 +99,7 @@ def pin(text: str, *, store: str | None, reason: str = "") -> Pin:
 
 
 def unpin(text: str, *, store: str | None) -> str:
-    """Let the artifact that `text` names go.
+    """Unpin the artifact that `text` names.
 
     Raises:
         ValueError: there is no such artifact, more than one, or it is not pinned.
@@ -114,14 +114,14 @@ def unpin(text: str, *, store: str | None) -> str:
 def copy(
     text: str, target: str, *, store: str | None, inputs: bool = False, progress: Progress = silent
 ) -> list[CopyResult]:
-    """Copy the artifact that `text` names into another store, with `inputs` all that it was made of before it.
+    """Copy the artifact that `text` names into another store, preceded by all its inputs if `inputs`.
 
     Raises:
         ValueError: there is no such artifact, more than one, a file is damaged, or the target cannot be used.
     """
     place, other = Store(store or Settings().store), Store(target)
     if place == other:
-        raise ValueError(f"{place.uri} is the store it is copied from: name another one")
+        raise ValueError(f"{place.uri} is the store to copy from: name another one")
     manifest = resolve(place, text)
     found = manifests(place) if inputs else {key_of_ref(manifest): manifest}
     other.check()
@@ -131,20 +131,20 @@ def copy(
     return [copy_artifact(place, made, other, progress=progress) for made in chosen]
 
 
-class Users(NamedTuple):
-    """What was made of an artifact, directly or not."""
+class Dependents(NamedTuple):
+    """The artifacts that were made from one, directly or indirectly."""
 
     found: Mapping[Key, Manifest]
     root: Key
 
     def as_json(self) -> list[JsonValue]:
-        """Their names, oldest first."""
+        """Return their names, oldest first."""
         keys = descendants(self.found, self.root)
         made = sorted((self.found[key] for key in keys), key=lambda manifest: manifest.created_at)
         return [f"{manifest.kind}/{manifest.digest}" for manifest in made]
 
     def grow(self, tree: "Tree") -> None:
-        """Add a branch for each, under what it was made of; what stands on several is unfolded once."""
+        """Add them to a tree, each under its inputs; the second occurrence of one is not expanded."""
         self._grow(tree, self.root, set())
 
     def _grow(self, tree: "Tree", key: Key, seen: set[Key]) -> None:
@@ -160,26 +160,26 @@ class Users(NamedTuple):
             self._grow(tree.add(label), other, seen)
 
 
-class Doomed(NamedTuple):
-    """Runs that go, and what only they stood on."""
+class Garbage(NamedTuple):
+    """Runs that can be removed, and artifacts that only they use."""
 
     runs: tuple[str, ...]
     artifacts: frozenset[Key]
 
 
-def doomed_of(
+def find_garbage(
     found: Mapping[Key, Manifest], runs: Sequence[PastRun], kept: Iterable[Key], *, keep_last: int, before: str
-) -> Doomed:
-    """What a collection takes: old runs beyond the last few of their recipe, and the artifacts of those alone.
+) -> Garbage:
+    """Find old runs beyond the last few of their recipe, and the artifacts that only they use.
 
-    What a kept or a running run stands on stays, so do pins, and what no run has made: imported weights and the like.
+    Kept are artifacts of kept or running runs with their inputs, pins, and what no run made, such as imported weights.
 
     Args:
         found: all finished artifacts.
         runs: all runs, oldest first.
         kept: pins.
-        keep_last: runs of each recipe that stay, however old.
-        before: runs that began after this time stay, in ISO 8601, UTC.
+        keep_last: runs of each recipe that are kept, however old.
+        before: runs that started after this time are kept; ISO 8601, UTC.
     """
     going: list[PastRun] = []
     for recipe in {run.recipe.name for run in runs}:
@@ -190,26 +190,26 @@ def doomed_of(
     of_some_run = with_ancestors(found, _of_runs(runs))
     of_none = [key for key in found if key not in of_some_run]
     needed = kept_keys(found, staying, [*kept, *of_none])
-    return Doomed(tuple(sorted(names)), frozenset(with_ancestors(found, _of_runs(going)) - needed))
+    return Garbage(tuple(sorted(names)), frozenset(with_ancestors(found, _of_runs(going)) - needed))
 
 
-class Gone(NamedTuple):
-    """What a collection took, or would take."""
+class CollectionResult(NamedTuple):
+    """What a garbage collection removed, or would remove."""
 
     dry_run: bool
     runs: tuple[str, ...]
     collected: CollectResult
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One flat object."""
-        told = {
+        """Return one flat JSON object."""
+        collected = {
             name: list(value) if isinstance(value, tuple) else value for name, value in self.collected._asdict().items()
         }
-        return {"dry_run": self.dry_run, "runs": list(self.runs), **told}
+        return {"dry_run": self.dry_run, "runs": list(self.runs), **collected}
 
     def lines(self) -> Iterator[str]:
-        """The same for people."""
-        verb = "would go" if self.dry_run else "gone"
+        """Yield the lines that people read."""
+        verb = "would remove" if self.dry_run else "removed"
         for what, names in (
             ("run", self.runs),
             ("artifact", self.collected.artifacts),
@@ -220,34 +220,36 @@ class Gone(NamedTuple):
         yield (
             f"{verb}: {len(self.runs)} runs, {len(made.artifacts)} artifacts, {len(made.leftovers)} leftovers, "
             f"{made.uploads} unfinished uploads; {made.files:,} files, {size_text(made.bytes)}"
-            + (f"; {made.shared:,} files stay for datasets that share them" if made.shared else "")
+            + (f"; {made.shared:,} files are kept for datasets that share them" if made.shared else "")
         )
 
 
 def collect_garbage(
     *, store: str | None, keep_last: int, older_than: timedelta, grace: timedelta, dry_run: bool
-) -> Gone:
-    """Remove old runs, what only they stood on, and what killed runs left.
+) -> CollectionResult:
+    """Remove old runs, artifacts that only they use, and leftovers of killed runs.
 
     Raises:
-        ValueError: a manifest or a pin is damaged: what stands on it cannot be known, and nothing is removed.
+        ValueError: a manifest or a pin is damaged: its inputs are unknown, so nothing is removed.
     """
     place, now = Store(store or Settings().store), datetime.now(UTC)
     found = manifests(place)
-    doomed = doomed_of(found, records(place), pins(place), keep_last=keep_last, before=(now - older_than).isoformat())
-    collected = collect(place, found, doomed.artifacts, before=(now - grace).timestamp(), dry_run=dry_run)
-    for name in () if dry_run else doomed.runs:
+    garbage = find_garbage(
+        found, records(place), pins(place), keep_last=keep_last, before=(now - older_than).isoformat()
+    )
+    collected = collect(place, found, garbage.artifacts, before=(now - grace).timestamp(), dry_run=dry_run)
+    for name in () if dry_run else garbage.runs:
         place.at("runs", name).delete_tree()
-    return Gone(dry_run, doomed.runs, collected)
+    return CollectionResult(dry_run, garbage.runs, collected)
 
 
 def kept_keys(found: Mapping[Key, Manifest], runs: Iterable[PastRun], kept: Iterable[Key]) -> set[Key]:
-    """What runs and pins keep: their artifacts, and all that those stand on."""
+    """Return the artifacts that runs and pins keep: theirs, and all inputs of those."""
     return with_ancestors(found, {*_of_runs(runs), *kept})
 
 
 def size_text(size: float) -> str:
-    """Bytes as people say them."""
+    """Format a number of bytes for people."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             break

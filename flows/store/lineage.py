@@ -1,4 +1,4 @@
-"""An artifact and all that it was made of, for people and for scripts."""
+"""Describe an artifact and its lineage, for people and for scripts."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.tree import Tree
 
-    from flows.store.inventory import Users
+    from flows.store.inventory import Dependents
 
 
 class Description(NamedTuple):
@@ -25,21 +25,21 @@ class Description(NamedTuple):
     ref: ArtifactRef
     manifest: Manifest
     lineage: Lineage
-    users: "Users | None" = None
-    """what was made of it, where that was asked for."""
+    users: "Dependents | None" = None
+    """artifacts that were made from it, if requested."""
 
     def as_json(self) -> dict[str, JsonValue]:
-        """The manifest as it is in the store, and the lineage as nested objects."""
-        told: dict[str, JsonValue] = {
+        """Return the manifest as stored, and the lineage as nested objects."""
+        description: dict[str, JsonValue] = {
             "ref": str(self.ref),
             "uri": self.ref.uri,
             "manifest": json.loads(self.manifest.model_dump_json()),
             "lineage": _plain(self.lineage),
         }
-        return told if self.users is None else {**told, "users": self.users.as_json()}
+        return description if self.users is None else {**description, "users": self.users.as_json()}
 
     def as_rich(self) -> "RenderableType":
-        """Facts, files, metrics and the tree of inputs."""
+        """Render facts, files, metrics and the tree of inputs."""
         from rich.console import Group
         from rich.text import Text
         from rich.tree import Tree
@@ -47,7 +47,7 @@ class Description(NamedTuple):
         manifest = self.manifest
         facts = {
             "uri": self.ref.uri,
-            "made": f"{manifest.created_at} in {manifest.seconds:.1f} s by {manifest.command}",
+            "created": f"{manifest.created_at} in {manifest.seconds:.1f} s by {manifest.command}",
             "revision": manifest.git_revision or "unknown",
             "versions": _pairs(manifest.versions),
             "hardware": _pairs(manifest.hardware),
@@ -60,14 +60,14 @@ class Description(NamedTuple):
         _grow(tree, self.lineage, set())
         shown: list[RenderableType] = [tree, *(Text(f"{name:<9} {fact}") for name, fact in facts.items() if fact)]
         if self.users is not None:
-            forward = Tree(Text("what was made of it", style="bold"))
+            forward = Tree(Text("used by", style="bold"))
             self.users.grow(forward)
             shown.append(forward)
         return Group(*shown)
 
 
 def files_of_artifact(text: str, *, split: str | None, store: str | None) -> Iterator[str]:
-    """Full names of an artifact's files, or of the shards of one split, wherever in the store they lie.
+    """Yield the full names of an artifact's files, or of the shards of one split, wherever in the store they are.
 
     Raises:
         ValueError: there is no such artifact, more than one, or it has no such split.
@@ -86,7 +86,7 @@ def files_of_artifact(text: str, *, split: str | None, store: str | None) -> Ite
 
 
 def describe(text: str, *, store: str | None, forward: bool = False) -> Description:
-    """What is known of the artifact that `text` names, with `forward` also what was made of it.
+    """Describe the artifact that `text` names; with `forward`, include the artifacts that were made from it.
 
     Raises:
         ValueError: there is no such artifact, or more than one.
@@ -96,9 +96,9 @@ def describe(text: str, *, store: str | None, forward: bool = False) -> Descript
     made_of = lineage(place, manifest)
     if not forward:
         return Description(made_of.ref, manifest, made_of)
-    from flows.store.inventory import Users
+    from flows.store.inventory import Dependents
 
-    return Description(made_of.ref, manifest, made_of, Users(manifests(place), key_of_ref(manifest)))
+    return Description(made_of.ref, manifest, made_of, Dependents(manifests(place), key_of_ref(manifest)))
 
 
 def _label(node: Lineage) -> str:
@@ -107,7 +107,7 @@ def _label(node: Lineage) -> str:
 
 
 def _grow(tree: "Tree", node: Lineage, seen: set[str]) -> None:
-    """Add the inputs of `node`; what several artifacts stand on is unfolded once."""
+    """Add the inputs of `node` to a tree; the second occurrence of an artifact is not expanded."""
     for name, below in node.inputs.items():
         again = str(below.ref) in seen and below.inputs
         seen.add(str(below.ref))

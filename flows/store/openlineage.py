@@ -1,7 +1,7 @@
-"""A run as OpenLineage events, one a stage that ended: what it read, what it wrote, under which names.
+"""Export a run as OpenLineage events, one per stage that ended, with its inputs and outputs.
 
-OpenLineage is a JSON format that catalogues of data read (openlineage.io, spec 2-0-2). Datasets are the store's
-artifacts: their namespace is the store, their name kind/digest, which stays the same wherever they are copied to.
+OpenLineage is a JSON format that data catalogues read (openlineage.io, spec 2-0-2). Datasets are the store's artifacts:
+their namespace is the store, their name kind/digest, which stays the same in copies.
 """
 
 import uuid
@@ -17,12 +17,12 @@ from infra.store.store import Store
 SPEC = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
 FACETS = "https://openlineage.io/spec/facets/1-0-0"
 PRODUCER = "urn:sftok-pipeline"
-NAMESPACE = uuid.UUID("6f1d4c5e-2f0b-5d0e-9d4e-5c6d7e8f9a0b")  # of our run ids: equal runs have equal ids
+NAMESPACE = uuid.UUID("6f1d4c5e-2f0b-5d0e-9d4e-5c6d7e8f9a0b")  # of our run ids: the same run has the same id
 ENDED = {"Completed": "COMPLETE", "Cached": "COMPLETE", "Failed": "FAIL", "Cancelled": "ABORT", "Crashed": "FAIL"}
 
 
 def events(run: str, *, store: str | None) -> list[dict[str, JsonValue]]:
-    """The events of a run, in the order of its stages.
+    """Return the events of a run, in the order of its stages.
 
     Raises:
         ValueError: there is no such run, or its record or a manifest is damaged.
@@ -30,14 +30,14 @@ def events(run: str, *, store: str | None) -> list[dict[str, JsonValue]]:
     place = Store(store or Settings().store)
     (record,) = records(place, [run])
     parent = _run_id(record.run)
-    told: list[dict[str, JsonValue]] = []
+    listed: list[dict[str, JsonValue]] = []
     at = datetime.fromisoformat(record.started_at)
     for name, stage in record.stages.items():
         at += timedelta(seconds=stage.seconds)
         if stage.state not in ENDED:
             continue
         manifest = manifest_of(place, stage.ref) if stage.ref else None
-        told.append(
+        listed.append(
             {
                 "eventType": ENDED[stage.state],
                 "eventTime": at.isoformat(),
@@ -49,7 +49,7 @@ def events(run: str, *, store: str | None) -> list[dict[str, JsonValue]]:
                 "outputs": [_output(place, stage.ref, manifest)] if stage.ref and manifest else [],
             }
         )
-    return told
+    return listed
 
 
 def _run_id(*parts: str) -> str:

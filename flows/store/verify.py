@@ -1,4 +1,4 @@
-"""`sftok verify`: an artifact, and what it was made of, read again and compared with what the manifests say."""
+"""`sftok verify`: read an artifact, and optionally its inputs, and compare them with their manifests."""
 
 import functools
 import json
@@ -40,8 +40,8 @@ MIB = 1 << 20
 HERE = WorkerOptions()
 
 
-class Checked(NamedTuple):
-    """One artifact, read again."""
+class CheckResult(NamedTuple):
+    """The check of one artifact."""
 
     ref: str
     files: int
@@ -50,25 +50,25 @@ class Checked(NamedTuple):
     findings: tuple[Finding, ...]
 
     def lines(self) -> Iterator[str]:
-        """What was proven, or a line for everything that is wrong."""
-        state = f"{len(self.findings)} WRONG" if self.findings else "as its manifest says"
+        """Yield what was proven, or a line per problem."""
+        state = f"{len(self.findings)} PROBLEMS" if self.findings else "matches its manifest"
         yield f"{self.ref}: {self.files} files, {self.bytes:,} bytes: {state}"
         yield from (f"  {finding}" for finding in (self.findings or self.proven))
 
 
 class Verification(NamedTuple):
-    """What `sftok verify` found."""
+    """The result of `sftok verify`."""
 
     store: str
-    artifacts: tuple[Checked, ...]
+    artifacts: tuple[CheckResult, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether there are no problems."""
         return not any(artifact.findings for artifact in self.artifacts)
 
     def as_json(self) -> dict[str, JsonValue]:
-        """The same for scripts."""
+        """Return one JSON object, for scripts."""
         return {
             "ok": self.ok,
             "store": self.store,
@@ -86,14 +86,14 @@ class Verification(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A file to be checked."""
+    """A file to check."""
 
     entry: FileEntry
     images: str | None  # key of the image shard that a shard of codes was made from
 
 
 class Report(NamedTuple):
-    """What was found in a file; no tally where its bytes are wrong."""
+    """The check of a file; without a tally if its bytes are wrong."""
 
     findings: list[Finding]
     tally: Any
@@ -101,28 +101,28 @@ class Report(NamedTuple):
 
 
 class ContentCheck(Protocol):
-    """What is known of the files of one kind of artifact."""
+    """Check of the contents of one kind of artifact."""
 
     def file(self, entry: FileEntry, path: Path, images: str | None) -> tuple[list[Finding], Any]:
-        """Check a file whose bytes are right; also a tally of it."""
+        """Check a file whose bytes are right; return findings and a tally."""
 
     def end(self, tallies: Sequence[Any]) -> Iterator[Finding]:
-        """Check what takes all files; called only if all bytes are right."""
+        """Check all files together; called only if all bytes are right."""
 
     def proven(self, tallies: Sequence[Any]) -> list[str]:
-        """What holds if there are no findings."""
+        """Return what is proven if there are no findings."""
 
 
 def verify(
     text: str, *, store: str | None, inputs: bool = False, workers: int = 0, progress: Progress = silent
 ) -> Verification:
-    """Read the artifact that `text` names again, and with `inputs` all that it was made of.
+    """Check the artifact that `text` names; with `inputs`, also everything it was made from.
 
     Args:
         text: kind/digest, the beginning of a digest, or a full URI.
-        store: the store, if `text` is no URI.
-        inputs: go on through all that it was made of.
-        workers: Ray workers; 0 works in this process.
+        store: the store, if `text` is not a URI.
+        inputs: check all inputs too, recursively.
+        workers: Ray workers; 0 checks in this process.
         progress: called after each file.
 
     Raises:
@@ -131,7 +131,7 @@ def verify(
     place = store_of(text, store)
     waiting = [locate(place, text)]
     seen = set(waiting)
-    checked: list[Checked] = []
+    checked: list[CheckResult] = []
     options = WorkerOptions(workers=workers)
     with session() if workers else nullcontext():
         while waiting:
@@ -146,24 +146,24 @@ def verify(
 
 def check_artifact(
     store: Store, kind: str, digest: str, *, options: WorkerOptions = HERE, progress: Progress = silent
-) -> tuple[Mapping[str, ArtifactRef], Checked]:
-    """Read one artifact again; also what it was made of, as its manifest says."""
+) -> tuple[Mapping[str, ArtifactRef], CheckResult]:
+    """Check one artifact; return its inputs, from its manifest, and the result."""
     manifest, findings = read_manifest(store, kind, digest)
     if manifest is None:
-        return {}, Checked(f"{kind}/{digest}", 0, 0, (), tuple(findings))
+        return {}, CheckResult(f"{kind}/{digest}", 0, 0, (), tuple(findings))
     findings += check_shard_names(store, manifest)
     make, images, cannot = _content_check(store, manifest)
     findings += cannot
     keys = {entry.path: key_of(images, entry) for entry in shards_of(store, images)} if images else {}
     items = [Item(entry, keys.get(entry.path)) for entry in files_of(store, manifest)]
-    tell = _Tell(manifest.num_bytes, progress)
-    by_bytes, by_files = (tell.read, silent) if options.workers == 0 else (_nobody, tell.files)
+    reporter = _ByteProgress(manifest.num_bytes, progress)
+    by_bytes, by_files = (reporter.add_bytes, silent) if options.workers == 0 else (_ignore, reporter.set_files)
     work = functools.partial(FileCheck, store, manifest, make, by_bytes)
     reports = map_shards(work, items, options=options, progress=by_files)
     findings += [finding for report in reports for finding in report.findings]
     tallies = [report.tally for report in reports if report.tally is not None]
     proven = ["bytes and SHA-256 of every file; the digest fits config and inputs"]
-    if make is not None and all(report.is_intact for report in reports):  # else sums would say the same again
+    if make is not None and all(report.is_intact for report in reports):  # else sums would repeat those findings
         check = make()
         own = {entry.path: key_of(manifest, entry) for entry in shards_of(store, manifest)}
         shards = [Shard(name, keys[name] if images else key) for name, key in own.items() if not images or name in keys]
@@ -173,24 +173,24 @@ def check_artifact(
             findings += repeated
         findings += check.end(tallies)
         proven += check.proven(tallies)
-    return manifest.inputs, Checked(
+    return manifest.inputs, CheckResult(
         f"{kind}/{digest}", manifest.num_files, manifest.num_bytes, tuple(proven), tuple(findings)
     )
 
 
 class FileCheck:
-    """A worker: checks one file a call."""
+    """A worker that checks one file per call."""
 
     def __init__(
         self, store: Store, manifest: Manifest, make: Callable[[], ContentCheck] | None, on_read: OnRead
     ) -> None:
-        """`on_read` is called with bytes as they are read, where it is this process that reads them."""
+        """`on_read` is called with the number of bytes read, if this process reads them."""
         self.store, self.manifest, self.on_read = store, manifest, on_read
         self.folder = folder_of(store, manifest.kind, manifest.digest)
         self.content = make() if make is not None else None
 
     def __call__(self, item: Item) -> Report:
-        """Check the bytes, and if they are right what they say."""
+        """Check the bytes, and if they are right the contents."""
         findings: list[Finding] = []
         tally = None
         try:
@@ -203,37 +203,37 @@ class FileCheck:
         return Report([*findings, *wrong, *check_sidecar(self.folder, item.entry)], tally, not wrong)
 
 
-class _Tell:
-    """Tells of MiB: as bytes are read here, or, where workers read them, as of those that files hold on average."""
+class _ByteProgress:
+    """Progress in MiB: of bytes read in this process, or estimated from the files that workers have read."""
 
     def __init__(self, size: int, progress: Progress) -> None:
         self.size, self.progress = size, progress
         self.started, self.done = time.monotonic(), 0
 
-    def read(self, count: int) -> None:
-        """So many bytes more."""
-        self._tell(self.done + count)
+    def add_bytes(self, count: int) -> None:
+        """Report that so many more bytes were read."""
+        self._report(self.done + count)
 
-    def files(self, done: int, total: int, figures: Mapping[str, float]) -> None:
-        """So many files."""
-        del figures  # files a second
-        self._tell(self.size * done // total)
+    def set_files(self, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """Report that so many files were read."""
+        del figures  # files per second
+        self._report(self.size * done // total)
 
-    def _tell(self, done: int) -> None:
+    def _report(self, done: int) -> None:
         self.done = done
         rate = done / max(time.monotonic() - self.started, 1e-9) / 1e6
         self.progress(-(-done // MIB), max(-(-self.size // MIB), 1), {"MB_per_s": rate})
 
 
-def _nobody(count: int) -> None:
-    """Another process cannot be told."""
+def _ignore(count: int) -> None:
+    """Ignore bytes read in another process, which cannot report them here."""
     del count
 
 
 def _content_check(
     store: Store, manifest: Manifest
 ) -> tuple[Callable[[], ContentCheck] | None, Manifest | None, list[Finding]]:
-    """What makes a check of such files, for codes also the images that they were made from, and what is wrong."""
+    """Return a maker of content checks, for codes also the images that they were made from, and findings so far."""
     shards = shards_of(store, manifest)
     first = shards[0] if shards else None
     if manifest.kind == "images":
@@ -248,7 +248,7 @@ def _content_check(
     ref = manifest.inputs.get("images")
     images = read_manifest(store, ref.kind, ref.digest)[0] if ref else None
     if ref is None or images is None:
-        problem = f"{ref or 'what it was made from'} is not in this store: that no image is missing cannot be proven"
+        problem = f"{ref or 'its input'} is not in this store: that no image is missing cannot be proven"
         return None, None, [Finding(MANIFEST, problem, "name the store that holds both, or run prepare again")]
     codes = functools.partial(CodesCheck, store, manifest, info)
     lacking = sorted({entry.path for entry in shards_of(store, images)} - {entry.path for entry in shards})
@@ -257,7 +257,7 @@ def _content_check(
 
 
 def _codes_info(store: Store, manifest: Manifest, first: FileEntry | None) -> CodesInfo | None:
-    """What the first file says of the codes; None where it cannot be read, which is found with the others."""
+    """Read the metadata of the codes from the first file; None if unreadable, which the check of that file reports."""
     try:
         return load_info(store, key_of(manifest, first)) if first else None
     except (FileNotFoundError, ValueError):
@@ -265,7 +265,7 @@ def _codes_info(store: Store, manifest: Manifest, first: FileEntry | None) -> Co
 
 
 def _class_names(store: Store, manifest: Manifest, first: FileEntry | None) -> ClassNames:
-    """The class names of the first shard, and its name; None where it cannot be read."""
+    """Read the first shard's class names, with its name; None if it cannot be read."""
     if first is None:
         return None
     try:

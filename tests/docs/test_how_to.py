@@ -80,8 +80,8 @@ def _codes_of(model, random, path):
 
 def test_add_a_metric():
     scope = follow("how-to/add-a-metric.md")
-    assert scope["measure"].value > 0
-    json.loads(scope["measure"].model_dump_json())
+    assert scope["score"].value > 0
+    json.loads(scope["score"].model_dump_json())
 
 
 def test_add_a_stage(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from flows.evaluation.evaluate import EvaluationFacts, EvaluationInputs, Reconstructed
+from flows.evaluation.evaluate import EvaluationInputs, ProtocolFacts, ReconstructionBatch
 
 NUM_TOKENS, CODEBOOK, PROXY, PROXY_CODES = 16, 64, 64, 32
 
@@ -38,14 +38,14 @@ def digits_inputs(
     val_images = images[train : train + val]
     order = train + val + torch.argsort(labels[train + val : train + val + samples], stable=True)
 
-    def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[Reconstructed]:
+    def reconstruct(num_steps: int, rows: Sequence[int] | None = None) -> Iterator[ReconstructionBatch]:
         draws = np.random.default_rng(num_steps)
         wrong = draws.random(teacher.shape) < 0.4 / num_steps
         proxy = np.where(wrong, (teacher + 1) % PROXY_CODES, teacher)
         whole = (damaged(val_images, 60 / num_steps), torch.from_numpy(proxy), torch.from_numpy(teacher))
         chosen = torch.arange(val) if rows is None else torch.tensor(rows)
         for part in chosen.split(30):
-            yield Reconstructed(*(values[part] for values in whole))
+            yield ReconstructionBatch(*(values[part] for values in whole))
 
     return EvaluationInputs(
         class_names=class_names or tuple("0123456789"),
@@ -60,7 +60,7 @@ def digits_inputs(
         sample_codes=np.concatenate([codes[:20], codes[train + val : train + val + samples - 20]]),
         sample_classes=labels[order].numpy(),
         decode_samples=lambda: damaged(images[order], 20, seed=2).split(30),
-        facts=EvaluationFacts(
+        facts=ProtocolFacts(
             codebook_size=CODEBOOK,
             num_steps=8,
             cfg_scale=2.0,

@@ -1,5 +1,5 @@
 "use strict";
-// Tables whose headings are buttons: sorted by the cells' data-value, or by their text.
+// Sort tables whose headings are buttons, by the cells' data-value or their text.
 for (const button of document.querySelectorAll("th > button.sort")) {
   button.addEventListener("click", () => {
     const head = button.parentElement, table = head.closest("table"), body = table.tBodies[0];
@@ -16,10 +16,10 @@ for (const button of document.querySelectorAll("th > button.sort")) {
     body.append(...rows);
   });
 }
-// Sliders over decoding steps: pairs of the first picture of each strip and the one of the chosen step.
+// Sliders over decoding steps: show the first picture of each strip beside that of the chosen step.
 for (const slider of document.querySelectorAll("input[type=range][data-steps]")) {
   const steps = slider.dataset.steps.split(","), target = document.getElementById(slider.dataset.to);
-  const told = document.getElementById(slider.dataset.told), shown = [];
+  const label = document.getElementById(slider.dataset.label), shown = [];
   for (const strip of document.querySelectorAll(`#${slider.dataset.from} .strip`)) {
     const pictures = [...strip.querySelectorAll("img")], pair = document.createElement("figure");
     const [before, after] = [new Image(), new Image()];
@@ -34,13 +34,13 @@ for (const slider of document.querySelectorAll("input[type=range][data-steps]"))
     for (const [after, pictures] of shown) {
       [after.src, after.alt] = [pictures[1 + Number(slider.value)].src, pictures[1 + Number(slider.value)].alt];
     }
-    slider.setAttribute("aria-valuetext", told.textContent = step + (step === "1" ? " decoding step" : " decoding steps"));
+    slider.setAttribute("aria-valuetext", label.textContent = step + (step === "1" ? " decoding step" : " decoding steps"));
   };
   slider.addEventListener("input", show);
   show();
   target.parentElement.hidden = false;
 }
-// Filters: a row stays while every filter's value is in the cell of its name.
+// Filters: show an item if it matches every filter (data attribute of the filter's name).
 const filters = [...document.querySelectorAll("[data-filter]")];
 for (const filter of filters) {
   filter.addEventListener("input", () => {
@@ -52,7 +52,7 @@ for (const filter of filters) {
       });
       if (!item.hidden && item.tagName === "TR") count += 1;
     }
-    const told = document.getElementById("found");
-    if (told) told.textContent = count + " runs shown";
+    const label = document.getElementById("found");
+    if (label) label.textContent = count + " runs shown";
   });
 }

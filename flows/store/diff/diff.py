@@ -1,6 +1,6 @@
-"""`sftok diff`: what a new tokenizer changed in the codes of the same images.
+"""`sftok diff`: compare the codes of the same images by two tokenizers.
 
-Memory is that of one pair of shards, and of a histogram for every position.
+Memory holds one pair of shards, and a histogram per position.
 """
 
 from collections.abc import Iterator
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 
 class CodesDiff(NamedTuple):
-    """Two code datasets beside each other."""
+    """The comparison of two code datasets."""
 
     before: str
     after: str
     settings: dict[str, tuple[JsonValue, JsonValue]]
-    """what the metadata say differently."""
+    """metadata that differ."""
     same_images: bool
     """whether both were made from the same bytes; otherwise an id may stand for other pixels."""
     images: dict[str, int]
-    """in both, only_before, only_after; likewise the views."""
+    """counts: both, only_before, only_after; likewise for views."""
     views: dict[str, int]
     agreement: Agreement | None
-    """None if no view is in both, or if only usage was asked for."""
+    """None if no view is in both, or if only usage was requested."""
     frequencies: tuple[Frequencies, Frequencies]
     drift: Drift | None
-    """None where the codebooks have different sizes."""
+    """None if the codebooks have different sizes."""
     stale: tuple[str, ...]
     """generators in this store that were trained on the codes before."""
 
     def as_json(self) -> dict[str, JsonValue]:
-        """The same for scripts."""
+        """Return one JSON object, for scripts."""
         made: dict[str, JsonValue] = {
             "before": self.before,
             "after": self.after,
@@ -64,7 +64,7 @@ class CodesDiff(NamedTuple):
         return made
 
     def as_rich(self) -> "RenderableType":
-        """Facts first, then the table of before and after, then the worst images."""
+        """Render facts, the table of before and after, and the least equal images."""
         from flows.store.diff.shown import shown
 
         return shown(self)

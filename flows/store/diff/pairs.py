@@ -1,4 +1,4 @@
-"""Two code datasets shard beside shard: of equal name where buckets are the same, else after a hash join on disk."""
+"""Pair the rows of two code datasets: shards of equal name if the images are the same, else by a hash join on disk."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,30 +22,36 @@ class Dataset(NamedTuple):
     ref: str
     store: Store
     keys: Mapping[str, str]
-    """of its shards, by name; a shard may lie in the folder of another dataset."""
+    """of its shards, by name; a shard may be in the folder of another dataset."""
     info: CodesInfo
     images: str | None
     """identity of the images that it was made from."""
 
     def read(self, name: str) -> CodeRows:
-        """The rows of one shard; a ValueError where it is damaged or of another dataset."""
+        """Read one shard.
+
+        Raises:
+            ValueError: it is damaged, or of another dataset.
+        """
         with self.store.open(self.keys[name]) as file:
             info, rows = from_parquet(file, f"{self.store.uri}/{self.keys[name]}")
         if info != self.info:
-            raise ValueError(f"{name} of {self.ref} is of another dataset than its other shards; sftok verify tells")
+            raise ValueError(
+                f"{name} of {self.ref} is of another dataset than its other shards; run `sftok verify` on it"
+            )
         return rows
 
 
 class Pair(NamedTuple):
-    """Rows that hold all views of some images, from both datasets."""
+    """All views of some images, from both datasets."""
 
     old: CodeRows
     new: CodeRows
 
 
 def pairs_of(old: Dataset, new: Dataset, *, progress: Progress) -> Iterator[Pair]:
-    """All rows of both, so that views of one image come in one pair."""
-    # Equal names do not suffice: of other images, one image may be train here and val there.
+    """Yield all rows of both datasets, so that all views of an image are in the same pair."""
+    # Equal names do not suffice: with other images, an image may be in train here and in val there.
     if old.images is not None and old.images == new.images and old.keys.keys() == new.keys.keys():
         for done, name in enumerate(old.keys, 1):
             yield Pair(old.read(name), new.read(name))
@@ -66,7 +72,7 @@ def pairs_of(old: Dataset, new: Dataset, *, progress: Progress) -> Iterator[Pair
 
 
 def _spill(dataset: Dataset, place: Path, buckets: int) -> Iterator[str]:
-    """Write rows to a file for each bucket of their image ids; yields the shards that are done."""
+    """Write rows to one file per bucket of image ids; yield each shard when it is done."""
     place.mkdir()
     codes = pa.list_(pa.from_numpy_dtype(dataset.info.dtype), dataset.info.num_tokens)
     schema = pa.schema(

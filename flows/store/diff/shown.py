@@ -1,4 +1,4 @@
-"""How a comparison of codes looks on a terminal."""
+"""Render a comparison of codes on a terminal."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def shown(made: "CodesDiff") -> "RenderableType":
-    """Facts first, then the table of before and after, then the worst images."""
+    """Render facts, the table of before and after, and the least equal images."""
     facts = [f"before {made.before}", f"after  {made.after}"]
     facts += [f"{name}: {before} -> {after}" for name, (before, after) in made.settings.items()]
     if not made.same_images:

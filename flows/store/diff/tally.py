@@ -1,6 +1,6 @@
-"""Two sets of codes in figures: agreement code by code, and how the use of the codebook has moved; sums over shards.
+"""Metrics of two sets of codes, summed over shards: agreement code by code, and drift of codebook use.
 
-Shapes: n views in both datasets, N codes a view, K codebook size.
+Shapes: n views in both datasets, N codes per view, K codebook size.
 """
 
 from collections.abc import Set
@@ -16,7 +16,7 @@ Counts = NDArray[np.int64]
 
 
 class Frequencies(NamedTuple):
-    """How the codes of one dataset are distributed."""
+    """Distribution of the codes of one dataset."""
 
     usage: float
     """share of the codebook that occurs, in [0, 1]."""
@@ -25,7 +25,7 @@ class Frequencies(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """How far two histograms over one codebook are apart."""
+    """Distances between two histograms over the same codebook."""
 
     js_divergence_bits: float
     """in [0, 1]."""
@@ -36,28 +36,28 @@ class Drift(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Views that are in both datasets, code by code."""
+    """Agreement of the views that are in both datasets, code by code."""
 
     codes: float
     """share of equal codes, in [0, 1]."""
     chance: float
-    """share that would be equal if codes were drawn from the histograms of their positions, whatever the image."""
+    """expected share if codes were drawn from the histograms of their positions, independently of the image."""
     per_position: tuple[float, ...]
     views_all_equal: float
     images_all_equal: float
     worst: tuple[tuple[str, float], ...]
-    """image ids with the share of their equal codes, over all views; the least first."""
+    """image ids with the share of equal codes over all views, lowest first."""
 
 
 def frequencies(counts_K: Counts) -> Frequencies:
-    """Usage, entropy and perplexity of a histogram; as `sftok.metrics.functional`, from summed counts."""
+    """Compute usage, entropy and perplexity of a histogram; like `sftok.metrics.functional`, from summed counts."""
     shares = counts_K[counts_K > 0] / max(counts_K.sum(), 1)
     entropy = max(float(-(shares * np.log2(shares)).sum()), 0.0)
     return Frequencies(float((counts_K > 0).mean()), entropy, 2.0**entropy)
 
 
 def drift(old_K: Counts, new_K: Counts) -> Drift:
-    """Jensen-Shannon divergence and distance, and total variation, of two histograms."""
+    """Compute Jensen-Shannon divergence and distance, and total variation, of two histograms."""
     p, q = old_K / max(old_K.sum(), 1), new_K / max(new_K.sum(), 1)
     divergence = min(max(_relative_entropy(p, (p + q) / 2) / 2 + _relative_entropy(q, (p + q) / 2) / 2, 0.0), 1.0)
     return Drift(divergence, divergence**0.5, float(np.abs(p - q).sum() / 2))
@@ -82,7 +82,7 @@ class Tally:
         self.keep, self.worst = worst, list[tuple[float, str]]()
 
     def add(self, pair: Pair, *, is_compared: bool) -> None:
-        """Take one pair of shards into account."""
+        """Add one pair of shards."""
         for rows, counts_NK in ((pair.old, self.old_NK), (pair.new, self.new_NK)):
             _count(rows.codes, counts_NK)
         keys = [{key: row for row, key in enumerate(zip(rows.image_id, rows.variant, strict=True))} for rows in pair]
@@ -98,7 +98,7 @@ class Tally:
         self._add_images([image_id for image_id, _ in both], equal_nN)
 
     def agreement(self) -> Agreement | None:
-        """Shares over all pairs."""
+        """Return the shares over all pairs; None if no view is in both datasets."""
         if not self.views["both"]:
             return None
         p_NK = self.old_NK / self.old_NK.sum(1, keepdims=True)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 
-from flows.recipes.small import RECIPES
+from flows.recipes.registry import RECIPES
 from tests.benchmarks.device.bench import Bench
 
 CORES, SHARE = 2, 12

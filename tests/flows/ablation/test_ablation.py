@@ -225,7 +225,7 @@ def test_an_ablation_that_cannot_be_is_refused_in_one_line(given: dict, said: st
 def test_one_arm_and_a_reference_that_is_none_are_refused() -> None:
     with pytest.raises(ValueError, match="compares two at least"):
         tiny(REFERENCE)
-    with pytest.raises(ValueError, match=r"reference = 'SFVR' is no arm: name one of vanilla, SFVR at ratio 0\.5"):
+    with pytest.raises(ValueError, match=r"reference = 'SFVR' is not an arm: name one of vanilla, SFVR at ratio 0\.5"):
         tiny("vanilla", "SFVR at ratio 0.5")
 
 

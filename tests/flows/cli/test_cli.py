@@ -16,7 +16,7 @@ import pytest
 
 from flows.cli.main import main
 from flows.recipes.files import load_recipe, to_toml
-from flows.recipes.small import RECIPES
+from flows.recipes.registry import RECIPES
 
 STAGES = ["prepare", "teacher", "warm_up", "align", "fine_tune", "encode"]
 STAGES += ["train_generator", "sample", "evaluate", "report"]

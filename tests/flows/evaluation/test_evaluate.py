@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from flows.evaluation.evaluate import Reconstructed, evaluate
+from flows.evaluation.evaluate import ReconstructionBatch, evaluate
 from flows.evaluation.gallery import png
-from flows.recipes.small import EvaluateConfig
+from flows.recipes.schema import EvaluateConfig
 from flows.results.types import EvaluationReport
 from sftok.metrics.functional import PSNR_CEILING
 from tests.support.sample_evaluation import digits_inputs
@@ -38,7 +38,7 @@ def test_perfect_reconstructions_get_perfect_figures():
 
     def originals(num_steps, rows=None):
         chosen = slice(None) if rows is None else rows
-        yield Reconstructed(inputs.val_images[chosen], codes[chosen], codes[chosen])
+        yield ReconstructionBatch(inputs.val_images[chosen], codes[chosen], codes[chosen])
 
     perfect = dataclasses.replace(inputs, reconstruct=originals)
     metrics = evaluate(perfect, CONFIG, seed=0).report.metrics()
@@ -74,23 +74,23 @@ def test_copied_pixels_are_found():
 
 
 def test_every_figure_states_its_protocol(evaluated):
-    for measure in evaluated.report.measures():
-        protocol = measure.protocol
-        assert protocol.num_images in (100, 200, 600), measure.name
-        assert protocol.seeds == {"run": 0, "evaluate": 0, "features": 0}, measure.name
-        assert protocol.definition, measure.name
-        if measure.name.startswith("generation."):
-            assert (protocol.cfg_scale, protocol.sample_temperature, protocol.num_steps) == (2, 1, 8), measure.name
-        if "fd_random" in measure.name:
-            assert protocol.extractor.startswith("random-conv/1"), measure.name
-            assert len(protocol.extractor_sha256) == 64, measure.name
+    for score in evaluated.report.scores():
+        protocol = score.protocol
+        assert protocol.num_images in (100, 200, 600), score.name
+        assert protocol.seeds == {"run": 0, "evaluate": 0, "features": 0}, score.name
+        assert protocol.definition, score.name
+        if score.name.startswith("generation."):
+            assert (protocol.cfg_scale, protocol.sample_temperature, protocol.num_steps) == (2, 1, 8), score.name
+        if "fd_random" in score.name:
+            assert protocol.extractor.startswith("random-conv/1"), score.name
+            assert len(protocol.extractor_sha256) == 64, score.name
 
 
 def test_random_features_are_never_called_fid(evaluated):
-    for measure in evaluated.report.measures():
-        assert "fid" not in measure.name
-        assert "FID" not in measure.label
-        assert ("FD (random features)" in measure.label) == ("fd_random" in measure.name)
+    for score in evaluated.report.scores():
+        assert "fid" not in score.name
+        assert "FID" not in score.label
+        assert ("FD (random features)" in score.label) == ("fd_random" in score.name)
 
 
 def test_same_seed_same_report(evaluated):
@@ -176,7 +176,7 @@ def test_figures_on_cuda_are_those_of_the_cpu(metrics):
 
     def on_cuda(num_steps, rows=None):
         for part in inputs.reconstruct(num_steps, rows):
-            yield Reconstructed(*(values.cuda() for values in part))
+            yield ReconstructionBatch(*(values.cuda() for values in part))
 
     there = dataclasses.replace(
         inputs,

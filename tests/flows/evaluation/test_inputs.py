@@ -15,10 +15,10 @@ from flows.evaluation import reconstruction
 from flows.evaluation.evaluate import evaluate
 from flows.evaluation.inputs import StoredCodes, images_at_once
 from flows.evaluation.meters import code_batches
-from flows.evaluation.samples import see_samples
+from flows.evaluation.samples import summarize_samples
 from flows.make import run_stage
 from flows.pipeline import graph
-from flows.recipes.small import EvaluateConfig
+from flows.recipes.schema import EvaluateConfig
 from flows.stage import Work, plan_of
 from infra.artifacts.manifest import ArtifactRef, folder_of, key_of, manifest_of
 from infra.artifacts.shards import split_of
@@ -143,7 +143,7 @@ def test_figures_are_those_of_images_and_codes_in_memory(train, store) -> None:
     sums = {name for name in expected.metrics() if "fd_random" in name}
     for name, value in expected.metrics().items():
         assert made.metrics()[name] == (pytest.approx(value, rel=1e-9) if name in sums else value), name
-    assert [m.protocol for m in made.measures()] == [m.protocol for m in expected.measures()]
+    assert [m.protocol for m in made.scores()] == [m.protocol for m in expected.scores()]
     assert made.generation.distances == expected.generation.distances
     assert made.generation.confusion == expected.generation.confusion
 
@@ -151,7 +151,7 @@ def test_figures_are_those_of_images_and_codes_in_memory(train, store) -> None:
 def test_a_reader_taught_by_some_images_says_so(train) -> None:
     taught = {"train_images": train, "train_labels": train.labels(), "reader_rows": train.sample(300, 0)}
     report = evaluate(dataclasses.replace(digits_inputs(), **taught), CONFIG, seed=0).report
-    told = {m.protocol.extractor for m in report.measures() if "class_agreement" in m.name}
+    told = {m.protocol.extractor for m in report.scores() if "class_agreement" in m.name}
     assert len(told) == 1
     assert "trained on 300 real training images" in told.pop()
     assert 0.8 < report.metrics()["real.class_agreement"] < 1
@@ -209,7 +209,7 @@ def is_alone(image: torch.Tensor) -> bool:
 
 def test_of_decoded_images_that_pass_only_those_shown_stay(monkeypatch) -> None:
     inputs, gallery = digits_inputs(), reconstruction.reconstruction_gallery
-    seen = see_samples(inputs, RandomFeatures(0, 32), is_read=False, nearest_images=20)
+    seen = summarize_samples(inputs, RandomFeatures(0, 32), is_read=False, nearest_images=20)
     assert all(map(is_alone, seen.shown.values()))
     shown: list[torch.Tensor] = []
 
@@ -235,7 +235,7 @@ import dataclasses, json, resource, sys
 import torch
 from flows.evaluation.evaluate import evaluate
 from flows.evaluation.inputs import StoredCodes
-from flows.recipes.small import EvaluateConfig
+from flows.recipes.schema import EvaluateConfig
 from infra.store.store import Store
 from sftok.images.stored import StoredImages
 from tests.support.sample_evaluation import digits_inputs

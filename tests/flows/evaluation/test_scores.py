@@ -99,7 +99,7 @@ class TestScores:
     def test_reconstructions_are_held_against_their_originals(self, scorer: Scorer) -> None:
         images = pictures(IMAGES, 32, seed=1)
         made = scorer.reconstruction(passed(scorer, images), images, 8, {"temperature": 0.0})
-        found = {measure.name: measure for measure in made}
+        found = {score.name: score for score in made}
         fid = found["reconstruction.torch_fidelity.fid@8"]
         assert fid.value == pytest.approx(0, abs=1e-6)
         assert fid.protocol.num_steps == 8

@@ -9,7 +9,7 @@ import torch
 from flows.evaluation.sweep import SECONDS, SWEEP, read_sweep, with_sweep
 from flows.pipeline import graph
 from flows.recipes.files import load_recipe
-from flows.recipes.small import SweepConfig
+from flows.recipes.schema import SweepConfig
 from flows.stage import Work, plan_of
 from generator.config import GENERATORS
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, manifest_of

@@ -16,7 +16,7 @@ from PIL import Image
 from flows.cli import sample as cli_sample
 from flows.inference import files as sample_files
 from flows.inference.classes import chosen_classes
-from flows.inference.files import GAP, Part, labelled_sheet, npz_writer
+from flows.inference.files import GAP, ImageBatch, labelled_sheet, npz_writer
 from flows.inference.sample import SHEET_SAMPLES, SampleArguments, check, decoded
 from flows.inference.tokenizer import decoding_device
 from flows.pipeline.generator import SAMPLE
@@ -246,12 +246,12 @@ def test_classes_as_people_write_them(texts: list[str], chosen: tuple[int, ...] 
         ("4", "--classes 4: class ids are 0 to 3"),
         ("7", "--classes 7: class ids are 0 to 3"),  # not the class whose name it is
         ("2-99999999999999", "class ids are 0 to 3"),
-        ("3-1", "ends before it begins: write 1-3"),
-        ("cad", "'cad' is no class of the generator; did you mean cat?"),
+        ("3-1", "ends before it starts: write 1-3"),
+        ("cad", "'cad' is not a class of the generator; did you mean cat?"),
         ("zebra", "give a name or an id from 0 to 3"),
-        ("", "'' is no class"),
-        ("1,,2", "'' is no class"),
-        ("-1", "'-1' is no class"),
+        ("", "'' is not a class"),
+        ("1,,2", "'' is not a class"),
+        ("-1", "'-1' is not a class"),
     ],
 )
 def test_classes_that_are_not_there(text: str, said: str) -> None:
@@ -291,10 +291,10 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(
         (generator, ["--temperature", -1], "--temperature"),
         (generator, ["--num-steps", 3], "num_steps = 3 has no effect"),
         (generator, ["--grid", taken], f"{taken} exists"),
-        (generator, ["--grid", tmp_path / "grid.jpg"], "let its name end in .png"),
-        (generator, ["--npz", tmp_path / "all.npy"], "let its name end in .npz"),
+        (generator, ["--grid", tmp_path / "grid.jpg"], "the name must end in .png"),
+        (generator, ["--npz", tmp_path / "all.npy"], "the name must end in .npz"),
         (lost, grid, f"draws codes of {tokenizer}, which is not in {store.uri}"),
-        (alone.uri, grid, "names no teacher that would paint them"),
+        (alone.uri, grid, "names no teacher to decode them"),
         ("tokenizer/", grid, "is no finished artifact"),
         (f"tokenizer/{next(iter(tokenizers))}", grid, "where a generator is wanted"),
     ]:
@@ -518,9 +518,9 @@ def test_images_are_decoded_a_micro_batch_at_a_time(
     assert sizes == [4, 4, 1]
 
 
-def parts(count: int, size: int) -> list[Part]:
+def parts(count: int, size: int) -> list[ImageBatch]:
     images = torch.arange(8 * 3 * size * size).remainder(251).to(torch.uint8).view(8, 3, size, size)
-    return [Part(["x"] * 8, images)] * (count // 8)
+    return [ImageBatch(["x"] * 8, images)] * (count // 8)
 
 
 def test_the_array_is_written_in_constant_memory(tmp_path: Path) -> None:
@@ -540,7 +540,7 @@ def test_the_array_is_written_in_constant_memory(tmp_path: Path) -> None:
 
 
 def test_an_array_that_was_not_finished_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="8 images of 16 came"), npz_writer(tmp_path / "a.npz", 16, 4) as take:
+    with pytest.raises(ValueError, match="8 of 16 images were written"), npz_writer(tmp_path / "a.npz", 16, 4) as take:
         take(parts(8, 4)[0])
     with pytest.raises(OSError, match="full"), npz_writer(tmp_path / "a.npz", 8, 4) as take:
         raise OSError("full")

@@ -9,7 +9,7 @@ import torch
 from flows.cli.main import main
 from flows.pipeline import graph
 from flows.pipeline.dry_run import RATE_SOURCE, _arithmetic, _weights, dry_run
-from flows.recipes.small import RECIPES
+from flows.recipes.registry import RECIPES
 from flows.requests.checks import check_request
 from infra.artifacts.manifest import folder_of
 from infra.store.store import Store

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.recipes.small import EncodeConfig
+from flows.recipes.schema import EncodeConfig
 from flows.requests.encode import find_dataset
 from flows.runs.journal import RunRecord, StageFailedError
 from flows.store.verify import verify as verify_command

@@ -13,7 +13,7 @@ from PIL import Image
 from flows.make import run_stage
 from flows.pipeline import graph
 from flows.recipes.files import load_recipe
-from flows.recipes.small import EncodeConfig
+from flows.recipes.schema import EncodeConfig
 from flows.requests.checks import check_request
 from flows.requests.encode import check_encode_request
 from flows.stage import Job, Listing, Work, plan_of

@@ -4,7 +4,8 @@ import pytest
 
 from flows.pipeline import graph
 from flows.recipes.files import load_recipe, to_toml
-from flows.recipes.small import RECIPES, EncodeConfig
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import EncodeConfig
 from flows.stage import plan_of
 from flows.store.verify import verify as verify_command
 from generator.data import CodeData

@@ -8,7 +8,8 @@ import torch
 
 from flows.pipeline import graph
 from flows.recipes.files import load_recipe
-from flows.recipes.small import RECIPES, Recipe
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import Recipe
 from flows.requests.checks import check_ranks, check_weights
 from flows.stage import Job, plan_of
 from generator.artifacts import build_generator

@@ -6,20 +6,21 @@ from html.parser import HTMLParser
 import pytest
 
 from flows.evaluation.evaluate import evaluate
-from flows.recipes.small import RECIPES, EvaluateConfig
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import EvaluateConfig
 from flows.report.charts import fit_chart, nice_ticks, show, step_charts, sweep_charts
 from flows.report.facts import rate_of
-from flows.report.render import build_report, confused, duration, markdown_text, tiles
+from flows.report.render import build_report, confusion_table, duration, markdown_text, tiles
 from flows.results.comparison import GateResult, compare
 from flows.results.types import (
     ConfusionMatrix,
     FinalAgreement,
     GeneratorFit,
     LossCurve,
-    Measure,
     Protocol,
     Rejects,
     ReportData,
+    Score,
     StageRow,
     SweepRow,
 )
@@ -180,9 +181,9 @@ def test_page_is_accessible_by_structure(page):
 
 
 def test_every_figure_stands_in_every_form(data, page):
-    for measure in data.evaluation.measures():
-        assert show(measure) in page.html, measure.name
-        assert show(measure) in page.markdown, measure.name
+    for score in data.evaluation.scores():
+        assert show(score) in page.html, score.name
+        assert show(score) in page.markdown, score.name
     read = json.loads(page.json)
     assert ReportData.model_validate(read | {"images": data.images}) == data
     assert "images" not in read
@@ -228,22 +229,22 @@ def test_refuses_a_missing_picture_and_an_endless_number(data):
     with pytest.raises(ValueError, match=f"images lacks 1 pictures of the evaluation, the first is {gone}"):
         ReportData(**{name: getattr(data, name) for name in ReportData.model_fields} | {"images": images})
     with pytest.raises(ValueError, match="finite"):
-        Measure(name="psnr", label="PSNR", value=float("inf"), protocol=Protocol(num_images=1))
+        Score(name="psnr", label="PSNR", value=float("inf"), protocol=Protocol(num_images=1))
 
 
 def test_headlines_say_where_n_differs(data):
     """Distances at different N do not compare: the floor has the samples' N, or says its own."""
-    beside = {tile.measure.name: [label for label, _ in tile.beside] for tile in tiles(data.evaluation)}
+    beside = {tile.score.name: [label for label, _ in tile.beside] for tile in tiles(data.evaluation)}
     assert beside["generation.fd_random_same_n"] == ["real held-out"]
     assert beside["generation.class_agreement"] == ["real held-out (N = 100)", "shuffled labels"]
     few = evaluate(digits_inputs(samples=60), EvaluateConfig(steps=(1,)), seed=0).report
-    assert [tile.beside[0][0] for tile in tiles(few) if "fd_random" in tile.measure.name] == ["real held-out (N = 100)"]
+    assert [tile.beside[0][0] for tile in tiles(few) if "fd_random" in tile.score.name] == ["real held-out (N = 100)"]
 
 
 def test_large_class_counts_list_pairs_instead_of_a_matrix():
     names = tuple(f"class {i}" for i in range(40))
     counts = tuple(tuple(9 if i == j else int(j == (i + 1) % 40) for j in range(40)) for i in range(40))
-    found = confused(ConfusionMatrix(counts=counts), names)
+    found = confusion_table(ConfusionMatrix(counts=counts), names)
     assert len(found.pairs) == 10
     assert found.pairs[0] == ("class 0", "class 1", 0.1)
     assert found.recall == [0.9] * 40
@@ -262,17 +263,20 @@ def test_charts_are_true_to_the_values(data):
 
 def test_held_out_codes_are_held_against_frequencies_in_every_form(page):
     assert json.loads(page.json)["fit"]["frequency_nll"] == 3.75
-    assert "| the autoregressive generator | 2.625 |\n| frequencies of class and position | 3.750 |" in page.markdown
-    assert "<b>2.625 nats</b> a code to the autoregressive generator" in page.html
+    assert "| autoregressive generator | 2.625 |\n| class-and-position unigram baseline | 3.750 |" in page.markdown
+    assert "Held-out NLL per token: <b>2.625 nats</b> (class-and-position unigram baseline: <b>3.750</b>)" in page.html
+    assert "Top-1 accuracy of the autoregressive generator: 25.0 %" in page.html
     (label,) = [
-        svg["aria-label"] for svg in Tags(page.html).all("svg") if svg["aria-label"].startswith("Nats a held-out code")
+        svg["aria-label"]
+        for svg in Tags(page.html).all("svg")
+        if svg["aria-label"].startswith("Held-out NLL per token")
     ]
     assert "generator: 3.50 at the first position, 1.50 at the last" in label
     without = build_report(make_data(fit=None))
-    assert "Held-out codes" not in without.html
-    assert "Held-out codes" not in without.markdown
+    assert "Held-out NLL" not in without.html
+    assert "Held-out NLL" not in without.markdown
     masked = build_report(make_data(fit=FIT.model_copy(update={"generator": "masked"})))
-    assert "Of hidden codes given the others" in masked.html
+    assert "of hidden codes given the visible ones" in masked.html
 
 
 def test_the_fit_is_drawn_where_it_was_measured():
@@ -295,7 +299,7 @@ def test_the_sweep_stands_side_by_side_in_every_form(page):
     assert "| masked | 1.5 | 6 | 96.0 % | 100 | 2.00 |" in page.markdown
     tags = Tags(page.html)
     assert [svg["aria-label"][:40] for svg in tags.all("svg")].count("Class accuracy of masked samples by guid") == 1
-    assert "4 ms an image without guidance, 8 ms an image with" in page.html
+    assert "4 ms per image without guidance, 8 ms per image with" in page.html
     without = build_report(make_data(sweep=()))
     assert 'id="sweep"' not in without.html
     assert "## Guidance" not in without.markdown
@@ -336,8 +340,8 @@ def test_durations(seconds, text):
 def test_losses_rejects_and_the_earlier_run_stand_in_every_form(page):
     for form in (page.html, page.markdown):
         assert "not an image in a known format" in form
-        assert "The gate is failed" in form
-        assert "3 figures were held against" in form
+        assert "The gate failed" in form
+        assert "3 figures were checked against" in form
     assert page.html.count('aria-label="Loss of ') == 2
     assert "teacher (logarithmic)" in page.html
     assert "3 at step 10, 1 at step 30" in page.html
@@ -433,7 +437,7 @@ class TestInChromium:
         left = "\ue012"
         browser.command(f"/element/{next(iter(slider.values()))}/value", {"text": left * 3})
         assert all("in 1 decoding steps" in alt for alt in browser.evaluate(shown))
-        assert browser.evaluate("document.getElementById('steps-told').textContent") == "1 decoding step"
+        assert browser.evaluate("document.getElementById('steps-label').textContent") == "1 decoding step"
         assert browser.evaluate("document.querySelector('#slid img:nth-of-type(2)').src") != before
 
     def test_tables_sort(self, browser, files):

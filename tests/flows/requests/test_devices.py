@@ -9,7 +9,8 @@ import pytest
 from flows.ablation.arm import ABLATION_ARM
 from flows.pipeline.graph import GRAPH
 from flows.recipes.files import load_recipe
-from flows.recipes.small import RECIPES, ComputeConfig
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import ComputeConfig
 from flows.requests import devices
 from flows.requests.checks import check_request, compiles_steps
 from flows.requests.devices import choose_device
@@ -158,7 +159,7 @@ def test_a_small_generator_needs_no_compiler_on_cuda() -> None:
 
 def test_settings_that_were_asked_for_survive_the_record(tmp_path: Path) -> None:
     """Guards against a rerun that computes in another precision than its run did."""
-    from flows.recipes.small import Recipe
+    from flows.recipes.schema import Recipe
 
     asked = load_recipe("digits", overrides=("decoding.precision=fp32", "compute.fp32=tf32"), seed=None).on("cuda")
     again = Recipe.model_validate_json(asked.model_dump_json()).on("cuda")

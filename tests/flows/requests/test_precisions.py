@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from flows.recipes.files import load_recipe
-from flows.recipes.small import RECIPES, EncodeConfig
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import EncodeConfig
 from flows.requests.checks import check_request
 from flows.requests.encode import check_encode_request
 from flows.requests.generator import check_generator_request

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from flows.evaluation.evaluate import evaluate
-from flows.recipes.small import RECIPES, EvaluateConfig
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import EvaluateConfig
 from flows.report.history import history_page
 from flows.results.comparison import compare, why_not
 from flows.results.gate import GateConfig, judge
-from flows.results.types import EvaluationReport, Measure
+from flows.results.types import EvaluationReport, Score
 from flows.runs.history import before, latest, records, trends
 from flows.runs.journal import RunRecord, StageRecord
 from infra.artifacts.manifest import ArtifactRef
@@ -32,8 +33,8 @@ def report() -> EvaluationReport:
 def changed(report: EvaluationReport, name: str, **changes: Any) -> EvaluationReport:
     """The report with another value, interval or protocol of one figure."""
 
-    def one(measure: Measure) -> Measure:
-        return measure.model_copy(update=changes) if measure.name == name else measure
+    def one(score: Score) -> Score:
+        return score.model_copy(update=changes) if score.name == name else score
 
     generation = report.generation.model_copy(update={"measures": tuple(map(one, report.generation.measures))})
     steps = tuple(
@@ -54,7 +55,7 @@ def row_of(comparison, name: str):
 class TestCompare:
     def test_a_run_beside_itself_is_the_same(self, report) -> None:
         made = compared(report, report)
-        assert [row.name for row in made.rows] == [measure.name for measure in report.measures()]
+        assert [row.name for row in made.rows] == [score.name for score in report.scores()]
         assert {row.verdict for row in made.rows} == {"same"}
         assert {row.why_not for row in made.rows} == {""}
 
@@ -95,7 +96,7 @@ class TestCompare:
             update={"reconstruction": report.reconstruction.model_copy(update={"by_steps": steps[:1]})}
         )
         made = compared(report, shorter)
-        assert set(made.only_now) == {measure.name for measure in steps[1].measures}
+        assert set(made.only_now) == {score.name for score in steps[1].measures}
         assert made.only_then == ()
 
 
@@ -128,12 +129,12 @@ class TestGate:
 
     @pytest.mark.parametrize("text", ["psnr", "psnr=much", "=0.5", "psnr=-1", "psnr=nan"])
     def test_a_threshold_is_a_figure_and_a_loss(self, text) -> None:
-        with pytest.raises(ValueError, match="write FIGURE=LOSS, such as"):
+        with pytest.raises(ValueError, match="write METRIC=LOSS, such as"):
             GateConfig(thresholds=(text,))
 
     def test_a_threshold_of_no_figure_is_an_error(self, report) -> None:
         config = GateConfig(thresholds=("reconstruction.pnsr@4=0",))
-        with pytest.raises(ValueError, match=r"threshold 'reconstruction\.pnsr@4' names no figure of now; there are"):
+        with pytest.raises(ValueError, match=r"threshold 'reconstruction\.pnsr@4' matches no metric of now; there are"):
             judge(compared(report, report), config)
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from flows.cli.main import main
 from flows.evaluation.evaluate import evaluate
-from flows.recipes.small import RECIPES, EvaluateConfig
-from flows.results.types import EvaluationReport, Measure
+from flows.recipes.registry import RECIPES
+from flows.recipes.schema import EvaluateConfig
+from flows.results.types import EvaluationReport, Score
 from flows.runs.history import records
 from flows.runs.journal import RunRecord, StageFailedError, StageRecord
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, publish, ref_of
@@ -59,8 +60,8 @@ class Runs(NamedTuple):
 
 
 def with_psnr(report: EvaluationReport, more: float) -> EvaluationReport:
-    def one(measure: Measure) -> Measure:
-        return measure.model_copy(update={"value": measure.value + more}) if measure.name == PSNR else measure
+    def one(score: Score) -> Score:
+        return score.model_copy(update={"value": score.value + more}) if score.name == PSNR else score
 
     steps = tuple(
         step.model_copy(update={"measures": tuple(map(one, step.measures))}) for step in report.reconstruction.by_steps
@@ -99,7 +100,7 @@ def test_the_last_run_is_held_against_the_last_good_one(runs: Runs, tmp_path: Pa
     names = sorted(path.name for path in (tmp_path / "page").iterdir())
     assert names == ["history.html", "report.html", "report.json", "report.md"]
     page = (tmp_path / "page" / "report.html").read_text()
-    assert f'Held against <span class="mono">{good}</span>' in page
+    assert f'Compared with <span class="mono">{good}</span>' in page
     assert last in (tmp_path / "page" / "history.html").read_text()
 
 
@@ -129,7 +130,7 @@ def test_the_gate_fails_with_3_after_the_page_is_written(runs: Runs, tmp_path: P
     error = capsys.readouterr().err
     assert f"gate: {PSNR} is" in error
     assert "worse by 0.6, and 0.5 is allowed" in error
-    assert "The gate is failed" in (tmp_path / "page" / "report.html").read_text()
+    assert "The gate failed" in (tmp_path / "page" / "report.html").read_text()
     assert report(*out, "--threshold", "reconstruction.psnr@*=1") == 0
     assert "gate: passed, 2 figures held against 20260301-100000-digits-0000" in capsys.readouterr().err
 
@@ -159,9 +160,9 @@ def test_published_figures_stand_alone(runs: Runs, capsys) -> None:
     [
         (["--run", "none"], "there is no run 'none'; the last ones are: 20260301-100000-digits-0000"),
         (["--against", "none"], "there is no run 'none'"),
-        (["--run", "20260301-100001-digits-0000"], "is Failed and has no figures: run its recipe again"),
-        (["--threshold", "reconstruction.psnr"], "write FIGURE=LOSS"),
-        (["--threshold", "no.such=1", "--against", "20260301-100000-digits-0000"], "'no.such' names no figure of"),
+        (["--run", "20260301-100001-digits-0000"], "is Failed and was not evaluated: run its recipe again"),
+        (["--threshold", "reconstruction.psnr"], "write METRIC=LOSS"),
+        (["--threshold", "no.such=1", "--against", "20260301-100000-digits-0000"], "'no.such' matches no metric of"),
         (["--out", "/dev/null/x"], "/dev/null/x cannot be written (Not a directory): name another folder"),
     ],
 )
@@ -200,11 +201,11 @@ class TestFlow:
         last = runs.add(1, psnr=-2)
         with pytest.raises(GateFailedError, match=rf"the gate is failed by run {last}: {PSNR} is"):
             benchmark(store=runs.store.uri, gate=True)
-        assert "The gate is failed" in runs.store.read(f"runs/{last}/report.html").decode()
+        assert "The gate failed" in runs.store.read(f"runs/{last}/report.html").decode()
         assert {record.run: record.gate for record in records(runs.store)} == {first: None, last: "failed"}
         third = runs.add(2, psnr=-0.1)
         made = benchmark(store=runs.store.uri, gate=True)
-        assert (made.run, made.against) == (third, first), "a run that failed at the gate is no measure for the next"
+        assert (made.run, made.against) == (third, first), "a run that failed at the gate is no baseline for the next"
 
         from prefect.client.orchestration import get_client
         from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey

@@ -192,7 +192,7 @@ def test_a_taken_port_is_one_line(serving, tmp_path) -> None:
     other = Serving(tmp_path, arguments=("--port", str(one.port)))
     assert other.process.wait(60) == 2
     assert other.said().splitlines() == [
-        f"sftok: --port {one.port}: Address already in use; name another one, or join the server there by "
+        f"sftok: --port {one.port}: Address already in use; name another port, or join the server there with "
         "PREFECT_API_URL"
     ]
 

@@ -11,7 +11,7 @@ import pytest
 
 from flows.cli.main import main
 from flows.pipeline import graph
-from flows.recipes.small import RECIPES
+from flows.recipes.registry import RECIPES
 from flows.runs.journal import RunRecord, StageRecord
 from flows.store.inventory import kept_keys, size_text
 from infra.artifacts.inventory import descendants, key_of_ref, manifests, pins, with_ancestors
@@ -88,7 +88,7 @@ def test_lineage_goes_back_and_forward(built: Built, capsys: pytest.CaptureFixtu
     shown = run_json(capsys, "show", refs["images"], "--lineage", "--store", made.store.uri)
     assert shown["users"] == [str(refs["codes"])]
     assert run("show", refs["tokenizer"], "--lineage", "--store", made.store.uri) == 0
-    assert capsys.readouterr().out.partition("what was made of it")[2].count("codes/") == 2
+    assert capsys.readouterr().out.partition("used by")[2].count("codes/") == 2
     assert "users" not in run_json(capsys, "show", refs["images"], "--store", made.store.uri)
 
 
@@ -125,7 +125,7 @@ def test_cp_copies_and_verifies(built: Built, tmp_path: Path, capsys: pytest.Cap
     }
     assert run("verify", refs["more_codes"], "--inputs", "--store", target.uri) == 0
     assert run("cp", refs["codes"], made.store.uri, "--store", made.store.uri) == 2
-    assert "is the store it is copied from" in capsys.readouterr().err
+    assert "is the store to copy from" in capsys.readouterr().err
 
 
 def test_cp_goes_on_where_it_was_killed(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

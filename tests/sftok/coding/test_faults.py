@@ -20,7 +20,7 @@ import pytest
 
 from flows.make import make, run_stage
 from flows.pipeline import graph
-from flows.recipes.small import EncodeConfig
+from flows.recipes.schema import EncodeConfig
 from flows.requests.encode import find_dataset
 from flows.stage import Job, Work
 from infra.artifacts.manifest import Manifest, Plan, folder_of, key_of, publish, verify
