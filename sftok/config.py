@@ -1,4 +1,4 @@
-"""What a tokenizer is and how it is trained, as data. Defaults are those of the paper; recipes state the rest."""
+"""Configs of datasets, tokenizers and their training. Defaults are those of the paper; recipes state the rest."""
 
 from typing import Annotated, Literal, Self
 
@@ -13,16 +13,16 @@ Assignment = Literal["nearest", "sinkhorn"]
 MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]
 
 # pt_inception-2015-12-05-6726825d.pth of pytorch-fid; torch-fidelity's weights-inception-2015-12-05-6726825d.pth is the
-# same file. ADM's .pb and clean-fid's .pt hold the same weights in forms of their own.
+# same file. ADM's .pb and clean-fid's .pt hold the same weights in other formats.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class DataConfig(Config):
-    """From an image source to image Parquet."""
+    """Preparation of images, from a source to image Parquet."""
 
-    image_size: PositiveInt = Field(description="side of the square images that models see, in pixels")
+    image_size: PositiveInt = Field(description="side of the square images that models process, in pixels")
     val_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of images held out by a hash of their id where the source has no val split"
+        0.1, gt=0, lt=1, description="share of images held out by a hash of their id if the source has no val split"
     )
     num_shards: PositiveInt = Field(8, description="hash buckets of the train split; fixed when the dataset is created")
     num_val_shards: PositiveInt = Field(4, description="hash buckets of the val split")
@@ -31,12 +31,12 @@ class DataConfig(Config):
     )
     labels: Literal["required", "optional", "none"] = Field(
         "required",
-        description="required: an image without a class is rejected, a source without classes refused; optional: such "
-        "images are taken without one; none: classes are not looked at, every image is taken",
+        description="required: images without a class are rejected, a source without classes is an error; optional: "
+        "images without a class are accepted; none: classes are ignored",
     )
     class_names_file: Annotated[str, RUNTIME] = Field(
         "",
-        description="text file (path or s3://) of class names, one a line in the order of their ids; empty: "
+        description="text file (path or s3://) of class names, one per line in the order of their ids; empty: "
         "names come from the source",
     )
     image_column: str = Field(
@@ -49,33 +49,33 @@ class DataConfig(Config):
         0.01,
         ge=0,
         le=1,
-        description="share of entries that may be rejected before prepare fails, for sources of 1,000 entries and more",
+        description="share of entries that may be rejected before prepare fails, for sources of 1,000 entries or more",
     )
     store_size: Annotated[NonNegativeInt, OmittedAt(0)] = Field(
         0,
-        description="shorter side, in pixels, to which images are resized once and kept without loss, so that no large "
-        "file is decoded again; 0: files are kept as they are. With image_size, centre crops are the same",
+        description="shorter side, in pixels, to which images are resized once and stored without loss, so that no "
+        "large file is decoded again; 0: files are kept unchanged. With image_size, centre crops are the same",
     )
     store_format: Annotated[Literal["webp", "ppm"], OmittedAt("webp")] = Field(
         "webp",
-        description="how resized images are kept: webp, or ppm, twice as large and read some ten times as fast",
+        description="format of resized images: webp, or ppm, twice as large and read some ten times as fast",
     )
 
     @model_validator(mode="after")
     def _stored_images_are_large_enough(self) -> Self:
         if 0 < self.store_size < self.image_size:
             raise ValueError(
-                f"store_size = {self.store_size} is below image_size = {self.image_size}: set as much at least, or 0"
+                f"store_size = {self.store_size} is below image_size = {self.image_size}: set at least as much, or 0"
             )
         if self.store_format != "webp" and not self.store_size:
-            raise ValueError(f"store_format = {self.store_format} changes nothing: set store_size")
+            raise ValueError(f"store_format = {self.store_format} has no effect without store_size: set store_size")
         return self
 
 
 class AugmentConfig(Config):
-    """Random changes of training images; all of them seeded, all of them label-preserving for the data at hand."""
+    """Random augmentation of training images: seeded, and meant to preserve the labels of the data at hand."""
 
-    crop: Literal["center", "random"] = Field("random", description="where the square crop of the resized image lies")
+    crop: Literal["center", "random"] = Field("random", description="position of the square crop in the resized image")
     flip: bool = Field(True, description="mirror half of the images; off where mirroring changes the class")
     rotate: float = Field(0.0, ge=0, le=180, description="rotation drawn from +-rotate, in degrees")
     shift: float = Field(0.0, ge=0, lt=1, description="translation drawn from +-shift, as a fraction of the side")
@@ -83,7 +83,7 @@ class AugmentConfig(Config):
 
     @property
     def is_affine(self) -> bool:
-        """Whether an affine resampling is needed at all."""
+        """Whether affine resampling is needed."""
         return bool(self.rotate or self.shift or self.zoom)
 
 
@@ -91,15 +91,15 @@ class TeacherConfig(Config):
     """MaskGIT-VQGAN, the frozen teacher whose codes the decoder predicts (method.md 1.2)."""
 
     base_channels: PositiveInt = Field(128, description="channels of the first level")
-    channel_multipliers: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4), description="one level an entry")
-    num_res_blocks: PositiveInt = Field(2, description="residual blocks a level")
+    channel_multipliers: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4), description="one entry per level")
+    num_res_blocks: PositiveInt = Field(2, description="residual blocks per level")
     latent_channels: PositiveInt = Field(256, description="channels of a code vector")
     codebook_size: PositiveInt = Field(1024, description="number of proxy codes")
     norm_groups: PositiveInt = Field(32, description="groups of the group norms; divides base_channels")
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels a side that one proxy code stands for."""
+        """Side of the square of one proxy code, in pixels."""
         return 1 << (len(self.channel_multipliers) - 1)
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class TransformerConfig(Config):
     layers: PositiveInt
     heads: PositiveInt
     init_std: float = Field(
-        0.02, gt=0, description="spread of initial weights; narrow toy models learn faster with more"
+        0.02, gt=0, description="standard deviation of initial weights; narrow toy models learn faster with more"
     )
 
     @model_validator(mode="after")
@@ -138,17 +138,17 @@ class TokenizerConfig(Config):
     """SFTok: encoder, quantizer and multi-step decoder."""
 
     patch_size: PositiveInt = Field(16, description="side of the encoder's patches, in pixels")
-    num_latent_tokens: PositiveInt = Field(64, description="one-dimensional tokens an image")
-    codebook_size: int = Field(8192, ge=2, description="codes that a latent token can be")
+    num_latent_tokens: PositiveInt = Field(64, description="one-dimensional tokens per image")
+    codebook_size: int = Field(8192, ge=2, description="number of codes of latent tokens")
     code_dim: PositiveInt = Field(32, description="channels of a code vector")
     encoder: TransformerConfig = BASE
     decoder: TransformerConfig = BASE
     legacy_layout: bool = Field(
-        False, description="read the encoder's output as the published code does; true for published weights only"
+        False, description="read the encoder's output in the published code's layout; true for published weights only"
     )
 
 
-# SFTok-B and SFTok-L are published; of S only the transformer's size is.
+# SFTok-B and SFTok-L are published; for S only the size of the transformer is.
 TOKENIZERS = {
     "toy": TokenizerConfig(
         patch_size=8, num_latent_tokens=16, codebook_size=256, code_dim=16, encoder=TOY, decoder=TOY
@@ -160,34 +160,34 @@ TOKENIZERS = {
 
 
 DECODING_NOISE = (
-    "splitmix64/1"  # the numbers of `sftok.model.noise`: part of what identifies whatever was decoded with noise
+    "splitmix64/1"  # the generator of `sftok.model.noise`: part of the identity of what was decoded with noise
 )
 
 
 class DecodingConfig(Config):
     """Iterative decoding of latent tokens into proxy codes."""
 
-    num_steps: PositiveInt = Field(8, description="decoder passes an image")
+    num_steps: PositiveInt = Field(8, description="decoder passes per image")
     temperature: float = Field(
-        0.0, ge=0, description="Gumbel noise at the first step, falling to 0; 0 is deterministic"
+        0.0, ge=0, description="scale of the Gumbel noise at the first step, falling to 0; 0 is deterministic"
     )
     precision: Annotated[Literal["auto", "fp32", "bf16"], OmittedAt("fp32")] = Field(
         "auto",
-        description="of the decoder's and the pixel decoder's products; auto: fp32 on CPUs, bf16 on CUDA",
+        description="of products in the decoder and the pixel decoder; auto: fp32 on CPUs, bf16 on CUDA",
     )
 
     def identity(self) -> dict[str, JsonValue]:
-        """Return what decides the images; with noise, also the way in which its numbers are drawn."""
+        """Return the fields that decide the images, and with noise the generator of its numbers."""
         return {**super().identity(), **({"noise": DECODING_NOISE} if self.temperature else {})}
 
     @property
     def arithmetic(self) -> Literal["fp32", "bf16"]:
-        """The precision, once it is settled."""
-        assert self.precision != "auto", "DecodingConfig.on(device) settles it"
+        """The precision, resolved by `on`."""
+        assert self.precision != "auto", "call DecodingConfig.on(device) first"
         return self.precision
 
     def on(self, device: str) -> Self:
-        """Settle what depends on the device: the precision."""
+        """Resolve the precision for a device."""
         return self.model_copy(update={"precision": default_precision(device)}) if self.precision == "auto" else self
 
 
@@ -195,7 +195,7 @@ class AdversarialConfig(Config):
     """A discriminator beside the reconstruction losses: hinge loss, LeCAM, a start of its own (method.md 1.3)."""
 
     weight: float = Field(
-        ge=0, description="of the generator's adversarial loss (published: 0.5); 0 trains without a discriminator"
+        ge=0, description="weight of the adversarial loss (published: 0.5); 0 trains without a discriminator"
     )
     kind: Literal["patch", "dino"] = Field(
         "dino", description="patch: a PatchGAN trained from scratch; dino: heads on a frozen DINO ViT-S/16"
@@ -203,25 +203,31 @@ class AdversarialConfig(Config):
     dino: PretrainedConfig = Field(PretrainedConfig(), description="weights of the frozen DINO ViT-S/16")
     start_step: int = Field(20_000, ge=0, description="first step with a discriminator")
     lecam_weight: float = Field(0.001, ge=0)
-    lecam_decay: float = Field(0.999, ge=0, lt=1, description="of LeCAM's averages of the discriminator's outputs")
-    augment: bool = Field(True, description="DiffAug: the discriminator sees shifted, recoloured, cut images only")
-    channels: PositiveInt = Field(64, description="of the patch discriminator's first layer")
-    layers: PositiveInt = Field(3, description="of the patch discriminator that halve the side")
+    lecam_decay: float = Field(
+        0.999, ge=0, lt=1, description="decay of LeCAM's averages of the discriminator's outputs"
+    )
+    augment: bool = Field(
+        True, description="DiffAug: the discriminator sees shifted, recoloured and cut-out images only"
+    )
+    channels: PositiveInt = Field(64, description="channels of the patch discriminator's first layer")
+    layers: PositiveInt = Field(3, description="layers of the patch discriminator that halve the side")
     optimizer: OptimizerConfig = OptimizerConfig(betas=(0.9, 0.999), warmup_steps=5_000)
 
 
 NO_ADVERSARY = AdversarialConfig(weight=0)
 
 
-VIRTUAL_BATCH = 8  # images that the DINO discriminator's local batch norm looks at together, at most
+VIRTUAL_BATCH = 8  # largest group of images in the local batch norm of the DINO discriminator
 
 
 class PixelStageConfig(Config):
-    """A stage that is trained towards pixels: what makes an image like another."""
+    """A stage that is trained on pixels, with its reconstruction, perceptual and adversarial losses."""
 
     training: TrainingConfig
     reconstruction_weight: float = Field(1.0, gt=0, description="weight of the mean squared error")
-    perceptual_weight: float = Field(ge=0, description="of LPIPS (VGG16); 0 goes without, as where it has no weights")
+    perceptual_weight: float = Field(
+        ge=0, description="weight of LPIPS (VGG16); 0: without LPIPS, such as for lack of its weights"
+    )
     lpips: PretrainedConfig = Field(PretrainedConfig(), description="weights of LPIPS's VGG16")
     adversarial: AdversarialConfig
 
@@ -244,49 +250,53 @@ class PixelStageConfig(Config):
 
 
 class TeacherStageConfig(PixelStageConfig):
-    """The teacher: imported, or trained on the data where no weights are given."""
+    """The teacher: imported, or trained on the data if no weights are given."""
 
-    origin: Literal["trained", "imported"] = Field("trained", description="imported: the one that `pretrained` names")
+    origin: Literal["trained", "imported"] = Field(
+        "trained", description="imported: from the weights that `pretrained` names"
+    )
     pretrained: PretrainedConfig = Field(PretrainedConfig(), description="published weights of a MaskGIT-VQGAN")
     model: TeacherConfig
     commitment_weight: float = Field(0.25, ge=0)
     restart_every: int = Field(
-        0, ge=0, description="steps between replacements of unused codes by latents, in the first half; 0 never"
+        0,
+        ge=0,
+        description="steps between replacements of unused codes by latents, in the first half of training; 0: never",
     )
 
 
 class AlignmentStageConfig(Config):
-    """Warming up (everything masked) or distribution alignment (SFVR): cross-entropy on the teacher's codes."""
+    """Warm-up (everything masked) or distribution alignment (SFVR): cross-entropy on the teacher's codes."""
 
     training: TrainingConfig
     teacher_precision: Annotated[Precision, OmittedAt("fp32")] = Field(
         "fp32",
-        description="autocast type of the frozen teacher's pass (published: fp32). In half precision, faster on CUDA, "
-        "some of its codes are others; a training where too few stay the same is refused",
+        description="autocast type of the frozen teacher's pass (published: fp32). Half precision is faster on CUDA "
+        "and changes some codes; if it changes more than 10 % of them, training is refused",
     )
     from_scratch: bool = Field(
-        False, description="begin at random weights: the ablation without warming up, whose stage is then left out"
+        False, description="start from random weights, without a warm-up stage: the ablation without warm-up"
     )
     replacement: Literal["none", "self_forcing", "ground_truth"] = Field(
-        description="what the positions that are not masked hold: none (all are masked: warming up), "
-        "the model's own prediction (SFVR), or the teacher's codes (vanilla)"
+        description="contents of the positions that are not masked: none (all are masked: warm-up), "
+        "self_forcing (the model's own prediction: SFVR) or ground_truth (the teacher's codes: vanilla)"
     )
     guide_steps: PositiveInt = Field(
-        1, description="decoding steps of the prediction that self-forcing fills in; the paper's is the first step's"
+        1, description="decoding steps of the prediction that self-forcing fills in; 1 in the paper"
     )
     replace_prob: float = Field(1.0, ge=0, le=1, description="share of teacher codes that self-forcing replaces")
-    mask_schedule: MaskSchedule = Field("arccos", description="how the share of masked positions is drawn")
+    mask_schedule: MaskSchedule = Field("arccos", description="distribution of the mask ratio")
     mask_power: float = Field(1.0, gt=0, description="exponent of the mask schedule")
     unmasked_weight: float = Field(0.1, ge=0, description="weight of positions that are not masked in the loss")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     quantizer_weight: float = Field(1.0, ge=0)
-    assignment: Assignment = Field("sinkhorn", description="how training assigns codes")
+    assignment: Assignment = Field("sinkhorn", description="assignment of codes in training")
 
 
 class FineTuneStageConfig(PixelStageConfig):
-    """Fine-tuning towards pixels: encoder and quantizer frozen, decoder and pixel decoder trained."""
+    """Fine-tuning on pixels: encoder and quantizer frozen, decoder and pixel decoder trained."""
 
     guide_steps: PositiveInt = Field(1, description="decoding steps of the prediction that is filled in")
-    mask_schedule: MaskSchedule = Field("arccos", description="how the share of masked positions is drawn")
+    mask_schedule: MaskSchedule = Field("arccos", description="distribution of the mask ratio")
     mask_power: float = Field(1.0, gt=0, description="exponent of the mask schedule")
-    assignment: Assignment = Field("sinkhorn", description="how training assigns codes")
+    assignment: Assignment = Field("sinkhorn", description="assignment of codes in training")

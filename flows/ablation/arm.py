@@ -58,7 +58,7 @@ def _arm(work: Work) -> Result:
         raise ValueError(
             f"{work.ref('images')}: {done} held-out images, its manifest says {total}: delete its folder and prepare"
         )
-    figures = meter.figures()
+    figures = meter.metrics()
     metrics = {f"psnr@{step.num_steps}": step.psnr for step in figures.by_steps}
     metrics |= {f"code_agreement@{step.num_steps}": step.code_agreement for step in figures.by_steps}
     text = figures.model_dump_json(indent=1)

@@ -12,7 +12,7 @@ from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import ArtifactRef
 from infra.config import Config
 from infra.store.store import Store
-from sftok.training.alignment_meter import AlignmentFigures, StepQuality
+from sftok.training.alignment_meter import AlignmentMetrics, StepQuality
 
 LOSS = "cross_entropy"  # of a tokenizer's training log
 LOG = "log.jsonl"
@@ -30,7 +30,7 @@ class Outcome(Config):
 
     arm: str
     seed: int
-    figures: AlignmentFigures
+    figures: AlignmentMetrics
     training: dict[str, int] = Field(description="steps of each training stage, in order, as its manifest counts them")
     loss: tuple[LossPoint, ...]
     refs: dict[str, ArtifactRef] = Field(description="the evaluated artifact, and its inputs")
@@ -66,7 +66,7 @@ class Column(NamedTuple):
     label: str
     better: Literal["higher", "lower", ""]
     unit: str
-    of: Callable[[AlignmentFigures], float]
+    of: Callable[[AlignmentMetrics], float]
 
 
 PREDICTIONS = (
@@ -78,7 +78,7 @@ PREDICTIONS = (
 )
 
 
-def at_step(figures: AlignmentFigures, num_steps: int) -> StepQuality:
+def at_step(figures: AlignmentMetrics, num_steps: int) -> StepQuality:
     """Return the metrics of reconstructions in so many decoding steps."""
     return next(step for step in figures.by_steps if step.num_steps == num_steps)
 
@@ -94,13 +94,13 @@ def step_column(metric: Metric, num_steps: int) -> Column:
     )
 
 
-def columns(figures: AlignmentFigures) -> list[Column]:
+def columns(figures: AlignmentMetrics) -> list[Column]:
     """Return the table's columns: reconstructions in the recipe's number of decoding steps, then predictions."""
     made = [step_column(metric, headline(figures)) for metric in STEP_METRICS]
     return [*made, *PREDICTIONS]
 
 
-def headline(figures: AlignmentFigures) -> int:
+def headline(figures: AlignmentMetrics) -> int:
     """Return the number of decoding steps that the table shows: the recipe's, or the most that were tried."""
     steps = [step.num_steps for step in figures.by_steps]
     return figures.agreement_steps if figures.agreement_steps in steps else max(steps)
@@ -131,7 +131,7 @@ class Results(NamedTuple):
         return [arm.name for arm in self.plan.arms]
 
     @property
-    def sample(self) -> AlignmentFigures:
+    def sample(self) -> AlignmentMetrics:
         """Any one outcome's figures, for values that all outcomes share."""
         return next(iter(self.outcomes.values())).figures
 
@@ -178,7 +178,7 @@ def _outcome(store: Store, arm: str, seed: int, ref: ArtifactRef) -> Outcome:
     return Outcome(
         arm=arm,
         seed=seed,
-        figures=AlignmentFigures.model_validate_json(judged.folder.read(ARM)),
+        figures=AlignmentMetrics.model_validate_json(judged.folder.read(ARM)),
         training=training,
         loss=tuple(loss),
         refs=refs,

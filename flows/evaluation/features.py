@@ -28,8 +28,8 @@ from infra.compute.device import IEEE, device_facts, use_numerics
 from infra.compute.workers import map_shards
 from infra.store.store import Store
 from sftok.config import DecodingConfig
+from sftok.images.lazy import LazyImages
 from sftok.images.resize import Resize
-from sftok.images.stored import StoredImages
 from sftok.metrics.inception.prepared import PreparedInception, prepare_inception
 from sftok.metrics.inception.weights import read_inception
 from sftok.metrics.measure import Features
@@ -79,7 +79,7 @@ class ShardFeatures:
         """Compute the features of a shard; a finished shard is not computed again."""
         if (done := shard_entry(self.job.out, shard.name)) is not None:
             return done
-        images = StoredImages(self.job.store, {shard.key: shard.rows}, self.job.image_size)
+        images = LazyImages(self.job.store, {shard.key: shard.rows}, self.job.image_size)
         batches = images.split(max(BATCH, self.network.batches.whole))
         return _write(
             self.job.out, shard.name, joined(features_of(self.network, some, self.job.resize) for some in batches)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flows.results.types import Gallery, Picture, PictureRow
 from sftok.metrics.functional import Images
-from sftok.metrics.nearest import Nearest
+from sftok.metrics.nearest import NearestResult
 
 Names = Sequence[str]
 ImagesByIndex = Mapping[int, Tensor]  # a subset of the images
@@ -144,7 +144,7 @@ def neighbour_gallery(
     pictures: Pictures,
     samples: ImagesByIndex,
     *,
-    nearest: Nearest,
+    nearest: NearestResult,
     train: Images,
     class_ids: Tensor,
     class_names: Names,

@@ -25,8 +25,8 @@ from infra.store.store import Store
 from sftok.coding.decode import ImageDecoder, noise_keys
 from sftok.config import DecodingConfig
 from sftok.images.dataset import ImageRows
+from sftok.images.lazy import LazyImages
 from sftok.images.preprocess import PREPROCESSING, to_float
-from sftok.images.stored import StoredImages
 from sftok.losses.perceptual import load_lpips
 from sftok.metrics.step_agreement import StepAgreement, decode_logits
 from sftok.model.prepared_pixels import AT_ONCE
@@ -89,8 +89,8 @@ def measure(work: Work) -> Result:
 def _inputs(work: Work) -> EvaluationInputs:
     recipe = work.recipe
     store, size = work.job.store, recipe.data.image_size
-    train = StoredImages(store, work.input("images").rows("train"), size)
-    val = StoredImages(store, work.input("images").rows("val"), size).load()
+    train = LazyImages(store, work.input("images").rows("train"), size)
+    val = LazyImages(store, work.input("images").rows("val"), size).load()
     info, val_codes = read_codes(store, work.input("codes").keys("val"))
     codes = Codes(
         StoredCodes(store, work.input("codes").rows("train")),

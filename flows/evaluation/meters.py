@@ -19,7 +19,7 @@ from sftok.metrics import functional
 from sftok.metrics.class_reader import ClassReader, accuracy, thumbnails
 from sftok.metrics.frechet import frechet_distance
 from sftok.metrics.measure import Features
-from sftok.metrics.nearest import Nearest, NearestSearch
+from sftok.metrics.nearest import NearestResult, NearestSearch
 from sftok.metrics.random_features import RandomFeatures
 
 _BATCH = 64  # real images per batch
@@ -125,7 +125,7 @@ class Meters:
     reader: ClassReader | None
     random: np.random.Generator
     seeds: dict[str, int]
-    nearest: list[Nearest]
+    nearest: list[NearestResult]
     """nearest training images of each set of queries."""
     pictures: Pictures = field(default_factory=Pictures)
 

@@ -13,7 +13,7 @@ from flows.evaluation.meters import CodeBatches, FeatureMeter, Meters, Reconstru
 from flows.results.types import Gallery, Histogram, ReconstructionReport, Score, StepScores
 from sftok.metrics import functional
 from sftok.metrics.class_reader import thumbnail_rows
-from sftok.metrics.image_meter import ImageMeter, pair_figures
+from sftok.metrics.image_meter import ImageMeter, pair_metrics
 
 _BARS = 64  # of the histogram of code frequencies
 
@@ -67,7 +67,7 @@ def _summarize(meters: Meters, num_steps: int) -> _Summary:
         if images.shape != originals.shape:
             raise ValueError(f"reconstructions have shape {tuple(images.shape)}, held-out images {tuple(expected)}")
         teacher_codes = made.teacher_codes.to(made.proxy_codes.device)
-        figures = pair_figures(images, originals)
+        figures = pair_metrics(images, originals)
         figures["code_agreement"] = functional.code_agreement(made.proxy_codes, teacher_codes)
         figures["features"] = meters.features(images)
         if meters.reader is not None:
@@ -213,7 +213,7 @@ def _codebook(meters: Meters) -> tuple[tuple[Score, ...], Histogram]:
                 label=f"Codebook usage, {split}",
                 unit="%",
                 better="higher",
-                value=functional.usage_of(counts),
+                value=functional.codebook_usage(counts),
                 protocol=protocol,
             ),
             Score(
@@ -221,7 +221,7 @@ def _codebook(meters: Meters) -> tuple[tuple[Score, ...], Histogram]:
                 label=f"Code entropy, {split}",
                 unit="bits",
                 better="higher",
-                value=functional.entropy_of(counts),
+                value=functional.entropy_bits(counts),
                 protocol=protocol,
             ),
             Score(
@@ -229,7 +229,7 @@ def _codebook(meters: Meters) -> tuple[tuple[Score, ...], Histogram]:
                 label=f"Code perplexity, {split}",
                 unit="codes",
                 better="higher",
-                value=functional.perplexity_of(counts),
+                value=functional.perplexity(counts),
                 protocol=protocol,
             ),
         ]

@@ -30,7 +30,7 @@ from infra.artifacts.shards import put
 from infra.compute.device import IEEE, use_numerics
 from infra.store.store import Store
 from sftok.coding.decode import ImageDecoder
-from sftok.images.stored import StoredImages
+from sftok.images.lazy import LazyImages
 from sftok.metrics.class_reader import ClassReader, accuracy, thumbnails
 from sftok.weights.artifacts import load_teacher, load_tokenizer
 
@@ -166,7 +166,7 @@ def _decoder(work: Work) -> ImageDecoder:
 def _reader(work: Work) -> ClassReader:
     """Fit the evaluation's class reader, on the same images in the same order."""
     recipe = work.recipe
-    train = StoredImages(work.job.store, work.input("images").rows("train"), recipe.data.image_size)
+    train = LazyImages(work.job.store, work.input("images").rows("train"), recipe.data.image_size)
     rows = train.sample(recipe.evaluate.classifier_images, recipe.seed)
     is_kept = torch.zeros(len(train), dtype=torch.bool)
     is_kept[rows] = True

@@ -22,7 +22,7 @@ from sftok.weights.artifacts import TeacherFile, load_teacher, load_tokenizer, s
 from sftok.weights.config import Kind
 from sftok.weights.convert import (
     Format,
-    Published,
+    PublishedFile,
     build,
     config_file_of,
     open_published,
@@ -115,14 +115,14 @@ def export_weights(
     return ExportResult(found.ref, layout, (str(weights), str(config)), _parameters(model), caveats)
 
 
-def _identity(opened: Published) -> dict[str, JsonValue]:
+def _identity(opened: PublishedFile) -> dict[str, JsonValue]:
     """Return the artifact's identity: the file's hash and the model read from it (config.json adds to shapes)."""
     with opened.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"imported": digest, "layout": opened.layout, "model": opened.config.as_json()}
 
 
-def _size(opened: Published) -> str:
+def _size(opened: PublishedFile) -> str:
     if isinstance(opened.config, TeacherFile):
         teacher = opened.config.teacher
         return f"{teacher.codebook_size} codes of {teacher.latent_channels} channels, f{teacher.downsample_factor}"

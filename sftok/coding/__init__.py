@@ -1,4 +1,4 @@
 """Encoding images to codes, shard by shard, and decoding codes to images.
 
-`encode.encode` encodes a dataset with Ray workers, `decode.ImageDecoder` goes back.
+`encode.encode` encodes a dataset with Ray workers (`groups`, `shard`), `decode.ImageDecoder` decodes codes.
 """

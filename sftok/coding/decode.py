@@ -1,4 +1,4 @@
-"""Codes to images in micro-batches: the way back of encode.py.
+"""Decode codes to images in micro-batches, the inverse of `encode`.
 
 Shapes: B images, N latent tokens, P proxy positions.
 """
@@ -17,8 +17,8 @@ from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
 
 
-class Decoded(NamedTuple):
-    """Images, and the proxy codes behind them."""
+class DecodedImages(NamedTuple):
+    """Decoded images and their proxy codes."""
 
     images: Tensor
     """uint8 (n, 3, H, W)."""
@@ -27,16 +27,16 @@ class Decoded(NamedTuple):
 
 
 class Predictor(NamedTuple):
-    """What says the proxy codes of latent tokens, a step at a time."""
+    """Predicts the proxy codes of latent tokens, step by step."""
 
     step: Callable[[Tensor, Tensor], Tensor]
-    """from proxy codes (B, P), hidden ones among them, and what is given, to logits (B, P, V)."""
+    """from proxy codes (B, P), hidden ones included, and the output of `given`, to logits (B, P, V)."""
     given: Callable[[Tensor], Tensor]
-    """from codes (B, N) to what every step is given."""
+    """from codes (B, N) to the input that all steps share."""
 
 
 class ImageDecoder:
-    """A tokenizer, and where it has no pixel decoder of its own its teacher, ready to turn codes into images."""
+    """A tokenizer, with its teacher if it has no pixel decoder of its own, prepared to decode codes to images."""
 
     def __init__(
         self,
@@ -53,33 +53,34 @@ class ImageDecoder:
 
     @property
     def predictor(self) -> Predictor:
-        """What figures of predictions are taken of.
+        """The predictor that metrics of predictions use.
 
-        On CPUs the model's own modules, as it always was, whose float32 rounds otherwise than the prepared decoder's.
+        On CPUs it is the model's own modules, whose float32 rounds differently from the prepared decoder's; changing
+        that would change the metrics of existing artifacts.
         """
         if self.decoder.device.type == "cpu":
             return Predictor(self.decoder.model.decoder, self.decoder.model.quantizer.lookup)
         return Predictor(self.decoder.step, self.decoder.given)
 
-    def __call__(self, codes_BN: Tensor, image_ids: Sequence[str], decoding: DecodingConfig) -> Decoded:
-        """Decode codes (n, N) int64 into images on the CPU; see `decode`.
+    def __call__(self, codes_BN: Tensor, image_ids: Sequence[str], decoding: DecodingConfig) -> DecodedImages:
+        """Decode codes (n, N) int64 to images on the CPU; see `decode`.
 
         Raises:
-            ValueError: there are no codes, or not one id an image.
+            ValueError: there are no codes, or not one id per image.
         """
-        return Decoded(*(part.cpu() for part in self.decode(codes_BN, image_ids, decoding)))
+        return DecodedImages(*(part.cpu() for part in self.decode(codes_BN, image_ids, decoding)))
 
-    def decode(self, codes_BN: Tensor, image_ids: Sequence[str], decoding: DecodingConfig) -> Decoded:
-        """Decode codes (n, N) int64 into images where the models are.
+    def decode(self, codes_BN: Tensor, image_ids: Sequence[str], decoding: DecodingConfig) -> DecodedImages:
+        """Decode codes (n, N) int64 to images on the models' device.
 
-        An image and its noise depend on its codes, the seed and its id. Batches are of one fixed size, the last one
+        An image and its noise depend on its codes, the seed and its id. Batches have one fixed size, the last one
         padded, for the same reason as in encoding.
 
         Raises:
-            ValueError: there are no codes, or not one id an image.
+            ValueError: there are no codes, or not one id per image.
         """
         if not len(codes_BN) == len(image_ids) > 0:
-            raise ValueError(f"{len(codes_BN)} rows of codes for {len(image_ids)} image ids: give one id a row")
+            raise ValueError(f"{len(codes_BN)} rows of codes for {len(image_ids)} image ids: give one id per row")
         images, proxies = [], []
         for at in range(0, len(codes_BN), self.micro_batch):
             part, ids = codes_BN[at : at + self.micro_batch], image_ids[at : at + self.micro_batch]
@@ -89,17 +90,17 @@ class ImageDecoder:
             proxy_BP, logits_BPV = self.decoder.predict_proxy(padded, decoding, keys_B)
             images.append(to_uint8(self.decoder.render(proxy_BP, logits_BPV))[: len(part)])
             proxies.append(proxy_BP[: len(part)])
-        return Decoded(torch.cat(images), torch.cat(proxies))
+        return DecodedImages(torch.cat(images), torch.cat(proxies))
 
     def decode_all(
         self, codes_BN: Tensor, image_ids: Sequence[str], decoding: DecodingConfig, *, at_once: int
-    ) -> Iterator[Decoded]:
-        """Decode any number of codes, about `at_once` images at a time, in whole micro-batches."""
+    ) -> Iterator[DecodedImages]:
+        """Decode any number of codes, about `at_once` images at once, in whole micro-batches."""
         size = -(-at_once // self.micro_batch) * self.micro_batch
         for at in range(0, len(codes_BN), size):
             yield self.decode(codes_BN[at : at + size], image_ids[at : at + size], decoding)
 
 
 def noise_keys(seed: int, image_ids: Sequence[str]) -> Tensor:
-    """Keys of the images' decoding noise, (B,) int64: of a seed and an image's id alone."""
+    """Make the keys of the images' decoding noise, (B,) int64, from a seed and the image's id alone."""
     return torch.tensor([seed_of(seed, "decode", image_id) for image_id in image_ids], dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Images to codes: every image shard becomes the code shard of the same name.
+"""Encode images to codes: every image shard becomes the code shard of the same name.
 
 Exactly once, because a shard is a function of its images alone, its sidecar is created once and after it, and nothing
-is published before the rows add up: images x views = rows + failed.
+is published before the counts match: images x views = rows + failed.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ __all__ = [
     "FAILED",
     "CodeShard",
     "EncodeJob",
-    "Encoded",
+    "EncodeResult",
     "ShardEncoder",
     "encode",
     "encode_batches",
@@ -49,16 +49,16 @@ __all__ = [
 
 FAILED = "failed.parquet"
 FAILED_SCHEMA = pa.schema([("image_id", pa.string()), ("variant", pa.string()), ("reason", pa.string())])
-RUN = 16  # shards that a GPU's worker is given at once, at most: some seconds of work
-LOOKUPS = 32  # shards or groups looked up at once: on S3 each takes a request or two
+RUN = 16  # largest number of shards per call of a GPU's worker: some seconds of work
+LOOKUPS = 32  # shards or groups looked up concurrently: on S3 each takes a request or two
 
 
-class Encoded(NamedTuple):
-    """What encode wrote: images x views = rows + failed."""
+class EncodeResult(NamedTuple):
+    """Files and counts of an encoding: images x views = rows + failed."""
 
     files: list[FileEntry]
     counts: dict[str, int]  # shards, reused (of them, from other versions), rows, failed (views)
-    pages: tuple[Page, ...] = ()  # lists of the shards, where they are too many for `files`
+    pages: tuple[Page, ...] = ()  # lists of the shards, if they are too many for `files`
 
 
 def encode(
@@ -68,21 +68,21 @@ def encode(
     options: WorkerOptions,
     progress: Progress = silent,
     group: int | None = None,
-) -> Encoded:
-    """Encode every shard of an images artifact that is neither done nor found among other versions of the dataset.
+) -> EncodeResult:
+    """Encode every shard of an images artifact that is neither done nor cached in other versions of the dataset.
 
-    Workers are given groups of shards, and a group is marked as done, too: of a million shards the driver and a restart
-    see only the groups. Up to 65,535 shards a group is one shard, and its sidecar the mark.
+    Workers get groups of shards, and finished groups are marked, too, so that of a million shards the driver and a
+    restart see only the groups. Up to 65,535 shards, a group is one shard, and its sidecar is the mark.
 
     Args:
-        job: what every worker needs.
-        images: the manifest of the images.
-        options: how wide to run; changes no byte.
-        progress: called with shards done, or with groups where a group is more than one.
-        group: shards a group; None for as many as make some 32,768 groups.
+        job: parameters of all workers.
+        images: manifest of the images.
+        options: workers; change no byte.
+        progress: called with the number of shards done, or of groups if they hold several shards.
+        group: shards per group; None for some 32,768 groups.
 
     Raises:
-        ValueError: a view is unknown, an image shard is damaged, or the rows do not add up.
+        ValueError: a view is unknown, an image shard is damaged, or the counts do not match.
         TransientError: workers were lost for good, or ran out of memory.
     """
     shards, job = shards_in(job.images, images), dataclasses.replace(job, decoders=_decoders(job, options))
@@ -99,13 +99,13 @@ def encode(
     _check_counts(job, images, counts)
     if totals.failed:
         files.append(put(job.out, FAILED, _failed_parquet(totals.failed), len(totals.failed)))
-    return Encoded(files, counts, pages)
+    return EncodeResult(files, counts, pages)
 
 
 def _encode_shards(
     job: EncodeJob, shards: Sequence[FileEntry], options: WorkerOptions, progress: Progress
 ) -> list[CodeShard]:
-    """Every shard, in the order of `shards`; what is done is looked up here."""
+    """Encode shards one by one or in runs, in the order of `shards`; finished ones are looked up by the driver."""
     with ThreadPoolExecutor(LOOKUPS) as pool:
         found = list(pool.map(functools.partial(find_shard, job), shards))
     missing = [entry for entry, shard in zip(shards, found, strict=True) if shard is None]
@@ -120,9 +120,9 @@ def _is_on_gpus(job: EncodeJob, options: WorkerOptions) -> bool:
 
 
 def _decoders(job: EncodeJob, options: WorkerOptions) -> int:
-    """Processes of a worker that decode: one a core, where it computes on a GPU and has more cores than threads use.
+    """Choose a worker's decoding processes: one per core, if it has a GPU and more cores than threads would use.
 
-    Its cores are those that it reserves; if it does not, its share of this machine's.
+    Its cores are those that it reserves, or else its share of this machine's.
     """
     if job.decoders is not None:
         return job.decoders
@@ -134,14 +134,14 @@ def _decoders(job: EncodeJob, options: WorkerOptions) -> int:
 
 
 def _run(count: int, job: EncodeJob, options: WorkerOptions) -> int:
-    """Shards a call: on GPUs several, which overlap, and every worker has some calls; else one, to lose none."""
+    """Choose the shards per call: on GPUs several overlapping ones, with some calls per worker; else one."""
     if not _is_on_gpus(job, options):
         return 1
     return max(1, min(RUN, count // (4 * max(options.workers, 1))))
 
 
 def _of_runs(progress: Progress, runs: Sequence[Sequence[FileEntry]]) -> Progress:
-    """Tell of runs as of the shards in them; those that are done first may be others, as many but for the last one."""
+    """Report runs as the shards in them, as if they ended in order; all runs but the last one are equally long."""
     ends = [0, *itertools.accumulate(len(run) for run in runs)]
 
     def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
@@ -154,7 +154,7 @@ def _of_runs(progress: Progress, runs: Sequence[Sequence[FileEntry]]) -> Progres
 def _encode_groups(
     job: EncodeJob, shards: Sequence[FileEntry], size: int, options: WorkerOptions, progress: Progress
 ) -> tuple[tuple[Page, ...], Totals]:
-    """Groups of `size` shards; what is done in an unfinished one is looked up by the worker that gets it."""
+    """Encode groups of `size` shards; finished shards of an unfinished group are looked up by its worker."""
     groups = Groups(shards, size)
     with ThreadPoolExecutor(LOOKUPS) as pool:
         found = list(pool.map(lambda number: finished_group(job.out, groups.name(number)), groups.numbers))
@@ -166,7 +166,7 @@ def _encode_groups(
 
 
 def _check_variants(job: EncodeJob) -> None:
-    """Refuse views that cannot be made before workers start."""
+    """Check before workers start that all views can be made."""
     any_image = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     row = ImageRows([""], any_image, torch.zeros(1, dtype=torch.int64), larger=any_image)
     variants = {variant for variants in job.variants.values() for variant in variants}
@@ -177,7 +177,7 @@ def _check_variants(job: EncodeJob) -> None:
 
 
 def _check_counts(job: EncodeJob, images: Manifest, counts: Mapping[str, int]) -> None:
-    """Prove that no view is missing and none is there twice."""
+    """Check that no view is missing or repeated."""
     splits = {split: images.counts[split] for split in job.variants}
     expected = sum(count * len(job.variants[split]) for split, count in splits.items())
     if expected != counts["rows"] + counts["failed"]:
@@ -189,7 +189,7 @@ def _check_counts(job: EncodeJob, images: Manifest, counts: Mapping[str, int]) -
 
 
 def _after(progress: Progress, before: int) -> Progress:
-    """Tell of shards with those that were found done."""
+    """Report progress including the shards that were done before."""
 
     def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
         progress(before + done, before + total, figures)

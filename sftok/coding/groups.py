@@ -1,8 +1,8 @@
-"""Groups of shards: what is handed to workers, and marked as done, where there are too many shards for one driver.
+"""Groups of shards, the unit of work and of resuming if there are too many shards for one driver.
 
-A group is marked by a record, created once and after all of its shards, which names the page of the artifact's manifest
-that lists them. So the driver holds groups, a restart looks up groups, and only the shards of those that were in the
-hands of a worker are looked up one by one, by the worker that gets the group.
+A finished group has a record, created once and after all of its shards, which names the page of the artifact's manifest
+that lists them. So the driver holds groups, a restart looks up groups, and only the shards of groups that were in
+progress are looked up one by one, by the worker that gets the group.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,11 +17,11 @@ from infra.store.store import Store
 from sftok.coding.shard import CodeShard, EncodeJob, ShardEncoder, find_shard
 
 FOLDER = "groups"
-GROUPS = 32_768  # about as many: four for each of 8,000 GPUs, and a minute of a driver's time
+GROUPS = 32_768  # approximate number: four for each of 8,000 GPUs, and a minute of the driver's time
 
 
 class Totals(Config):
-    """Sums over code shards, and what failed in them."""
+    """Sums over code shards, and the images that failed."""
 
     rows: NonNegativeInt
     reused: NonNegativeInt
@@ -30,7 +30,7 @@ class Totals(Config):
 
 
 class GroupRecord(Config):
-    """A finished group: where its shards are listed."""
+    """The record of a finished group."""
 
     page: Page
     totals: Totals
@@ -44,15 +44,15 @@ class Group(NamedTuple):
 
 
 class Groups(Sequence[Group]):
-    """Consecutive shards, `size` to a group, the last one with what is left; made when they are asked for."""
+    """Consecutive shards, `size` per group, the last of which may be smaller; made on demand."""
 
     def __init__(self, shards: Sequence[FileEntry], size: int, numbers: Sequence[int] | None = None) -> None:
-        """Divide the shards; with `numbers`, only those groups are here."""
+        """Divide the shards into groups; with `numbers`, only into those."""
         self.shards, self.size, self.total = shards, size, -(-len(shards) // size)
         self.numbers = range(self.total) if numbers is None else numbers
 
     def name(self, number: int) -> str:
-        """Where in the artifact's folder the record of a group is."""
+        """Return the path of a group's record in the artifact's folder."""
         return f"{FOLDER}/{number:05d}-of-{self.total:05d}.json"
 
     def __len__(self) -> int:
@@ -70,16 +70,16 @@ class Groups(Sequence[Group]):
 
 
 class GroupEncoder:
-    """A worker: encodes one group of shards a call."""
+    """A worker that encodes one group of shards per call."""
 
     def __init__(self, job: EncodeJob) -> None:
         self.job, self.encode = job, ShardEncoder(job)
 
     def __call__(self, group: Group) -> GroupRecord:
-        """Encode the shards of a group that are neither done nor found among other versions, and mark the group.
+        """Encode the shards of a group that are neither done nor cached in other versions, and write the record.
 
         Raises:
-            ValueError: an image shard is damaged, or has other rows than its entry says.
+            ValueError: an image shard is damaged, or has another number of rows than its entry states.
             TransientError: memory ran out.
         """
         found = [find_shard(self.job, entry) for entry in group.shards]
@@ -90,16 +90,16 @@ class GroupEncoder:
         record = GroupRecord(page=page, totals=total_of(self.job, made))
         if self.job.out.create(group.name, record.model_dump_json().encode()):
             return record
-        return finished_group(self.job.out, group.name) or record  # another run's: whose is first counts
+        return finished_group(self.job.out, group.name) or record  # another run's: the first one counts
 
 
 def finished_group(folder: Store, name: str) -> GroupRecord | None:
-    """The record of a finished group; None if it is not finished."""
+    """Read the record of a group; None if it is not finished."""
     return read_record(folder, name, GroupRecord)
 
 
 def total_of(job: EncodeJob, shards: Sequence[CodeShard]) -> Totals:
-    """Sums over shards."""
+    """Sum over shards."""
     failed = tuple(
         (image.image_id, variant, image.reason)
         for shard in shards
@@ -111,7 +111,7 @@ def total_of(job: EncodeJob, shards: Sequence[CodeShard]) -> Totals:
 
 
 def sum_of(totals: Iterable[Totals]) -> Totals:
-    """Sums over groups."""
+    """Sum over groups."""
     rows, reused = 0, 0
     failed: list[tuple[str, str, str]] = []
     for total in totals:

@@ -1,7 +1,7 @@
-"""The way of pixels to a GPU and of codes back, beside its work; where there is none, nothing is copied or waited for.
+"""Copy pixels to a GPU and codes back concurrently with its work; without a GPU, nothing is copied or waited for.
 
-From pinned memory a GPU copies while the host goes on. torch keeps such memory until the copy is done, also where the
-tensor is let go of before.
+A GPU copies from pinned memory asynchronously. torch keeps such memory until the copy is done, even if the tensor is
+freed before.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 
-class Lane:
-    """The way to a device: what is sent is copied beside the work that is queued there."""
+class DeviceTransfer:
+    """Copies to and from a device, concurrently with the work that is queued there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.is_cuda = device, device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if self.is_cuda else None
 
     def send(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, for work that is queued from now on; from pinned memory, or it is there already."""
+        """Copy a tensor in pinned memory, or on the device already, to the device, for work queued from now on."""
         if self._copies is None:
             return tensor.to(self.device)
         work, sent = torch.cuda.current_stream(self.device), tensor
@@ -26,11 +26,11 @@ class Lane:
             with torch.cuda.stream(self._copies):
                 sent = tensor.to(self.device, non_blocking=True)
             work.wait_stream(self._copies)
-        sent.record_stream(work)  # its memory belongs to another stream, and must last until the work is done
+        sent.record_stream(work)  # its memory belongs to another stream, and must not be reused before the work is done
         return sent
 
     def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Begin to copy a result to the host; the call that is returned waits for it, and for nothing after it."""
+        """Begin to copy a result to the host; the returned function waits for it, but for no later work."""
         if not tensor.is_cuda:
             return lambda: tensor
         found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

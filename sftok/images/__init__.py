@@ -1,4 +1,5 @@
-"""Images: decoding, preprocessing, and reading image Parquet in memory, as stored, or as a stream.
+"""Images: decoding, preprocessing, and reading image Parquet in memory, lazily or as a stream.
 
-`dataset` holds a split in memory, `stream` reads one larger than memory, `preprocess` defines what a model sees.
+`dataset` holds a split in memory, `lazy` reads one on demand, `stream` feeds training from one larger than memory,
+`preprocess` defines the pixels that a model sees, `contract` the format of image Parquet.
 """

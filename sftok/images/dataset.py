@@ -1,4 +1,4 @@
-"""Prepared images in memory: the rows of image Parquet, and the batches of training as a function of the step."""
+"""Prepared images in memory: rows of image Parquet, and training batches as a function of the step."""
 
 import functools
 import hashlib
@@ -34,7 +34,7 @@ _LABELS_READ = 1 << 14
 
 
 class ImageBatch(NamedTuple):
-    """What a training step sees: images float32 in [0, 1] (B, 3, H, W), class ids int64 (B,; -1: none), image ids."""
+    """A training batch: images float32 in [0, 1] (B, 3, H, W), class ids int64 (B,; -1: none), image ids."""
 
     images: torch.Tensor
     class_ids: torch.Tensor
@@ -47,12 +47,14 @@ class ImageRows(NamedTuple):
     image_ids: list[str]
     images: torch.Tensor  # uint8 (n, 3, S, S), resized by the shorter side, centre-cropped
     class_ids: torch.Tensor  # int64 (n,), -1: none
-    uncropped: list[torch.Tensor] | None = None  # uint8 (3, H, W) each, shorter side S; what random crops are cut from
-    larger: torch.Tensor | None = None  # uint8 (n, 3, L, L), the centre square at shorter side L; what ten crops are of
+    uncropped: list[torch.Tensor] | None = None  # uint8 (3, H, W) each, shorter side S; random crops are cut from them
+    larger: torch.Tensor | None = (
+        None  # uint8 (n, 3, L, L), centre squares at shorter side L; ten crops are cut from them
+    )
 
 
-class StoredImage(NamedTuple):
-    """A row of image Parquet; its bytes are the file's, not decoded."""
+class ImageRecord(NamedTuple):
+    """A row of image Parquet, with the bytes of the image file, not decoded."""
 
     image_id: str
     data: bytes
@@ -60,7 +62,7 @@ class StoredImage(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Some rows of image Parquet without their images."""
+    """Rows of image Parquet without their images."""
 
     image_ids: list[str]
     class_ids: list[int]  # -1: none
@@ -68,11 +70,11 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The image Parquet in a folder, as prepare wrote it."""
+    """The image Parquet of a folder, as written by prepare."""
 
     folder: Store
     class_names: tuple[str, ...] | None
-    names: tuple[str, ...]  # of all shards
+    names: tuple[str, ...]  # of all shards, sorted
 
     @classmethod
     def open(cls, folder: Store) -> "ImageSet":
@@ -104,17 +106,17 @@ class ImageSet:
         return cls(folder, None if class_names is None else tuple(class_names), names)
 
     def shards(self, split: str) -> list[str]:
-        """Names of the shards of a split (train or val), sorted."""
+        """List the shards of a split (train or val), sorted by name."""
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is neither train nor val")
         return [name for name in self.names if split_of(name) == split]
 
     def read_shard(self, name: str, image_size: int, *, crop: Literal["center", "random"] = "center") -> ImageRows:
-        """Decode a shard, rows sorted by image id; crop "random" keeps the uncropped images besides."""
+        """Decode a shard, rows sorted by image id; crop "random" also keeps the uncropped images."""
         image_ids: list[str] = []
         class_ids: list[int] = []
         resized: list[torch.Tensor] = []
-        for row in stored_images(self.folder, name):
+        for row in read_records(self.folder, name):
             image_ids.append(row.image_id)
             class_ids.append(row.class_id)
             image = resize_shorter(to_rgb(row.data), image_size)
@@ -136,8 +138,8 @@ class ImageSet:
         )
 
 
-def stored_images(folder: Store, name: str) -> Iterator[StoredImage]:
-    """The rows of a shard, sorted by image id; a few are in memory at a time.
+def read_records(folder: Store, name: str) -> Iterator[ImageRecord]:
+    """Read the rows of a shard, sorted by image id, with few in memory at once.
 
     Raises:
         ValueError: the file is damaged.
@@ -146,11 +148,11 @@ def stored_images(folder: Store, name: str) -> Iterator[StoredImage]:
         for batch in parquet.iter_batches(_ROWS_READ, columns=["image_id", "image", "label"], use_threads=False):
             for row in batch.to_pylist():
                 data = (row["image"] or {}).get("bytes") or b""
-                yield StoredImage(row["image_id"], data, NO_CLASS if row["label"] is None else row["label"])
+                yield ImageRecord(row["image_id"], data, NO_CLASS if row["label"] is None else row["label"])
 
 
-def stored_labels(folder: Store, name: str) -> Iterator[Labels]:
-    """Image ids and classes of a shard in its order, a few thousand at a time; no image is read.
+def read_labels(folder: Store, name: str) -> Iterator[Labels]:
+    """Read the image ids and classes of a shard in its order, some thousands at once, without the images.
 
     Raises:
         ValueError: the file is damaged.
@@ -162,22 +164,23 @@ def stored_labels(folder: Store, name: str) -> Iterator[Labels]:
 
 @contextmanager
 def _open_shard(folder: Store, name: str) -> Iterator[pq.ParquetFile]:
-    """The file, whose damages are ValueErrors also while it is read."""
+    """Open a shard; damage found while it is read raises ValueError, too."""
     try:
         with folder.open(name) as file, pq.ParquetFile(file) as parquet:
             yield parquet
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, ConnectionError) or getattr(error, "errno", None) is not None:
-            raise  # of the store, not of the file
+            raise  # an error of the store, not of the file
         said = " ".join(str(error).split())
         raise ValueError(f"{folder.uri}/{name} is no image Parquet ({said}); delete the folder and prepare") from error
 
 
 class TrainImages:
-    """Training batches as a pure function of the step: nothing to save, nothing that depends on ranks or restarts.
+    """Training batches as a pure function of the step: no state to save, independent of ranks and restarts.
 
-    Every image comes once an epoch, in an order drawn from (seed, epoch); batches run across the borders of epochs. The
-    changes of an image are drawn from (seed, position), the number of images served before it, never from its batch.
+    Every image occurs once per epoch, in an order drawn from (seed, epoch); batches may span two epochs. The
+    augmentation of an image is drawn from (seed, position), its position in the sequence of all images, never from its
+    batch.
     """
 
     def __init__(self, rows: ImageRows, augment: AugmentConfig, *, seed: int, batch_size: int) -> None:
@@ -188,9 +191,9 @@ class TrainImages:
         self.rows, self.augment, self.seed, self.batch_size = rows, augment, seed, batch_size
 
     def batch(self, step: int, *, rank: int = 0, ranks: int = 1, device: str = "cpu") -> ImageBatch:
-        """The batch of a step (from 0), or the equal slice of it that falls to one of several ranks.
+        """Make the batch of a step (from 0), or one rank's equal slice of it.
 
-        Its images are on `device`, changed there, and not waited for.
+        Its images are augmented on `device`, without waiting for the device.
         """
         if self.batch_size % ranks:
             raise ValueError(f"batch_size = {self.batch_size} does not divide by {ranks} ranks")
@@ -218,13 +221,13 @@ class TrainImages:
 
 
 def variant_images(rows: ImageRows, variant: str, augment: AugmentConfig) -> torch.Tensor:
-    """One view (center, flip, affine-K, crop-K) of every row, float32 in [0, 1] (n, 3, S, S).
+    """Make one view (center, flip, affine-K, crop-K) of every row, float32 in [0, 1] (n, 3, S, S).
 
-    A function of image, image id, variant and `augment` alone, whatever rows stand beside it.
+    A function of image, image id, variant and `augment` alone, independent of the other rows.
 
     Raises:
-        ValueError: for an unknown variant, an affine one where `augment` allows no affine change, or a crop of rows
-            that were decoded without their larger squares.
+        ValueError: the variant is unknown, it is affine and `augment` allows no affine change, or it is a crop and the
+            rows were decoded without their larger squares.
     """
     kind, number = variant_name(variant)
     if kind == "crop":
@@ -245,7 +248,7 @@ def variant_images(rows: ImageRows, variant: str, augment: AugmentConfig) -> tor
 
 @functools.lru_cache(maxsize=4)
 def _permutation(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of an epoch."""
+    """Draw the order of an epoch."""
     key = hashlib.sha256(f"epoch\0{seed}\0{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
     return torch.randperm(count, generator=generator)

@@ -1,6 +1,6 @@
-"""From the bytes of an image file to upright 8-bit RGB, and to its size: part of `PREPROCESSING` (see `preprocess`).
+"""Decode image files to upright 8-bit RGB and resize them: part of `PREPROCESSING` (see `preprocess`).
 
-Apart from it since preparing data and processes that decode need no torch, whose import would take longer than a small
+A module of its own, since prepare and decoding processes need no torch, whose import would take longer than a small
 shard.
 """
 
@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-# By content, never by file name; formats whose decoders start other programs (EPS, WMF) are left out on purpose.
+# Recognised by content, never by file name; formats whose decoders start other programs (EPS, WMF) are excluded.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-Image.init()  # open() knows only the five commonest formats before
-# A 1 x 80,000,000 image passes every pixel limit and would be resized to 256 x 20,480,000,000: longer is cut first.
+Image.init()  # before it, open() knows only the five most common formats
+# A 1 x 80,000,000 image passes every pixel limit and would be resized to 256 x 20,480,000,000, so it is cut first.
 LONGEST_SIDE = 4
 Pixels = NDArray[np.uint8]
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
@@ -30,7 +30,7 @@ _TRANSPOSE = {
 
 
 class UnreadableImageError(ValueError):
-    """Bytes that are no image we can decode; the message is the reason, in a few words."""
+    """Bytes that do not decode to an image; the message is the reason, in a few words."""
 
 
 def to_rgb(data: bytes, *, max_pixels: int | None = None, checksums: bool = False) -> Image.Image:
@@ -41,11 +41,11 @@ def to_rgb(data: bytes, *, max_pixels: int | None = None, checksums: bool = Fals
     Args:
         data: the bytes of the file.
         max_pixels: the largest width x height, checked before any pixel is decoded; Pillow's own limit of
-            178,956,970 holds besides.
-        checksums: check the checksums that decoding skips (PNG).
+            178,956,970 applies as well.
+        checksums: verify the checksums that decoding skips (PNG).
 
     Raises:
-        UnreadableImageError: with the reason.
+        UnreadableImageError: the bytes cannot be decoded.
     """
     if not data:
         raise UnreadableImageError("empty file")
@@ -92,24 +92,24 @@ def squares(data: bytes, sides: Sequence[int], where: float | None = None) -> li
     Args:
         data: the bytes of the file.
         sides: in pixels.
-        where: None for the centre, or a draw in [0, 1) of the place.
+        where: None for the centre, or a draw in [0, 1) of the position.
 
     Raises:
-        UnreadableImageError: with the reason.
+        UnreadableImageError: the bytes cannot be decoded.
     """
     image = to_rgb(data)
     return [_square(resized(image, side), side, where) for side in sides]
 
 
 def _square(image: Image.Image, side: int, where: float | None) -> Pixels:
-    """As `preprocess.crop` cuts it."""
+    """Cut a square like `preprocess.crop`."""
     room = image.width - side, image.height - side
     left, top = (round(free / 2) if where is None else int(where * (free + 1)) for free in room)
     return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB, transparency over white."""
+    """Convert any mode to 8-bit RGB, transparency over white."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _grey_16(image)
     if image.mode in ("I", "F"):
@@ -121,7 +121,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_16(image: Image.Image) -> Image.Image:
-    """16-bit grey to RGB by its high byte; convert() would clip everything above 255 to white."""
+    """Convert 16-bit grey to RGB by its high byte; convert() would clip everything above 255 to white."""
     bits, inverted = 16, False
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ def _grey_16(image: Image.Image) -> Image.Image:
 
 
 def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
-    """Turn as the camera says; metadata that cannot be read say nothing, and the pixels are good without them."""
+    """Rotate by the EXIF orientation; metadata that cannot be read is ignored, since the pixels are good without it."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # the parsers of EXIF and XMP raise as many kinds of errors as the decoders
@@ -140,12 +140,12 @@ def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def _check_png(data: bytes) -> None:
-    """Compare the checksum of every chunk: decoding skips those of the pixels."""
+    """Verify the checksum of every chunk of a PNG; decoding skips those of the pixels."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.verify()
 
 
 def _short(error: Exception) -> str:
-    """One line of an error, with its type where it has no text."""
+    """Shorten an error to one line, or to its type if it has no text."""
     return " ".join(str(error).split())[:200] or type(error).__name__

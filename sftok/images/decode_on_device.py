@@ -1,9 +1,9 @@
-"""Images decoded and resized on the device that encodes them: other pixels than Pillow's, so under a name of their own.
+"""Decode and resize images on the device that encodes them; the pixels differ from Pillow's, so they have another name.
 
-JPEGs are decoded by torchcodec, on CUDA by nvJPEG, and on CPUs by the library that Pillow uses too. What is no JPEG, or
-one of a kind that decoders disagree about, is decoded by Pillow. All are resized by torch's antialiased bicubic in
-float32, where Pillow's rounds to eight bits between the directions: on CPUs, where the decoders agree, one in seven of
-the values of photographs' pixels differs, nearly always by one of 255 levels.
+JPEGs are decoded by torchcodec: on CUDA by nvJPEG, on CPUs by the library that Pillow uses, too. Other files, and JPEGs
+of kinds that decoders read differently, are decoded by Pillow. All are resized by torch's antialiased bicubic in
+float32, whereas Pillow rounds to eight bits between the two directions: on CPUs, where the decoders agree, one in seven
+pixel values of photographs differs, nearly always by one of 255 levels.
 """
 
 import itertools
@@ -23,21 +23,21 @@ from sftok.images.decode import LONGEST_SIDE, Pixels, UnreadableImageError, to_r
 from sftok.images.decode_ahead import DECODERS, only_good
 from sftok.images.preprocess import crop
 
-PIXELS_AT_ONCE = 2**25  # decoded, or being resized in 12 bytes each: what bounds the memory
+PIXELS_AT_ONCE = 2**25  # decoded, or being resized at 12 bytes each: this bounds the memory
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; others are lossless or arithmetic
 _LONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 _END, _SCAN, _APP1, _ADOBE = 0xD9, 0xDA, 0xE1, 0xEE
-_MOST_SHRUNK = 40  # times on CUDA: of 47 and more, its kernel has no room for the weights
+_MOST_SHRUNK = 40  # largest factor on CUDA: from 47 on, its kernel has no room for the weights
 
 Decode = Callable[..., list[Tensor]]
 Result = tuple[list[Tensor], list[str | None]]
 
 
 def torchcodec_decoder() -> Decode:
-    """Torchcodec's decoder of JPEGs.
+    """Import torchcodec's decoder of JPEGs.
 
     Raises:
-        ValueError: it is not installed, or does not go with this torch.
+        ValueError: torchcodec is not installed, or is not compatible with this torch.
     """
     try:
         from torchcodec.decoders import decode_jpeg
@@ -51,10 +51,10 @@ def torchcodec_decoder() -> Decode:
 
 
 class DeviceDecoders:
-    """Decodes in a thread, on a stream of its own beside the encoder's."""
+    """Decodes in a thread, on its own CUDA stream, concurrently with the encoder."""
 
     def __init__(self, device: torch.device, decode: Decode | None = None) -> None:
-        """Find the decoder, `decode` or torchcodec's.
+        """Use the decoder `decode`, or torchcodec's.
 
         Raises:
             ValueError: torchcodec is not installed.
@@ -64,9 +64,9 @@ class DeviceDecoders:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="decode-on-device")
         self._files = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
-    def begin(self, files: Sequence[bytes], sides: Sequence[int]) -> "OnDevice":
-        """Begin to decode images and cut their centre squares."""
-        return OnDevice(self._pool.submit(self._squares, files, sides))
+    def begin(self, files: Sequence[bytes], sides: Sequence[int]) -> "DeviceSquares":
+        """Begin to decode images and cut their centre squares, on the device."""
+        return DeviceSquares(self._pool.submit(self._squares, files, sides))
 
     def _squares(self, files: Sequence[bytes], sides: Sequence[int]) -> Result:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
@@ -84,7 +84,7 @@ class DeviceDecoders:
         return squares, reasons
 
     def _images(self, files: Sequence[bytes]) -> Iterator[tuple[list[int], Tensor | str]]:
-        """Images by size, uint8 (n, 3, H, W), with their places; where one cannot be decoded, the reason."""
+        """Yield images by size, uint8 (n, 3, H, W), with their indices, and the reason of each that does not decode."""
         shapes = [jpeg_shape(data) for data in files]
         others = [at for at, shape in enumerate(shapes) if shape is None]
         read = self._read([files[at] for at in others])
@@ -102,7 +102,7 @@ class DeviceDecoders:
             yield from self._one(at, image)
 
     def _read(self, files: Sequence[bytes]) -> Iterator[Pixels | str]:
-        """Decode by Pillow, in order; a few are decoded ahead."""
+        """Decode by Pillow, in order, a few images ahead."""
         begun = (self._files.submit(_by_pillow, data) for data in files)
         waiting = deque(itertools.islice(begun, 2 * DECODERS))
         while waiting:
@@ -116,10 +116,10 @@ class DeviceDecoders:
             yield [at], send(torch.from_numpy(image).permute(2, 0, 1)[None], self.device)
 
     def _jpegs(self, files: Sequence[bytes]) -> list[Tensor | Pixels | str]:
-        """Decode together; if that fails, which tells of none, one by one, and what fails then by Pillow."""
+        """Decode together; if that fails, which names no file, decode one by one, and by Pillow if that fails, too."""
         if self._stream is not None:
-            # The engine that decodes JPEGs writes without waiting for the stream (torchcodec 0.16), and may be given
-            # memory of images that are still being resized there.
+            # The JPEG engine writes without waiting for the stream (torchcodec 0.16), perhaps to memory of images that
+            # are still being resized there.
             self._stream.synchronize()
         try:
             return list(self._decode(list(files), mode="RGB", device=self.device))
@@ -129,18 +129,18 @@ class DeviceDecoders:
             return [_by_pillow(files[0])] if len(files) == 1 else [self._jpegs([data])[0] for data in files]
 
 
-class OnDevice:
-    """Images that are being decoded on a device."""
+class DeviceSquares:
+    """Squares on a device that are being filled."""
 
     def __init__(self, found: Future[Result]) -> None:
         self._found = found
 
     def result(self) -> Result:
-        """Wait for the squares of all that are images, and for each file why it is none, or None."""
+        """Wait for the squares of all files that decode, and the reason of each that does not (None: it does)."""
         return self._found.result()
 
     def cancel(self) -> None:
-        """Leave it out if it was not begun."""
+        """Cancel the task if it has not begun."""
         self._found.cancel()
 
 
@@ -163,9 +163,9 @@ def centre_squares(images: Tensor, side: int) -> Tensor:
 
 
 def jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that all decoders read alike: grey, or YCbCr, of 8 bits; None for any other file.
+    """Read height and width of a JPEG that all decoders read alike, 8-bit grey or YCbCr; None for any other file.
 
-    Nor do all turn an image upright whose XMP says how it lies, as Pillow does.
+    JPEGs whose XMP states an orientation are excluded, too, since Pillow applies it and others do not.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -190,7 +190,7 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
 
 
 def _packed(images: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """Places of images, with their numbers of pixels, in lists of no more than `PIXELS_AT_ONCE`."""
+    """Group images, given as index and number of pixels, into lists of indices of at most `PIXELS_AT_ONCE` pixels."""
     some: list[int] = []
     held = 0
     for at, pixels in images:
@@ -204,7 +204,7 @@ def _packed(images: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 
 
 def _by_pillow(data: bytes) -> Pixels | str:
-    """The pixels (H, W, 3), or why there are none."""
+    """Decode to pixels (H, W, 3), or return the reason if that fails."""
     try:
         return np.array(to_rgb(data))
     except UnreadableImageError as error:

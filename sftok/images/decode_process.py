@@ -1,11 +1,11 @@
-"""A process that decodes images for another one, beside Python's lock and without torch: it starts at once.
+"""A process that decodes images for another one, outside its Python lock; it needs no torch, so it starts at once.
 
-They talk over a pair of sockets, one image at a time, pixels straight into the memory of the one who asks. Neither has
-a name that could be left behind, and the process ends when the other end is closed, however that came about. On the way
-to it, numbers in the network's order:
+They communicate through a socket pair, one image at a time, with pixels read straight into the caller's memory. The
+sockets have no name that could be left behind, and the process ends when the other end is closed for whatever reason.
+The protocol, in network byte order:
 
-    question   sides (u16), bytes of the file (u32), place (f64, not a number: the centre), each side (u32), the file
-    answer     bytes of the reason why there is no image (u32, 0: there is one), then the reason or the squares
+    request    sides (u16), bytes of the file (u32), position (f64, NaN: the centre), each side (u32), the file
+    response   bytes of the reason if there is no image (u32, 0: there is one), then the reason or the squares
 """
 
 import contextlib
@@ -24,11 +24,11 @@ import numpy as np
 from infra.errors import TransientError
 from sftok.images.decode import Pixels, UnreadableImageError, squares
 
-_QUESTION, _LENGTH = struct.Struct("!HId"), struct.Struct("!I")
+_REQUEST, _LENGTH = struct.Struct("!HId"), struct.Struct("!I")
 
 
 class DecodeProcess:
-    """A process that decodes; not to be asked from two threads at once."""
+    """A decoding process; for one thread at a time."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -44,17 +44,17 @@ class DecodeProcess:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Process id."""
         return self._process.pid
 
     def decode(self, data: bytes, into: Sequence[Pixels], where: float | None = None) -> str | None:
-        """Fill the squares (3, side, side) with an image as `squares` cuts them; the reason if it is none.
+        """Fill squares (3, side, side) with an image as `squares` cuts them; return the reason if it does not decode.
 
         Raises:
             TransientError: the process ended.
         """
         sides = [square.shape[-1] for square in into]
-        head = _QUESTION.pack(len(sides), len(data), math.nan if where is None else where)
+        head = _REQUEST.pack(len(sides), len(data), math.nan if where is None else where)
         try:
             self._socket.sendall(head + struct.pack(f"!{len(sides)}I", *sides) + data)
             (length,) = _LENGTH.unpack(_read(self._socket, _LENGTH.size))
@@ -69,7 +69,7 @@ class DecodeProcess:
         return None
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
@@ -82,18 +82,18 @@ class DecodeProcess:
 
 
 def main(descriptor: int) -> None:
-    """Answer until the other end is closed."""
-    # Whoever asks is told of signals too, and ends this process by ending.
+    """Answer requests until the other end is closed."""
+    # The caller gets these signals, too, and its end ends this process.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # of images that are large: prepare has told of them
+    warnings.simplefilter("ignore")  # about large images: prepare has warned of them
     with socket.socket(fileno=descriptor) as asked, contextlib.suppress(EOFError, ConnectionError):
         while True:
             _answer(asked)
 
 
 def _answer(asked: socket.socket) -> None:
-    count, length, place = _QUESTION.unpack(_read(asked, _QUESTION.size))
+    count, length, place = _REQUEST.unpack(_read(asked, _REQUEST.size))
     sides = struct.unpack(f"!{count}I", _read(asked, 4 * count))
     data = _read(asked, length)
     try:
@@ -112,7 +112,7 @@ def _read(source: socket.socket, length: int) -> bytes:
 
 
 def _fill(source: socket.socket, room: memoryview) -> None:
-    """Read as much as there is room for.
+    """Read until `room` is full.
 
     Raises:
         EOFError: the other end was closed before.

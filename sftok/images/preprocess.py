@@ -1,7 +1,7 @@
-"""From image bytes to the pixels a model sees: one decoding, one resize, one set of seeded random changes.
+"""Preprocess image bytes to the pixels that a model sees: one decoding, one resize, seeded augmentation.
 
-Training, encoding and evaluation share these functions, so that a code means the same image everywhere. Any change
-of pixels that they make is another `PREPROCESSING`, which belongs to an artifact's identity.
+Training, encoding and evaluation share these functions, so a code means the same image everywhere. A change of the
+pixels that they produce needs another name in `PREPROCESSING`, which is part of an artifact's identity.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ __all__ = [
 
 PREPROCESSING = "resize-bicubic-antialias-crop/1"
 PREPROCESSINGS = {"pil": PREPROCESSING, "torchcodec": "torchcodec-resize-bicubic-antialias-crop/1"}
-"""By the decoder of `encode`: `image_file`'s, or `device_decoding`'s."""
+"""Names by decoder of `encode`: pil is `decode`, torchcodec is `decode_on_device`."""
 
 
 def resize_shorter(image: Image.Image, size: int) -> torch.Tensor:
@@ -47,14 +47,14 @@ def resize_shorter(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def crop(image: torch.Tensor, size: int, where: float | None = None) -> torch.Tensor:
-    """Cut a square out of (3, H, W): torchvision's CenterCrop, or uniformly by a draw `where` in [0, 1)."""
+    """Cut a square out of (3, H, W): at the centre, as torchvision's CenterCrop, or by a draw `where` in [0, 1)."""
     room = image.shape[1] - size, image.shape[2] - size
     top, left = (round(side / 2) if where is None else int(where * (side + 1)) for side in room)
     return image[:, top : top + size, left : left + size]
 
 
 def ten_crop(images: torch.Tensor, size: int, number: int) -> torch.Tensor:
-    """The view crop-`number` (1 to 10), (..., size, size), of images (..., H, W): as torchvision's TenCrop."""
+    """Cut the view crop-`number` (1 to 10), (..., size, size), of images (..., H, W), as torchvision's TenCrop."""
     height, width = images.shape[-2] - size, images.shape[-1] - size
     places = (0, 0), (0, width), (height, 0), (height, width), (round(height / 2), round(width / 2))
     turn, place = divmod(number - 1, len(places))
@@ -64,24 +64,24 @@ def ten_crop(images: torch.Tensor, size: int, number: int) -> torch.Tensor:
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images to float32 in [0, 1], the same on every device; the only place where this happens."""
-    # By a tensor of their device: by a number, CUDA would multiply with its rounded inverse.
+    """Convert uint8 images to float32 in [0, 1], equal on every device; the only place where this is done."""
+    # Divided by a tensor on their device: for a Python number, CUDA would multiply by its rounded inverse.
     return images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))
 
 
 def uniforms(*key: str | int) -> tuple[float, ...]:
-    """Eight numbers in [0, 1) that depend on the key alone: the same on every machine, rank and in every batch."""
+    """Draw eight numbers in [0, 1) from a key alone: equal on every machine and rank and in every batch."""
     digest = hashlib.sha512("\0".join(map(str, key)).encode()).digest()
     return tuple(int.from_bytes(digest[at : at + 8], "big") / 2**64 for at in range(0, 64, 8))
 
 
 def augment(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Change each image by its own draws: affine within the config's bounds, then perhaps mirrored.
+    """Augment each image by its own draws: an affine change within the config's bounds, then a mirroring for half.
 
     Args:
         images: float32 (n, 3, S, S).
-        config: bounds.
-        draws: for each image its `uniforms`.
+        config: bounds of the changes.
+        draws: `uniforms` of each image.
 
     Returns:
         float32 (n, 3, S, S) within the range of the input.
@@ -95,11 +95,11 @@ def augment(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequenc
 
 
 def affine(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Rotate, zoom and shift each image (n, 3, S, S), bilinear; what comes into view repeats the border."""
+    """Rotate, zoom and shift each image (n, 3, S, S), bilinear; pixels from outside repeat the border."""
     coefficients = torch.tensor([_inverse_affine(config, draw) for draw in draws], dtype=torch.float64)
     coefficients, size = send(coefficients, images.device), images.shape[-1]
     at = (torch.arange(size, dtype=torch.float64, device=images.device) * 2 + 1) / size - 1
-    # By element and not by F.affine_grid: its matrix product may round by the number of images in the batch.
+    # Element by element: the matrix product in F.affine_grid may round differently with the size of the batch.
     a, b, c, d, e, f = (column[:, None, None] for column in coefficients.unbind(1))
     x, y = at[None, None, :], at[None, :, None]
     grid = torch.stack((a * x + b * y + c, d * x + e * y + f), dim=-1).to(images.dtype)
@@ -107,7 +107,7 @@ def affine(images: torch.Tensor, config: AugmentConfig, draws: Sequence[Sequence
 
 
 def _inverse_affine(config: AugmentConfig, draw: Sequence[float]) -> tuple[float, ...]:
-    """Where an output point comes from, in coordinates of -1 to 1: x' = a x + b y + c, y' = d x + e y + f."""
+    """Return the inverse map of output points in coordinates from -1 to 1: x' = a x + b y + c, y' = d x + e y + f."""
     angle = math.radians(config.rotate) * (2 * draw[0] - 1)
     zoom = 1 + config.zoom * (2 * draw[1] - 1)
     shift_x, shift_y = (2 * config.shift * (2 * u - 1) for u in draw[2:4])

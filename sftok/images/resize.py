@@ -1,7 +1,7 @@
-"""How images come to Inception's 299 x 299 pixels. Each way belongs to a protocol: FIDs of two never compare.
+"""Resize images to Inception's 299 x 299 pixels. Each way belongs to a protocol; FIDs of different ways never compare.
 
-All take uint8 (B, 3, H, W) and return float32 (B, 3, 299, 299) on the scale of pixels, unrounded: what is resized is
-not an image that a file would hold.
+All take uint8 (B, 3, H, W) and return float32 (B, 3, 299, 299) on the scale of pixels, not rounded, since resized
+images are not saved to files.
 """
 
 import functools
@@ -19,15 +19,15 @@ Resize = Literal["tensorflow_bilinear", "pillow_bicubic", "torch_bilinear", "tor
 
 
 def resize(images_B3HW: Tensor, how: Resize) -> Tensor:
-    """Images on the way to Inception.
+    """Resize images for Inception.
 
     Args:
         images_B3HW: uint8 RGB.
-        how: `tensorflow_bilinear` is torch-fidelity's, and what ADM's graph does; `pillow_bicubic` is clean-fid's;
-            `torch_bilinear` is pytorch-fid's; `torch_bilinear_antialias` is what torchmetrics does by default.
+        how: `tensorflow_bilinear` is that of torch-fidelity and of ADM's graph; `pillow_bicubic` is clean-fid's;
+            `torch_bilinear` is pytorch-fid's; `torch_bilinear_antialias` is torchmetrics' default.
 
     Raises:
-        ValueError: the images are no uint8 RGB.
+        ValueError: the images are not uint8 RGB.
     """
     if images_B3HW.dtype != torch.uint8 or images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3 or not len(images_B3HW):
         raise ValueError(f"images are {images_B3HW.dtype} {tuple(images_B3HW.shape)}: give uint8 (n, 3, H, W)")
@@ -35,12 +35,12 @@ def resize(images_B3HW: Tensor, how: Resize) -> Tensor:
 
 
 def _tensorflow_bilinear(images_B3HW: Tensor) -> Tensor:
-    """TensorFlow 1's bilinear, to the bit: no antialiasing, and pixel 0 lies on pixel 0, not centre on centre."""
+    """Resize by TensorFlow 1's bilinear, to the bit: no antialiasing, and corners of pixels aligned, not centres."""
     return _between(_between(images_B3HW.float(), 3), 2)
 
 
 def _between(x: Tensor, dim: int) -> Tensor:
-    """Linear interpolation along one dimension."""
+    """Interpolate linearly along one dimension."""
     last = x.shape[dim] - 1
     where = torch.arange(SIDE, dtype=torch.float32, device=x.device) * np.float32(x.shape[dim] / SIDE).item()
     below = where.long()
@@ -50,7 +50,7 @@ def _between(x: Tensor, dim: int) -> Tensor:
 
 
 def _pillow_bicubic(images_B3HW: Tensor) -> Tensor:
-    """Pillow's bicubic, which is antialiased, of each channel in float32; overshoots are cut off."""
+    """Resize each channel by Pillow's bicubic, which is antialiased, in float32; overshoots are clamped."""
     if images_B3HW.is_cuda:
         return pillow_bicubic_products(images_B3HW)
     planes = images_B3HW.cpu().flatten(0, 1).numpy().astype(np.float32)
@@ -60,9 +60,9 @@ def _pillow_bicubic(images_B3HW: Tensor) -> Tensor:
 
 
 def pillow_bicubic_products(images_B3HW: Tensor) -> Tensor:
-    """The same as products of matrices, on any device: Pillow's numbers but for the last bit of some.
+    """Resize by Pillow's bicubic as matrix products, on any device: Pillow's numbers but for the last bit of some.
 
-    Pillow sums in float64 and rounds to float32 between rows and columns; a product sums in another order.
+    Pillow sums in float64 and rounds to float32 between rows and columns; matrix products sum in another order.
     """
     across_WS, down_HS = (pillow_weights(side).to(images_B3HW.device) for side in reversed(images_B3HW.shape[2:]))
     rows = (images_B3HW.double() @ across_WS).float()
@@ -71,10 +71,10 @@ def pillow_bicubic_products(images_B3HW: Tensor) -> Tensor:
 
 @functools.cache
 def pillow_weights(side: int) -> Tensor:
-    """Weights float64 (side, 299) by which Pillow's bicubic filter makes 299 pixels of `side`.
+    """Compute the weights float64 (side, 299) of Pillow's bicubic filter from `side` to 299 pixels.
 
-    As ImagingResample does: the filter of support 2, a = -0.5, as wide as the scale where the image shrinks, cut off
-    at the borders and made to sum to 1.
+    As ImagingResample: the filter of support 2, a = -0.5, widened by the scale if the image shrinks, cut off at the
+    borders and normalised to sum 1.
     """
     scale = side / SIDE
     wide = max(scale, 1.0)
@@ -90,7 +90,7 @@ def pillow_weights(side: int) -> Tensor:
 
 
 def _torch_bilinear(images_B3HW: Tensor) -> Tensor:
-    # pytorch-fid takes [0, 255] to [-1, 1], TensorFlow's graph to [-1, 1): 256 / 255 makes one network serve both.
+    # pytorch-fid maps [0, 255] to [-1, 1], TensorFlow's graph to [-1, 1); 256 / 255 lets one network serve both.
     return F.interpolate(images_B3HW.float(), (SIDE, SIDE), mode="bilinear", align_corners=False) * (256 / 255)
 
 

@@ -1,7 +1,7 @@
-"""Training images that do not fit into memory: read by shards, mixed within windows of them, decoded ahead.
+"""Stream training images that do not fit in memory: read by shards, shuffled within windows, decoded ahead.
 
-A step's micro-batches have shards of their own, so a rank reads only the shards of its micro-batches, and what a
-micro-batch holds depends on its number and the step alone: not on ranks, restarts or the machine.
+Each micro-batch of a step has shards of its own, so a rank reads only the shards of its micro-batches, and the contents
+of a micro-batch depend on its number and the step alone: not on ranks, restarts or the machine.
 """
 
 import bisect
@@ -17,40 +17,40 @@ import torch
 from infra.compute.transfer import send
 from infra.training.loop import generator_of
 from sftok.config import AugmentConfig
-from sftok.images.dataset import ImageBatch, ImageSet, StoredImage, stored_images
-from sftok.images.decode_ahead import Decoders, Decoding, Order, square_buffers
+from sftok.images.dataset import ImageBatch, ImageRecord, ImageSet, read_records
+from sftok.images.decode_ahead import DecodeRequest, Decoders, PendingDecode, square_buffers
 from sftok.images.preprocess import augment, to_float, uniforms
 
-WINDOW = 4  # shards whose images are mixed: as many, and the next window's, are in memory, undecoded
-PREFETCH = 3  # batches of a part that are decoded before they are asked for
-LARGE = 4 * 2**30  # bytes of decoded images from which on they are streamed
+WINDOW = 4  # shards whose images are shuffled together: these and the next window's are in memory, undecoded
+PREFETCH = 3  # batches of a part decoded ahead
+LARGE = 4 * 2**30  # bytes of decoded images above which they are streamed
 
 
-class StoredShards(NamedTuple):
+class SplitShards(NamedTuple):
     """The shards of a split, undecoded in the store."""
 
     images: ImageSet
     rows: Mapping[str, int]
-    """images by shard, as the manifest states them."""
+    """images per shard, as stated by the manifest."""
     image_size: int
 
     @property
     def is_large(self) -> bool:
-        """Whether they are streamed instead of kept decoded: a property of the data, not of the machine."""
+        """Whether the images are streamed instead of held decoded: a property of the data, not of the machine."""
         return sum(self.rows.values()) * 3 * self.image_size**2 > LARGE
 
 
 class StreamedImages:
     """Training batches as a pure function of step and part, like `TrainImages`.
 
-    Every image of a part comes once in the part's epoch: its shards in an order drawn from (seed, part, epoch), the
-    images of each window of them permuted. An image's changes are drawn from (seed, part, position). In memory are two
-    windows of `WINDOW` shards, undecoded, for every part that is asked for.
+    Every image of a part occurs once per epoch of the part: shards in an order drawn from (seed, part, epoch), and
+    images permuted within each window of shards. An image's augmentation is drawn from (seed, part, position). Two
+    windows of `WINDOW` shards, undecoded, are in memory for every part that is used.
     """
 
     def __init__(
         self,
-        shards: StoredShards,
+        shards: SplitShards,
         config: AugmentConfig,
         *,
         seed: int,
@@ -59,26 +59,27 @@ class StreamedImages:
         device: str = "cpu",
         decoders: int = 0,
     ) -> None:
-        """`decoders` are processes, 0 for threads; neither they nor the device change what a batch holds."""
+        """Divide the shards among parts; neither the decoding processes (0: threads) nor the device change a batch."""
         names = [name for name in sorted(shards.rows) if shards.rows[name]]
         if len(names) < parts:
             raise ValueError(
                 f"{len(names)} image shards cannot feed {parts} micro-batches a step: prepare with data.num_shards of "
                 f"{parts} at least, or choose a larger micro_batch"
             )
-        way = _Way(device, Decoders(decoders))
+        target = _DecodeTarget(device, Decoders(decoders))
         share = batch_size // parts
         self._parts = [
-            _Part(shards, tuple(names[part::parts]), config, (seed, part), share, way) for part in range(parts)
+            _MicroBatchStream(shards, tuple(names[part::parts]), config, (seed, part), share, target)
+            for part in range(parts)
         ]
 
     def batch(self, step: int, part: int) -> ImageBatch:
-        """Micro-batch `part` of a step (from 0), its images on the device; the next ones are decoded meanwhile."""
+        """Return micro-batch `part` of a step (from 0), images on the device; the next ones are decoded meanwhile."""
         return self._parts[part].batch(step)
 
 
 class _Window(NamedTuple):
-    """Shards whose images are mixed."""
+    """Shards whose images are shuffled together."""
 
     names: Sequence[str]
     rows: int
@@ -86,41 +87,48 @@ class _Window(NamedTuple):
     number: int
 
 
-class _Way(NamedTuple):
-    """How images come to where they are learned from."""
+class _DecodeTarget(NamedTuple):
+    """Device of the images, and the decoders."""
 
     device: str
     decoders: Decoders
 
 
-class _Begun(NamedTuple):
+class _PendingBatch(NamedTuple):
     """A batch whose images are being decoded."""
 
-    rows: list[StoredImage]
+    rows: list[ImageRecord]
     draws: list[tuple[float, ...]]
     images: torch.Tensor
     """uint8 (n, 3, S, S)."""
-    decoding: Decoding
+    decoding: PendingDecode
 
 
-class _Part:
+class _MicroBatchStream:
     """The images of one micro-batch's shards, in order of their positions."""
 
     def __init__(
         self,
-        shards: StoredShards,
+        shards: SplitShards,
         names: tuple[str, ...],
         config: AugmentConfig,
         key: tuple[int, int],
         count: int,
-        way: _Way,
+        target: _DecodeTarget,
     ) -> None:
-        self.shards, self.names, self.config, self.key, self.count, self.way = shards, names, config, key, count, way
+        self.shards, self.names, self.config, self.key, self.count, self.target = (
+            shards,
+            names,
+            config,
+            key,
+            count,
+            target,
+        )
         self.total = sum(shards.rows[name] for name in names)
-        self._read: dict[tuple[int, int], Future[list[StoredImage]]] = {}
-        self._begun: deque[tuple[int, Future[_Begun]]] = deque()
+        self._read: dict[tuple[int, int], Future[list[ImageRecord]]] = {}
+        self._begun: deque[tuple[int, Future[_PendingBatch]]] = deque()
         self._last: tuple[int, ImageBatch] | None = None
-        # Threads begin with the first task: a part of another rank has none.
+        # Threads start with the first task, so parts of other ranks have none.
         self._reader, self._beginner = ThreadPoolExecutor(1, "stream-read"), ThreadPoolExecutor(1, "stream-begin")
 
     def batch(self, step: int) -> ImageBatch:
@@ -135,7 +143,7 @@ class _Part:
             if reason is not None:
                 raise ValueError(f"image {row.image_id!r} does not decode ({reason}): prepare the data again")
         batch = ImageBatch(
-            augment(to_float(send(begun.images, self.way.device)), self.config, begun.draws),
+            augment(to_float(send(begun.images, self.target.device)), self.config, begun.draws),
             torch.tensor([row.class_id for row in begun.rows], dtype=torch.int64),
             [row.image_id for row in begun.rows],
         )
@@ -143,26 +151,27 @@ class _Part:
         return batch
 
     def _leave(self) -> None:
-        """Another step is asked for than the one that was awaited."""
+        """Cancel the batches begun, since another step is wanted than the next one."""
         for _, begun in self._begun:
             if not begun.cancel():
                 begun.result().decoding.cancel()
         self._begun.clear()
 
-    def _begin(self, step: int) -> _Begun:
-        """Look up the images of a step and have them decoded: beside those of the steps before, not after them."""
+    def _begin(self, step: int) -> _PendingBatch:
+        """Look up the images of a step and begin to decode them, concurrently with those of earlier steps."""
         positions = range(step * self.count, (step + 1) * self.count)
         rows = [self._row(position) for position in positions]
         draws = [uniforms("train", *self.key, position) for position in positions]
-        is_pinned = torch.device(self.way.device).type == "cuda"
+        is_pinned = torch.device(self.target.device).type == "cuda"
         (images,) = square_buffers(self.count, (self.shards.image_size,), is_pinned=is_pinned)
         places = [draw[5] if self.config.crop == "random" else None for draw in draws]
         orders = [
-            Order(row.data, [square], place) for row, square, place in zip(rows, images.numpy(), places, strict=True)
+            DecodeRequest(row.data, [square], place)
+            for row, square, place in zip(rows, images.numpy(), places, strict=True)
         ]
-        return _Begun(rows, draws, images, self.way.decoders.submit(orders))
+        return _PendingBatch(rows, draws, images, self.target.decoders.submit(orders))
 
-    def _row(self, position: int) -> StoredImage:
+    def _row(self, position: int) -> ImageRecord:
         epoch, place = divmod(position, self.total)
         windows = _windows(self, epoch)
         ends = list(itertools.accumulate(window.rows for window in windows))
@@ -172,8 +181,8 @@ class _Part:
         following = windows[at + 1] if at + 1 < len(windows) else _windows(self, epoch + 1)[0]
         return self._loaded(window, following)[int(order[place - first])]
 
-    def _loaded(self, window: _Window, following: _Window) -> list[StoredImage]:
-        """The window's images; the next window's are read meanwhile, those before are let go."""
+    def _loaded(self, window: _Window, following: _Window) -> list[ImageRecord]:
+        """Return the window's images; the next window's are read meanwhile, earlier ones are dropped."""
         kept = {(w.epoch, w.number): w for w in (window, following)}
         self._read = {key: read for key, read in self._read.items() if key in kept}
         for key, wanted in kept.items():
@@ -181,16 +190,16 @@ class _Part:
                 self._read[key] = self._reader.submit(self._images, wanted)
         return self._read[window.epoch, window.number].result()
 
-    def _images(self, window: _Window) -> list[StoredImage]:
+    def _images(self, window: _Window) -> list[ImageRecord]:
         folder = self.shards.images.folder
-        images = [image for name in window.names for image in stored_images(folder, name)]
+        images = [image for name in window.names for image in read_records(folder, name)]
         if len(images) != window.rows:
             raise ValueError(f"{folder.uri}: {len(images)} images in {', '.join(window.names)}, not {window.rows}")
         return images
 
 
-def _windows(part: _Part, epoch: int) -> tuple[_Window, ...]:
-    """The windows of an epoch, in order."""
+def _windows(part: _MicroBatchStream, epoch: int) -> tuple[_Window, ...]:
+    """Return the windows of an epoch, in order."""
     return _epoch(part.names, tuple(part.shards.rows[name] for name in part.names), part.key, epoch)
 
 

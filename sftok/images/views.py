@@ -1,13 +1,13 @@
-"""The views in which an image is encoded: what they are called, and what the names mean.
+"""Names of the views in which an image is encoded.
 
-    center     the square around the centre of the image whose shorter side is S pixels, S the models' image size
+    center     the central square of the image resized to a shorter side of S pixels, S the models' image size
     flip       the same, mirrored
-    affine-K   the same, turned, zoomed and shifted by draws of its own (K = 1, 2 ...)
+    affine-K   the same, rotated, zoomed and shifted by draws of its own (K = 1, 2 ...)
     crop-K     one of ten crops of a larger square, in torchvision's order: top left, top right, bottom left, bottom
                right, centre (1 to 5), then the same five of the mirrored square (6 to 10)
 
-`ten_crop` stands for crop-1 to crop-10. A crop's name is its own, also that of the centre one: it shows less of the
-image than `center` does.
+`ten_crop` stands for crop-1 to crop-10. The central crop has a name of its own, since it shows less of the image than
+`center`.
 """
 
 import math
@@ -24,7 +24,7 @@ def variant_name(name: str) -> tuple[str, int]:
     """Split a view's name into its kind and number: center, flip, affine-K with K from 1, or crop-K with K to 10.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: the name is none of these.
     """
     if name in ("center", "flip"):
         return name, 0
@@ -39,20 +39,20 @@ def variant_name(name: str) -> tuple[str, int]:
 
 
 def expanded(names: Iterable[str]) -> tuple[str, ...]:
-    """The names with `ten_crop` replaced by what it stands for, in its place."""
+    """Replace `ten_crop` by the names that it stands for, in its place."""
     return tuple(view for name in names for view in (CROPS if name == TEN_CROP else (name,)))
 
 
 def has_crops(names: Iterable[str]) -> bool:
-    """Whether a view is one of the ten crops."""
+    """Return whether any view is one of the ten crops."""
     return any(name in CROPS for name in names)
 
 
 def ten_crop_side(image_size: int, resize: float) -> int:
-    """Side in pixels of the square that ten crops of `image_size` are cut from.
+    """Return the side in pixels of the square that ten crops of `image_size` are cut from.
 
     Raises:
-        ValueError: it is no larger than they are, so that all of them would show the same.
+        ValueError: it is no larger than the crops, so that all of them would be equal.
     """
     side = int(image_size * resize)
     if side <= image_size:

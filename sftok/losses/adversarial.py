@@ -1,4 +1,4 @@
-"""The adversarial part of a loss on pixels: hinge losses, LeCAM, and what a training loop calls (method.md 1.3)."""
+"""The adversarial loss on pixels: hinge losses, LeCAM, and the interface to a training loop (method.md 1.3)."""
 
 from collections.abc import Callable, Mapping
 
@@ -20,54 +20,55 @@ from sftok.losses.discriminator import (
 
 
 def hinge_generator(fake_logits: Tensor) -> Tensor:
-    """What the generator lowers: minus the mean logit of its images, float32."""
+    """Compute the generator's hinge loss: minus the mean logit of its images, float32."""
     return -fake_logits.float().mean()
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator lowers: logits of real images below 1 and of the generator's above -1, float32."""
+    """Compute the discriminator's hinge loss, float32: real logits below 1 and fake logits above -1 cost."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
 
 
 class LeCam:
-    """A pull of the discriminator's mean logits towards where those of the other kind have been (Tseng et al. 2021).
+    """LeCAM regularisation by moving averages of the discriminator's mean logits (Tseng et al. 2021).
 
-    The averages change once a step, by the mean over its micro-batches on all ranks; a loss sees those of before.
+    The averages are updated once per step, by the mean over its micro-batches on all ranks; the losses of a step use
+    the averages from before it.
     """
 
     def __init__(self, decay: float, device: torch.device | str) -> None:
         self.decay = decay
         self.averages = torch.zeros(2, device=device)
-        """of real and fake logits; from 0, without correction, as published."""
+        """of real and fake logits; they start at 0 without bias correction, as published."""
         self._sums = torch.zeros(3, device=device)
-        """of the step's means, real and fake, and how many there are."""
+        """of the step's mean logits, real and fake, and their count."""
 
     def loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """The regulariser of one micro-batch, float32, whose means are kept for `end_step`."""
+        """Compute the regulariser of one micro-batch, float32, and keep its means for `end_step`."""
         real, fake = real_logits.float().mean(), fake_logits.float().mean()
         self._sums += torch.stack([real.detach(), fake.detach(), torch.ones_like(real)])
         average_real, average_fake = self.averages
         return F.relu(real - average_fake).square() + F.relu(average_real - fake).square()
 
     def end_step(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Move the averages by what the step has seen; `total` sums a tensor over all ranks."""
+        """Update the averages by the means of the step; `total` sums a tensor over all ranks."""
         *means, count = total(self._sums)
         seen = torch.stack(means) / count
-        # A step that half precision overflowed in is left out, here too.
+        # A step in which half precision overflowed is skipped here, too.
         self.averages.copy_(torch.where(seen.isfinite().all(), self.averages.lerp(seen, 1 - self.decay), self.averages))
         self._sums.zero_()
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """The sum over ranks where there is one."""
+    """Sum over ranks where there is only one."""
     return tensor
 
 
 def check_image_size(config: AdversarialConfig, image_size: int) -> None:
-    """Refuse, before a run begins, images that its discriminator could not take when its first step comes.
+    """Check before a run begins that the discriminator can process images of this size.
 
     Raises:
-        ValueError: the side of the images is too small, or no multiple of DINO's patches.
+        ValueError: the side is too small, or not a multiple of DINO's patch size.
     """
     if config.kind == "dino":
         check_dino_size(image_size)
@@ -78,9 +79,9 @@ def check_image_size(config: AdversarialConfig, image_size: int) -> None:
 class Adversary:
     """A discriminator and its losses; the optimizer is the training loop's.
 
-    A step, from `start_step` on: `generator_loss` is added to the generator's; `discriminator_loss` is called with the
-    same images, once a micro-batch; after the optimizer's step on `named_parameters()`, `end_step`. All is computed in
-    float32 whatever the autocast. Initial weights are drawn from torch's global generator.
+    In each step from `start_step` on, add `generator_loss` to the generator's loss, call `discriminator_loss` with the
+    same images once per micro-batch, and call `end_step` after the optimizer's step on `named_parameters()`. Everything
+    is computed in float32 whatever the autocast. Initial weights are drawn from torch's global generator.
     """
 
     def __init__(
@@ -93,19 +94,19 @@ class Adversary:
         dino: bytes | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """What could not work is refused here, not only when `start_step` comes.
+        """Build the discriminator, and check now what would otherwise fail at `start_step`.
 
         Args:
             config: its weight is above 0.
-            steps: of the whole stage.
+            steps: steps of the whole stage.
             image_size: side of the images, in pixels.
-            micro_batch: images a call.
-            dino: the file that `config.dino` names; given just if `config.kind` is "dino".
-            device: where the images will be.
+            micro_batch: images per call.
+            dino: the file that `config.dino` names; given if and only if `config.kind` is "dino".
+            device: device of the images.
 
         Raises:
-            ValueError: a start that never comes, a size or a batch that the discriminator cannot take, or a file that
-                does not hold DINO's weights.
+            ValueError: `start_step` is never reached, the discriminator cannot process the image size or the batch, or
+                the file does not hold DINO's weights.
         """
         assert config.weight > 0
         assert (dino is not None) == (config.kind == "dino")
@@ -119,7 +120,7 @@ class Adversary:
             check_local_batch(micro_batch)
         self.config = config
         self.steps = steps - config.start_step
-        """that the discriminator trains for: the length of its schedule, which begins at `config.start_step`."""
+        """of the discriminator: the length of its schedule, which begins at `config.start_step`."""
         made = (
             PatchDiscriminator(config.channels, config.layers) if dino is None else DinoDiscriminator(load_dino(dino))
         )
@@ -127,21 +128,21 @@ class Adversary:
         self.lecam = LeCam(config.lecam_decay, device)
 
     def is_active(self, step: int) -> bool:
-        """Whether `step`, counted from 0, has a discriminator."""
+        """Return whether the discriminator is trained in `step`, counted from 0."""
         return step >= self.config.start_step
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """What is trained: all of a patch discriminator, the heads on a DINO."""
+        """Return the trained parameters: all of a patch discriminator, the heads on DINO."""
         return [(name, p) for name, p in self.discriminator.named_parameters() if p.requires_grad]
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def generator_loss(self, fakes_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss of reconstructions, times `config.weight`; no gradient reaches the discriminator's weights.
+        """Compute the loss of reconstructions times `config.weight`; no gradient reaches the discriminator's weights.
 
         Args:
             fakes_B3HW: float RGB (B, 3, H, W), not clamped.
-            generator: on the CPU; draws what the discriminator gets to see.
+            generator: on the CPU; draws the augmentations.
         """
         frozen = {name: p.detach() for name, p in self.named_parameters()}
         logits = functional_call(self.discriminator, frozen, (self._seen(fakes_B3HW, generator),))
@@ -152,30 +153,30 @@ class Adversary:
     def discriminator_loss(
         self, reals_B3HW: Tensor, fakes_B3HW: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss of one micro-batch, and figures to log; no gradient reaches the images.
+        """Compute the discriminator's loss of one micro-batch, and metrics to log; no gradient reaches the images.
 
         Args:
             reals_B3HW: float RGB in [0, 1], (B, 3, H, W).
-            fakes_B3HW: their reconstructions, of which the generator has had its gradient.
-            generator: on the CPU; draws what the discriminator gets to see.
+            fakes_B3HW: their reconstructions, the same as for the generator's loss.
+            generator: on the CPU; draws the augmentations.
         """
         real_logits = self.discriminator(self._seen(reals_B3HW.detach(), generator))
         fake_logits = self.discriminator(self._seen(fakes_B3HW.detach(), generator))
         hinge = hinge_discriminator(real_logits, fake_logits)
         lecam = self.lecam.loss(real_logits, fake_logits)
         loss = hinge + self.config.lecam_weight * lecam
-        figures = {"d_loss": loss, "d_real": real_logits.mean(), "d_fake": fake_logits.mean(), "lecam": lecam}
-        return loss, {name: figure.detach() for name, figure in figures.items()}
+        metrics = {"d_loss": loss, "d_real": real_logits.mean(), "d_fake": fake_logits.mean(), "lecam": lecam}
+        return loss, {name: metric.detach() for name, metric in metrics.items()}
 
     def _seen(self, images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-        """Images as the discriminator sees them."""
+        """Augment images as the discriminator sees them."""
         images_B3HW = images_B3HW.float()
         if self.config.augment:
             images_B3HW = diff_augment(images_B3HW, generator)
         return dino_view(images_B3HW, generator) if self.config.kind == "dino" else images_B3HW
 
     def end_step(self, total: Callable[[Tensor], Tensor] = alone) -> None:
-        """Close a step, after the optimizer's: LeCAM's averages and the spectral norms follow.
+        """Update LeCAM's averages and the spectral norms, after the optimizer's step.
 
         `total` sums a tensor over all ranks.
         """
@@ -183,12 +184,12 @@ class Adversary:
         iterate_spectral_norms(self.discriminator)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state between steps besides the trained parameters: LeCAM's averages, the spectral norms' vectors."""
+        """Return the state besides the trained parameters: LeCAM's averages and the vectors of the spectral norms."""
         parameters = dict(self.discriminator.named_parameters())
         buffers = {n: t for n, t in self.discriminator.state_dict().items() if n not in parameters}
         return {"lecam": self.lecam.averages, **buffers}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
+        """Restore the state that `tensors` returned."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])

@@ -1,9 +1,9 @@
-"""DiffAug: random changes that the discriminator sees all images through (Zhao et al. 2020).
+"""DiffAug: differentiable random augmentations of all images that the discriminator sees (Zhao et al. 2020).
 
-A discriminator that never sees an image as it is cannot learn the training set by heart; changes that gradients pass
-through teach the generator all the same.
+A discriminator that never sees an image unchanged cannot memorise the training set, and gradients still reach the
+generator through the augmentations.
 
-Shapes: B images, S uniform draws an image, H x W pixels.
+Shapes: B images, S uniform draws per image, H x W pixels.
 """
 
 from dataclasses import dataclass
@@ -13,38 +13,38 @@ from torch import Tensor
 
 from infra.compute.transfer import send
 
-DRAWS = 7  # an image: two of translation, three of colour, two of cutout
+DRAWS = 7  # per image: two of translation, three of colour, two of cutout
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """How far images are changed; 0 leaves out a change. The defaults are the published ones (method.md 1.3)."""
+    """Strengths of the augmentations; 0 turns one off. The defaults are the published ones (method.md 1.3)."""
 
     translation: float = 0.125
     """largest shift, as a fraction of the side."""
     brightness: float = 0.5
     """largest number added to all pixels."""
     saturation: float = 1.0
-    """largest deviation from 1 of what a pixel's distance from its grey is multiplied with."""
+    """largest deviation from 1 of the factor of a pixel's distance from its grey value."""
     contrast: float = 0.5
-    """largest deviation from 1 of what a pixel's distance from the image's mean is multiplied with."""
+    """largest deviation from 1 of the factor of a pixel's distance from the image's mean."""
     cutout: float = 0.2
-    """side of the square that is set to 0, as a fraction of the image's."""
+    """side of the square that is set to 0, as a fraction of the image's side."""
 
 
 PUBLISHED = Strengths()
 
 
 def diff_augment(images_B3HW: Tensor, generator: torch.Generator, strengths: Strengths = PUBLISHED) -> Tensor:
-    """Shift, recolour and cut images, each by draws of its own.
+    """Translate, recolour and cut out images, each by draws of its own.
 
     Args:
-        images_B3HW: float RGB; [0, 1] or somewhat beyond, as reconstructions are.
-        generator: on the CPU; gives the same number of draws for an image whatever the strengths.
-        strengths: how far.
+        images_B3HW: float RGB in [0, 1], or somewhat beyond, as reconstructions are.
+        generator: on the CPU; the number of draws per image does not depend on the strengths.
+        strengths: of the augmentations.
 
     Returns:
-        (B, 3, H, W), not clamped, as published: clamping would end the gradient where a change leaves [0, 1].
+        (B, 3, H, W), not clamped, as published: clamping would stop the gradient where a value leaves [0, 1].
     """
     draws_BS = send(torch.rand(len(images_B3HW), DRAWS, generator=generator), images_B3HW.device)
     shift_B2, colour_B3, centre_B2 = draws_BS.split((2, 3, 2), dim=1)
@@ -54,7 +54,7 @@ def diff_augment(images_B3HW: Tensor, generator: torch.Generator, strengths: Str
 
 
 def translate(images_B3HW: Tensor, draws_B2: Tensor, fraction: float) -> Tensor:
-    """Move images by whole pixels, down and right, from -round(fraction * side) to +; what is uncovered is 0.
+    """Shift images by whole pixels down and right, at most round(fraction * side) either way; uncovered pixels are 0.
 
     `draws_B2` is uniform in [0, 1).
     """
@@ -80,7 +80,7 @@ def recolour(images_B3HW: Tensor, draws_B3: Tensor, strengths: Strengths) -> Ten
 
 
 def cut_out(images_B3HW: Tensor, draws_B2: Tensor, fraction: float) -> Tensor:
-    """Set a square of round(fraction * side) pixels to 0, centred anywhere in the image, so that edges may crop it.
+    """Set a square of round(fraction * side) pixels to 0, centred anywhere in the image, so edges may crop it.
 
     `draws_B2` is uniform in [0, 1).
     """
@@ -88,7 +88,7 @@ def cut_out(images_B3HW: Tensor, draws_B2: Tensor, fraction: float) -> Tensor:
     for dim, draws_B in zip((2, 3), draws_B2.unbind(1), strict=True):
         side = images_B3HW.shape[dim]
         length = round(fraction * side)
-        # An even square has its centre between two pixels, which adds one place to choose from.
+        # An even square has its centre between two pixels, which adds one possible position.
         first_B = (draws_B * (side + 1 - length % 2)).long() - length // 2
         offset_BL = torch.arange(side, device=first_B.device) - first_B[:, None]
         inside.append((offset_BL >= 0) & (offset_BL < length))

@@ -13,7 +13,7 @@ from sftok.weights.pickled import fill, read_state
 
 WIDTH, HEADS, LAYERS, PATCH = 384, 6, 12, 16
 SIZE = 224  # side of the images that it was trained on, in pixels
-SMALLEST = 2 * PATCH  # the discriminator's widest kernel goes round at most once
+SMALLEST = 2 * PATCH  # the discriminator's widest circular kernel wraps at most once
 READ_AFTER = (2, 5, 8, 11)  # blocks; the tokens before block 0 are read too
 READOUTS = 1 + len(READ_AFTER)
 EPSILON = 1e-6
@@ -63,7 +63,7 @@ class _PatchEmbed(nn.Module):
 
 
 class Dino(nn.Module):
-    """Images to the tokens of five depths; frozen, gradients flow to the images."""
+    """Images to tokens at five depths; frozen, with gradients to the images."""
 
     mean: Tensor
     deviation: Tensor
@@ -79,9 +79,9 @@ class Dino(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images_B3SS: Tensor) -> list[Tensor]:
-        """Float RGB in [0, 1] to patch tokens plus class token, (B, D, N): before block 0 and after 2, 5, 8 and 11.
+        """Read patch tokens plus class token, (B, D, N), before block 0 and after 2, 5, 8 and 11, of RGB in [0, 1].
 
-        S is a multiple of 16; positions of another grid than 14 x 14 are interpolated.
+        S is a multiple of 16; positions are interpolated for grids other than 14 x 14.
         """
         patches_BND = self.patch_embed((images_B3SS - self.mean) / self.deviation)
         x_BTD = torch.cat([self.cls_token.expand(len(patches_BND), -1, -1), patches_BND], dim=1)
@@ -94,7 +94,7 @@ class Dino(nn.Module):
         return readouts
 
     def _positions(self, side: int) -> Tensor:
-        """Positions (1, 1 + side^2, D), bicubic between the trained ones where the grid is another."""
+        """Return positions (1, 1 + side^2, D), interpolated by bicubic for grids other than the trained one."""
         trained = SIZE // PATCH
         if side == trained:
             return self.pos_embed
@@ -109,38 +109,38 @@ def _read(x_BTD: Tensor) -> Tensor:
 
 
 def load_dino(data: bytes, what: str = "DINO") -> Dino:
-    """DINO ViT-S/16 from its published file; the final norm in it is not used.
+    """Load DINO ViT-S/16 from its published file; its final norm is not used.
 
     Raises:
-        ValueError: the file is damaged, holds more than weights, or holds others.
+        ValueError: the file is damaged, holds more than weights, or holds other weights.
     """
     state = read_state(data, what)
     model = Dino()
     fill(model, {name: value for name, value in state.items() if name not in ("norm.weight", "norm.bias")}, what)
     for module in model.modules():
         if isinstance(module, _Attention):
-            # As the published discriminator does. It changes nothing but rounding: softmax does not see a number that
-            # is added to the scores of all keys.
+            # As the published discriminator does. It changes nothing but rounding: softmax ignores a constant that is
+            # added to the scores of all keys.
             module.qkv.bias.data[WIDTH : 2 * WIDTH] = 0
     return model
 
 
 def check_dino_size(image_size: int) -> None:
-    """Refuse images that the network has no grid of patches for.
+    """Check that an image size divides into DINO's patches.
 
     Raises:
-        ValueError: `image_size` is at most 224 and either below 32 or no multiple of 16.
+        ValueError: `image_size` is at most 224 and either below 32 or not a multiple of 16.
     """
     if image_size > SIZE or (image_size >= SMALLEST and image_size % PATCH == 0):
         return
     raise ValueError(
-        f"image_size = {image_size} does not suit the DINO discriminator: above {SIZE}, or a multiple of {PATCH} from "
-        f'{SMALLEST} on; or set adversarial.kind = "patch"'
+        f"image_size = {image_size} does not suit the DINO discriminator: choose one above {SIZE}, or a multiple of "
+        f'{PATCH} from {SMALLEST} on; or set adversarial.kind = "patch"'
     )
 
 
 def dino_view(images_B3SS: Tensor, generator: torch.Generator) -> Tensor:
-    """What DINO sees of images above 224 pixels: all cut at one random place, or all shrunk, each half of the time.
+    """Reduce images above 224 pixels to 224: all cropped at one random place, or all shrunk, with equal probability.
 
     Args:
         images_B3SS: float RGB (B, 3, S, S).
@@ -160,12 +160,12 @@ def dino_view(images_B3SS: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shrink(images_B3SS: Tensor, *, by_products: bool | None = None) -> Tensor:
-    """Images to 224 pixels a side, each the mean of those that it covers.
+    """Shrink images to 224 x 224, each pixel the mean of those that it covers.
 
     Args:
         images_B3SS: float (B, 3, S, S), S above 224.
-        by_products: compute it as two matrix products; None: on CUDA, where the gradient of the pooling is added up in
-            any order and no two runs are alike.
+        by_products: compute it as two matrix products; None: on CUDA, where the gradient of pooling is summed in
+            varying order, so that no two runs would be equal.
     """
     if not (images_B3SS.is_cuda if by_products is None else by_products):
         return F.interpolate(images_B3SS, size=(SIZE, SIZE), mode="area")
@@ -174,7 +174,7 @@ def shrink(images_B3SS: Tensor, *, by_products: bool | None = None) -> Tensor:
 
 
 def _covered(side: int, device: torch.device) -> Tensor:
-    """Weights (224, side) of the pixels that each pixel of a shrunk image is the mean of, along one axis."""
+    """Return weights (224, side) of the pixels that each pixel of a shrunk image averages, along one axis."""
     place_1S, to_S1 = torch.arange(side, device=device), torch.arange(SIZE, device=device)[:, None]
     first_S1, last_S1 = to_S1 * side // SIZE, -(-(to_S1 + 1) * side // SIZE)
     covered_SS = ((place_1S >= first_S1) & (place_1S < last_S1)).float()

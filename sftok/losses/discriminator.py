@@ -1,9 +1,9 @@
-"""Discriminators: real images from reconstructions, by patches (PatchGAN) or by the features of a frozen DINO.
+"""Discriminators between real images and reconstructions: by patches (PatchGAN) or by features of a frozen DINO.
 
-Neither keeps statistics of batches nor changes when it is called: a pass depends on its images and weights alone, so
-that the generator's steps leave it as it is and ranks need not agree on anything but gradients.
+Neither keeps batch statistics nor changes when it is called: a pass depends on its images and weights alone, so the
+generator's steps do not change it, and ranks need to agree on gradients only.
 
-Shapes: B images, H x W pixels, n logits an image; D channels and N patches of DINO's features.
+Shapes: B images, H x W pixels, n logits per image; D channels and N patches of DINO's features.
 """
 
 import math
@@ -26,13 +26,13 @@ FIRST_ITERATIONS = 15  # of the power method, at random weights
 class PatchDiscriminator(nn.Module):
     """PatchGAN: 4x4 convolutions that judge overlapping patches (70 pixels with 3 layers; Isola et al. 2017).
 
-    Deviates: pix2pix normalises over the batch. Here groups of channels are normalised in each image, so that a logit
-    depends on its image alone: not on the micro-batch, not on the rank, and not on whether real images and
-    reconstructions come in one batch or in two.
+    Deviates: pix2pix normalises over the batch. Here groups of channels are normalised within each image, so a logit
+    depends on its image alone: not on the micro-batch or the rank, nor on whether real images and reconstructions come
+    in one batch or in two.
     """
 
     def __init__(self, channels: int, layers: int) -> None:
-        """`layers` halve the side; the first has `channels` channels, the next up to eight times as many."""
+        """Build `layers` layers that halve the side, from `channels` channels to at most eight times as many."""
         super().__init__()
         self.layers = layers
         widths = [channels * min(1 << i, 8) for i in range(layers + 1)]
@@ -63,7 +63,7 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Float RGB in [0, 1] to logits (B, n), n = (H / 2^layers - 2) (W / 2^layers - 2): high for real.
+        """Float RGB in [0, 1] to logits (B, n), n = (H / 2^layers - 2) (W / 2^layers - 2): high for real images.
 
         Raises:
             ValueError: the images are too small.
@@ -73,7 +73,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def check_patch_size(image_size: int, layers: int) -> None:
-    """Refuse images that leave nothing to judge after the layers.
+    """Check that images are large enough for a patch discriminator.
 
     Raises:
         ValueError: `image_size` is below 3 * 2^layers.
@@ -81,16 +81,16 @@ def check_patch_size(image_size: int, layers: int) -> None:
     smallest = 3 << layers
     if image_size < smallest:
         raise ValueError(
-            f"image_size = {image_size} is too small for adversarial.layers = {layers}: at least {smallest}, "
+            f"image_size = {image_size} is too small for adversarial.layers = {layers}: choose at least {smallest}, "
             "or fewer layers"
         )
 
 
 class SpectralConv1d(nn.Conv1d):
-    """A convolution, circular and of equal length, whose kernel as an (outputs, inputs * size) matrix has norm 1.
+    """A circular convolution of equal length, whose kernel as an (outputs, inputs * size) matrix has spectral norm 1.
 
-    Deviates: torch's spectral norm iterates whenever it is called in training mode, so that its estimate depends on how
-    many micro-batches a rank has and on the generator's steps. Here `iterate` is called once a step.
+    Deviates: torch's spectral norm iterates whenever it is called in training mode, so its estimate depends on the
+    number of micro-batches of a rank and on the generator's steps. Here `iterate` is called once per step.
     """
 
     u: Tensor
@@ -105,7 +105,7 @@ class SpectralConv1d(nn.Conv1d):
 
     @torch.no_grad()
     def iterate(self) -> None:
-        """One iteration of the power method towards the first singular vectors u and v."""
+        """Run one iteration of the power method towards the first singular vectors u and v."""
         matrix = self.weight.flatten(1)
         self.u.copy_(F.normalize(matrix @ self.v, dim=0))
         self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
@@ -118,7 +118,7 @@ class SpectralConv1d(nn.Conv1d):
 
 
 class BatchNormLocal(nn.Module):
-    """Batch norm over groups of at most 8 neighbours in the batch, in training and ever after (StyleGAN-T)."""
+    """Batch norm over groups of at most 8 neighbours in the batch, in training and in evaluation (StyleGAN-T)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class BatchNormLocal(nn.Module):
 
 
 def check_local_batch(batch: int) -> int:
-    """The number of equal groups, of at most 8 images, that `BatchNormLocal` splits a batch into.
+    """Return the number of equal groups of at most 8 images that `BatchNormLocal` splits a batch into.
 
     Raises:
         ValueError: `batch` does not divide by ceil(batch / 8).
@@ -154,9 +154,9 @@ def check_local_batch(batch: int) -> int:
 
 
 class _Head(nn.Module):
-    """Logits of one depth's features: pointwise, then a residual along the patches in raster order, then one channel.
+    """Logits of the features of one depth: pointwise, then a residual along patches in raster order, then one channel.
 
-    Weights are initialised as torch initialises convolutions; norms 1 and 0.
+    Weights are initialised as torch initialises convolutions, norms with 1 and 0.
     """
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class _Head(nn.Module):
 
 
 class DinoDiscriminator(nn.Module):
-    """Trained heads on features of five depths of a frozen DINO (method.md 1.3)."""
+    """Trained heads on the features of five depths of a frozen DINO (method.md 1.3)."""
 
     def __init__(self, dino: Dino) -> None:
         super().__init__()
@@ -180,10 +180,10 @@ class DinoDiscriminator(nn.Module):
         self.heads = nn.ModuleList(_Head() for _ in range(READOUTS))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
-        """Float RGB in [0, 1], as `dino_view` gives it, to logits (B, 5 N): high for real.
+        """Float RGB in [0, 1], as `dino_view` returns it, to logits (B, 5 N): high for real images.
 
         Raises:
-            ValueError: a size that DINO has no grid for, or a batch that local norms cannot split.
+            ValueError: the size does not divide into DINO's patches, or the batch into equal groups.
         """
         check_dino_size(images_B3SS.shape[2])
         features = self.dino(images_B3SS)
@@ -191,7 +191,7 @@ class DinoDiscriminator(nn.Module):
 
 
 def iterate_spectral_norms(module: nn.Module) -> None:
-    """Let every spectral norm in `module` follow its weights; once after each of their optimizer's steps."""
+    """Update every spectral norm in `module`, once after each step of the optimizer of its weights."""
     for child in module.modules():
         if isinstance(child, SpectralConv1d):
             child.iterate()

@@ -9,7 +9,7 @@ from sftok.model.flops import convolution, product
 
 
 def vgg(image_size: int) -> int:
-    """LPIPS's VGG16."""
+    """VGG16 of LPIPS."""
     total, inputs = 0, 3
     for at, level in enumerate(LEVELS):
         for outputs in level:
@@ -19,7 +19,7 @@ def vgg(image_size: int) -> int:
 
 
 def lpips_weights(image_size: int) -> int:
-    """LPIPS's weights of the channels of each level."""
+    """Channel weights of LPIPS, at each level."""
     return sum(convolution(level[-1], 1, 1, image_size >> at) for at, level in enumerate(LEVELS))
 
 
@@ -29,7 +29,7 @@ def patch_first(config: AdversarialConfig, image_size: int) -> int:
 
 
 def patch_discriminator(config: AdversarialConfig, image_size: int) -> int:
-    """Image to logits of patches."""
+    """The patch discriminator, image to logits of patches."""
     widths = [config.channels * min(1 << at, 8) for at in range(config.layers + 1)]
     total, side = patch_first(config, image_size), image_size // 2
     for at, (inputs, outputs) in enumerate(pairwise(widths)):
@@ -39,13 +39,13 @@ def patch_discriminator(config: AdversarialConfig, image_size: int) -> int:
 
 
 def dino_attention(image_size: int) -> int:
-    """Scores and sums of the frozen DINO's attention, of images as it sees them."""
+    """Scores and weighted sums in the attention of the frozen DINO, for images reduced to its size."""
     tokens = 1 + (min(image_size, SIZE) // PATCH) ** 2
     return LAYERS * 2 * product(tokens, WIDTH, tokens)
 
 
 def dino(image_size: int) -> int:
-    """The frozen DINO, of images as it sees them."""
+    """The frozen DINO, for images reduced to its size."""
     side = min(image_size, SIZE) // PATCH
     linear = product(1 + side**2, WIDTH, 12 * WIDTH)
     return convolution(3, WIDTH, PATCH, side) + LAYERS * linear + dino_attention(image_size)

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual loss: distances between VGG16 features, weighted as people judge (Zhang et al. 2018).
+"""LPIPS, the perceptual loss: distances between VGG16 features, weighted to match human judgement (Zhang et al. 2018).
 
 Shapes: B images, C channels of a level, h x w its grid.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sftok.weights.pickled import fill, read_state
 
-# Channels of the 3x3 convolutions, level by level; each level begins with a 2x2 max pool but the first.
+# Channels of the 3x3 convolutions by level; each level but the first begins with a 2x2 max pool.
 LEVELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SMALLEST = 1 << (len(LEVELS) - 1)  # side in pixels that leaves one position at the last level
 # Published for inputs in [-1, 1]: ImageNet's mean and deviation, moved there.
@@ -23,7 +23,7 @@ LINS_FILE = "torchmetrics/functional/image/lpips_models/vgg.pth"
 
 
 class Lpips(nn.Module):
-    """VGG16 up to its last ReLU, and a weight a channel of each level; frozen, in float32 whatever the autocast."""
+    """VGG16 up to its last ReLU, and channel weights at each level; frozen, in float32 whatever the autocast."""
 
     shift: Tensor
     scale: Tensor
@@ -48,14 +48,15 @@ class Lpips(nn.Module):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def forward(self, images_B3HW: Tensor, targets_B3HW: Tensor) -> Tensor:
-        """Distances (B,) of float RGB in [0, 1] from its targets; gradients flow to both, where they are wanted.
+        """Compute distances (B,) between float RGB in [0, 1] and its targets; differentiable in both.
 
         Raises:
             ValueError: a side is below 16 pixels.
         """
         if min(images_B3HW.shape[2:]) < SMALLEST:
             raise ValueError(
-                f"LPIPS of {tuple(images_B3HW.shape[2:])} pixels: at least {SMALLEST} a side; set perceptual_weight = 0"
+                f"LPIPS of {tuple(images_B3HW.shape[2:])} pixels: needs at least {SMALLEST} per side; "
+                "set perceptual_weight = 0"
             )
         distance_B = images_B3HW.new_zeros(len(images_B3HW), dtype=torch.float32)
         pairs = zip(self._levels(images_B3HW), self._levels(targets_B3HW), self.lins, strict=True)
@@ -64,28 +65,28 @@ class Lpips(nn.Module):
         return distance_B
 
     def _levels(self, images_B3HW: Tensor) -> list[Tensor]:
-        """Features (B, C, h, w) of each level, of length 1 at each position."""
+        """Compute features (B, C, h, w) of each level, of unit length at each position."""
         x = (images_B3HW.float() * 2 - 1 - self.shift) / self.scale
         levels, start = [], 0
         for end in self.readouts:
             x = self.features[start:end](x)
             # Deviates: epsilon is under the root, as in torchmetrics. The gradient of the published
-            # x / (sqrt(sum x^2) + 1e-10) has no bound where all channels are next to 0.
+            # x / (sqrt(sum x^2) + 1e-10) is unbounded where all channels are close to 0.
             levels.append(x / (x.square().sum(1, keepdim=True) + EPSILON).sqrt())
             start = end
         return levels
 
 
 def load_lpips(data: bytes, what: str = "LPIPS") -> Lpips:
-    """LPIPS from a file of weights.
+    """Load LPIPS from a file of weights.
 
     Args:
-        data: torchvision's VGG16 (`features.N.weight`; its classifier is left out), whose linear layers are then those
-            that torchmetrics ships; or a whole state dict of the `lpips` package's LPIPS(net="vgg").
-        what: the weights' name in errors.
+        data: torchvision's VGG16 (`features.N.weight`; its classifier is ignored), to be combined with the linear
+            layers that torchmetrics ships; or a whole state dict of LPIPS(net="vgg") of the `lpips` package.
+        what: name of the weights in errors.
 
     Raises:
-        ValueError: the file is damaged, holds more than weights, or holds others.
+        ValueError: the file is damaged, holds more than weights, or holds other weights.
     """
     state = read_state(data, what)
     is_whole = any(name.startswith("net.slice") for name in state)
@@ -101,18 +102,18 @@ def _from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_lpips(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `lpips` package's names to ours; it lists the linear layers twice, and two constants."""
+    """Rename the weights of the `lpips` package, which lists the linear layers twice, and two constants."""
     constant = ("lins.", "scaling_layer.")
     kept = {name: value for name, value in state.items() if not name.startswith(constant)}
     return {re.sub(r"^net\.slice\d\.", "features.", _lin_name(name)): value for name, value in kept.items()}
 
 
 def _lin_name(name: str) -> str:
-    """`lin2.model.1.weight` to `lins.2.weight`; other names as they are."""
+    """Rename `lin2.model.1.weight` to `lins.2.weight`; leave other names as they are."""
     return re.sub(r"^lin(\d)\.model\.1\.", r"lins.\1.", name)
 
 
 def _shipped_lins() -> dict[str, Tensor]:
-    """The linear layers' weights in torchmetrics, which is looked up without being imported."""
+    """Read the weights of the linear layers from torchmetrics' files, without importing it."""
     path = Path(str(distribution("torchmetrics").locate_file(LINS_FILE)))
     return {_lin_name(name): value for name, value in read_state(path.read_bytes(), str(path)).items()}

@@ -1,4 +1,4 @@
-"""The losses of the training stages.
+"""Cross-entropy on proxy codes, and the loss of the teacher's codebook.
 
 Shapes: B images, P proxy positions, V proxy codes.
 """
@@ -12,7 +12,7 @@ EPSILON = 1e-8
 def proxy_loss(
     logits_BPV: Tensor, proxy_BP: Tensor, hidden_BP: Tensor, *, unmasked_weight: float, label_smoothing: float
 ) -> Tensor:
-    """Cross-entropy on the teacher's codes, weighted 1 where hidden and `unmasked_weight` where given; mean."""
+    """Compute the mean cross-entropy on the teacher's codes: weight 1 where masked, `unmasked_weight` elsewhere."""
     loss_BP = F.cross_entropy(
         logits_BPV.float().transpose(1, 2), proxy_BP, reduction="none", label_smoothing=label_smoothing
     )
@@ -21,5 +21,5 @@ def proxy_loss(
 
 
 def vq_loss(latents: Tensor, quantized: Tensor, commitment_weight: float) -> Tensor:
-    """Codebook loss plus weighted commitment of a VQ-VAE; any equal shapes."""
+    """Compute the codebook loss plus weighted commitment of a VQ-VAE; any equal shapes."""
     return F.mse_loss(quantized, latents.detach()) + commitment_weight * F.mse_loss(latents, quantized.detach())

@@ -1,7 +1,7 @@
-"""Whether images still show the class they should: a small classifier that has seen real training images only.
+"""Classify images with a small classifier trained on real images, to check that they show the intended class.
 
 A support-vector machine on 8x8 grey thumbnails reads handwritten digits about as well as they can be read. On other
-data it may read little: its accuracy on real held-out images belongs beside every figure it gives.
+data it may be poor, so its accuracy on real held-out images is reported with every metric that it gives.
 """
 
 from typing import Self
@@ -31,7 +31,7 @@ class ClassReader:
 
     @classmethod
     def fit_thumbnails(cls, rows: np.ndarray, labels: Tensor) -> Self:
-        """The same from the images' thumbnails, of which more fit into memory."""
+        """Train on thumbnails of real training images, of which more fit in memory."""
         ids = np.asarray(labels)
         if len(rows) != len(ids):
             raise ValueError(f"{len(rows)} images but {len(ids)} labels")
@@ -42,23 +42,23 @@ class ClassReader:
         return cls(SVC(kernel="rbf", C=10.0, gamma="scale").fit(rows, ids))
 
     def read(self, images: Tensor) -> Tensor:
-        """The class id seen in each image, (n) int64."""
+        """Predict the class id of each image, (n) int64."""
         return self.read_thumbnails(thumbnails(images))
 
     def read_thumbnails(self, rows: np.ndarray) -> Tensor:
-        """The same of images of which only the thumbnails were kept."""
+        """Predict the class id of each thumbnail, (n) int64."""
         return torch.from_numpy(self._classifier.predict(rows).astype(np.int64))
 
 
 def accuracy(read: Tensor, intended: Tensor) -> float:
-    """Share of images read as the intended class, in [0, 1]."""
+    """Compute the share of images read as the intended class, in [0, 1]."""
     if read.shape != intended.shape or not len(read):
         raise ValueError(f"cannot compare {len(read)} read with {len(intended)} intended classes")
     return (read == intended).double().mean().item()
 
 
 def confusion_matrix(read: Tensor, intended: Tensor, num_classes: int) -> Tensor:
-    """Counts (num_classes, num_classes) int64: row = intended class, column = class read."""
+    """Count (num_classes, num_classes) int64: row = intended class, column = class read."""
     if read.shape != intended.shape:
         raise ValueError(f"cannot compare {len(read)} read with {len(intended)} intended classes")
     both = torch.cat([read, intended])
@@ -69,12 +69,12 @@ def confusion_matrix(read: Tensor, intended: Tensor, num_classes: int) -> Tensor
 
 
 def thumbnails(images: Tensor) -> np.ndarray:
-    """Grey thumbnails in [0, 1], (n, 64) float64, by area averaging."""
+    """Make grey thumbnails in [0, 1], (n, 64) float64, by area averaging."""
     return thumbnail_rows(images).cpu().numpy()
 
 
 def thumbnail_rows(images: Tensor) -> Tensor:
-    """The same as a tensor, where the images are."""
+    """Make the same thumbnails as a tensor on the images' device."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: give uint8 (n, 3, S, S)")
     batches, luma = [], torch.tensor(_LUMA, dtype=torch.float64, device=images.device)

@@ -1,4 +1,4 @@
-"""The Fréchet distance at scale: streamed moments, one reference for many samples, and samples fewer than dimensions.
+"""The Fréchet distance at scale: streamed moments, one reference for many samples, and fewer samples than dimensions.
 
 Legend: N samples, D feature dimensions, R <= D directions that vary.
 """
@@ -19,7 +19,7 @@ _FULL_RANK = 1e-10  # smallest over largest eigenvalue of a product below which 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Mean (D) and unbiased covariance (D, D) in float64, and of how many samples, where that is known."""
+    """Mean (D) and unbiased covariance (D, D) in float64, and the number of samples if it is known."""
 
     mean: Tensor
     covariance: Tensor
@@ -27,16 +27,16 @@ class Gaussian:
 
     @classmethod
     def of(cls, total: FeatureMoments) -> Self:
-        """The Gaussian of merged moments."""
+        """Make the Gaussian of merged moments."""
         return cls(total.mean, total.covariance, total.count)
 
     def to(self, device: torch.device | str) -> "Gaussian":
-        """The same on a device."""
+        """Copy to a device."""
         return Gaussian(self.mean.to(device), self.covariance.to(device), self.count)
 
     @cached_property
     def root(self) -> Tensor:
-        """A (D, R) with A A' = covariance; computed once for all samples that are compared with this one."""
+        """A (D, R) with A A' = covariance; computed once for all samples that are compared with it."""
         cholesky, failed = torch.linalg.cholesky_ex(self.covariance)
         if not failed and cholesky.diagonal().amin() ** 2 > _FULL_RANK * cholesky.diagonal().amax() ** 2:
             return cholesky
@@ -48,7 +48,7 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class FeatureRows:
-    """Features of fewer samples than dimensions, (N, D): smaller than their covariance. Merged by `+`, in order."""
+    """Features of fewer samples than dimensions, (N, D), smaller than their covariance; merged by `+`, in order."""
 
     rows: Tensor
 
@@ -64,7 +64,7 @@ class FeatureRows:
         return FeatureRows(torch.cat([self.rows, other.rows]))
 
     def to(self, device: torch.device | str) -> "FeatureRows":
-        """The same on a device."""
+        """Copy to a device."""
         return FeatureRows(self.rows.to(device))
 
     @cached_property
@@ -74,7 +74,7 @@ class FeatureRows:
 
     @cached_property
     def root(self) -> Tensor:
-        """A (D, N) with A A' = the unbiased covariance, which is never formed: the centred features, scaled."""
+        """A (D, N) with A A' = the unbiased covariance, which is never formed: the scaled, centred features."""
         if len(self.rows) < 2:
             raise ValueError(f"a covariance needs at least 2 samples, there are {len(self.rows)}")
         return (self.rows.double() - self.mean).T / (len(self.rows) - 1) ** 0.5
@@ -83,9 +83,9 @@ class FeatureRows:
 def distance(samples: Gaussian | FeatureRows, reference: Gaussian | FeatureRows) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) in float64, exact for singular covariances; never negative.
 
-    With S = A A', the last trace is the sum of the singular values of A_a' A_b; where both have full rank, of the roots
-    of the eigenvalues of S_a S_b, which is faster. Samples as `FeatureRows` give a product of N rows only. Computed
-    where both sides are, on one device.
+    With S = A A', the trace of the root is the sum of the singular values of A_a' A_b; for full ranks it is the sum of
+    the roots of the eigenvalues of S_a S_b, which is faster. With `FeatureRows` the product has N rows only. Computed
+    on the device of both sides.
     """
     if samples.mean.shape != reference.mean.shape:
         raise ValueError(
@@ -98,7 +98,7 @@ def distance(samples: Gaussian | FeatureRows, reference: Gaussian | FeatureRows)
 
 
 def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
-    """The distance of two Gaussians of merged moments."""
+    """Compute the distance between the Gaussians of two merged moments."""
     return distance(Gaussian.of(a), Gaussian.of(b))
 
 
@@ -107,19 +107,19 @@ def _variance(side: Gaussian | FeatureRows) -> Tensor:
 
 
 def _shared(samples: Gaussian | FeatureRows, reference: Gaussian | FeatureRows) -> Tensor:
-    """tr((S_a S_b)^(1/2))."""
+    """Compute tr((S_a S_b)^(1/2))."""
     if isinstance(samples, Gaussian) and isinstance(reference, Gaussian):
         eigenvalues = _eigenvalues(samples.covariance, reference.covariance)
-        # Of a singular product, roots of eigenvalues would keep half the digits only; singular values keep all.
+        # For a singular product, roots of eigenvalues would keep half the digits only; singular values keep all.
         if eigenvalues is not None and eigenvalues[0] > _FULL_RANK * eigenvalues[-1]:
             return eigenvalues.sqrt().sum()
     return torch.linalg.svdvals(samples.root.T @ reference.root).sum()
 
 
 def _eigenvalues(S_a: Tensor, S_b: Tensor) -> Tensor | None:
-    """Eigenvalues of S_a S_b, (D) ascending; None where S_b is singular.
+    """Compute the eigenvalues of S_a S_b, (D) ascending; None if S_b is singular.
 
-    They are those of the symmetric L' S_a L with S_b = L L', which LAPACK forms in half the work of two products.
+    They are those of the symmetric L' S_a L with S_b = L L', which LAPACK forms at half the cost of two products.
     """
     if S_a.is_cuda:
         cholesky, failed = torch.linalg.cholesky_ex(S_b)
@@ -134,14 +134,14 @@ def _eigenvalues(S_a: Tensor, S_b: Tensor) -> Tensor | None:
 
 
 def summary(features_ND: Tensor) -> Gaussian | FeatureRows:
-    """Features in the form whose distance is computed fastest."""
+    """Summarise features in the form whose distance is fastest to compute."""
     if len(features_ND) < features_ND.shape[1]:
         return FeatureRows(features_ND)
     return Gaussian.of(FeatureMoments.of(features_ND))
 
 
 def frechet(features_ND: Tensor, reference: Gaussian | FeatureRows) -> float:
-    """The distance of features from a reference.
+    """Compute the distance of features from a reference.
 
     Raises:
         ValueError: fewer than 2 samples, NaN or infinite features, or other dimensions than the reference's.

@@ -1,8 +1,8 @@
-"""How good images and codes are: pure functions of tensors, statistics kept apart from distances.
+"""Metrics of images and codes: pure functions of tensors, with statistics separate from distances.
 
-Legend: B images, C channels, H, W sides, N samples, D feature dimensions, T tokens an image, K codes.
-Images are uint8, or floats in [0, 1], which are first rounded to uint8 by the one rule of `to_uint8`, so that a figure
-belongs to the image that a file would hold.
+Legend: B images, C channels, H, W sides, N samples, D feature dimensions, T tokens per image, K codes.
+Images are uint8, or floats in [0, 1], which `to_uint8` first rounds, so that a metric is that of the image that a file
+would hold.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PSNR_CEILING = 100.0  # dB, given to identical images, whose ratio is infinite and would swallow a mean
+PSNR_CEILING = 100.0  # dB, for identical images, whose infinite ratio would make every mean infinite
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
-_MOMENT_ROWS = 4096  # of features turned into float64 at once: 64 MB of 2,048 dimensions
+_MOMENT_ROWS = 4096  # of features converted to float64 at once: 64 MB of 2,048 dimensions
 _BATCH = 64  # images converted to float64 at once
 
 
 class Images(Protocol):
-    """Images or other rows that are read a batch at a time, from memory (a tensor is one) or from where they lie."""
+    """Images or other rows that are read batch by batch: a tensor, or a lazy reader."""
 
     @property
     def shape(self) -> torch.Size: ...  # noqa: D102
@@ -32,7 +32,7 @@ class Images(Protocol):
 
 
 def to_uint8(images_BCHW: Tensor) -> Tensor:
-    """Images as uint8: floats in [0, 1] are clamped, then rounded half to even; uint8 passes unchanged.
+    """Convert images to uint8: floats in [0, 1] are clamped, then rounded half to even; uint8 passes unchanged.
 
     Deviates: the published evaluation rounds for rFID and truncates for gFID; this project has one rule.
     """
@@ -55,16 +55,18 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, features_ND: Tensor) -> Self:
-        """The moments of one batch or shard of features, by blocks of rows, in order; of those on CUDA, on CUDA.
+        """Compute the moments of a batch or shard of features by blocks of rows, in order, on CUDA if they are there.
 
-        The sum of the moments of shards, in the order of the shards, equals those of one pass to rounding (1e-12), and
-        those of another device too.
+        Moments of shards, added in the order of the shards, equal those of one pass up to rounding (1e-12), and so do
+        those of another device.
 
         Raises:
             ValueError: there are no features, or some are NaN or infinite.
         """
         if features_ND.ndim != 2 or not len(features_ND):
-            raise ValueError(f"features have shape {tuple(features_ND.shape)}: give one row a sample, and one at least")
+            raise ValueError(
+                f"features have shape {tuple(features_ND.shape)}: give one row per sample, and at least one"
+            )
         total, outer = (_sums_on_cuda if features_ND.is_cuda else _sums_on_cpu)(features_ND.detach())
         if not torch.isfinite(total).all():
             raise ValueError("features hold NaN or infinite values: look at the images they were taken from")
@@ -76,7 +78,7 @@ class FeatureMoments:
         return FeatureMoments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
 
     def to(self, device: torch.device | str) -> "FeatureMoments":
-        """The same on a device."""
+        """Copy to a device."""
         return FeatureMoments(self.count, self.sum.to(device), self.outer.to(device))
 
     @property
@@ -93,19 +95,19 @@ class FeatureMoments:
 
 
 def _sums_on_cpu(features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum (D) and sum of outer products (D, D)."""
+    """Compute the sum (D) and the sum of outer products (D, D)."""
     dims = features_ND.shape[1]
     total, outer = np.zeros(dims), np.zeros((dims, dims))
     for block in features_ND.split(_MOMENT_ROWS):
         rows = block.cpu().numpy().astype(np.float64)
         total += rows.sum(0)
-        # NumPy sees that both sides are one array, and computes half of the symmetric product.
+        # NumPy recognises that both factors are one array, and computes half of the symmetric product.
         outer += rows.T @ rows
     return torch.from_numpy(total), torch.from_numpy(outer)
 
 
 def _sums_on_cuda(features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where the features are, 64 MB of 2,048 dimensions in float64 at once."""
+    """Compute the same on the features' device, with 64 MB of 2,048 dimensions in float64 at once."""
     dims = features_ND.shape[1]
     total = features_ND.new_zeros(dims, dtype=torch.float64)
     outer = features_ND.new_zeros(dims, dims, dtype=torch.float64)
@@ -117,9 +119,9 @@ def _sums_on_cuda(features_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def psnr(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio an image, (B) in dB: 10 log10(255^2 / mean squared error over all of RGB).
+    """Compute the peak signal-to-noise ratio per image, (B) in dB: 10 log10(255^2 / mean squared error over RGB).
 
-    Deviates: the published evaluation takes the first channel alone. Identical images give `PSNR_CEILING`.
+    Deviates: the published evaluation uses the first channel only. Identical images give `PSNR_CEILING`.
     """
     a, b = _same_shape(images_BCHW, references_BCHW)
     errors_B = torch.cat([(x.double() - y.double()).square().flatten(1).mean(1) for x, y in _batches(a, b)])
@@ -127,23 +129,23 @@ def psnr(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
 
 
 def l1(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
-    """Mean absolute error an image over all of RGB, (B) in [0, 1]."""
+    """Compute the mean absolute error per image over RGB, (B) in [0, 1]."""
     a, b = _same_shape(images_BCHW, references_BCHW)
     return torch.cat([(x.double() - y.double()).abs().flatten(1).mean(1) for x, y in _batches(a, b)]) / 255
 
 
 def l2(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
-    """Mean squared error an image over all of RGB on the scale [0, 1], (B)."""
+    """Compute the mean squared error per image over RGB on the scale [0, 1], (B)."""
     a, b = _same_shape(images_BCHW, references_BCHW)
     return torch.cat([(x.double() - y.double()).square().flatten(1).mean(1) for x, y in _batches(a, b)]) / 255**2
 
 
 def ssim(images_BCHW: Tensor, references_BCHW: Tensor) -> Tensor:
-    """Structural similarity an image, (B), at most 1 (Wang et al. 2004).
+    """Compute the structural similarity per image, (B), at most 1 (Wang et al. 2004).
 
-    Gaussian window 11x11 of sigma 1.5 inside the image only, K1 = 0.01, K2 = 0.03, range 1, biased covariances; the
-    mean over window positions and RGB channels. The definition of scikit-image with `gaussian_weights=True,
-    use_sample_covariance=False`; torchmetrics has the same map within a border of mirrored pixels.
+    Gaussian windows of 11x11 with sigma 1.5 inside the image only, K1 = 0.01, K2 = 0.03, range 1, biased covariances;
+    the mean over window positions and RGB channels. This is scikit-image's definition with `gaussian_weights=True,
+    use_sample_covariance=False`; torchmetrics has the same map inside a border of mirrored pixels.
     """
     a, b = _same_shape(images_BCHW, references_BCHW)
     if min(a.shape[-2:]) < SSIM_WINDOW:
@@ -171,13 +173,13 @@ def _ssim(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:
 
 
 def code_agreement(codes_BT: Tensor, references_BT: Tensor) -> Tensor:
-    """Share of positions an image where both hold the same code, (B) in [0, 1]."""
+    """Compute the share of positions per image where both have the same code, (B) in [0, 1]."""
     a, b = _same_shape(codes_BT, references_BT)
     return (a == b).double().mean(1)
 
 
 def code_counts(codes_BT: Tensor, codebook_size: int) -> Tensor:
-    """How often each code occurs, (K) int64."""
+    """Count the occurrences of each code, (K) int64; counts of batches add up."""
     flat = codes_BT.reshape(-1).long()
     if not len(flat):
         raise ValueError("there are no codes to count")
@@ -186,45 +188,28 @@ def code_counts(codes_BT: Tensor, codebook_size: int) -> Tensor:
     return torch.bincount(flat, minlength=codebook_size)
 
 
-def codebook_usage(codes_BT: Tensor, codebook_size: int) -> float:
-    """Share of the codebook that occurs at least once, in [0, 1]."""
-    return usage_of(code_counts(codes_BT, codebook_size))
-
-
-def usage_of(counts_K: Tensor) -> float:
-    """The same of counts, which add up over parts."""
+def codebook_usage(counts_K: Tensor) -> float:
+    """Compute the share of codes that occur at least once, in [0, 1], from `code_counts`."""
     return (counts_K > 0).double().mean().item()
 
 
-def entropy_bits(codes_BT: Tensor, codebook_size: int) -> float:
-    """Entropy of the codes' frequencies in bits, at most log2(codebook_size)."""
-    return entropy_of(code_counts(codes_BT, codebook_size))
-
-
-def entropy_of(counts_K: Tensor) -> float:
-    """The same of counts."""
+def entropy_bits(counts_K: Tensor) -> float:
+    """Compute the entropy of the code frequencies in bits, at most log2(K), from `code_counts`."""
     counts = counts_K.double()
     shares = counts[counts > 0] / counts.sum()
     return max(-(shares * shares.log2()).sum().item(), 0.0)
 
 
-def perplexity(codes_BT: Tensor, codebook_size: int) -> float:
-    """2 to the entropy: how many equally frequent codes would be as varied, in [1, codebook_size]."""
-    return perplexity_of(code_counts(codes_BT, codebook_size))
-
-
-def perplexity_of(counts_K: Tensor) -> float:
-    """The same of counts."""
-    return float(2.0 ** entropy_of(counts_K))
-
-
-def verbatim_share(codes_BT: Tensor, training_codes: Tensor) -> float:
-    """Share of rows of codes that occur, whole, among the rows of training codes; in [0, 1]."""
-    return verbatim_shares([codes_BT], [training_codes])[0]
+def perplexity(counts_K: Tensor) -> float:
+    """Compute 2 to the power of the entropy, the number of equally frequent codes with that entropy, in [1, K]."""
+    return float(2.0 ** entropy_bits(counts_K))
 
 
 def verbatim_shares(codes: Sequence[Tensor], training_codes: Iterable[Tensor]) -> list[float]:
-    """`verbatim_share` of several sets of rows (B, T), which are in memory, in one pass over training rows."""
+    """Compute the share of rows (B, T) of each set that occur whole among the training rows, in [0, 1].
+
+    The sets are in memory; the training rows are read once, batch by batch.
+    """
     looked_for = [_row_bytes(rows_BT) for rows_BT in codes]
     wanted, found = set().union(*looked_for), set[bytes]()
     for batch in training_codes:
@@ -236,13 +221,13 @@ def verbatim_shares(codes: Sequence[Tensor], training_codes: Iterable[Tensor]) -
 
 
 def _row_bytes(codes_BT: Tensor) -> list[bytes]:
-    """Each row as bytes, equal where the rows are."""
+    """Convert each row to bytes that are equal if the rows are."""
     data, width = codes_BT.to("cpu", torch.int32).contiguous().numpy().tobytes(), 4 * codes_BT.shape[1]
     return [data[at : at + width] for at in range(0, len(data), width)]
 
 
 def distinct_share(codes_BT: Tensor) -> float:
-    """Share of rows of codes that remain when repeated ones are dropped, in (0, 1]; 1 means no two are alike."""
+    """Compute the share of distinct rows of codes, in (0, 1]; 1 means that no two are equal."""
     return len(torch.unique(codes_BT.long(), dim=0)) / len(codes_BT)
 
 

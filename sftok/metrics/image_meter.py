@@ -1,6 +1,6 @@
-"""What is measured of images as they pass, some at a time: a row of figures an image, and not the images themselves.
+"""Collect per-image metrics of images that stream past, without keeping the images.
 
-Rows lie where the images do until they are asked for, so that nothing waits for a GPU.
+Metrics stay on the images' device until they are read, so that nothing waits for a GPU.
 """
 
 import torch
@@ -10,29 +10,29 @@ from sftok.metrics import functional
 
 
 class ImageMeter:
-    """Figures of images by name, in the order in which the images came."""
+    """Metrics of images by name, in the order of the images."""
 
     def __init__(self) -> None:
         self.count = 0
         self._parts: dict[str, list[Tensor]] = {}
 
-    def add(self, **figures: Tensor) -> None:
-        """Note figures (n, ...) of the next images; the same names every time."""
-        assert not self._parts or self._parts.keys() == figures.keys()
-        for name, part in figures.items():
+    def add(self, **metrics: Tensor) -> None:
+        """Add metrics (n, ...) of the next images; the same names in every call."""
+        assert not self._parts or self._parts.keys() == metrics.keys()
+        for name, part in metrics.items():
             self._parts.setdefault(name, []).append(part)
-        self.count += len(next(iter(figures.values())))
+        self.count += len(next(iter(metrics.values())))
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
     def __getitem__(self, name: str) -> Tensor:
-        """The figures of all images so far, on the CPU."""
+        """Return a metric of all images so far, on the CPU."""
         return torch.cat(self._parts[name]).cpu()
 
 
-def pair_figures(images_BCHW: Tensor, originals_BCHW: Tensor) -> dict[str, Tensor]:
-    """PSNR, SSIM, L1 and L2 of images, (B) float64 each, on their device."""
+def pair_metrics(images_BCHW: Tensor, originals_BCHW: Tensor) -> dict[str, Tensor]:
+    """Compute PSNR, SSIM, L1 and L2 of images, (B) float64 each, on their device."""
     return {
         "psnr": functional.psnr(images_BCHW, originals_BCHW),
         "ssim": functional.ssim(images_BCHW, originals_BCHW),

@@ -1,4 +1,4 @@
-"""Features of images to scores, as a protocol says: each with its interval, distances with their value at infinity."""
+"""Compute the scores of a protocol from features: values, intervals, and distances extrapolated to infinite N."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What an extractor found in images, a row each: merged by `+`, in order."""
+    """Features of images, one row per image; merged by `+`, in order."""
 
     pool: Tensor
     spatial: Tensor | None = None
@@ -35,7 +35,7 @@ class Features:
 
     def __post_init__(self) -> None:
         if any(len(part) != len(self.pool) for part in (self.spatial, self.logits) if part is not None):
-            raise ValueError(f"features of {len(self.pool)} images lie beside others of another number of images")
+            raise ValueError(f"pool features are of {len(self.pool)} images, spatial ones or logits of another number")
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -46,17 +46,17 @@ class Features:
         )
 
     def rows(self, chosen: Tensor) -> "Features":
-        """Those of some images, by their places, in that order."""
+        """Select features of images by index, in that order."""
         parts = (self.spatial, self.logits)
         return Features(self.pool[chosen], *(None if part is None else part[chosen] for part in parts))
 
     def to(self, device: torch.device | str) -> "Features":
-        """The same on a device."""
+        """Copy to a device."""
         parts = (self.spatial, self.logits)
         return Features(self.pool.to(device), *(None if part is None else part.to(device) for part in parts))
 
     def first(self, count: int) -> "Features":
-        """Those of the first images."""
+        """Select features of the first images."""
         parts = (None if part is None else part[:count] for part in (self.pool, self.spatial, self.logits))
         pool, spatial, logits = parts
         assert pool is not None
@@ -71,7 +71,7 @@ def _joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What samples are compared with: statistics, and features where scores need them one by one."""
+    """Reference of the samples: statistics, and features if scores need individual ones."""
 
     description: str
     pool: Gaussian | FeatureRows
@@ -83,13 +83,13 @@ class Reference:
 
     @classmethod
     def of(cls, features: Features, protocol: ScoreProtocol, description: str) -> Self:
-        """The reference of features that were taken as a protocol says."""
+        """Make the reference of features that were extracted as the protocol says."""
         spatial = None if features.spatial is None else summary(features.spatial)
         origin = {"extractor_sha256": protocol.extractor_sha256, "resize": protocol.resize}
         return cls(description, summary(features.pool), spatial, features.pool, len(features), **origin)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on a device."""
+        """Copy to a device."""
         spatial = None if self.spatial is None else self.spatial.to(device)
         features = None if self.features is None else self.features.to(device)
         return replace(self, pool=self.pool.to(device), spatial=spatial, features=features)
@@ -103,7 +103,7 @@ class ScoreAtInfinity(Config):
 
 
 class ImageScore(Config):
-    """One score with all that it depends on."""
+    """A score with its interval and everything that it depends on."""
 
     name: Score
     label: str
@@ -111,31 +111,33 @@ class ImageScore(Config):
     better: Literal["higher", "lower"]
     interval: tuple[FiniteFloat, FiniteFloat]
     interval_method: str = Field(description="method, replicates and size of the subsamples, seed")
-    at_infinity: ScoreAtInfinity | None = Field(None, description="of Fréchet distances, whose bias goes as 1/N")
+    at_infinity: ScoreAtInfinity | None = Field(
+        None, description="for Fréchet distances, whose bias is proportional to 1/N"
+    )
     definition: str
     num_images: int
     reference: str
-    num_reference: int | None = Field(description="images of the reference; null: its file does not say")
+    num_reference: int | None = Field(description="images of the reference; null: not stated in its file")
     protocol: ScoreProtocol
 
 
 def measure(
     protocol: ScoreProtocol, samples: Features, reference: Reference, *, device: torch.device | str = "cpu"
 ) -> tuple[ImageScore, ...]:
-    """All scores of a protocol.
+    """Compute all scores of a protocol.
 
-    On a GPU there are, of 50,000 samples, 1 GB of features, and as many again in float64 while neighbours are looked
-    for; of a reference its covariances and the features that it has, 82 MB of 10,000 images, but never all images'.
+    For 50,000 samples a GPU holds 1 GB of features, and as much again in float64 during the search for neighbours; of a
+    reference it holds the covariances and the stored features, 82 MB for 10,000 images, never those of all images.
 
     Args:
-        protocol: what is measured, and how.
-        samples: features of the images, taken as the protocol says, in the order of the images.
-        reference: what they are compared with.
-        device: where the scores are computed, in float64: a CPU, or a GPU.
+        protocol: the scores and their parameters.
+        samples: features of the images, extracted as the protocol says, in the order of the images.
+        reference: to compare with.
+        device: of the computation, in float64: a CPU or a GPU.
 
     Raises:
-        ValueError: fewer samples than N, a reference of another extractor, resize or too few images, features that a
-            score needs and that are missing, or NaN or infinite ones.
+        ValueError: there are fewer samples than N; the reference has another extractor or resize, or too few images;
+            features that a score needs are missing, NaN or infinite.
     """
     _check(protocol, samples, reference)
     chosen = samples.first(protocol.num_images)
@@ -164,7 +166,7 @@ def _scores(protocol: ScoreProtocol, samples: Features, reference: Reference) ->
         )
 
 
-Found = dict[str, tuple[float, Interval]]
+ScoreValues = dict[str, tuple[float, Interval]]
 
 
 def _frechet_sides(
@@ -181,7 +183,7 @@ def _frechet_sides(
     return None
 
 
-def _find_frechet(score: Score, protocol: ScoreProtocol, samples: Features, reference: Reference) -> Found:
+def _find_frechet(score: Score, protocol: ScoreProtocol, samples: Features, reference: Reference) -> ScoreValues:
     sides = _frechet_sides(score, samples, reference)
     assert sides is not None
     rows, statistics = sides
@@ -199,7 +201,7 @@ def _at_infinity(
     return ScoreAtInfinity(value=found.value, method=found.method)
 
 
-def _find_inception_score(protocol: ScoreProtocol, samples: Features, _: Reference) -> Found:
+def _find_inception_score(protocol: ScoreProtocol, samples: Features, _: Reference) -> ScoreValues:
     logits = _given(samples.logits, "the samples have no logits")
 
     def of(rows: Tensor) -> float:
@@ -213,7 +215,7 @@ def _find_inception_score(protocol: ScoreProtocol, samples: Features, _: Referen
     return {"inception_score": (value, _interval(protocol, value, of, len(logits)))}
 
 
-def _find_kid(protocol: ScoreProtocol, samples: Features, reference: Reference) -> Found:
+def _find_kid(protocol: ScoreProtocol, samples: Features, reference: Reference) -> ScoreValues:
     references = _given(reference.features, f"{reference.description} has statistics only, KID needs its features")
     estimate = partial(kernel_distance, samples.pool, references, reference_first=protocol.kid_reference_first)
     value = estimate(subsets=protocol.kid_subsets, subset_size=protocol.kid_subset_size, seed=protocol.kid_seed).value
@@ -224,7 +226,7 @@ def _find_kid(protocol: ScoreProtocol, samples: Features, reference: Reference) 
     return {"kid": (value, spread(value, halves.deviation, what, size, fewest, protocol.seed))}
 
 
-def _find_precision_recall(protocol: ScoreProtocol, samples: Features, reference: Reference) -> Found:
+def _find_precision_recall(protocol: ScoreProtocol, samples: Features, reference: Reference) -> ScoreValues:
     references = _given(reference.features, f"{reference.description} has statistics only, recall needs its features")
     found = precision_recall(samples.pool, references, protocol.neighbours)
     return {
@@ -233,14 +235,14 @@ def _find_precision_recall(protocol: ScoreProtocol, samples: Features, reference
     }
 
 
-def _find_density_coverage(protocol: ScoreProtocol, samples: Features, reference: Reference) -> Found:
+def _find_density_coverage(protocol: ScoreProtocol, samples: Features, reference: Reference) -> ScoreValues:
     references = _given(reference.features, f"{reference.description} has statistics only, coverage needs its features")
     found = density_coverage(samples.pool, references, protocol.density_neighbours)
     return {"density": _mean(protocol, found.densities), "coverage": _mean(protocol, found.covered)}
 
 
 def _mean(protocol: ScoreProtocol, rows: Tensor) -> tuple[float, Interval]:
-    """The mean over rows, samples or references, whose neighbourhoods are those of all: no new distances are needed."""
+    """Average rows; subsamples need no new distances, since neighbourhoods are those among all rows."""
     values = rows.double()
     value = values.mean().item()
     return value, _interval(protocol, value, lambda chosen: values[chosen].mean().item(), len(values))
@@ -250,7 +252,7 @@ def _interval(protocol: ScoreProtocol, value: float, of: Callable[[Tensor], floa
     return interval(value, of, count, replicates=protocol.replicates, seed=protocol.seed)
 
 
-_FIND: dict[Score, Callable[[ScoreProtocol, Features, Reference], Found]] = {
+_FIND: dict[Score, Callable[[ScoreProtocol, Features, Reference], ScoreValues]] = {
     "fid": partial(_find_frechet, "fid"),
     "sfid": partial(_find_frechet, "sfid"),
     "inception_score": _find_inception_score,
@@ -269,7 +271,7 @@ def _given(part: T | None, otherwise: str) -> T:
 
 
 def _check(protocol: ScoreProtocol, samples: Features, reference: Reference) -> None:
-    """Refuse what the protocol does not allow."""
+    """Check samples and reference against the protocol."""
     if len(samples) < protocol.num_images:
         raise ValueError(
             f"{protocol.name} takes {protocol.num_images} images, there are {len(samples)}: make more, or name the "

@@ -1,7 +1,7 @@
-"""The nearest reference of each query, of references that stream past once: their number is no matter to memory.
+"""Find the nearest reference of each query while references stream past once; memory is independent of their number.
 
 Distances of uint8 images are exact: squares are summed as integers, which float64 holds, in any order and on any
-device. On CUDA float64 products run on the tensor cores of cards that have them for it (A100, H100, H200).
+device. On CUDA, float64 products use the tensor cores of GPUs that support it (A100, H100, H200).
 
 Legend: N queries, R references, D values each.
 """
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from sftok.metrics.functional import Images
 
-# Of float64 rows that are compared with others at once, and of them at most. On CUDA two blocks of a gigabyte and their
-# squares are in memory, 682 images of 256 x 256 each, beside the queries as they are.
+# Largest block of float64 rows that is compared at once, in bytes and in rows. On CUDA two blocks of a gigabyte and
+# their squares are in memory, 682 images of 256 x 256 each, besides the queries.
 _BLOCK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 _BLOCK_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
-class Nearest(NamedTuple):
-    """The nearest reference of each query: distances (N) float64, and which ones, indices (N) int64."""
+class NearestResult(NamedTuple):
+    """The nearest reference of each query: distances (N) float64 and indices (N) int64."""
 
     distances: Tensor
     indices: Tensor
 
 
 class NearestSearch:
-    """Takes references as they come and keeps the nearest one of each query; nothing waits for the device."""
+    """Takes references in batches and keeps the nearest one of each query, without waiting for the device."""
 
     def __init__(self, queries: Sequence[Tensor], device: torch.device | str = "cpu") -> None:
         """Search for several sets of queries of one shape, uint8 images or rows of floats, on a device."""
@@ -43,7 +43,7 @@ class NearestSearch:
         self._seen = 0
 
     def add(self, references: Tensor) -> None:
-        """Compare more references with all queries; they are numbered in the order in which they come.
+        """Compare more references with all queries; references are numbered in the order of the calls.
 
         Raises:
             ValueError: they have another shape than the queries.
@@ -55,8 +55,8 @@ class NearestSearch:
         while sum(map(len, self._waiting)) >= self.rows:
             self._compare(self.rows)
 
-    def found(self) -> list[Nearest]:
-        """The nearest of all references so far, on the CPU.
+    def found(self) -> list[NearestResult]:
+        """Return the nearest of all references so far, on the CPU.
 
         Raises:
             ValueError: there were none.
@@ -66,12 +66,12 @@ class NearestSearch:
         if not self._seen:
             raise ValueError(f"cannot look for {tuple(self.queries[0].shape[1:])} among no references")
         return [
-            Nearest((smallest.sqrt() / (255.0 if some.dtype == torch.uint8 else 1.0)).cpu(), index.cpu())
+            NearestResult((smallest.sqrt() / (255.0 if some.dtype == torch.uint8 else 1.0)).cpu(), index.cpu())
             for some, smallest, index in zip(self.queries, self._squares, self._indices, strict=True)
         ]
 
     def _compare(self, rows: int) -> None:
-        """Compare one block of the references that wait."""
+        """Compare one block of the waiting references."""
         waiting = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
         self._waiting = [waiting[rows:]] if len(waiting) > rows else []
         block = waiting[:rows].to(self.device).flatten(1).double()
@@ -84,16 +84,11 @@ class NearestSearch:
         self._seen += len(block)
 
 
-def nearest_distance(queries: Tensor, references: Images) -> Nearest:
-    """Euclidean distance of each query to its nearest reference, and which one it is.
+def nearest_distances(queries: Sequence[Tensor], references: Images, device: str = "cpu") -> list[NearestResult]:
+    """Find the nearest reference of each query of several sets by Euclidean distance, in one pass over the references.
 
     uint8 images are compared on the scale [0, 1].
     """
-    return nearest_distances([queries], references)[0]
-
-
-def nearest_distances(queries: Sequence[Tensor], references: Images, device: str = "cpu") -> list[Nearest]:
-    """`nearest_distance` of several sets of queries in one pass over the references, a block of them at a time."""
     search = NearestSearch(queries, device)
     if len(references):
         for batch in references.split(search.rows):
@@ -102,7 +97,7 @@ def nearest_distances(queries: Sequence[Tensor], references: Images, device: str
 
 
 def _nearest(queries_ND: Tensor, references_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances to the nearest of the references, and which ones these are: of equal ones the first."""
+    """Find the nearest reference of each query: squared distance and index, of equal ones the first."""
     norms = queries_ND.square().sum(1, keepdim=True) + references_RD.square().sum(1)
     smallest, index = (norms - 2 * queries_ND @ references_RD.T).min(1)
     return smallest.clamp(min=0), index

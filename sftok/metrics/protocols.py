@@ -1,6 +1,6 @@
-"""Protocols: everything that a score of images depends on, under one name. Scores of two protocols never compare.
+"""Protocols: everything that a score of images depends on, under one name. Scores of different protocols never compare.
 
-A protocol is data; `sftok.metrics.measure.measure` does what it says.
+A protocol is data; `sftok.metrics.measure.measure` computes its scores.
 """
 
 from typing import Literal, Self
@@ -24,7 +24,7 @@ LABELS: dict[Score, str] = {
     "density": "Density",
     "coverage": "Coverage",
 }
-# Scores whose usual names say that Inception was asked; of other features they are called what they are.
+# The usual names of some scores imply Inception's features; for other features they have neutral names.
 NEUTRAL: dict[Score, str] = LABELS | {"fid": "FD", "sfid": "spatial FD", "kid": "Kernel distance"}
 BETTER: dict[Score, Literal["higher", "lower"]] = {
     score: "lower" if score in ("fid", "sfid", "kid") else "higher" for score in LABELS
@@ -33,30 +33,32 @@ _ROUNDING = "floats clamped to [0, 1], times 255, half to even, uint8"
 
 
 class ScoreProtocol(Config):
-    """How images are scored."""
+    """The parameters of scores of images."""
 
-    name: str = Field(description="what it is known by; another N makes another name")
+    name: str = Field(description="name of the protocol; another N has another name")
     scores: tuple[Score, ...] = Field(min_length=1, description="in the order in which they are printed")
-    num_images: int = Field(ge=20, description="N: images that are scored, no fewer; of more, the first N")
-    reference: str = Field(description="what they are to be compared with, in words")
-    num_reference: int = Field(ge=0, description="images of the reference at least; 0: statistics of unknown N pass")
-    extractor: str = Field(description="whose features are compared")
-    extractor_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of its file, or of its weights' bytes")
-    features: str = Field("", description="in brackets behind each label, where the features are not Inception's")
-    resize: Resize | Literal["none"] = Field(description="how images come to the extractor's size")
-    rounding: str = Field(_ROUNDING, description="how floats become the pixels that are scored")
-    precision: Precision = Field("fp32", description="of the features; everything after them is float64")
-    score_splits: int = Field(0, ge=0, description="Inception Score: equal splits; 0: `score_split_size` says")
-    score_split_size: int = Field(5000, ge=1, description="Inception Score: images a split, the last one smaller")
+    num_images: int = Field(ge=20, description="N: number of images scored; of more, the first N")
+    reference: str = Field(description="the reference, in words")
+    num_reference: int = Field(ge=0, description="smallest number of reference images; 0: any, even unknown")
+    extractor: str = Field(description="network of the features")
+    extractor_sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="of the extractor's file, or of the bytes of its weights"
+    )
+    features: str = Field("", description="name in brackets after each label if the features are not Inception's")
+    resize: Resize | Literal["none"] = Field(description="resizing of images to the extractor's size")
+    rounding: str = Field(_ROUNDING, description="conversion of floats to the pixels that are scored")
+    precision: Precision = Field("fp32", description="of the features; all later arithmetic is float64")
+    score_splits: int = Field(0, ge=0, description="Inception Score: number of equal splits; 0: use `score_split_size`")
+    score_split_size: int = Field(5000, ge=1, description="Inception Score: images per split, fewer in the last")
     score_seed: int | None = Field(None, description="Inception Score: seed of the shuffle; null: in order")
     kid_subsets: int = Field(100, ge=1, description="KID: pairs of subsets, drawn without replacement")
-    kid_subset_size: int = Field(1000, ge=2, description="KID: samples, and references, a subset")
+    kid_subset_size: int = Field(1000, ge=2, description="KID: samples, and references, per subset")
     kid_seed: int = Field(2020, description="KID: seed of the draws")
     kid_reference_first: bool = Field(False, description="KID: draw a subset's references before its samples")
     neighbours: int = Field(3, ge=1, description="precision and recall: k")
     density_neighbours: int = Field(5, ge=1, description="density and coverage: k")
-    replicates: int = Field(20, ge=2, description="intervals: subsamples")
-    points: int = Field(POINTS, ge=2, description="extrapolation: sizes")
+    replicates: int = Field(20, ge=2, description="intervals: number of subsamples")
+    points: int = Field(POINTS, ge=2, description="extrapolation: number of sizes")
     seed: int = Field(0, description="of intervals and extrapolations")
 
     @model_validator(mode="after")
@@ -69,21 +71,21 @@ class ScoreProtocol(Config):
 
     @property
     def is_inception(self) -> bool:
-        """Whether the usual names may be printed."""
+        """Whether scores have their usual names."""
         return not self.features
 
     def label(self, score: Score) -> str:
-        """What a score is called under this protocol: "FID" for Inception's features only."""
+        """Label a score under this protocol: "FID" for Inception's features only."""
         return LABELS[score] if self.is_inception else f"{NEUTRAL[score]} ({self.features})"
 
     def at(self, num_images: int, **changes: object) -> "ScoreProtocol":
-        """The protocol of another N, under a name that says so; KID's subsets are no larger than N."""
+        """Derive the protocol of another N, named accordingly; KID's subsets are no larger than N."""
         fitting = {"num_reference": 0, "kid_subset_size": min(self.kid_subset_size, num_images)}
         name = f"{self.name.split('/')[0]}/{num_images}"
         return ScoreProtocol.model_validate(dict(self) | fitting | changes | {"name": name, "num_images": num_images})
 
     def definition(self, score: Score) -> str:
-        """The formula or convention of a score, in words."""
+        """State the formula or convention of a score, in words."""
         shuffle = "in order" if self.score_seed is None else f"shuffled with seed {self.score_seed}"
         splits = f"{self.score_splits} equal splits" if self.score_splits else f"splits of {self.score_split_size}"
         frechet_of = "|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of {}, unbiased covariances, float64"
@@ -105,7 +107,7 @@ _NEIGHBOURS: tuple[Score, ...] = ("precision", "recall", "density", "coverage")
 
 TORCH_FIDELITY = ScoreProtocol(
     **_INCEPTION,
-    name="torch_fidelity",  # but precision and recall, which the tool takes of VGG-16 unless told otherwise
+    name="torch_fidelity",  # except precision and recall, for which the tool defaults to VGG-16
     scores=("fid", "inception_score", "kid", *_NEIGHBOURS),
     reference="the images that the samples stand for",
     num_reference=1000,
@@ -128,14 +130,14 @@ ADM = ScoreProtocol(
     name="adm",
     scores=("fid", "sfid", "inception_score", "precision", "recall"),
     reference="ADM's file of the data set: statistics of all of it, images of 10,000 for precision and recall",
-    num_reference=0,  # the file does not say of how many its statistics are
+    num_reference=0,  # the file does not state the number of images of its statistics
     resize="tensorflow_bilinear",
 )
 PROTOCOLS = {protocol.name: protocol for protocol in (TORCH_FIDELITY, CLEAN, ADM)}
 
 
 def random_features(extractor: str, sha256: str, num_images: int) -> ScoreProtocol:
-    """The protocol of features that need no weights from elsewhere: for demonstrations; never called FID."""
+    """Make the protocol of random features, which need no downloaded weights: for demonstrations; never called FID."""
     return ScoreProtocol(
         name=f"random_features/{num_images}",
         scores=("fid", "kid", *_NEIGHBOURS),

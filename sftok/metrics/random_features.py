@@ -1,7 +1,7 @@
-"""Image features that need no weights from elsewhere: a seeded random convolutional network.
+"""Image features without downloaded weights: a seeded random convolutional network.
 
-Random embeddings rank generators sensibly (Naeem et al. 2020, section 4.2), but a distance between them is on another
-scale than one between Inception features, and no substitute for it: its label says "FD (random features)".
+Random embeddings rank generators sensibly (Naeem et al. 2020, section 4.2), but distances between them have another
+scale than between Inception features and are no substitute for FID: their label is "FD (random features)".
 """
 
 import hashlib
@@ -17,10 +17,10 @@ _BATCH = 64
 
 
 class RandomFeatures:
-    """uint8 images (B, 3, S, S) -> float32 features (B, D): strided convolutions with ReLU, mean pools of all levels.
+    """uint8 images (B, 3, S, S) to float32 features (B, D): strided convolutions with ReLU, mean pools of all levels.
 
-    Convolutions are 3x3; levels halve the image until it is 2x2: 32 px give 240 dimensions. Weights are He-uniform from
-    the raw bits of PCG64(seed), the part of NumPy's generators whose stream is guaranteed: the same bits everywhere.
+    Convolutions are 3x3; levels halve the image down to 2x2: 32 px give 240 dimensions. Weights are He-uniform from the
+    raw bits of PCG64(seed), the part of NumPy's generators with a guaranteed stream: the same bits everywhere.
     """
 
     name: ClassVar[str] = "random-conv/1"
@@ -46,13 +46,13 @@ class RandomFeatures:
 
     @property
     def sha256(self) -> str:
-        """Hash of the weights, for the protocol of a figure."""
+        """Hash of the weights, for the protocol of a score."""
         data = b"".join(weight.numpy().astype("<f4").tobytes() for weight in self.weights)
         return hashlib.sha256(data).hexdigest()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of the images, where these are, independent of how many are given.
+        """Compute features on the images' device, independent of the number of images.
 
         Batches have one size; the last one is padded.
         """
@@ -73,7 +73,7 @@ class RandomFeatures:
 
 
 def _he_uniform(bits: np.random.PCG64, shape: tuple[int, ...]) -> Tensor:
-    """U(-b, b) with b = sqrt(6 / fan_in); 24 random bits a weight, so that float32 holds them without rounding."""
+    """Draw from U(-b, b), b = sqrt(6 / fan_in), with 24 random bits per weight, which float32 holds exactly."""
     raw = bits.random_raw(int(np.prod(shape))) >> np.uint64(40)
     bound = float(np.sqrt(6 / np.prod(shape[1:])))
     values = (raw.astype(np.float64) / 2**23 - 1) * bound

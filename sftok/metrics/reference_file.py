@@ -1,4 +1,4 @@
-"""Reference statistics in .npz files, as ADM, clean-fid and pytorch-fid write and read them; nothing is unpickled.
+"""Read and write reference statistics in .npz files, as ADM, clean-fid and pytorch-fid do; nothing is unpickled.
 
 `mu` and `sigma` are of pool features; ADM's files add `mu_s` and `sigma_s` of spatial ones and `arr_0`, images uint8
 (n, H, W, 3) for precision and recall.
@@ -17,25 +17,26 @@ from torch import Tensor
 from sftok.metrics.frechet import Gaussian
 
 IMAGES = "arr_0"
-_SYMMETRY = 1e-5  # largest asymmetry, of the largest variance: files in float32 are not symmetric to the last bit
+_SYMMETRY = 1e-5  # largest asymmetry relative to the largest entry: float32 files are not exactly symmetric
 
 
 class Statistics(NamedTuple):
-    """Moments of pool features, and of spatial ones where the file has them."""
+    """Moments of pool features, and of spatial ones if the file has them."""
 
     pool: Gaussian
     spatial: Gaussian | None = None
 
 
 def read_statistics(source: Path | bytes, what: str) -> Statistics:
-    """The statistics of a file.
+    """Read the statistics of a file.
 
     Args:
-        source: where it is, or its bytes.
+        source: path of the file, or its bytes.
         what: its name in errors.
 
     Raises:
-        ValueError: damaged, without `mu` or `sigma`, or these are pickled, misshapen, not finite or not symmetric.
+        ValueError: the file is damaged, lacks `mu` or `sigma`, or these are pickled, misshapen, not finite or not
+            symmetric.
     """
     arrays = _read(source, what)
     pool = _gaussian(arrays, "mu", "sigma", what)
@@ -48,7 +49,7 @@ def read_statistics(source: Path | bytes, what: str) -> Statistics:
 
 
 def write_statistics(statistics: Statistics) -> bytes:
-    """The file of statistics, float64, compressed; clean-fid, pytorch-fid and ADM's evaluator read it."""
+    """Write statistics as compressed float64, readable by clean-fid, pytorch-fid and ADM's evaluator."""
     arrays = {"mu": statistics.pool.mean, "sigma": statistics.pool.covariance}
     if statistics.spatial is not None:
         arrays |= {"mu_s": statistics.spatial.mean, "sigma_s": statistics.spatial.covariance}
@@ -58,7 +59,7 @@ def write_statistics(statistics: Statistics) -> bytes:
 
 
 def has_images(source: Path | bytes, what: str) -> bool:
-    """Whether a file has images beside its statistics.
+    """Return whether a file has images in addition to its statistics.
 
     Raises:
         ValueError: it is no .npz file.
@@ -68,10 +69,10 @@ def has_images(source: Path | bytes, what: str) -> bool:
 
 
 def read_images(source: Path | bytes, what: str, batch: int = 64) -> Iterator[Tensor]:
-    """The images of a file, uint8 (batch, 3, H, W), as they are unpacked: a file may hold more than memory does.
+    """Read the images of a file in batches uint8 (batch, 3, H, W), since they may not fit in memory.
 
     Raises:
-        ValueError: there are none, or they are no uint8 RGB.
+        ValueError: there are none, or they are not uint8 RGB.
     """
     with _open(source, what) as archive:
         if f"{IMAGES}.npy" not in archive.namelist():
@@ -88,7 +89,7 @@ def read_images(source: Path | bytes, what: str, batch: int = 64) -> Iterator[Te
 
 
 def _header(file: IO[bytes], what: str) -> tuple[int, ...]:
-    """The shape of the images that follow."""
+    """Read the shape of the images that follow."""
     try:
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -108,7 +109,7 @@ def _open(source: Path | bytes, what: str) -> zipfile.ZipFile:
 
 
 def _read(source: Path | bytes, what: str) -> dict[str, np.ndarray]:
-    """The arrays of a file but for its images."""
+    """Read the arrays of a file except its images."""
     with _open(source, what) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         wanted = [name for name in names if name in ("mu", "sigma", "mu_s", "sigma_s")]

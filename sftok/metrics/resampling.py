@@ -1,6 +1,6 @@
-"""How sure a score is, and what it would be of infinitely many samples; both by subsets without replacement.
+"""Confidence intervals of scores, and extrapolation to infinitely many samples, by subsets without replacement.
 
-Legend: N samples, b samples a subset, D feature dimensions.
+Legend: N samples, b samples per subset, D feature dimensions.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from sftok.metrics.frechet import FeatureRows, Gaussian, frechet
 
-POINTS = 15  # sizes of an extrapolation, evenly from
-SMALLEST_SHARE = 10  # a tenth of the samples to all: 5,000 to 50,000 of 50,000, as published
+POINTS = 15  # sizes of an extrapolation, evenly spaced
+SMALLEST_SHARE = 10  # from a tenth of the samples to all: 5,000 to 50,000 of 50,000, as published
 Z95 = 1.959963984540054  # two-sided 95 % of a normal distribution
 
 
 def subset(draws: np.random.RandomState, count: int, size: int) -> Tensor:
-    """Indices of `size` of `count` samples without replacement, (size), in the order of the draw.
+    """Draw the indices of `size` of `count` samples without replacement, (size), in the order of the draw.
 
-    RandomState: the one generator of NumPy whose stream never changes, and the one that torch-fidelity draws from.
+    By RandomState, whose stream NumPy guarantees never to change, and which torch-fidelity uses.
     """
     return torch.from_numpy(draws.choice(count, size, replace=False))
 
 
 class Interval(NamedTuple):
-    """What resampling says of a value's uncertainty."""
+    """The 95 % interval of a value by resampling."""
 
     low: float
     high: float
@@ -34,17 +34,17 @@ class Interval(NamedTuple):
 
 
 def interval(value: float, measure: Callable[[Tensor], float], count: int, *, replicates: int, seed: int) -> Interval:
-    """A 95 % interval of a value by subsampling halves without replacement (Politis & Romano 1994).
+    """Compute the 95 % interval of a value by subsampling halves without replacement (Politis & Romano 1994).
 
     Args:
         value: of all rows.
-        measure: rows of a subsample to its value.
-        count: rows.
-        replicates: subsamples.
+        measure: maps the rows of a subsample to its value.
+        count: number of rows.
+        replicates: number of subsamples.
         seed: of the draws.
 
     Raises:
-        ValueError: fewer than 4 rows or 2 replicates.
+        ValueError: there are fewer than 4 rows or 2 replicates.
     """
     size = count // 2
     if size < 2 or replicates < 2:
@@ -55,10 +55,10 @@ def interval(value: float, measure: Callable[[Tensor], float], count: int, *, re
 
 
 def spread(value: float, deviation: float, what: str, size: int, count: int, seed: int) -> Interval:
-    """The interval that a deviation between subsets gives.
+    """Compute the interval from the deviation between subsets.
 
-    Subsets of b of N vary about their mean by 1/b - 1/N of a row's variance, the whole by 1/N of it. Their mean is
-    biased otherwise than the value of the whole where there is such a bias: only their deviation is used.
+    Subsets of b of N vary about their mean by 1/b - 1/N of a row's variance, the whole by 1/N of it. Only their
+    deviation is used, since their mean may have another bias than the value of the whole.
     """
     half = Z95 * deviation * (size / (count - size)) ** 0.5
     method = (
@@ -69,7 +69,7 @@ def spread(value: float, deviation: float, what: str, size: int, count: int, see
 
 
 class Extrapolation(NamedTuple):
-    """What a value that grows with 1/N would be of infinitely many samples, and how that was found."""
+    """A value that is linear in 1/N, extrapolated to infinitely many samples, with the points of the fit."""
 
     value: float
     slope: float
@@ -79,7 +79,7 @@ class Extrapolation(NamedTuple):
 
     @property
     def method(self) -> str:
-        """In words, for the protocol."""
+        """The method in words, for the protocol."""
         return (
             f"least squares in 1/N over {len(self.sizes)} subsets of {self.sizes[0]} to {self.sizes[-1]} samples "
             f"without replacement, seed {self.seed}; the reference is kept whole (Chong & Forsyth 2020)"
@@ -89,13 +89,13 @@ class Extrapolation(NamedTuple):
 def extrapolate(
     features_ND: Tensor, reference: Gaussian | FeatureRows, *, seed: int, points: int = POINTS
 ) -> Extrapolation:
-    """The Fréchet distance extrapolated linearly in 1/N to infinitely many samples ("FID infinity").
+    """Extrapolate the Fréchet distance linearly in 1/N to infinitely many samples ("FID infinity").
 
-    The expectation of the distance is biased by a term in 1/N that depends on the samples themselves, so that two sets
-    of one N do not compare either. Each size has a subset of its own.
+    The expected distance has a bias in 1/N that depends on the samples themselves, so even two sets of the same N do
+    not compare. Each size has a subset of its own.
 
     Raises:
-        ValueError: fewer than 20 samples, or than 2 points.
+        ValueError: there are fewer than 20 samples or 2 points.
     """
     count = len(features_ND)
     smallest = count // SMALLEST_SHARE

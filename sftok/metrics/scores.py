@@ -1,6 +1,6 @@
-"""Scores of features beside the Fréchet distance: Inception Score, KID, precision and recall, density and coverage.
+"""Metrics of features other than the Fréchet distance: Inception Score, KID, precision, recall, density and coverage.
 
-Each is the definition of its paper, computed in float64 by blocks: memory does not grow with the number of pairs.
+Each follows the definition of its paper, in float64 and by blocks: memory does not grow with the number of pairs.
 
 Legend: N samples, R references, D feature dimensions, K classes.
 """
@@ -15,28 +15,28 @@ from torch import Tensor
 
 from sftok.metrics.resampling import subset
 
-BLOCK = 2048  # rows whose distances from as many others are held at once: 32 MB
-_TIE = 1e-12  # distances whose squares differ by less, of the features' squared lengths, are equal but for rounding
+BLOCK = 2048  # rows whose distances from as many others are in memory at once: 32 MB
+_TIE = 1e-12  # squared distances that differ by less, relative to the features' squared lengths, count as equal
 
 
 class Estimate(NamedTuple):
-    """A value over parts of the data, and the standard deviation between the parts (biased, as the tools print it)."""
+    """Mean over parts of the data, and the standard deviation between the parts (biased, as the tools print it)."""
 
     value: float
     deviation: float
 
 
 def inception_score(logits_NK: Tensor, splits: list[Tensor]) -> Estimate:
-    """How sure and how varied a classifier's answers are, in [1, K] (Salimans et al. 2016).
+    """Compute the Inception Score, in [1, K] (Salimans et al. 2016): confidence and variety of a classifier's outputs.
 
-    The mean divergence of a sample's probabilities from the mean ones, exponentiated; the mean over splits.
+    Per split, exp of the mean KL divergence of a sample's probabilities from their mean; averaged over splits.
 
     Args:
-        logits_NK: classifier outputs; torch-fidelity and ADM leave the bias out.
+        logits_NK: classifier outputs, in torch-fidelity and ADM without the bias.
         splits: rows of each split, by `equal_splits` or `splits_of`.
 
     Raises:
-        ValueError: no samples, an empty split, or NaN or infinite logits.
+        ValueError: there are no samples, a split is empty, or logits are NaN or infinite.
     """
     _check(logits_NK, 1, "logits")
     scores = []
@@ -52,14 +52,14 @@ def inception_score(logits_NK: Tensor, splits: list[Tensor]) -> Estimate:
 
 
 def equal_splits(count: int, splits: int, seed: int | None) -> list[Tensor]:
-    """Rows of so many splits of sizes as equal as can be, shuffled by a seed, or in order: torch-fidelity's way."""
+    """Divide rows into `splits` nearly equal splits, shuffled by a seed or in order, as torch-fidelity does."""
     order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(count)
     ends = [i * count // splits for i in range(splits + 1)]
     return [torch.from_numpy(order[start:end]) for start, end in pairwise(ends)]
 
 
 def splits_of(count: int, size: int) -> list[Tensor]:
-    """Rows of splits of one size in order, the last one smaller where it must be: ADM's way."""
+    """Divide rows in order into splits of one size, the last of which may be smaller, as ADM does."""
     return list(torch.arange(count).split(size))
 
 
@@ -72,20 +72,20 @@ def kernel_distance(
     seed: int,
     reference_first: bool = False,
 ) -> Estimate:
-    """KID: the squared maximum mean discrepancy by the kernel (x'y / D + 1)^3, over subsets (Binkowski et al. 2018).
+    """Compute KID, the squared maximum mean discrepancy with the kernel (x'y / D + 1)^3 (Binkowski et al. 2018).
 
-    Unbiased in each set: pairs of a sample with itself are left out, so the value may lie below 0.
+    Averaged over subsets. Unbiased: pairs of a sample with itself are excluded, so the value may be negative.
 
     Args:
         samples_ND: features of the samples.
         references_RD: features of the references.
-        subsets: how many pairs of subsets, drawn without replacement each.
-        subset_size: samples, and references, a subset.
+        subsets: number of pairs of subsets, each drawn without replacement.
+        subset_size: samples, and references, per subset.
         seed: of the draws.
         reference_first: draw the references of a subset before its samples, as clean-fid does; others draw them after.
 
     Raises:
-        ValueError: fewer samples or references than a subset holds, or NaN or infinite features.
+        ValueError: there are fewer samples or references than a subset needs, or features are NaN or infinite.
     """
     _check_pair(samples_ND, references_RD, 2)
     fewest = min(len(samples_ND), len(references_RD))
@@ -120,7 +120,7 @@ def _kernel_of_self(x_ND: Tensor) -> Tensor:
 
 
 class PrecisionRecall(NamedTuple):
-    """Whether each sample is near a reference (N), and each reference near a sample (R); their means are the scores."""
+    """Booleans: each sample is near a reference (N), each reference near a sample (R); their means are the metrics."""
 
     near_reference: Tensor
     near_sample: Tensor
@@ -137,14 +137,14 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(samples_ND: Tensor, references_RD: Tensor, k: int = 3) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al. 2019).
+    """Compute improved precision and recall (Kynkäänniemi et al. 2019).
 
-    A sample counts if it is within the distance of any reference to its k-th nearest other reference; recall is the
-    same with the sides exchanged. Deviates: ADM compares in float16 where that is finite, so that a pair in a thousand
-    may fall on the other side; here distances are float64.
+    A sample counts if it is closer to some reference than that reference's k-th nearest other reference; recall is the
+    same with the sides exchanged. Deviates: ADM compares in float16 where that is finite, so one pair in a thousand may
+    be decided differently; here distances are float64.
 
     Raises:
-        ValueError: fewer than k + 1 features on a side, NaN or infinite ones, or of different dimensions.
+        ValueError: a side has fewer than k + 1 features, or features are NaN, infinite or of different dimensions.
     """
     _check_pair(samples_ND, references_RD, k + 1)
     samples, references = _centred(samples_ND, references_RD)
@@ -158,14 +158,14 @@ def precision_recall(samples_ND: Tensor, references_RD: Tensor, k: int = 3) -> P
 
 
 class DensityCoverage(NamedTuple):
-    """Neighbourhoods around each sample over k (N), and whether each reference's has one (R); scores are means."""
+    """Neighbourhoods around each sample over k (N), and which references' hold a sample (R); metrics are means."""
 
     densities: Tensor
     covered: Tensor
 
     @property
     def density(self) -> float:
-        """At least 0; about 1 where samples and references are alike."""
+        """At least 0; about 1 if samples and references have the same distribution."""
         return self.densities.mean().item()
 
     @property
@@ -175,10 +175,10 @@ class DensityCoverage(NamedTuple):
 
 
 def density_coverage(samples_ND: Tensor, references_RD: Tensor, k: int = 5) -> DensityCoverage:
-    """Density and coverage (Naeem et al. 2020): like precision and recall, of references' neighbourhoods only.
+    """Compute density and coverage (Naeem et al. 2020): like precision and recall, by references' neighbourhoods only.
 
     Raises:
-        ValueError: fewer than k + 1 references, NaN or infinite features, or of different dimensions.
+        ValueError: there are fewer than k + 1 references, or features are NaN, infinite or of different dimensions.
     """
     _check_pair(samples_ND, references_RD, 1)
     _check(references_RD, k + 1, "references")
@@ -194,7 +194,7 @@ def density_coverage(samples_ND: Tensor, references_RD: Tensor, k: int = 5) -> D
 
 
 def _radii(rows_ND: Tensor, k: int) -> Tensor:
-    """Squared distance of each row to its k-th nearest other row, (N)."""
+    """Compute the squared distance of each row from its k-th nearest other row, (N)."""
     nearest = torch.full((len(rows_ND), k + 1), torch.inf, dtype=torch.float64, device=rows_ND.device)
     for rows, _, squares, _ in _pairs(rows_ND, rows_ND):
         nearest[rows] = torch.cat([nearest[rows], squares], dim=1).topk(k + 1, dim=1, largest=False).values
@@ -202,7 +202,7 @@ def _radii(rows_ND: Tensor, k: int) -> Tensor:
 
 
 def _pairs(x_ND: Tensor, y_ND: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Blocks of pairs: which rows of x, which of y, their squared distances, and what rounding may have changed."""
+    """Yield blocks of pairs: rows of x, rows of y, their squared distances, and the tolerance for rounding."""
     lengths = y_ND.square().sum(1)
     for start in range(0, len(x_ND), BLOCK):
         rows = slice(start, start + BLOCK)
@@ -214,7 +214,7 @@ def _pairs(x_ND: Tensor, y_ND: Tensor) -> Iterator[tuple[slice, slice, Tensor, T
 
 
 def _centred(samples_ND: Tensor, references_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64 around the references' mean: distances stay, and fewer digits cancel in them."""
+    """Centre both on the references' mean in float64: distances stay the same, with less cancellation."""
     centre = references_RD.double().mean(0)
     return samples_ND.double() - centre, references_RD.double() - centre
 

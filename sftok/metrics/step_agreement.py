@@ -1,4 +1,4 @@
-"""How near each decoding step's prediction is to the last one's, and how near the truth is: the paper's figure 4a.
+"""Agreement of each decoding step's prediction, and of the truth, with the last step's: figure 4a of the paper.
 
 The paper states neither the direction nor the base of its KL. Here it is KL(step || final) in nats, the mean over all
 positions, given or hidden; a step's prediction is the softmax of its logits without noise, the final one is the last
@@ -24,7 +24,7 @@ SMOOTHING = 1e-6  # of the truth's one-hot vectors: the share that is spread ove
 class StepAgreement:
     """Sums over positions of KL and of equal top-1 codes, (T) float64 each; merged by `+`, in any order.
 
-    Entry 0 is the truth, entry s the step s, from 1 to T - 1; the last step is what they are compared with.
+    Entry 0 is the truth, entry s is step s, from 1 to T - 1; all are compared with the last step.
     """
 
     positions: int
@@ -33,14 +33,14 @@ class StepAgreement:
 
     @classmethod
     def of(cls, logits: Sequence[Tensor], truth_BP: Tensor) -> Self:
-        """Compare the steps of some images with the last of them.
+        """Compare the steps of some images, and the truth, with the last step.
 
         Args:
-            logits: what every step predicted, (B, P, V) each, in the order of the steps.
+            logits: predictions of every step, (B, P, V) each, in the order of the steps.
             truth_BP: the teacher's codes, int64.
 
         Raises:
-            ValueError: there are no steps, no images, or the truth is of other positions.
+            ValueError: there are no steps, no images, or the truth has another shape.
         """
         if not logits or not truth_BP.numel() or logits[-1].shape[:2] != truth_BP.shape:
             shapes = [tuple(one.shape) for one in logits]
@@ -63,26 +63,26 @@ class StepAgreement:
 
     @property
     def kl(self) -> list[float]:
-        """Nats a position: of the truth, then of the steps 1 to T - 1."""
+        """Nats per position: of the truth, then of the steps 1 to T - 1."""
         means: list[float] = (self.kl_sums / self.positions).tolist()
         return means
 
     @property
     def top1(self) -> list[float]:
-        """Share of positions whose likeliest code is the final one's, in the same order."""
+        """Share of positions with the same likeliest code as the last step, in the same order."""
         means: list[float] = (self.equal_sums / self.positions).tolist()
         return means
 
 
 def kl_divergence(log_p_BPV: Tensor, log_q_BPV: Tensor) -> Tensor:
-    """KL(p || q) of every position in nats, (B, P); rounding cannot make it negative."""
+    """Compute KL(p || q) of every position in nats, (B, P), clamped at 0 against rounding."""
     return (log_p_BPV.exp() * (log_p_BPV - log_q_BPV)).sum(-1).clamp(min=0)
 
 
 def kl_of_truth(codes_BP: Tensor, log_q_BPV: Tensor) -> Tensor:
-    """KL(p || q) where p is 1 - 1e-6 at the code and 1e-6 shared by all codes, it among them; (B, P).
+    """Compute KL(p || q), (B, P), for p with 1 - 1e-6 at the code plus 1e-6 spread over all codes.
 
-    In float64 and without p itself: 1 - 1e-6 keeps two digits of its difference from 1 in float32.
+    In float64 and without forming p: in float32, 1 - 1e-6 keeps two digits of its difference from 1.
     """
     num_codes = log_q_BPV.shape[-1]
     low = SMOOTHING / num_codes
@@ -102,10 +102,10 @@ def decode_logits(
     temperature: float = 0.0,
     keys_B: Tensor | None = None,
 ) -> list[Tensor]:
-    """Every step's logits (B, P, V) of iterative decoding; the arguments are those of `decode_steps`.
+    """Decode iteratively and return every step's logits (B, P, V); the arguments are those of `decode_steps`.
 
-    All steps are in memory, since they are compared with the last: T * B * P * V floats, of 64 images with 256
-    positions, 1,024 codes and 8 steps 537 MB. What bounds it is the number of images given at once.
+    All steps are in memory, since they are compared with the last one: T * B * P * V floats, 537 MB for 64 images with
+    256 positions, 1,024 codes and 8 steps. The number of images given at once bounds it.
     """
     seen: list[Tensor] = []
 

@@ -1,4 +1,5 @@
-"""The SFTok model and its teacher, as `torch.nn` modules, and what prepares them for inference.
+"""The SFTok model and its teacher as `torch.nn` modules, and both prepared for inference.
 
-`tokenizer.SFTok` is the tokenizer, `teacher.Teacher` the MaskGIT-VQGAN, `prepared` holds both for inference.
+`tokenizer.SFTok` is the tokenizer, `teacher.Teacher` the MaskGIT-VQGAN. `prepared` prepares them for inference: on any
+device by `cast_transformer` and `cast_head`, on CPUs by `cpu`, images by `prepared_pixels`.
 """

@@ -1,4 +1,4 @@
-"""The decoder's head for inference where the modules' own layers are fast: weights cast to a type once.
+"""The decoder's head for inference, with weights cast to a type once; for CPUs see `cpu`.
 
 Shapes: B images, P proxy positions, W width, V proxy codes.
 """
@@ -11,10 +11,10 @@ from sftok.model.cast_transformer import CastLinear
 
 
 class CastHead:
-    """Linear layer, tanh, linear layer; products in a type of their own, logits in float32.
+    """Linear layer, tanh, linear layer; products in the given type, logits in float32.
 
-    bfloat16 logits tie by the hundred, and ties decide which positions stay; but it is enough that the last product's
-    sums are not rounded: on an H200 products of float32 run at a fifteenth of bfloat16's rate.
+    bfloat16 logits tie by the hundred, and ties decide which positions stay. It is enough to leave the sums of the last
+    product unrounded: on an H200, float32 products run at a fifteenth of the rate of bfloat16.
     """
 
     def __init__(self, hidden: nn.Linear, logits: nn.Linear, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ class CastHead:
 
 
 def unrounded_product(x_NW: Tensor, weight_VW: Tensor) -> Tensor:
-    """The product (N, V) of two matrices of one type in float32, in which sums of bfloat16 products are kept anyway."""
+    """Multiply two matrices of one type to (N, V) float32, the type in which bfloat16 products are summed anyway."""
     if x_NW.dtype == torch.float32:
         return F.linear(x_NW, weight_VW)
     if x_NW.is_cuda:

@@ -1,11 +1,12 @@
-"""The transformer for inference where the modules' own layers are fast, as on CUDA: weights cast to a type once.
+"""The transformer for inference, with weights cast to a type once, as on CUDA; for CPUs see `cpu`.
 
-As under autocast, products are computed in that type, norms and the residual stream in float32. A stream in bfloat16
-would save memory's time, and double the error of SFTok-B's latent tokens: with a codebook as dense as 1,792 of its own
-outputs, 91 % of the codes are those of float32, where it is 97 % so.
+As under autocast, products are computed in that type, norms and the residual stream in float32. A bfloat16 residual
+stream would save memory bandwidth and double the error of SFTok-B's latent tokens: with a codebook as dense as 1,792 of
+its own outputs, 91 % of the codes would equal those of float32, instead of 97 %.
 
-What a block adds last is handed on and added by the next one. So where blocks are compiled, each by itself, the
-addition and the norm after it are one pass over memory, as in a graph of the whole; all blocks share one graph.
+A block does not add its last output to the residual stream: it hands it to the next block, which adds it. So where
+blocks are compiled one by one, this addition and the norm after it are one pass over memory, as in a graph of the whole
+network, and all blocks share one graph.
 
 Shapes: B images, S sequence positions, W width, H heads, Q queries.
 """
@@ -20,7 +21,7 @@ from sftok.model.transformer import Block, Transformer, attend, split_heads
 
 
 class CastLinear(nn.Module):
-    """A frozen linear layer in a type of its own, of all or of some outputs of another."""
+    """A frozen copy of a linear layer, or of some of its outputs, in another type."""
 
     weight: Tensor
     bias: Tensor | None
@@ -38,7 +39,7 @@ class CastLinear(nn.Module):
 
 
 class CastNorm(nn.Module):
-    """A frozen layer norm in float32, whose output has a type of its own."""
+    """A frozen layer norm in float32, whose output is cast to a type."""
 
     weight: Tensor
     bias: Tensor
@@ -61,7 +62,7 @@ class CastBlock(nn.Module):
         super().__init__()
         qkv, self.heads = block.attention.qkv, block.attention.heads
         width = qkv.in_features
-        # The last block's queries are those of the kept positions alone: they have a layer of their own.
+        # The last block has queries at the kept positions only, so they get a layer of their own.
         parts = (slice(width), slice(width, None)) if is_last else (slice(None),)
         self.projections = nn.ModuleList(CastLinear(qkv, dtype, part) for part in parts)
         self.norm_1, self.norm_2 = CastNorm(block.norm_1, dtype), CastNorm(block.norm_2, dtype)
@@ -69,7 +70,7 @@ class CastBlock(nn.Module):
         self.expand, self.contract = CastLinear(block.mlp.expand, dtype), CastLinear(block.mlp.contract, dtype)
 
     def forward(self, x_BSW: Tensor, added_BSW: Tensor | None, keep: slice | None = None) -> tuple[Tensor, Tensor]:
-        """The residual stream, float32, and what is still to be added to it; the same two, at `keep` if it is given."""
+        """Residual stream, float32, and the output yet to be added to it, to the same two, at `keep` if it is given."""
         if added_BSW is not None:
             x_BSW = x_BSW + added_BSW
         normed_BSW = self.norm_1(x_BSW)

@@ -1,4 +1,4 @@
-"""The multi-step decoder: latent tokens to proxy codes, and how its inputs are masked in training and in decoding.
+"""The multi-step decoder: latent tokens to proxy codes, with the masking of its inputs in training and decoding.
 
 Shapes: B images, N latent tokens, P proxy positions, V proxy codes, W width, D channels of a code.
 """
@@ -15,7 +15,7 @@ from sftok.model.transformer import Transformer, free_parameter
 
 
 class Decoder(nn.Module):
-    """Predicts the proxy codes of all positions from the latent tokens and those proxy codes that are given."""
+    """Predicts the proxy codes of all positions from the latent tokens and the proxy codes that are not masked."""
 
     def __init__(self, config: TokenizerConfig, num_positions: int, proxy_codebook_size: int) -> None:
         super().__init__()
@@ -36,22 +36,22 @@ class Decoder(nn.Module):
 
     @property
     def kept(self) -> slice:
-        """Where the proxy positions stand in the sequence."""
+        """The proxy positions in the sequence, the only ones that are kept."""
         return slice(1, 1 + self.num_positions)
 
     def latents(self, z_q_BND: Tensor) -> Tensor:
-        """The latent tokens' part of the input, (B, N, W): the same in every step of decoding an image."""
+        """Embed latent tokens, (B, N, W): the same in every decoding step of an image."""
         return self.latent_embed(z_q_BND) + self.latent_positions
 
     def sequence(self, ids_BP: Tensor, latent_BNW: Tensor) -> Tensor:
-        """The transformer's input (B, 1 + P + N, W): class, proxy codes, latent tokens."""
+        """Build the transformer's input (B, 1 + P + N, W): class, proxy codes, latent tokens."""
         proxy_BPW = self.proxy_embed(ids_BP)
         class_B1W = self.class_token.expand(len(ids_BP), 1, -1).to(proxy_BPW.dtype)
         proxy_BSW = torch.cat([class_B1W, proxy_BPW], dim=1) + self.proxy_positions
         return torch.cat([proxy_BSW, latent_BNW.to(proxy_BSW.dtype)], dim=1)
 
     def all_masked(self, z_q_BND: Tensor) -> Tensor:
-        """The first step's input: every position hidden, (B, P)."""
+        """Return the first step's input: every position masked, (B, P)."""
         return torch.full((len(z_q_BND), self.num_positions), self.mask_id, device=z_q_BND.device)
 
 
@@ -63,15 +63,15 @@ MASK_RATIOS: dict[MaskSchedule, Callable[[Tensor, float], Tensor]] = {
     "cubic": lambda t, _: (1 - t) ** 3,
     "exponential": lambda t, power: torch.exp(-power * t),
 }
-"""Share of positions that are masked at time t in [0, 1], 1 at 0, by schedule; those without a power ignore it.
+"""Mask ratio at time t in [0, 1] by schedule: 1 at t = 0. Some schedules ignore the power.
 
-The published quadratic schedule has the power as its exponent, so that it is quadratic at power = 2 only."""
+The published quadratic schedule takes the power as its exponent, so it is quadratic at power = 2 only."""
 
 
 def random_mask(
     shape: torch.Size, generator: torch.Generator, schedule: MaskSchedule = "arccos", power: float = 1.0
 ) -> Tensor:
-    """Training mask (B, P), true = hidden: a share drawn by the schedule, the positions uniformly."""
+    """Draw a training mask (B, P), true = masked: the ratio by the schedule, the positions uniformly."""
     ratio_B = MASK_RATIOS[schedule](torch.rand(shape[0], generator=generator), power)
     count_B = (ratio_B * shape[1]).round()
     rank_BP = torch.rand(shape, generator=generator).argsort(1).argsort(1)
@@ -87,24 +87,24 @@ def decode_steps(
     temperature: float = 0.0,
     keys_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Iterative decoding: predict all positions, keep the most confident, hide the rest again (method.md 1.4).
+    """Decode iteratively: predict all positions, keep the most confident ones, mask the rest again (method.md 1.4).
 
     Args:
         decoder: (ids (B, P), z_q) to logits (B, P, V).
-        first_ids_BP: input of the first step, all hidden; its value is the mask id.
+        first_ids_BP: input of the first step, all masked; its value is the mask id.
         z_q_BND: quantized latent tokens.
         num_steps: decoder passes.
         temperature: scale of the Gumbel noise at the first step, falling linearly to 0; 0 is deterministic.
-        keys_B: of the images' noise, int64, on their device; needed where the temperature is not 0.
+        keys_B: keys of the images' noise, int64, on their device; required if the temperature is not 0.
 
     Returns:
         Proxy codes (B, P) and the last step's logits (B, P, V).
 
     Raises:
-        ValueError: noise is asked for without keys.
+        ValueError: the temperature is not 0 and there are no keys.
     """
     if temperature and keys_B is None:
-        raise ValueError(f"temperature = {temperature} needs a key of noise for each image")
+        raise ValueError(f"temperature = {temperature} needs a noise key per image: pass keys_B")
     ids_BP, mask_id, num_positions = first_ids_BP, first_ids_BP[0, 0], first_ids_BP.shape[1]
     places_P = torch.arange(num_positions, device=first_ids_BP.device)
     for step in range(num_steps):
@@ -121,11 +121,11 @@ def decode_steps(
         confidence_BP = logits_BPV.gather(-1, candidate_BP[..., None])[..., 0].masked_fill(~hidden_BP, math.inf)
         if scale and keys_B is not None:
             confidence_BP = confidence_BP + scale * gumbel(keys_B, 2 * step + 1, (num_positions,))
-        # Deviates: by rank and per image, where the published code takes the count of image 0 and hides all ties.
+        # Deviates: by rank and per image; the published code takes the count of image 0 and masks all ties.
         count_B = hidden_BP.sum(1) - 1
         wanted = math.floor(num_positions * math.acos(progress) / (math.pi / 2))
         order_BP = confidence_BP.argsort(dim=1, stable=True)
         rank_BP = torch.empty_like(order_BP).scatter_(1, order_BP, places_P.expand_as(order_BP))
-        # No number is fetched from the device on the way: a GPU is given all steps at once.
+        # No value is read back from the device, so that all steps are queued on a GPU at once.
         ids_BP = torch.where(rank_BP < count_B.clamp(max=max(wanted, 1))[:, None], mask_id, candidate_BP)
     return candidate_BP, logits_BPV

@@ -1,7 +1,7 @@
-"""How much arithmetic a forward pass of each network takes, an image: by formula, from sizes alone.
+"""Count the operations of a forward pass of each network, per image, by formula from sizes alone.
 
-A product of (a, b) and (b, c) is 2abc operations, a convolution the products that it is made of. What is neither is
-left out, as is usual: norms, softmax, embeddings, and products of a matrix and a vector.
+A product of (a, b) and (b, c) is 2abc operations, a convolution the products that it is made of. As usual, everything
+else is left out: norms, softmax, embeddings, and products of a matrix and a vector.
 
 Sizes: S positions, N latent tokens, P proxy positions, W width, K codes, V proxy codes, D and C channels of a code.
 """
@@ -12,33 +12,33 @@ from sftok.config import TeacherConfig, TokenizerConfig, TransformerConfig
 
 
 def product(rows: int, inputs: int, outputs: int) -> int:
-    """Of a (rows, inputs) and an (inputs, outputs) matrix."""
+    """Product of a (rows, inputs) and an (inputs, outputs) matrix."""
     return 2 * rows * inputs * outputs
 
 
 def convolution(inputs: int, outputs: int, kernel: int, side: int) -> int:
-    """Of `side` x `side` positions in its output, with a `kernel` x `kernel` window."""
+    """Convolution with `side` x `side` output positions and a `kernel` x `kernel` window."""
     return product(side**2, inputs * kernel**2, outputs)
 
 
 def res_block(inputs: int, outputs: int, side: int) -> int:
-    """Two 3x3 convolutions, and a projection where the width changes."""
+    """Residual block: two 3x3 convolutions, and a projection where the width changes."""
     shortcut = convolution(outputs, outputs, 1, side) if inputs != outputs else 0
     return convolution(inputs, outputs, 3, side) + convolution(outputs, outputs, 3, side) + shortcut
 
 
 def _level(inputs: int, outputs: int, side: int, config: TeacherConfig) -> int:
-    """A level's blocks, of which the first one changes the width."""
+    """Blocks of a level, the first of which changes the width."""
     return res_block(inputs, outputs, side) + (config.num_res_blocks - 1) * res_block(outputs, outputs, side)
 
 
 def teacher_first(config: TeacherConfig, image_size: int) -> int:
-    """The encoder's first convolution, whose input needs no gradient."""
+    """The teacher encoder's first convolution, whose input needs no gradient."""
     return convolution(3, config.base_channels, 3, image_size)
 
 
 def teacher_encoder(config: TeacherConfig, image_size: int) -> int:
-    """Image to latents."""
+    """The teacher's encoder, image to latents."""
     widths = [config.base_channels * m for m in config.channel_multipliers]
     side = image_size // config.downsample_factor
     levels = sum(
@@ -50,7 +50,7 @@ def teacher_encoder(config: TeacherConfig, image_size: int) -> int:
 
 
 def teacher_decoder(config: TeacherConfig, image_size: int) -> int:
-    """Latents to image."""
+    """The teacher's decoder, latents to image."""
     widths = [config.base_channels * m for m in config.channel_multipliers]
     side = image_size // config.downsample_factor
     total = convolution(config.latent_channels, widths[-1], 3, side)
@@ -63,12 +63,12 @@ def teacher_decoder(config: TeacherConfig, image_size: int) -> int:
 
 
 def nearest_code(config: TeacherConfig, image_size: int) -> int:
-    """Distances of all positions to all proxy codes."""
+    """Distances of all positions from all proxy codes."""
     return product((image_size // config.downsample_factor) ** 2, config.latent_channels, config.codebook_size)
 
 
 def transformer(config: TransformerConfig, positions: int, kept: int) -> int:
-    """Blocks on S positions, of which the last one goes on with `kept` of them."""
+    """Transformer blocks on `positions` positions; the last one computes `kept` of them only."""
     width = config.width
 
     def block(queries: int) -> int:
@@ -79,12 +79,12 @@ def transformer(config: TransformerConfig, positions: int, kept: int) -> int:
 
 
 def patches(config: TokenizerConfig, image_size: int) -> int:
-    """The encoder's embedding of patches, whose input needs no gradient."""
+    """The encoder's patch embedding, whose input needs no gradient."""
     return convolution(3, config.encoder.width, config.patch_size, image_size // config.patch_size)
 
 
 def encoder(config: TokenizerConfig, image_size: int) -> int:
-    """Image to latent tokens."""
+    """The encoder, image to latent tokens."""
     tokens, width = config.num_latent_tokens, config.encoder.width
     positions = 1 + (image_size // config.patch_size) ** 2 + tokens
     blocks = transformer(config.encoder, positions, tokens)
@@ -92,12 +92,12 @@ def encoder(config: TokenizerConfig, image_size: int) -> int:
 
 
 def assignment(config: TokenizerConfig) -> int:
-    """Similarities of all latent tokens to all codes."""
+    """Code assignment: similarities of all latent tokens to all codes."""
     return product(config.num_latent_tokens, config.code_dim, config.codebook_size)
 
 
 def codebook(config: TokenizerConfig) -> int:
-    """The linear layer that all codes share: once a pass, not an image."""
+    """The linear layer that all codes share: once per pass, not per image."""
     return product(config.codebook_size, config.code_dim, config.code_dim)
 
 
@@ -107,7 +107,7 @@ def latents(config: TokenizerConfig) -> int:
 
 
 def decoder(config: TokenizerConfig, teacher: TeacherConfig, image_size: int) -> int:
-    """Latent tokens and proxy codes to logits."""
+    """The decoder, latent tokens and proxy codes to logits."""
     width, proxies = config.decoder.width, (image_size // teacher.downsample_factor) ** 2
     blocks = transformer(config.decoder, 1 + proxies + config.num_latent_tokens, proxies)
     head = product(proxies, width, 2 * width) + product(proxies, 2 * width, teacher.codebook_size)

@@ -1,8 +1,8 @@
-"""Noise by counting: a pure function of an image's key, of which draw it is and of the place in it.
+"""Counter-based noise: a pure function of an image's key, the index of the draw and the position in it.
 
-No generator has a state, so an image's noise does not depend on its batch, and what a CPU and a GPU draw is the same
-integers; the logarithms of them may differ in the last bit. The generator is SplitMix64 (Steele et al. 2014): a key's
-outputs are keys of its draws, whose outputs are the numbers.
+The generator has no state, so an image's noise does not depend on its batch, and CPUs and GPUs draw the same integers;
+their logarithms may differ in the last bit. The generator is SplitMix64 (Steele et al. 2014): the outputs for a key are
+the keys of its draws, and the outputs for those are the numbers.
 
 Shapes: B images.
 """
@@ -12,30 +12,30 @@ import math
 import torch
 from torch import Tensor
 
-_INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # int64 for uint64, as all numbers here
+_INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # int64 in place of uint64, as everywhere here
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 _SHIFTS = (30, 27, 31)
-_BITS = 23  # of a uniform number, whose halves between two of them float32 still holds: never 0, never 1
+_BITS = 23  # of a uniform number plus a half, which float32 holds exactly: never 0, never 1
 
 
 def gumbel(keys_B: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard Gumbel noise (B, *shape) float32, on the keys' device.
+    """Draw standard Gumbel noise (B, *shape) float32, on the keys' device.
 
     Args:
-        keys_B: int64, one an image.
+        keys_B: int64, one per image.
         draw: from 0; each is independent of the others.
         shape: of an image's noise.
     """
     count = math.prod(shape)
     draw_B = splitmix(keys_B + _signed((draw + 1) * _INCREMENT))
     places_N = torch.arange(1, count + 1, device=keys_B.device) * _INCREMENT
-    # An image at a time on CPUs, whose numbers then stay in the cache.
+    # On CPUs one image at a time, so that its numbers stay in the cache.
     parts = draw_B.split(1 if keys_B.device.type == "cpu" else len(draw_B))
     return torch.cat([_gumbel_of(splitmix(part[:, None] + places_N)) for part in parts]).view(-1, *shape)
 
 
 def splitmix(state: Tensor) -> Tensor:
-    """The output of SplitMix64 for a state, in place; integers wrap, as the algorithm wants it."""
+    """Compute the output of SplitMix64 for a state, in place; integers wrap, as the algorithm requires."""
     for shift, multiplier in zip(_SHIFTS[:2], _MULTIPLIERS, strict=True):
         state.bitwise_xor_(_shifted(state, shift)).mul_(multiplier)
     return state.bitwise_xor_(_shifted(state, _SHIFTS[2]))
@@ -46,7 +46,7 @@ def _signed(value: int) -> int:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shift to the right as unsigned integers are."""
+    """Shift right as an unsigned integer."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 

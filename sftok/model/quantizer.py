@@ -1,4 +1,4 @@
-"""The quantizer: continuous latent tokens to the nearest of K normalised codes (OptVQ, method.md 1.1).
+"""The quantizer: continuous latent tokens to the nearest of K normalised codes (OptVQ; method.md 1.1).
 
 Shapes: B images, N latent tokens, M = B * N, K codes, D channels of a code.
 """
@@ -17,8 +17,8 @@ COMMITMENT_WEIGHT = 0.25
 EPSILON = 1e-8
 
 
-class Quantized(NamedTuple):
-    """What the quantizer returns."""
+class QuantizerOutput(NamedTuple):
+    """Output of the quantizer."""
 
     z_q: Tensor
     """(B, N, D), l2-normalised code vectors; gradients pass straight through to z."""
@@ -30,16 +30,16 @@ class Quantized(NamedTuple):
 
 @torch.no_grad()
 def sinkhorn(distance_MK: Tensor) -> Tensor:
-    """Balanced assignment of the M vectors of a batch to the K codes, as probabilities times M, (M, K).
+    """Assign the M vectors of a batch to the K codes in a balanced way: probabilities times M, (M, K).
 
-    Every code is meant to be used equally often in the batch (OptVQ), so a vector's code depends on its batch mates.
+    Every code is used about equally often in the batch (OptVQ), so a vector's code depends on its batch mates.
     """
-    # Deviates from a standardisation: the published line only subtracts the minimum, which scaling cancels. Kept so,
-    # because published weights were trained so.
+    # No standardisation: the published line only subtracts the minimum, which scaling cancels. Kept, because the
+    # published weights were trained with it.
     kernel_MK = (distance_MK - distance_MK.min()).mul_(-SINKHORN_SHARPNESS).exp_()
     M, K = kernel_MK.shape
-    # The plan is always the kernel with scaled rows and columns. Carrying the scales instead of the plan makes an
-    # iteration two products of a matrix and a vector, where the published one writes the matrix six times.
+    # The plan is always the kernel with scaled rows and columns. Carrying the scales instead of the plan, an iteration
+    # is two matrix-vector products, where the published one writes the matrix six times.
     row_M = (kernel_MK.sum() + EPSILON).reciprocal().expand(M)
     column_K = kernel_MK.new_ones(K)
     for _ in range(SINKHORN_ITERATIONS):
@@ -49,7 +49,7 @@ def sinkhorn(distance_MK: Tensor) -> Tensor:
 
 
 def assign(z_MD: Tensor, codebook_KD: Tensor, assignment: Assignment) -> Tensor:
-    """Codes (M,) int64 of unit vectors (M, D), float32 both."""
+    """Assign unit vectors (M, D) float32 to codes (M,) int64 of a float32 codebook."""
     similarity_MK = z_MD @ codebook_KD.T
     if assignment == "nearest":
         return similarity_MK.argmax(1)  # on the unit sphere the nearest is the most similar
@@ -58,7 +58,7 @@ def assign(z_MD: Tensor, codebook_KD: Tensor, assignment: Assignment) -> Tensor:
 
 
 class Quantizer(nn.Module):
-    """Codebook on the unit sphere; one linear layer shared by all codes moves the whole codebook every step."""
+    """Codebook on the unit sphere; a linear layer shared by all codes moves the whole codebook in every step."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -66,23 +66,23 @@ class Quantizer(nn.Module):
         self.shared_linear = nn.Linear(config.code_dim, config.code_dim)
 
     def initialise(self) -> None:
-        """Embedding uniform in +-1/K, shared linear layer the identity."""
+        """Initialise the embedding uniformly in +-1/K and the shared linear layer as the identity."""
         bound = 1 / self.embedding.shape[0]
         nn.init.uniform_(self.embedding, -bound, bound)
         nn.init.eye_(self.shared_linear.weight)
         nn.init.zeros_(self.shared_linear.bias)
 
     def codebook(self) -> Tensor:
-        """The effective codes, (K, D), float32, unit length."""
+        """Compute the effective codes, (K, D) float32 of unit length."""
         return F.normalize(self.shared_linear(self.embedding), dim=-1)
 
     def lookup(self, codes_BN: Tensor) -> Tensor:
-        """Codes (B, N) int64 to z_q (B, N, D)."""
+        """Look up codes (B, N) int64: z_q (B, N, D)."""
         return F.embedding(codes_BN, self.codebook())
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
-    def forward(self, z_BND: Tensor, assignment: Assignment) -> Quantized:
+    def forward(self, z_BND: Tensor, assignment: Assignment) -> QuantizerOutput:
         """Quantize z (B, N, D); in float32 whatever the autocast, because near-ties decide codes."""
         codebook_KD, z_BND = self.codebook(), F.normalize(z_BND.float(), dim=-1)
         with torch.no_grad():
@@ -90,4 +90,4 @@ class Quantizer(nn.Module):
         code_BND = F.embedding(codes_BN, codebook_KD)
         commitment = F.mse_loss(z_BND, code_BND.detach())
         loss = COMMITMENT_WEIGHT * commitment + F.mse_loss(code_BND, z_BND.detach())
-        return Quantized(z_BND + (code_BND - z_BND).detach(), codes_BN, loss)
+        return QuantizerOutput(z_BND + (code_BND - z_BND).detach(), codes_BN, loss)

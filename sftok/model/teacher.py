@@ -1,4 +1,4 @@
-"""The teacher: MaskGIT-VQGAN, whose codes are the proxy codes that the decoder predicts (method.md 1.2).
+"""The teacher, a MaskGIT-VQGAN, whose codes are the proxy codes that the decoder predicts (method.md 1.2).
 
 Shapes: B images, C channels, h x w the latent grid, P = h * w proxy positions, V proxy codes.
 """
@@ -15,7 +15,7 @@ EPSILON = 1e-6
 
 
 def norm(channels: int, config: TeacherConfig) -> nn.GroupNorm:
-    """Group norm with the teacher's number of groups."""
+    """Make a group norm with the teacher's number of groups."""
     return nn.GroupNorm(config.norm_groups, channels, eps=EPSILON)
 
 
@@ -34,7 +34,7 @@ class ResBlock(nn.Module):
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         # Where the width changes, the published network adds a projection of the block's own output, not of its
-        # input; its weights were trained so.
+        # input, and was trained that way.
         return y + (x if self.nin_shortcut is None else self.nin_shortcut(y))
 
 
@@ -65,7 +65,7 @@ class TeacherEncoder(nn.Module):
 
 
 class TeacherDecoder(nn.Module):
-    """Latent grid to image, doubling the side between levels. Also the pixel decoder of a fine-tuned tokenizer."""
+    """Latent grid to image, doubling the side between levels; also the pixel decoder of a fine-tuned tokenizer."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
@@ -94,13 +94,13 @@ class TeacherDecoder(nn.Module):
 
 
 def to_grid(vectors_BPC: Tensor) -> Tensor:
-    """Vectors of the positions of a square, row-major, to (B, C, h, w)."""
+    """Arrange row-major vectors (B, P, C) of a square grid as (B, C, h, w)."""
     side = int(vectors_BPC.shape[1] ** 0.5)
     return vectors_BPC.transpose(1, 2).unflatten(2, (side, side))
 
 
-class TeacherPass(NamedTuple):
-    """A training pass through the teacher."""
+class TeacherOutput(NamedTuple):
+    """Output of a training pass."""
 
     images: Tensor
     """(B, 3, H, W), not clamped."""
@@ -109,7 +109,7 @@ class TeacherPass(NamedTuple):
     latents: Tensor
     """(B, C, h, w), before quantization."""
     quantized: Tensor
-    """(B, C, h, w), the codes' vectors."""
+    """(B, C, h, w), vectors of the codes."""
 
 
 class Teacher(nn.Module):
@@ -123,32 +123,32 @@ class Teacher(nn.Module):
         self.decoder = TeacherDecoder(config)
 
     def nearest(self, latents_BChw: Tensor) -> Tensor:
-        """The closest code of every position by squared distance, (B, P) int64, row-major."""
+        """Find the nearest code of every position by squared distance, (B, P) int64, row-major."""
         x_BPC, codebook_VC = latents_BChw.flatten(2).transpose(1, 2).float(), self.codebook.weight.float()
         with torch.autocast(x_BPC.device.type, enabled=False):  # near-ties decide codes
             return (codebook_VC.square().sum(1) - 2 * x_BPC @ codebook_VC.T).argmin(-1)
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Float RGB in [0, 1] to proxy codes (B, P) int64."""
-        # Channels last is the layout that convolutions compute in; given so, they need not turn to it and back. On CUDA
-        # group norms would turn it each time, unless they are compiled, and the weights laid out so, too.
+        """Encode float RGB in [0, 1] to proxy codes (B, P) int64."""
+        # Convolutions compute in channels last, and need not convert inputs that have this layout. On eager CUDA group
+        # norms would convert them back each time, so there it pays only if the weights are channels last (compiled).
         if not images_B3HW.is_cuda or self.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
             images_B3HW = images_B3HW.contiguous(memory_format=torch.channels_last)
         return self.nearest(self.encoder(images_B3HW))
 
     def grid(self, codes_BP: Tensor) -> Tensor:
-        """Proxy codes to their vectors on the square grid, (B, C, h, w)."""
+        """Look up proxy codes: their vectors on the square grid, (B, C, h, w)."""
         return to_grid(self.codebook(codes_BP))
 
     @torch.no_grad()
     def decode(self, codes_BP: Tensor) -> Tensor:
-        """Proxy codes (B, P) to float RGB in [0, 1]."""
+        """Decode proxy codes (B, P) to float RGB in [0, 1]."""
         return self.decoder(self.grid(codes_BP)).clamp(0, 1)
 
-    def forward(self, images_B3HW: Tensor) -> TeacherPass:
+    def forward(self, images_B3HW: Tensor) -> TeacherOutput:
         """Reconstruct images in training; gradients pass straight through the quantization."""
         latents = self.encoder(images_B3HW)
         codes_BP = self.nearest(latents)
         quantized = self.grid(codes_BP)
-        return TeacherPass(self.decoder(latents + (quantized - latents).detach()), codes_BP, latents, quantized)
+        return TeacherOutput(self.decoder(latents + (quantized - latents).detach()), codes_BP, latents, quantized)

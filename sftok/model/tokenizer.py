@@ -1,4 +1,4 @@
-"""SFTok: encoder, quantizer and multi-step decoder, and after fine-tuning a pixel decoder of its own.
+"""SFTok: encoder, quantizer and multi-step decoder, and a pixel decoder of its own after fine-tuning.
 
 Shapes: B images, N latent tokens, P proxy positions, V proxy codes, C channels of a proxy code.
 """
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from sftok.config import Assignment, DecodingConfig, TeacherConfig, TokenizerConfig
 from sftok.model.decoder import Decoder, decode_steps
 from sftok.model.encoder import Encoder
-from sftok.model.quantizer import Quantized, Quantizer
+from sftok.model.quantizer import Quantizer, QuantizerOutput
 from sftok.model.teacher import Teacher, TeacherDecoder, to_grid
 from sftok.model.transformer import initialise
 
 
 class SFTok(nn.Module):
-    """The tokenizer. Without a pixel decoder it ends in proxy codes, which the teacher turns into an image."""
+    """The tokenizer. Without a pixel decoder it predicts proxy codes, which the teacher decodes to an image."""
 
     def __init__(self, config: TokenizerConfig, teacher: TeacherConfig, image_size: int, *, pixels: bool) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class SFTok(nn.Module):
         self.pixel_decoder = TeacherDecoder(teacher) if pixels else None
 
     def initialise(self) -> None:
-        """Fill encoder, decoder and quantizer with their initial values; the pixel decoder comes from a teacher."""
+        """Initialise encoder, decoder and quantizer; the pixel decoder is copied from a teacher."""
         initialise(self.encoder, self.config.encoder.init_std)
         initialise(self.decoder, self.config.decoder.init_std)
         self.quantizer.initialise()
@@ -46,8 +46,8 @@ class SFTok(nn.Module):
         self.pixel_codebook.load_state_dict(teacher.codebook.state_dict())
         self.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
 
-    def encode(self, images_B3HW: Tensor, assignment: Assignment = "nearest") -> Quantized:
-        """Float RGB in [0, 1], (B, 3, H, W), to codes (B, N) and their vectors.
+    def encode(self, images_B3HW: Tensor, assignment: Assignment = "nearest") -> QuantizerOutput:
+        """Encode float RGB in [0, 1], (B, 3, H, W), to codes (B, N) and their vectors.
 
         With `nearest`, an image's codes do not depend on its batch mates; with `sinkhorn` they do.
 
@@ -58,10 +58,10 @@ class SFTok(nn.Module):
         return self.quantizer(self.encoder(images_B3HW), assignment)
 
     def check_images(self, images_B3HW: Tensor) -> None:
-        """Refuse images of another size.
+        """Check the shape of images.
 
         Raises:
-            ValueError: naming both sizes.
+            ValueError: they have another size than the tokenizer's; names both.
         """
         side, shape = self.image_size, tuple(images_B3HW.shape)
         if len(shape) != 4 or shape[1:] != (3, side, side):
@@ -70,7 +70,7 @@ class SFTok(nn.Module):
             )
 
     def soft_decode(self, logits_BPV: Tensor) -> Tensor:
-        """Expected pixel code of every position through the pixel decoder: float RGB (B, 3, H, W), not clamped."""
+        """Decode the expected pixel code of every position: float RGB (B, 3, H, W), not clamped."""
         assert self.pixel_codebook is not None
         assert self.pixel_decoder is not None
         return self.pixel_decoder(to_grid(logits_BPV.softmax(-1) @ self.pixel_codebook.weight))
@@ -79,7 +79,7 @@ class SFTok(nn.Module):
     def predict_proxy(
         self, codes_BN: Tensor, decoding: DecodingConfig, keys_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Codes (B, N) to proxy codes (B, P) and the last step's logits (B, P, V), by iterative decoding."""
+        """Decode codes (B, N) iteratively to proxy codes (B, P) and the last step's logits (B, P, V)."""
         z_q = self.quantizer.lookup(codes_BN)
         return decode_steps(
             self.decoder,
@@ -91,7 +91,7 @@ class SFTok(nn.Module):
         )
 
     def render(self, proxy_BP: Tensor, logits_BPV: Tensor, teacher: Teacher | None) -> Tensor:
-        """What `predict_proxy` returned to float RGB in [0, 1]: by the own pixel decoder, else by the teacher's.
+        """Render the results of `predict_proxy` as float RGB in [0, 1], by its own pixel decoder or else the teacher's.
 
         Raises:
             ValueError: the tokenizer has no pixel decoder and no teacher is given.

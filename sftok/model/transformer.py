@@ -1,6 +1,6 @@
 """The pre-norm transformer that the encoder and the decoder share (method.md 1.1).
 
-Shapes: B images, S sequence positions, W width, H heads, D channels a head.
+Shapes: B images, S sequence positions, Q queries, W width, H heads, D channels per head.
 """
 
 import torch
@@ -12,9 +12,9 @@ from sftok.config import TransformerConfig
 
 
 def attend(q_BHQD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-    """Full bidirectional attention, (B, H, Q, D) queries over S positions to (B, Q, H * D)."""
+    """Compute full bidirectional attention of (B, H, Q, D) queries over S positions, (B, Q, H * D)."""
     if q_BHQD.device.type == "cpu" and q_BHQD.dtype == torch.bfloat16:
-        # On CPUs the fused kernel computes bf16 at the speed of fp32, where two products run at that of bf16.
+        # On CPUs the fused kernel runs bf16 at the speed of fp32; two plain products run at the speed of bf16.
         scores_BHQS = (q_BHQD * q_BHQD.shape[-1] ** -0.5) @ k_BHSD.transpose(-1, -2)
         y_BHQD = scores_BHQS.softmax(-1) @ v_BHSD
     else:
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BSW: Tensor, keep: slice | None = None) -> Tensor:
-        """(B, S, W) to what the positions `keep` (None: all) gather from all, (B, keep, W)."""
+        """(B, S, W) to the outputs at the positions `keep` (None: all), (B, keep, W)."""
         if keep is None:
             return self.out(attend(*split_heads(self.qkv(x_BSW), 3, self.heads)))
         width, weight, bias = x_BSW.shape[-1], self.qkv.weight, self.qkv.bias
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(B, S, parts * H * D), such as queries, keys and values side by side, to `parts` times (B, H, S, D)."""
+    """Split (B, S, parts * H * D), such as concatenated queries, keys and values, into `parts` of (B, H, S, D)."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -70,7 +70,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x_BSW: Tensor, keep: slice | None = None) -> Tensor:
-        """(B, S, W) to the positions `keep` (None: all), (B, keep, W); no others are computed past the keys."""
+        """(B, S, W) to the positions `keep` (None: all), (B, keep, W); at others only keys and values are computed."""
         kept = x_BSW if keep is None else x_BSW[:, keep]
         kept = kept + self.attention(self.norm_1(x_BSW), keep)
         return kept + self.mlp(self.norm_2(kept))
@@ -87,7 +87,7 @@ class Transformer(nn.Module):
         self.recomputes = False
 
     def recompute(self, on: bool) -> None:
-        """Whether the backward pass computes blocks again instead of keeping what they hold; same gradients."""
+        """Recompute blocks in the backward pass instead of keeping their activations; same gradients."""
         self.recomputes = on
 
     def forward(self, x_BSW: Tensor, keep: slice) -> Tensor:
@@ -99,13 +99,13 @@ class Transformer(nn.Module):
 
     def _run(self, block: nn.Module, x_BSW: Tensor, keep: slice | None) -> Tensor:
         if self.recomputes and torch.is_grad_enabled():
-            # Blocks draw no random numbers, so there is no state of a generator to put back.
+            # Blocks draw no random numbers, so there is no generator state to restore.
             return checkpoint(block, x_BSW, keep, use_reentrant=False, preserve_rng_state=False)
         return block(x_BSW, keep)
 
 
 def free_parameter(rows: int, width: int) -> nn.Parameter:
-    """A learned (rows, width) table for positions, classes or latent tokens; filled by `initialise`."""
+    """Make a learned (rows, width) table for positions, classes or latent tokens; `initialise` fills it."""
     return nn.Parameter(torch.empty(rows, width))
 
 

@@ -1,4 +1,4 @@
-"""Preparing a dataset: from a source of images to verified shards of image Parquet.
+"""Preparing a dataset: from a source of images to shards of image Parquet.
 
-`prepare.prepare` does it; `plan` and `deal` assign entries to shards, `shard` writes one.
+`prepare.prepare` writes them; `plan` and `deal` assign entries to shards, `shard` writes one, `verify` checks them.
 """

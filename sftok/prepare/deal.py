@@ -1,8 +1,8 @@
-"""How entries come to their shards without any process that holds them all: dealt into bins, then gathered.
+"""Shuffle entries to their shards without holding them all in one process: deal batches into bins, then gather bins.
 
-A part of the listing is dealt by the hash of each image id into as many bins as there are, one segment each of a file.
-Whoever gathers a bin reads its segment of every part, and has all entries of the bin's shards, and of every image id in
-them: so here it is seen which id comes twice. It writes a segment a shard. The files go when the images are there.
+A batch of the listing is dealt into bins by the hash of each image id, as a file with one segment per bin. A worker
+that gathers a bin reads its segments of all batches, and so has all entries of the bin's shards and all repetitions of
+their image ids. It writes a segment per shard. The files are deleted once the images are written.
 """
 
 import hashlib
@@ -18,34 +18,34 @@ import pyarrow.compute as pc
 from infra.errors import TransientError
 from infra.store.store import Store
 from sftok.config import DataConfig
-from sftok.sources.listing import Entries, Part, values
+from sftok.sources.listing import Entries, EntryBatch, values
 
-READERS = 8  # segments that are read at once: on S3 each is a request
+READERS = 8  # segments read at once: on S3 each is a request
 _OFFSET = np.dtype("<i8")
 _COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 class Deal(NamedTuple):
-    """How entries are dealt."""
+    """Parameters of dealing entries."""
 
     config: DataConfig
     folder: Store
     bins: int
-    by_name: bool  # image ids are the names that entries would rather have
+    by_name: bool  # image ids are the entries' preferred names
 
-    def file(self, part: int) -> str:
-        """Of a part's entries; spread over folders, for S3 serves so many requests a second for each."""
-        return f"{part % 256:02x}/part-{part:06d}"
+    def file(self, batch: int) -> str:
+        """Name the file of a batch; files are spread over folders, since S3 limits requests per second and prefix."""
+        return f"{batch % 256:02x}/part-{batch:06d}"
 
     def bin_file(self, number: int) -> str:
-        """Of a bin's entries, by shards."""
+        """Name the file of a bin's entries, sorted by shard."""
         return f"bin-{number:06d}"
 
     def open(self, name: str) -> BinaryIO:
-        """One of the files.
+        """Open one of the files.
 
         Raises:
-            TransientError: it is gone: another run has finished these images.
+            TransientError: it is gone, because another run has finished these images.
         """
         try:
             return self.folder.open(name)
@@ -53,47 +53,47 @@ class Deal(NamedTuple):
             raise TransientError(f"{self.folder.uri}/{name} is gone: another run prepared the same images") from error
 
     def shards(self, number: int) -> tuple[range, range]:
-        """The train and the val shards of a bin."""
+        """Return the train and the val shards of a bin."""
         counts = self.config.num_shards, self.config.num_val_shards
         train, val = (range(number, count, self.bins) for count in counts)
         return train, val
 
 
-class Dealt(NamedTuple):
-    """What there was in a part."""
+class DealResult(NamedTuple):
+    """Summary of a dealt batch."""
 
-    is_named: bool = True  # every image would rather have another name; with by_name nothing else was done without
+    is_named: bool = True  # every image has a preferred name; if not, dealing by name stopped here
     class_names: frozenset[str] = frozenset()
     is_held_out: bool = False  # an image is held out by its hash
-    least: tuple[float, str] | None = None  # of the images that are free to be: the first by hash
+    least: tuple[float, str] | None = None  # of the images without a stated split: the first by hash
 
 
-class Gathered(NamedTuple):
-    """A bin's shards, those of train first: where in its file the entries of each end, and bytes of its images."""
+class BinResult(NamedTuple):
+    """A bin's shards, train first: the ends of their segments in its file, and the bytes of their images."""
 
     ends: np.ndarray
     sizes: np.ndarray
-    is_unique: bool = True  # with by_name: no two images would have the same name
+    is_unique: bool = True  # with by_name: no two images have the same name
 
 
 class Dealer:
-    """A worker: deals one part a call."""
+    """A worker that deals one batch per call."""
 
     def __init__(self, deal: Deal) -> None:
         self.deal = deal
 
-    def __call__(self, part: Part) -> Dealt:
-        """Write the part's file."""
-        deal, entries = self.deal, part.read()
+    def __call__(self, batch: EntryBatch) -> DealResult:
+        """Write the batch's file."""
+        deal, entries = self.deal, batch.read()
         if deal.by_name:
             named = _named(entries)
             if named is None:
-                return Dealt(is_named=False)
+                return DealResult(is_named=False)
             entries = named
         hashes, draws = _hashes(entries)
         bins = (hashes % np.uint64(deal.bins)).astype(np.int64)
         data, ends = _packed(_divided(entries, bins, deal.bins))
-        deal.folder.write(deal.file(part.number), ends.tobytes() + data)
+        deal.folder.write(deal.file(batch.number), ends.tobytes() + data)
         is_free = _is_free(entries)
         held_out = is_free & (draws < deal.config.val_fraction)
         least = None
@@ -101,22 +101,22 @@ class Dealer:
             at = int(np.where(is_free, draws, np.inf).argmin())
             least = float(draws[at]), entries[at].image_id
         classes = pc.unique(entries.column("class_name")).drop_null().to_pylist()
-        return Dealt(True, frozenset(classes), bool(held_out.any()), least)
+        return DealResult(True, frozenset(classes), bool(held_out.any()), least)
 
 
 class Gatherer:
-    """A worker: gathers one bin a call."""
+    """A worker that gathers one bin per call."""
 
-    def __init__(self, deal: Deal, parts: int, held_out: str | None) -> None:
-        """`held_out` is an image id that is held out whatever its hash says."""
-        self.deal, self.parts, self.held_out = deal, parts, held_out
+    def __init__(self, deal: Deal, batches: int, held_out: str | None) -> None:
+        """Gather from so many batches; `held_out` is an image id that is held out whatever its hash."""
+        self.deal, self.batches, self.held_out = deal, batches, held_out
 
-    def __call__(self, number: int) -> Gathered:
+    def __call__(self, number: int) -> BinResult:
         """Write the bin's file."""
         deal = self.deal
         entries = Entries.join(self._read(number))
         if deal.by_name and pc.any(entries.sorted().repeated()).as_py():
-            return Gathered(np.empty(0), np.empty(0), is_unique=False)
+            return BinResult(np.empty(0), np.empty(0), is_unique=False)
         entries = entries.without_repetitions()
         train, val = deal.shards(number)
         hashes, draws = _hashes(entries)
@@ -131,17 +131,17 @@ class Gatherer:
         data, ends = _packed(_divided(entries, shards, count))
         deal.folder.write(deal.bin_file(number), data)
         sizes = np.bincount(shards, weights=entries.column("size").to_numpy(), minlength=count)
-        return Gathered(ends, sizes)
+        return BinResult(ends, sizes)
 
     def _read(self, number: int) -> Iterator[Entries]:
-        """The bin's segments; some are read at once, for each is a request."""
+        """Read the bin's segments, several at once, since each is a request."""
         with ThreadPoolExecutor(READERS, thread_name_prefix="gather") as pool:
-            for at in range(0, self.parts, READERS):
-                some = range(at, min(at + READERS, self.parts))
-                yield from pool.map(lambda part: self._segment(part, number), some)
+            for at in range(0, self.batches, READERS):
+                some = range(at, min(at + READERS, self.batches))
+                yield from pool.map(lambda batch: self._segment(batch, number), some)
 
-    def _segment(self, part: int, number: int) -> Entries:
-        with self.deal.open(self.deal.file(part)) as file:
+    def _segment(self, batch: int, number: int) -> Entries:
+        with self.deal.open(self.deal.file(batch)) as file:
             head = self.deal.bins * _OFFSET.itemsize
             ends = np.frombuffer(file.read(head), _OFFSET)
             start = int(ends[number - 1]) if number else 0
@@ -150,12 +150,12 @@ class Gatherer:
 
 
 def unpacked(data: bytes) -> Entries:
-    """The entries of a segment."""
+    """Read the entries of a segment."""
     return Entries(pa.ipc.open_stream(data).read_all()) if data else Entries.of(())
 
 
 def _divided(entries: Entries, places: np.ndarray, count: int) -> Iterator[Entries]:
-    """The entries of each place, in their order."""
+    """Divide entries by place, keeping their order."""
     order = np.argsort(places, kind="stable")
     starts = np.searchsorted(places[order], np.arange(count + 1))
     for start, end in itertools.pairwise(starts.tolist()):
@@ -163,7 +163,7 @@ def _divided(entries: Entries, places: np.ndarray, count: int) -> Iterator[Entri
 
 
 def _packed(pieces: Iterable[Entries]) -> tuple[bytes, np.ndarray]:
-    """Segments one after the other, and where each ends; one without entries has no bytes."""
+    """Concatenate segments, and return the end of each; a segment without entries has no bytes."""
     segments = []
     for entries in pieces:
         sink = pa.BufferOutputStream()
@@ -175,7 +175,7 @@ def _packed(pieces: Iterable[Entries]) -> tuple[bytes, np.ndarray]:
 
 
 def _named(entries: Entries) -> Entries | None:
-    """Entries called as they would like to be; None if an image has no such name."""
+    """Set image ids to the preferred names; None if an image has none."""
     is_good = pc.is_null(entries.column("problem"))
     names = entries.column("name")
     if pc.any(pc.and_(is_good, pc.is_null(names))).as_py():
@@ -184,7 +184,7 @@ def _named(entries: Entries) -> Entries | None:
 
 
 def _hashes(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
-    """Two independent draws from each image id: an integer for its bucket, a number in [0, 1) for its split."""
+    """Hash image ids to two independent draws: an integer for the bucket, and a number in [0, 1) for the split."""
     hashes, draws = np.empty(len(entries), np.uint64), np.empty(len(entries), np.float64)
     for at, image_id in enumerate(values(entries.column("image_id"))):
         digest = hashlib.sha256(image_id.encode()).digest()
@@ -194,7 +194,7 @@ def _hashes(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_free(entries: Entries) -> np.ndarray:
-    """Images that no split is stated for."""
+    """Mark images without a stated split."""
     no_split, no_problem = pc.is_null(entries.column("split")), pc.is_null(entries.column("problem"))
     is_free: np.ndarray = pc.and_(no_split, no_problem).to_numpy()
     return is_free

@@ -1,4 +1,4 @@
-"""Which entry goes into which shard: by hashes of its image id, never by the order of a listing."""
+"""Assign entries to shards, by hashes of their image ids and never by the order of a listing."""
 
 import functools
 import logging
@@ -11,20 +11,20 @@ from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress, silent
 from infra.store.store import Store
 from sftok.config import DataConfig
-from sftok.prepare.deal import Deal, Dealer, Gathered, Gatherer, unpacked
-from sftok.sources.listing import Entries, Part, Source, parts_of
+from sftok.prepare.deal import BinResult, Deal, Dealer, Gatherer, unpacked
+from sftok.sources.listing import Entries, EntryBatch, Source, batches_of
 
 log = logging.getLogger(__name__)
 
 LARGE_SHARD = 2**30  # bytes
-BIN = 2**18  # entries that a bin should hold, some 30 MB, and a few times that while they are sorted
-MOST_BINS = 4096  # each worker reads a segment of every part
+BIN = 2**18  # entries per bin, some 30 MB, and a few times that while they are sorted
+MOST_BINS = 4096  # each worker reads a segment of every batch
 HERE = WorkerOptions()
-_FEW = 8  # parts or bins that are not worth a worker's start
+_FEW = 8  # batches or bins up to which starting workers does not pay
 
 
 class ShardJob(NamedTuple):
-    """One shard, and where its entries are: a unit of work that needs nothing of the others."""
+    """A shard and the place of its entries: a unit of work that is independent of the others."""
 
     name: str
     split: str
@@ -35,7 +35,7 @@ class ShardJob(NamedTuple):
 
     @property
     def entries(self) -> Entries:
-        """The entries of the shard, by image id: read anew at each call."""
+        """The entries of the shard, sorted by image id; read at each access."""
         if self.start == self.end:
             return Entries.of(())
         with self.deal.open(self.file) as file:
@@ -44,10 +44,10 @@ class ShardJob(NamedTuple):
 
 
 class ShardJobs(Sequence[ShardJob]):
-    """One job a bucket of each split, also for empty ones; made when it is asked for."""
+    """One job per bucket of each split, empty ones included; made on demand."""
 
-    def __init__(self, deal: Deal, gathered: Sequence[Gathered]) -> None:
-        self.deal, self.ends = deal, [part.ends for part in gathered]
+    def __init__(self, deal: Deal, gathered: Sequence[BinResult]) -> None:
+        self.deal, self.ends = deal, [result.ends for result in gathered]
         self.counts = {"train": deal.config.num_shards, "val": deal.config.num_val_shards}
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class ShardPlan(NamedTuple):
     """All jobs of a source."""
 
     jobs: ShardJobs
-    class_names: frozenset[str]  # that entries have
+    class_names: frozenset[str]  # of the entries
 
 
 def plan_shards(
@@ -85,49 +85,49 @@ def plan_shards(
     progress: Progress = silent,
     bin_size: int | None = None,
 ) -> ShardPlan:
-    """Divide the entries into splits, where the source has none, and into hash buckets.
+    """Divide the entries into splits, if the source has none, and into hash buckets.
 
-    Of entries with one image id the first is taken, by size, and the others have a problem.
+    Of entries with the same image id the smallest is accepted, and the others are marked as having a problem.
 
     Args:
-        source: opened, if it consists of containers.
+        source: already opened, if it consists of containers.
         config: shards and splits.
-        folder: gets a folder for this plan, which the jobs read from.
-        options: how wide to run.
-        progress: called with parts of a long listing.
-        bin_size: entries that a worker should hold, where the numbers of shards have divisors in common for it.
+        folder: parent of the folder of this plan, which the jobs read from.
+        options: workers.
+        progress: called with batches of a long listing.
+        bin_size: entries that a worker should hold, as far as common divisors of the numbers of shards allow.
     """
-    parts, found = parts_of(source.entries), len(source.entries)
+    batches, found = batches_of(source.entries), len(source.entries)
     bins = _bins(found, config, bin_size or BIN)
-    place = folder.at(f"deal-{uuid.uuid4().hex[:12]}")  # two runs may list in another order
+    place = folder.at(f"deal-{uuid.uuid4().hex[:12]}")  # two runs may list in different orders
     ways = (True, False) if source.has_names else (False,)
-    tried = (_deal(Deal(config, place, bins, by_name), parts, options, progress) for by_name in ways)
+    tried = (_deal(Deal(config, place, bins, by_name), batches, options, progress) for by_name in ways)
     deal, gathered, class_names = next(way for way in tried if way is not None)
-    largest = max((part.sizes.max() for part in gathered), default=0)
+    largest = max((result.sizes.max() for result in gathered), default=0)
     if largest > LARGE_SHARD:
         log.warning("a shard of %.1f GB is held in memory while it is written: raise data.num_shards", largest / 1e9)
     return ShardPlan(ShardJobs(deal, gathered), class_names)
 
 
 def _deal(
-    deal: Deal, parts: Sequence[Part], options: WorkerOptions, progress: Progress
-) -> tuple[Deal, list[Gathered], frozenset[str]] | None:
-    """Deal all parts and gather all bins; None if entries cannot be called as they would like to be."""
-    told = progress if len(parts) > _FEW else silent
-    dealt = map_shards(functools.partial(Dealer, deal), parts, options=_wide(options, len(parts)), progress=told)
-    if not all(part.is_named for part in dealt):
+    deal: Deal, batches: Sequence[EntryBatch], options: WorkerOptions, progress: Progress
+) -> tuple[Deal, list[BinResult], frozenset[str]] | None:
+    """Deal all batches and gather all bins; None if preferred names are missing or not unique."""
+    report = progress if len(batches) > _FEW else silent
+    dealt = map_shards(functools.partial(Dealer, deal), batches, options=_wide(options, len(batches)), progress=report)
+    if not all(result.is_named for result in dealt):
         return None
-    least = min((part.least for part in dealt if part.least is not None), default=None)
-    held_out = None if least is None or any(part.is_held_out for part in dealt) else least[1]
-    gather = functools.partial(Gatherer, deal, len(parts), held_out)
+    least = min((result.least for result in dealt if result.least is not None), default=None)
+    held_out = None if least is None or any(result.is_held_out for result in dealt) else least[1]
+    gather = functools.partial(Gatherer, deal, len(batches), held_out)
     gathered = map_shards(gather, range(deal.bins), options=_wide(options, deal.bins))
-    if not all(part.is_unique for part in gathered):
+    if not all(result.is_unique for result in gathered):
         return None
-    return deal, gathered, frozenset().union(*(part.class_names for part in dealt))
+    return deal, gathered, frozenset().union(*(result.class_names for result in dealt))
 
 
 def _bins(found: int, config: DataConfig, bin_size: int) -> int:
-    """As many bins as keep each small: a common divisor of both numbers of shards, so that a bin has whole shards."""
+    """Choose how many bins keep each small: a common divisor of the shard counts, so that bins have whole shards."""
     possible = common_divisors((config.num_shards, config.num_val_shards), MOST_BINS)
     bins = next((number for number in possible if found <= number * bin_size), possible[-1])
     if found > 64 * bins * bin_size:

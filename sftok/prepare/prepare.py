@@ -1,19 +1,17 @@
-"""From a source to image Parquet: every entry read once, decoded to prove that it is an image, and kept as it was.
+"""Prepare a source as image Parquet: every entry is read once, decoded to check it, and stored unchanged.
 
-Or, with `data.store_size`, kept at the size that models see: its sha256, width and height are then those of the file
-that is kept.
+Or, with `data.store_size`, stored resized: its sha256, width and height are then those of the resized file.
 
-A shard is a bucket of the hash of the image id, so the same images make the same files for any listing order and any
-number of workers, and one more image changes one file. Files, each with rows sorted by image id:
+A shard is a bucket of the hash of the image id, so the same images make the same files in any listing order and with
+any number of workers, and a new image changes one file. The files, with rows sorted by image id:
 
     train-00000-of-00008.parquet ...  image_id, image {bytes, path}, label, width, height, sha256
     val-00000-of-00004.parquet ...
     rejects.parquet                   path, reason, size
 
-Where images lie in tars or Parquet, workers first look into these (`source_containers`); the entries are dealt to
-their shards (`prepare_deal`); then workers make one shard each, from the whole files or ranges of files that its
-entries name. A shard is all that a worker holds, and the driver two kilobytes for each. What is finished has a sidecar
-and is not done again.
+If images are in tars or Parquet, workers first list these (`sftok.sources.containers`); the entries are dealt to their
+shards (`deal`); then workers make one shard each, from the files or ranges of files that its entries name. A worker
+holds one shard, the driver two kilobytes per shard. Finished shards have a sidecar and are not made again.
 """
 
 import collections
@@ -41,18 +39,18 @@ from sftok.prepare.shard import REJECTED, ShardResult, ShardWriter
 from sftok.sources.containers import BYTES, name_classes, open_containers
 from sftok.sources.listing import Source, values
 
-__all__ = ["REJECTS", "Prepared", "prepare"]
+__all__ = ["REJECTS", "PrepareResult", "prepare"]
 
 log = logging.getLogger(__name__)
 
 REJECTS = "rejects.parquet"
-OPENED = "opened"  # folder of what was found in containers, until the source is prepared
-RATE_FROM = 1_000  # entries; one broken file of ten says little
+OPENED = "opened"  # folder of the listings of containers, until the source is prepared
+RATE_FROM = 1_000  # entries; one broken file of ten is no evidence
 HERE = WorkerOptions()
 
 
-class Prepared(NamedTuple):
-    """What prepare wrote: found = accepted + rejected, and accepted = train + val."""
+class PrepareResult(NamedTuple):
+    """Files and counts of prepared images: found = accepted + rejected, and accepted = train + val."""
 
     counts: dict[str, int]  # found, accepted, rejected, train, val, classes
     content_digest: str  # of class names, and of the set of [image id, sha256 in hex, label, split]
@@ -66,19 +64,19 @@ def prepare(
     out: Store,
     progress: Progress = silent,
     options: WorkerOptions = HERE,
-) -> Prepared:
-    """Write the source's images as Parquet shards into the folder `out`; finished shards of a killed run are kept.
+) -> PrepareResult:
+    """Write the source's images as Parquet shards to the folder `out`; finished shards of a killed run are reused.
 
     Args:
-        source: as `list_source` listed it.
+        source: from `list_source`.
         config: shards, splits and limits.
         out: the folder.
-        progress: called with containers looked into, then with images.
-        options: how wide to run; changes no byte.
+        progress: called with the number of containers listed, then of images.
+        options: workers; change no byte.
 
     Raises:
-        ValueError: where a split or a class is left without a usable image, or too many entries are rejected;
-            rejects.parquet is there nevertheless.
+        ValueError: a split or a class has no usable image, or too many entries are rejected; rejects.parquet is
+            written nevertheless.
         TransientError: storage or workers failed.
     """
     is_contained = bool(source.containers)
@@ -112,11 +110,11 @@ def prepare(
         "classes": len(source.class_names or ()),
     }
     images = set_hash.join(result.images for result in results)
-    return Prepared(counts, set_hash.digest(json.dumps(source.class_names).encode() + b"\n", images), files)
+    return PrepareResult(counts, set_hash.digest(json.dumps(source.class_names).encode() + b"\n", images), files)
 
 
 def _of_images(progress: Progress, found: int) -> Progress:
-    """Tell of shards as of the images that they hold on average."""
+    """Report shards as the images that they hold on average."""
 
     def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
         progress(found * done // total, found, figures)
@@ -125,10 +123,10 @@ def _of_images(progress: Progress, found: int) -> Progress:
 
 
 def check_reject_rate(counts: Mapping[str, int], config: DataConfig, where: str) -> None:
-    """Hold prepared images against today's `max_reject_rate`: they may have been prepared under a higher one.
+    """Check prepared images against the current `max_reject_rate`, which may be lower than when they were prepared.
 
     Raises:
-        ValueError: more was rejected.
+        ValueError: the share of rejected entries is higher.
     """
     found, rejected = counts.get("found", 0), counts.get("rejected", 0)
     if found >= RATE_FROM and rejected > config.max_reject_rate * found:
@@ -139,7 +137,7 @@ def check_reject_rate(counts: Mapping[str, int], config: DataConfig, where: str)
 
 
 def _check_rate(source: Source, found: int, rejects: pa.Table, config: DataConfig, out: Store) -> None:
-    """Refuse a large source of which too much is rejected: rather a mistake than noise."""
+    """Check that a large source has few rejected entries; many suggest a mistake rather than noise."""
     if found < RATE_FROM or len(rejects) <= config.max_reject_rate * found:
         return
     alike = collections.Counter(gist(reason) for reason in values(rejects["reason"]))
@@ -152,12 +150,12 @@ def _check_rate(source: Source, found: int, rejects: pa.Table, config: DataConfi
 
 
 def gist(reason: str) -> str:
-    """A reason without what differs from file to file."""
+    """Normalise a reason, so that those of different files are equal."""
     return re.sub(r"'[^']*'", "'...'", re.sub(r"[0-9]+", "N", reason))[:120]
 
 
 def _check_usable(source: Source, results: Sequence[ShardResult], rejects: pa.Table) -> None:
-    """Refuse what nothing can be trained on or measured with."""
+    """Check that every split, and every class in train, has a usable image."""
     example = ""
     if len(rejects):
         first = rejects.slice(0, 1).to_pylist()[0]

@@ -1,4 +1,4 @@
-"""One shard: its entries are read ahead, decoded, and written as they were, or resized; what fails is told."""
+"""Prepare one shard: read its entries ahead, decode them, and write them unchanged or resized; list the rejected."""
 
 import collections
 import functools
@@ -24,13 +24,13 @@ from sftok.prepare.plan import ShardJob
 from sftok.sources.listing import Entry, RejectedEntryError, Source
 
 _REJECTS_KEY = b"sftok.rejects"
-ROWS_A_GROUP = 256  # 28 MB of ImageNet's JPEGs: one request to S3, and a bound on what a reader holds
-READERS = 8  # threads that read ahead of the decoding: on S3 an image is a request of some 20 ms
+ROWS_A_GROUP = 256  # 28 MB of ImageNet's JPEGs: one request to S3, and a bound on a reader's memory
+READERS = 8  # threads that read ahead: on S3 an image is a request of some 20 ms
 REJECTED = pa.schema([("path", pa.large_string()), ("reason", pa.large_string()), ("size", pa.int64())])
 
 
 class Reject(NamedTuple):
-    """An entry that is no image, and why."""
+    """A rejected entry, and the reason."""
 
     path: str
     reason: str
@@ -38,16 +38,16 @@ class Reject(NamedTuple):
 
 
 class ShardResult(NamedTuple):
-    """One written shard: its file, and what there is to know of its images and of what was rejected."""
+    """A written shard, with a summary of its images and its rejected entries."""
 
     file: FileEntry
-    images: int  # their product, as of `infra.artifacts.set_hash`
-    labels: int  # a bit for each that an image has
-    packed_rejects: bytes  # of a million shards a driver holds the results
+    images: int  # their product as in `infra.artifacts.set_hash`
+    labels: int  # bit set of the labels that occur
+    packed_rejects: bytes  # compressed, since a driver holds the results of a million shards
 
     @property
     def rejects(self) -> pa.Table:
-        """Path, reason and size of what was rejected."""
+        """Path, reason and size of the rejected entries."""
         rejects = json.loads(zlib.decompress(self.packed_rejects)) if self.packed_rejects else []
         columns = list(zip(*rejects, strict=True)) or [()] * len(REJECTED)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, REJECTED, strict=True)]
@@ -55,18 +55,18 @@ class ShardResult(NamedTuple):
 
 
 class ShardWriter:
-    """A worker: makes one shard a call."""
+    """A worker that makes one shard per call."""
 
     def __init__(self, source: Source, config: DataConfig, out: Store) -> None:
         self.source, self.config, self.out = source, config, out
 
     def __call__(self, job: ShardJob) -> ShardResult:
-        """Make a shard, or find it made."""
+        """Make a shard, unless it is made already."""
         return prepare_shard(job, self.source, self.config, out=self.out)
 
 
 def prepare_shard(job: ShardJob, source: Source, config: DataConfig, *, out: Store) -> ShardResult:
-    """Read, check and write the images of one shard, or find them written."""
+    """Read, check and write the images of one shard, unless they are written already."""
     if (file := shard_entry(out, job.name)) is not None:
         return _read_back(job, file, out)
     to_row = _Rows(source, config)
@@ -89,21 +89,21 @@ def prepare_shard(job: ShardJob, source: Source, config: DataConfig, *, out: Sto
                 rows.clear()
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-        # The shard tells what it left out, so that a run that was killed need not read its images again to know.
+        # The shard lists its rejected entries, so that a resumed run need not read its images again to know them.
         writer.add_key_value_metadata({_REJECTS_KEY: json.dumps(rejects).encode()})
     file = write_shard(out, job.name, sink.getvalue(), len(accepted))
     return _result(job, file, accepted, rejects)
 
 
 class _Rows:
-    """Makes rows of entries, or raises why there is none."""
+    """Makes rows from entries, or raises the reason to reject them."""
 
     def __init__(self, source: Source, config: DataConfig) -> None:
         self.source, self.config = source, config
         self.class_ids = {name: index for index, name in enumerate(source.class_names or ())}
 
     def read(self, entry: Entry) -> bytes:
-        """The bytes of an entry."""
+        """Read the bytes of an entry."""
         if entry.problem is not None:
             raise RejectedEntryError(entry.problem)
         if self.source.class_names is not None and entry.class_name is None and self.config.labels == "required":
@@ -126,9 +126,9 @@ class _Rows:
 
 
 def _kept(image: Image.Image, name: str) -> bytes:
-    """The bytes of a file without loss."""
+    """Save an image as the bytes of a lossless file."""
     file = io.BytesIO()
-    if name == "webp":  # with the least effort: five times as fast, and an eighth larger
+    if name == "webp":  # at the lowest effort: five times as fast, and an eighth larger
         image.save(file, "WEBP", lossless=True, quality=0, method=0, exact=True)
     else:
         image.save(file, "PPM")
@@ -138,7 +138,7 @@ def _kept(image: Image.Image, name: str) -> bytes:
 def _read_ahead(
     entries: Iterable[Entry], read: Callable[[Entry], bytes]
 ) -> Iterator[tuple[Entry, Callable[[], bytes]]]:
-    """Entries in their order, each with what gives its bytes or raises; the next few are read meanwhile."""
+    """Yield entries in order, each with a function that returns its bytes or raises; some are read ahead."""
     waiting: collections.deque[tuple[Entry, Future[bytes]]] = collections.deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
         try:
@@ -172,7 +172,7 @@ def _result(
 
 
 def _schema(class_names: Sequence[str] | None, split: str) -> pa.Schema:
-    """Arrow schema with what Hugging Face `datasets` needs to see images and classes."""
+    """Make the Arrow schema, with metadata by which Hugging Face `datasets` recognises images and classes."""
     label: dict[str, object] = {"dtype": "int64", "_type": "Value"}
     if class_names:
         label = {"names": list(class_names), "_type": "ClassLabel"}
@@ -200,7 +200,7 @@ def _schema(class_names: Sequence[str] | None, split: str) -> pa.Schema:
 
 
 def _writer_options() -> dict[str, Any]:
-    # No dictionary and no statistics of image bytes: no two are equal, and nobody filters by them.
+    # No dictionary or statistics of image bytes: no two are equal, and nothing filters by them.
     return {
         "compression": "zstd",
         "compression_level": 1,

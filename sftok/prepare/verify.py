@@ -1,4 +1,4 @@
-"""Whether image Parquet holds what it should: files are checked one by one, and tallies of all put together."""
+"""Verify image Parquet: check files one by one, then combine tallies of all."""
 
 import hashlib
 import json
@@ -20,25 +20,25 @@ from sftok.prepare.prepare import REJECTS
 
 UNREADABLE = (pa.ArrowException, KeyError, TypeError, ValueError, OSError)
 
-OF_A_SET = 2  # version of images from which on the content digest is of a set
+OF_A_SET = 2  # version of images from which on the content digest is that of a set
 
-ClassNames = tuple[str, list[str] | None] | None  # with the file that they are of
+ClassNames = tuple[str, list[str] | None] | None  # with the file that they are from
 
 
 class ImagesTally(NamedTuple):
-    """What there was in one file of images."""
+    """Summary of one file of images."""
 
     split: str | None  # None: the list of rejects
     rows: int
-    product: int = 1  # of the images, as of `infra.artifacts.set_hash`
+    product: int = 1  # of the images, as in `infra.artifacts.set_hash`
     is_placed: bool = True  # every image is in the shard that its id hashes to
 
 
 class ImagesCheck:
-    """accepted + rejected = found; every image whole, once, and in the shard that its id hashes to."""
+    """Checks that accepted + rejected = found, and that every image is intact, unique and in the shard of its hash."""
 
     def __init__(self, manifest: Manifest, class_names: ClassNames) -> None:
-        """`class_names` are those of the first shard, with its name."""
+        """Check against a manifest, and the class names of the first shard, given with its name."""
         self.manifest, self.class_names = manifest, class_names
 
     def file(self, entry: FileEntry, path: Path, images: str | None = None) -> tuple[list[Finding], ImagesTally | None]:
@@ -49,7 +49,7 @@ class ImagesCheck:
             return [], None
         try:
             findings: list[Finding] = []
-            # Buffered ahead, as Arrow does by default, the whole shard would be in memory.
+            # Pre-buffered, Arrow's default, the whole shard would be in memory.
             with pq.ParquetFile(path, pre_buffer=False) as file:
                 if match is None:
                     tally = ImagesTally(None, file.metadata.num_rows)
@@ -62,7 +62,7 @@ class ImagesCheck:
         return findings, tally
 
     def end(self, tallies: Sequence[ImagesTally]) -> Iterator[Finding]:
-        """What can be told only when all files were seen."""
+        """Find problems that show only when all files were checked."""
         found = self._counts(tallies)
         for name, count in found.items():
             if self.manifest.counts.get(name) != count:
@@ -74,7 +74,7 @@ class ImagesCheck:
             yield Finding(MANIFEST, f"content_digest is {self.manifest.content_digest}, the images make {digest}")
 
     def proven(self, tallies: Sequence[ImagesTally]) -> list[str]:
-        """What holds if there are no findings."""
+        """State what was verified if there are no findings."""
         counts = self._counts(tallies)
         return [
             f"found {counts['found']:,} = accepted {counts['accepted']:,} + rejected {counts['rejected']:,}",
@@ -95,7 +95,7 @@ class ImagesCheck:
         return {**counts, "accepted": rows.total() - rows[None], "rejected": rows[None], "found": rows.total()}
 
     def _shard(self, name: str, match: re.Match[str], file: pq.ParquetFile) -> tuple[list[Finding], ImagesTally]:
-        """The rows of a shard, a few images at a time."""
+        """Check the rows of a shard, a few images at once."""
         index, total = int(match["index"]), int(match["total"])
         damaged: list[str] = []
         astray: list[str] = []
@@ -106,7 +106,7 @@ class ImagesCheck:
             images = batch["image"].field("bytes")
             for row, image in zip(rows, images, strict=True):
                 image_id, label = row["image_id"], row["label"]
-                # A view of Arrow's memory, not a copy; an image that is null has no bytes to be those of a hash.
+                # A view of Arrow's memory, not a copy; an image that is null has no bytes to hash.
                 if not image.is_valid or hashlib.sha256(image.as_buffer()).hexdigest() != row["sha256"]:
                     damaged.append(image_id)
                 if bucket_of(image_id, total) != index:

@@ -1,9 +1,9 @@
-"""Sources whose images lie in containers (tar, Parquet): which files there are, then, by workers, what is in them.
+"""Sources whose images are in containers (tar, Parquet): the driver lists the containers, workers their contents.
 
-Each container is read once. What comes out is a small table of its entries, and, where the container compresses
-(Parquet), the images laid open in files beside it; so that afterwards every image is a range of bytes of some file, as
-an ImageFolder's is a whole file, and one way of making shards serves all sources. The alternative, to sort the bytes of
-each container into the shards' buckets, would write containers x shards pieces: for ImageNet as many as images.
+Each container is read once, into a small table of its entries and, if it compresses images (Parquet), files with the
+uncompressed images. Then every image is a range of bytes of some file, as an ImageFolder's image is a whole file, and
+shards are made in the same way from all sources. The alternative, to sort the bytes of each container into buckets of
+shards, would write containers x shards pieces: for ImageNet as many as images.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from sftok.config import DataConfig
 from sftok.sources.files import FolderReader, Item, beside, is_litter, locate, open_files
 from sftok.sources.folder import check_exists
 from sftok.sources.labels import are_numbers, names_of, no_labels
-from sftok.sources.listing import POSSIBLE, Container, Entries, Entry, Source, Tables, Task, Unpacker
+from sftok.sources.listing import POSSIBLE, Container, ContainerTask, Entries, Entry, ParquetEntries, Source, Unpacker
 
 log = logging.getLogger(__name__)
 
-BYTES = "bytes"  # folder of images laid open
+BYTES = "bytes"  # folder of uncompressed images
 _PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|test)(?=$|[-_.0-9])")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -36,18 +36,18 @@ _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 MOST_NAMES = 1_000_000  # of one pattern
 
 
-# --- which files
+# --- containers
 
 
 def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Container, ...], Entries]:
-    """The folder, the containers (sorted by path), and entries for those that cannot be read, of one of three forms.
+    """List containers: their folder, the containers sorted by path, and entries for those that cannot be read.
 
     Args:
         uri: a folder or prefix, a file, or a pattern such as `s3://bucket/train-{00000..00009}.tar`.
-        suffixes: of the containers' names, in small letters.
+        suffixes: of the containers' names, in lower case.
 
     Raises:
-        ValueError: there is none, a file of the pattern is missing, or there is only a val split.
+        ValueError: there are none, a file of the pattern is missing, or there is only a val split.
     """
     if "{" in uri or uri.lower().endswith(suffixes):
         root, items = _named_files(uri)
@@ -68,7 +68,7 @@ def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Con
 
 
 def _named_files(uri: str) -> tuple[str, list[Item]]:
-    """The files that a name or pattern stands for, each of which has to exist."""
+    """List the files that a name or pattern stands for, each of which has to exist."""
     head, _, _ = uri.partition("{")
     files, start = beside(head)
     wanted = [name[len(head) - len(start) :] for name in expand(uri)]
@@ -86,10 +86,10 @@ def _named_files(uri: str) -> tuple[str, list[Item]]:
 
 
 def expand(pattern: str) -> list[str]:
-    """All names of a pattern with {00..12} and {a,b}, as a shell would.
+    """Expand a pattern with {00..12} and {a,b} to all names, as a shell does.
 
     Raises:
-        ValueError: braces without a meaning, or too many names.
+        ValueError: braces hold neither a range nor a list, or there are too many names.
     """
     parts: list[Sequence[str]] = []
     for position, text in enumerate(_BRACES.split(pattern)):
@@ -108,7 +108,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def splits_of(root: str, paths: Sequence[str]) -> dict[str, str | None]:
-    """The split of each path that is read, by the names of its folders or its own; None for all: by hash.
+    """Return the split of each path to read, by the name of a folder or its own; None for all: split by hash.
 
     Raises:
         ValueError: there is a val split and no train split.
@@ -145,22 +145,22 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])} and {len(names) - 3} more" if len(names) > 3 else ", ".join(names)
 
 
-# --- what is in them
+# --- contents
 
 
 def open_containers(source: Source, *, folder: Store, options: WorkerOptions, progress: Progress) -> Source:
-    """Look into all containers; the source with its entries, and without class names that are not stated yet.
+    """List the contents of all containers; returns the source with its entries, but class names only if stated.
 
-    Those that `folder` tells of are not read again.
+    Containers whose tables are in `folder` already are not read again.
     """
     assert source.unpack is not None
-    tasks = [Task(container, number, folder) for number, container in enumerate(source.containers)]
+    tasks = [ContainerTask(container, number, folder) for number, container in enumerate(source.containers)]
     work = functools.partial(_Opener, source.unpack)
     files = map_shards(work, tasks, options=options, progress=progress)
     root = folder.at(BYTES).uri if source.unpack.lays_open else source.unpack.uri
     return dataclasses.replace(
         source,
-        entries=Tables(source.entries, folder, files),
+        entries=ParquetEntries(source.entries, folder, files),
         read=FolderReader(root),
         containers=(),
         unpack=None,
@@ -169,10 +169,10 @@ def open_containers(source: Source, *, folder: Store, options: WorkerOptions, pr
 
 
 def name_classes(source: Source, found: Iterable[str], config: DataConfig) -> Source:
-    """The source with the class names that were found in its containers, where none are stated.
+    """Set a source's class names to those found in its containers, unless they are stated.
 
     Raises:
-        ValueError: there are no labels where they are required, or they cannot be understood.
+        ValueError: labels are required and there are none, or they are both numbers and names.
     """
     names = source.class_names
     if names is None and config.labels != "none":
@@ -183,12 +183,12 @@ def name_classes(source: Source, found: Iterable[str], config: DataConfig) -> So
 
 
 class _Opener:
-    """A worker: makes the table of one container a call."""
+    """A worker that makes the table of one container per call."""
 
     def __init__(self, unpack: Unpacker) -> None:
         self.unpack = unpack
 
-    def __call__(self, task: Task) -> FileEntry:
+    def __call__(self, task: ContainerTask) -> FileEntry:
         name = _name(task)
         if (done := shard_entry(task.folder, name)) is not None:
             return done
@@ -198,23 +198,23 @@ class _Opener:
         return write_shard(task.folder, name, sink.getvalue(), len(entries))
 
 
-def _name(task: Task) -> str:
+def _name(task: ContainerTask) -> str:
     return f"{task.number:06d}.parquet"
 
 
 def container_problem(container: Container, reason: str) -> Entry:
-    """The entry that tells of a damaged container."""
+    """Make the entry of a damaged container."""
     return Entry(container.path, container.size, split=container.split, problem=reason)
 
 
-def check_storage(error: Exception, unpack: Unpacker, task: Task) -> None:
-    """Raise the storage's own error, if it was not the container that failed: a reject is for ever."""
+def check_storage(error: Exception, unpack: Unpacker, task: ContainerTask) -> None:
+    """Raise the error if storage failed rather than the container, since a rejection is permanent."""
     if isinstance(error, OSError) and (isinstance(error, ConnectionError) or error.errno is not None):
         raise error
     files, path = locate(unpack.uri, task.container.path)
     files.read_range(path, 0, min(1, task.container.size))
 
 
-def stored_range(task: Task, piece: int) -> str:
-    """Name of a file of images laid open."""
+def stored_range(task: ContainerTask, piece: int) -> str:
+    """Name a file of uncompressed images."""
     return f"{task.number:06d}-{piece:04d}.bin"

@@ -1,4 +1,4 @@
-"""scikit-learn's digits as a source: real images that need no download."""
+"""scikit-learn's handwritten digits as a source: real images that need no download."""
 
 import functools
 import io
@@ -12,14 +12,14 @@ from sftok.sources.listing import DIGITS, Entries, Entry, Source
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # here, since importing it takes a second that folders need not pay
+    from sklearn.datasets import load_digits  # here, since the import takes a second that other sources need not pay
 
     data = load_digits()
     return data.images, data.target
 
 
 def read_digit(entry: Entry) -> bytes:
-    """One of scikit-learn's digits, 8x8 in 17 greys, as the PNG of a 32x32 RGB image (bicubic)."""
+    """Read a digit, 8x8 with 17 grey levels, as the PNG of a 32x32 RGB image (bicubic)."""
     scan = _digits()[0][int(entry.image_id[len("digits/") : -len(".png")])]
     grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
     file = io.BytesIO()
@@ -28,7 +28,7 @@ def read_digit(entry: Entry) -> bytes:
 
 
 def list_digits(config: DataConfig) -> Source:
-    """The 1,797 digits with their ten classes."""
+    """List the 1,797 digits with their ten classes."""
     _, labels = _digits()
     is_labelled = config.labels != "none"
     entries = (

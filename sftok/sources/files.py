@@ -1,6 +1,6 @@
-"""The files of a source, on disk or on S3: listed with what tells whether they changed, read whole or by ranges.
+"""The files of a source, on disk or S3: listed with a version that changes with them, read whole or by ranges.
 
-A store keeps to plain names; a source may call its files anything, so it is read beside `infra.store.store`.
+Stores allow plain names only; a source's files may have any name, so it is not read through `infra.store.store`.
 """
 
 import errno
@@ -21,7 +21,7 @@ from infra.store.s3 import Bucket
 from infra.store.store import BUCKET
 from sftok.sources.listing import POSSIBLE, Entry, RejectedEntryError
 
-# What operating systems leave behind; besides it, everything in a class folder counts as found.
+# Files that operating systems leave behind; everything else in a class folder counts as found.
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 _IMAGE_SUFFIXES = frozenset(
     "jpg jpeg jpe jfif png gif bmp dib tif tiff webp ppm pgm pbm pnm jp2 j2k avif".split()  # noqa: SIM905
@@ -31,12 +31,12 @@ NOT_UTF8 = "the file's name is not UTF-8"
 
 
 class Item(NamedTuple):
-    """What a listing tells of one thing."""
+    """A file or folder in a listing."""
 
     path: str  # relative to the files' root, with /
     size: int = 0  # bytes
     version: str = ""  # modification time in ns, or etag
-    problem: str | None = None  # why it is no file that can be read
+    problem: str | None = None  # reason why it cannot be read
     is_folder: bool = False
 
     @property
@@ -46,7 +46,7 @@ class Item(NamedTuple):
 
 
 class Files(Protocol):
-    """A folder to read from. Paths are relative to it; those of folders are empty or end with /."""
+    """A folder to read from. Paths are relative to it; paths of folders are empty or end with /."""
 
     @property
     def uri(self) -> str: ...  # noqa: D102
@@ -58,10 +58,10 @@ class Files(Protocol):
 
 
 def open_files(uri: str) -> Files:
-    """The files below a local folder or an S3 prefix; nothing is contacted yet.
+    """Open a local folder or an S3 prefix; no request is made yet.
 
     Raises:
-        ValueError: for another kind of place, or credentials in the URI.
+        ValueError: it is neither, or the URI holds credentials.
     """
     if uri.startswith("s3://"):
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -81,7 +81,7 @@ def open_files(uri: str) -> Files:
 
 
 def locate(uri: str, path: str) -> tuple[Files, str]:
-    """The files and the path in them of what `uri` calls `path`: relative to it, absolute, or a URI itself."""
+    """Return the files and the path in them for `path`, which is relative to `uri`, absolute, or a URI itself."""
     if path.startswith("/") or _SCHEME.match(path):
         head, _, name = path.rpartition("/")
         return open_files(head or "/"), unquote(name) if path.startswith("file://") else name
@@ -89,23 +89,23 @@ def locate(uri: str, path: str) -> tuple[Files, str]:
 
 
 def beside(uri: str) -> tuple[Files, str]:
-    """The files of the folder that a file is in, and its name."""
+    """Open the folder of a file; return it and the file's name."""
     folder, slash, name = uri.rpartition("/")
     return open_files(folder or slash or "."), name
 
 
 @dataclass(frozen=True)
 class FolderReader:
-    """Reads images that are files, or ranges of files, of a folder or prefix."""
+    """Reads images that are files, or ranges of files, below a folder or prefix."""
 
     root: str
 
     def __call__(self, entry: Entry) -> bytes:
-        """Return the bytes of an image; one that is gone or forbidden is rejected, other errors are the storage's.
+        """Read the bytes of an image; other errors than those below are the storage's.
 
         Raises:
-            RejectedEntryError: it cannot be read.
-            TransientError: it is not what was listed: the source has to be listed again.
+            RejectedEntryError: it is gone, forbidden, or its file is too short.
+            TransientError: its size has changed, so the source has to be listed again.
         """
         files, path = locate(self.root, entry.file) if entry.file else (open_files(self.root), entry.image_id)
         try:
@@ -131,22 +131,22 @@ def _as_listed(entry: Entry, data: bytes) -> bytes:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is called like an image."""
+    """Return whether a file is named like an image."""
     return posixpath.splitext(name)[1][1:].lower() in _IMAGE_SUFFIXES
 
 
 def is_litter(name: str) -> bool:
-    """Whether an operating system left the file behind."""
+    """Return whether a file was left behind by an operating system."""
     return name in _LITTER or name.startswith("._")
 
 
 def visible(items: Iterator[Item]) -> list[Item]:
-    """Items without the hidden ones, sorted by name."""
+    """Sort items by name, without the hidden ones."""
     return sorted(item for item in items if not item.name.startswith(".") and not is_litter(item.name))
 
 
 def is_utf8(name: str) -> bool:
-    """Whether Parquet can hold the name: Python carries odd bytes of a file system as surrogates."""
+    """Return whether Parquet can hold a name: Python represents undecodable bytes of file names as surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -155,7 +155,7 @@ def is_utf8(name: str) -> bool:
 
 
 def escaped(name: str) -> str:
-    """The name with bytes that are not UTF-8 written out."""
+    """Escape the bytes of a name that are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -164,12 +164,12 @@ def escaped(name: str) -> str:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files below a folder of this machine."""
+    """Files below a local folder."""
 
     uri: str
 
     def scan(self, folder: str) -> Iterator[Item]:
-        """Everything directly in a folder, in no order."""
+        """List everything directly in a folder, in no order."""
         path = os.path.join(self.uri, folder)
         try:
             with os.scandir(path) as found:
@@ -177,13 +177,13 @@ class LocalFiles:
         except PermissionError as error:
             raise ValueError(f"folder {path!r} cannot be listed: allow reading it, or remove it") from error
         for item in items:
-            if os.path.isdir(item.path):  # unlike item.is_dir(), no error for a link to itself
+            if os.path.isdir(item.path):  # unlike item.is_dir(), it raises no error for a link to itself
                 yield Item(f"{folder}{item.name}", is_folder=True)
             else:
                 yield _described(f"{folder}{item.name}", item.path)
 
     def walk(self, folder: str) -> Iterator[Item]:
-        """Every file below a folder; links are followed, unless they lead back up, which is a problem of the link."""
+        """List every file below a folder; links are followed, but those that lead back up have a problem."""
         parts = folder.rstrip("/").split("/") if folder else []
         above = [_inode(os.path.join(self.uri, *parts[:depth])) for depth in range(len(parts))]
         if folder and _inode(os.path.join(self.uri, folder)) in above:
@@ -206,22 +206,22 @@ class LocalFiles:
             yield from self._walk(f"{item.path}/", here)
 
     def read(self, path: str) -> bytes:
-        """All bytes of a file."""
+        """Read a file."""
         return Path(self.uri, path).read_bytes()
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes `start` to `end`, the end excluded; fewer where the file ends."""
+        """Read bytes `start` to `end`, the end excluded; fewer if the file ends before."""
         with open(os.path.join(self.uri, path), "rb") as file:
             file.seek(start)
             return file.read(end - start)
 
     def open(self, path: str) -> BinaryIO:
-        """A file for reading."""
+        """Open a file for reading."""
         return open(os.path.join(self.uri, path), "rb")
 
 
 def _described(path: str, where: str) -> Item:
-    """The item of a file, with the problem that can be seen from outside."""
+    """Make the item of a file, with any problem that shows without opening it."""
     try:
         info = os.stat(where)
     except OSError as error:
@@ -236,7 +236,7 @@ def _described(path: str, where: str) -> Item:
 
 
 def _named(path: str, size: int = 0, version: str = "", problem: str | None = None) -> Item:
-    # Parquet strings are UTF-8: the path is listed with its odd bytes escaped.
+    # Parquet strings are UTF-8, so other bytes of the path are escaped.
     return Item(path, size, version, problem) if is_utf8(path) else Item(escaped(path), size, version, NOT_UTF8)
 
 
@@ -248,18 +248,18 @@ def _inode(path: str) -> tuple[int, int]:
 # --- S3
 
 
-class _Listed(Bucket):
-    """A bucket that tells sizes and etags of what it lists."""
+class _ListingBucket(Bucket):
+    """A bucket whose listings include sizes and etags."""
 
     def contents(self, prefix: str, *, one_level: bool) -> Iterator[dict[str, Any]]:
-        """Pages of objects and, for one level, common prefixes."""
+        """List pages of objects, and common prefixes if `one_level`."""
         return self._pages(prefix, **({"Delimiter": "/"} if one_level else {}))
 
 
 @functools.lru_cache(maxsize=16)
-def _bucket(name: str) -> _Listed:
-    """One client a bucket and process; credentials stay in the environment."""
-    return _Listed(name, "")
+def _bucket(name: str) -> _ListingBucket:
+    """Make a client, one per bucket and process; credentials stay in the environment."""
+    return _ListingBucket(name, "")
 
 
 @dataclass(frozen=True)
@@ -271,11 +271,11 @@ class S3Files:
 
     @property
     def uri(self) -> str:
-        """Where the files are."""
+        """URI of the prefix."""
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def scan(self, folder: str) -> Iterator[Item]:
-        """Everything directly in a folder."""
+        """List everything directly in a folder."""
         start = self._key(folder)
         skip = len(start) - len(folder)
         for page in _bucket(self.bucket).contents(start, one_level=True):
@@ -286,7 +286,7 @@ class S3Files:
                     yield _listed(found, skip)
 
     def walk(self, folder: str) -> Iterator[Item]:
-        """Every file below a folder, and what a disk would have as a folder named like an image."""
+        """List every file below a folder, and prefixes that on a disk would be folders named like images."""
         start = self._key(folder)
         skip = len(start) - len(folder)
         told: set[str] = set()
@@ -303,15 +303,15 @@ class S3Files:
                     yield item
 
     def read(self, path: str) -> bytes:
-        """All bytes of an object."""
+        """Read an object."""
         return _bucket(self.bucket).read(self._key(path))
 
     def read_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes `start` to `end`, the end excluded."""
+        """Read bytes `start` to `end`, the end excluded."""
         return _bucket(self.bucket).read_range(self._key(path), start, end) if end > start else b""
 
     def open(self, path: str) -> BinaryIO:
-        """An object for reading; what was read is kept for a few steps back, as tar and Parquet need them."""
+        """Open an object for reading; recent blocks are cached, since tar and Parquet readers step back a little."""
         opened = _bucket(self.bucket).open(self._key(path))
         assert isinstance(opened, io.BufferedIOBase)
         return opened

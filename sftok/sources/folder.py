@@ -1,7 +1,7 @@
-"""ImageFolder, on disk or on S3: DIR/train/CLASS/* and DIR/val/CLASS/*, or DIR/CLASS/*; without classes only if asked.
+"""ImageFolder on disk or S3: DIR/train/CLASS/* and DIR/val/CLASS/*, or DIR/CLASS/*; without classes only on request.
 
-A folder without class folders is more often a wrong path than unlabelled data, and a run that trains without labels by
-mistake is found out late: hence `data.labels` has to say so.
+A folder without class folders is more often a wrong path than unlabelled data, and training without labels by mistake
+is noticed late; hence `data.labels` has to say so.
 """
 
 import itertools
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _UNLABELLED = "or set data.labels = none to go without classes"
 
 
-class _Part(NamedTuple):
+class _ClassFolders(NamedTuple):
     """A folder of class folders."""
 
     prefix: str  # "" or ends with /
@@ -32,7 +32,7 @@ def list_folder(uri: str, config: DataConfig) -> Source:
     """List an ImageFolder.
 
     Raises:
-        ValueError: it does not exist, or has no images or no classes where `config.labels` requires them.
+        ValueError: it does not exist, has no images, or lacks classes that `config.labels` requires.
     """
     files = open_files(uri)
     check_exists(files)
@@ -58,10 +58,10 @@ def list_folder(uri: str, config: DataConfig) -> Source:
 
 
 def check_folder(uri: str, config: DataConfig) -> None:
-    """Look at the top of an ImageFolder: an image, and the class folders; what is in each is not listed.
+    """Check the top of an ImageFolder: that there are images and class folders, whose contents are not listed.
 
     Raises:
-        ValueError: as `list_folder`, as far as can be seen from there.
+        ValueError: as `list_folder`, for errors visible from the top.
     """
     files = open_files(uri)
     check_exists(files)
@@ -72,17 +72,17 @@ def check_folder(uri: str, config: DataConfig) -> None:
         return
     tops = {part.prefix: visible(files.scan(part.prefix)) for part in parts}
     folders = {prefix: {item.name for item in top if item.is_folder} for prefix, top in tops.items()}
-    # A folder named like an image is a class only if something is in it, which the listing will tell.
+    # A folder named like an image is a class only if it has contents, which only the listing shows.
     if not any(map(is_image_name, set().union(*folders.values()))):
         names = _check_classes(files.uri, sum(map(len, tops.values())), folders, config)
         _check_stated(files.uri, names, config)
 
 
 def check_exists(files: Files) -> None:
-    """Refuse a folder that is none.
+    """Check that a source is an existing folder or prefix.
 
     Raises:
-        ValueError: saying what it is instead.
+        ValueError: it is not; says what it is instead.
     """
     if isinstance(files, LocalFiles):
         if not os.path.isdir(files.uri):
@@ -92,8 +92,8 @@ def check_exists(files: Files) -> None:
         raise ValueError(f"source {files.uri!r} does not exist: there is nothing below that prefix; give {POSSIBLE}")
 
 
-def _layout(files: Files) -> list[_Part]:
-    """Return train and val, or, to be split by hash, train alone or the root itself.
+def _layout(files: Files) -> list[_ClassFolders]:
+    """Return train and val, or a single folder to be split by hash: train alone, or the root itself.
 
     A lone `train` that holds files is a class of vehicles, not a split.
     """
@@ -101,19 +101,19 @@ def _layout(files: Files) -> list[_Part]:
     present = [split for split in SPLITS if split in folders]
     is_split = len(present) == 2 or (present and all(item.is_folder for item in visible(files.scan(f"{present[0]}/"))))
     if not is_split:
-        return [_Part("", None)]
+        return [_ClassFolders("", None)]
     if present == ["val"]:
         raise ValueError(f"source {files.uri!r} has val/CLASS but no train/CLASS: add a train folder")
     if unread := sorted(name for name in folders - set(present) if not name.startswith(".")):
         log.warning("source %s: only %s are read, not %s", files.uri, " and ".join(present), ", ".join(unread))
     if present == ["train"]:
         log.info("source %s has no val folder: a hash of the image ids holds images out", files.uri)
-        return [_Part("train/", None)]
-    return [_Part(f"{split}/", split) for split in present]
+        return [_ClassFolders("train/", None)]
+    return [_ClassFolders(f"{split}/", split) for split in present]
 
 
-def _of_classes(files: Files, part: _Part, config: DataConfig) -> Iterator[Iterable[Entry]]:
-    """Everything in the class folders, one after the other; beside them, only what is named like an image."""
+def _of_classes(files: Files, part: _ClassFolders, config: DataConfig) -> Iterator[Iterable[Entry]]:
+    """Yield the entries of each class folder, and of files beside them that are named like images."""
     for item in _in_order(files.scan(part.prefix)):
         if not item.is_folder:
             if is_image_name(item.name):
@@ -139,15 +139,15 @@ def _of_class(files: Files, item: Item, split: str | None) -> Iterator[Entry]:
         yield from (_entry(found, name, split) for found in itertools.chain([first], inside))
 
 
-def _unlabelled(files: Files, part: _Part) -> Iterator[Iterable[Entry]]:
-    """Every file, at any depth, one folder after the other."""
+def _unlabelled(files: Files, part: _ClassFolders) -> Iterator[Iterable[Entry]]:
+    """Yield every file at any depth, folder by folder."""
     for item in _in_order(files.scan(part.prefix)):
         found: Iterable[Item] = files.walk(f"{item.path}/") if item.is_folder else (item,)
         yield (_entry(inside, None, part.split) for inside in found)
 
 
 def _in_order(items: Iterator[Item]) -> list[Item]:
-    """As what is in them comes by path, so that all is sorted when what is in each is."""
+    """Sort items by the paths of their contents, so that sorted contents of each are sorted over all."""
     return sorted(visible(items), key=lambda item: f"{item.path}/" if item.is_folder else item.path)
 
 
@@ -160,7 +160,7 @@ def _empty(uri: str) -> ValueError:
 
 
 def _check_stated(uri: str, names: Sequence[str] | None, config: DataConfig) -> tuple[str, ...] | None:
-    """The class names of the file, which has to hold all those of the folders."""
+    """Read the class names of the file, and check that they include those of the folders."""
     stated = stated_names(config)
     if stated is not None and names is not None and (unknown := sorted(set(names) - set(stated))):
         raise ValueError(
@@ -171,7 +171,7 @@ def _check_stated(uri: str, names: Sequence[str] | None, config: DataConfig) -> 
 
 
 def _check_classes(uri: str, count: int, classes: dict[str, set[str]], config: DataConfig) -> tuple[str, ...] | None:
-    """The names of all classes; refuse a source without them, or whose splits hold different ones."""
+    """Return the names of all classes, and check that there are any, and the same ones in both splits."""
     names = tuple(sorted(set().union(*classes.values())))
     if not names:
         if config.labels == "optional":

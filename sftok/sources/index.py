@@ -1,4 +1,4 @@
-"""An index of images: a CSV or Parquet table of paths and labels, and perhaps splits.
+"""An index of images: a CSV or Parquet table of paths and labels, and optionally splits.
 
 Paths are relative to the index, absolute, or URIs (s3://...); the image id is the path as the index writes it.
 """
@@ -46,7 +46,7 @@ def list_index(uri: str, config: DataConfig) -> Source:
 
     entries = collect(all_entries())
     if isinstance(entries, Entries):
-        entries = entries.without_repetitions()  # the plan of a longer one sees to it
+        entries = entries.without_repetitions()  # of a longer listing, the plan marks them
     if not len(entries):
         raise ValueError(f"source {uri!r} names no images: add rows")
     names = stated
@@ -58,10 +58,10 @@ def list_index(uri: str, config: DataConfig) -> Source:
 
 
 def check_index(uri: str, config: DataConfig) -> None:
-    """Read an index, and look at none of the images that it names.
+    """Check an index without looking at the images that it names.
 
     Raises:
-        ValueError: as `list_index`, as far as the index tells.
+        ValueError: as `list_index`, for errors of the index itself.
     """
     stated_names(config)
     table = _table(uri, config)
@@ -71,12 +71,12 @@ def check_index(uri: str, config: DataConfig) -> None:
 
 
 def is_index(schema: pa.Schema, config: DataConfig) -> bool:
-    """Whether a Parquet file's columns are those of an index."""
+    """Return whether a Parquet file has the columns of an index."""
     return _choose(schema.names, config.image_column, PATHS) is not None
 
 
 def _table(uri: str, config: DataConfig) -> pa.Table:
-    """What the index at `uri` holds, as `_read`."""
+    """Open and read the index at `uri`; see `_read`."""
     files, name = beside(uri)
     try:
         file = files.open(name)
@@ -87,7 +87,7 @@ def _table(uri: str, config: DataConfig) -> pa.Table:
 
 
 def _read(uri: str, file: BinaryIO, config: DataConfig) -> pa.Table:
-    """The index with the columns path, label (null without labels) and split (null where there is none), as text."""
+    """Read an index: columns path, label (null without labels) and split (null where there is none), as text."""
     with file:
         try:
             table = pq.read_table(file) if uri.lower().endswith(".parquet") else _read_csv(file, uri)
@@ -109,7 +109,7 @@ def _read(uri: str, file: BinaryIO, config: DataConfig) -> pa.Table:
 
 
 def _read_csv(file: BinaryIO, uri: str) -> pa.Table:
-    """All columns as text: "007" is a name, and no number that may be written otherwise."""
+    """Read all columns as text: "007" is a name, not the number 7."""
     delimiter = "\t" if uri.lower().endswith(".tsv") else ","
     parse = pc_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     with pc_csv.open_csv(file, parse_options=parse) as reader:
@@ -128,10 +128,10 @@ def _choose(names: list[str], wanted: str, usual: tuple[str, ...]) -> str | None
 
 
 def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
-    """What each word in the column of splits means; a word that is missing here is not read.
+    """Map the words in the column of splits to splits; rows with a word that is not in the map are not read.
 
     Raises:
-        ValueError: for a word that means nothing, or a val split alone.
+        ValueError: a word is unknown, or there is a val split only.
     """
     found = pc.unique(table["split"]).to_pylist()
     words = {word: _SPLITS.get(word.strip().lower()) for word in found if word is not None}
@@ -152,7 +152,7 @@ def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
 def _entries(
     root: str, table: pa.Table, splits: dict[str | None, str | None], names: tuple[str, ...] | None
 ) -> Iterator[Entry]:
-    """One entry a row, in the order of paths, so that each folder is listed once."""
+    """Yield an entry per row, in the order of paths, so that each folder is listed once."""
     order = pc.sort_indices(table["path"])
     ordered = table.take(order).append_column("row", order)
     folders = _Folders(root)
@@ -181,14 +181,14 @@ def _entries(
 
 
 class _Folders:
-    """Finds files by listing the folders they are in; the last few listings are kept."""
+    """Finds files by listing their folders; the last few listings are cached."""
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.listed: dict[str, dict[str, Item]] = {}
 
     def find(self, path: str) -> Item:
-        """The item of a file, with a problem if there is none."""
+        """Return the item of a file; it has a problem if the file does not exist."""
         folder, slash, name = path.rpartition("/")
         if folder not in self.listed:
             if len(self.listed) == _CACHED_FOLDERS:

@@ -1,4 +1,4 @@
-"""Classes of images: their names from a file, and what a source's own labels (numbers or names) mean."""
+"""Classes of images: class names from a file, and the meaning of a source's labels (numbers or names)."""
 
 import os
 import re
@@ -9,15 +9,15 @@ from sftok.sources.files import locate
 from sftok.sources.listing import RejectedEntryError
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0)?")  # pandas writes integers beside missing ones as 3.0
-MOST_CLASSES = 1_000_000  # a number beyond is no class id
-NO_CLASS = -1  # how Hugging Face's test splits say that there is no label
+MOST_CLASSES = 1_000_000  # larger numbers are no class ids
+NO_CLASS = -1  # marks a missing label in Hugging Face's test splits
 
 
 def stated_names(config: DataConfig) -> tuple[str, ...] | None:
-    """The class names of `config.class_names_file`, None where there is none.
+    """Read the class names of `config.class_names_file`; None if there is none.
 
     Raises:
-        ValueError: it does not exist, is no text, or a name is empty or repeated.
+        ValueError: it does not exist, is not text, or a name is empty or repeated.
     """
     path = config.class_names_file
     if not path or config.labels == "none":
@@ -28,7 +28,7 @@ def stated_names(config: DataConfig) -> tuple[str, ...] | None:
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data.class_names_file = {path!r} is no text file that can be read ({type(error).__name__}): "
-            "give a file with one class name a line"
+            "give a file with one class name per line"
         ) from error
     names = tuple(line.strip() for line in text.rstrip().split("\n"))
     seen: set[str] = set()
@@ -41,10 +41,10 @@ def stated_names(config: DataConfig) -> tuple[str, ...] | None:
 
 
 def class_of(label: object, names: tuple[str, ...] | None) -> str | None:
-    """The class that a label means: a number as its name, where names are known, else as its digits.
+    """Return the class of a label: a number's name if names are known, or else its digits.
 
     Raises:
-        RejectedEntryError: it is no class.
+        RejectedEntryError: it is not a class.
     """
     if isinstance(label, bytes):
         label = _text(label)
@@ -71,10 +71,10 @@ def class_of(label: object, names: tuple[str, ...] | None) -> str | None:
 
 
 def names_of(found: Iterable[str], uri: str) -> tuple[str, ...] | None:
-    """Class names in the order of their ids: numbers up to the largest, or names sorted; None if there are none.
+    """Return class names in the order of their ids: numbers up to the largest, or sorted names; None if there are none.
 
     Raises:
-        ValueError: for both numbers and names.
+        ValueError: there are both numbers and names.
     """
     classes = set(found)
     numbers = {name for name in classes if name.isascii() and name.isdigit()}
@@ -89,12 +89,12 @@ def names_of(found: Iterable[str], uri: str) -> tuple[str, ...] | None:
 
 
 def are_numbers(names: tuple[str, ...] | None) -> bool:
-    """Whether the names only stand in for numbers up to the largest, of which not each needs to have been seen."""
+    """Return whether the names are the numbers up to the largest, not all of which need to occur."""
     return bool(names) and names == tuple(map(str, range(len(names or ()))))
 
 
 def no_labels(uri: str, seen: str) -> ValueError:
-    """The error for a source without labels, where they are required."""
+    """Make the error for a source without labels where labels are required."""
     return ValueError(
         f"source {uri!r} has no labels ({seen}): add them, or set data.labels = none to go without classes"
     )

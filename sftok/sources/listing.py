@@ -1,6 +1,6 @@
-"""What a listing of images is: entries in columns, a million of them in 150 MB, and their source.
+"""Listings of images: entries in columns, a million of them in 150 MB, and the source that they are from.
 
-What is longer than that is spooled to a temporary file as it is listed, and whoever works on it takes it part by part.
+A longer listing is spooled to a temporary file while it is made, and read batch by batch.
 """
 
 import hashlib
@@ -36,28 +36,28 @@ _SCHEMA = pa.schema(
         ("name", _TEXT),
     ]
 )
-_CHUNK = 1 << 12  # entries that exist as Python objects at a time
-_PART = 1 << 18  # entries that a worker is sent at a time, 30 MB
-_MOST_PARTS = 1 << 14  # each bin has a segment of every part
-SPOOL_FROM = 1 << 20  # entries of a listing that is kept in a file
+_CHUNK = 1 << 12  # entries that exist as Python objects at once
+_BATCH = 1 << 18  # entries sent to a worker at once, 30 MB
+_MOST_BATCHES = 1 << 14  # each bin has a segment of every batch
+SPOOL_FROM = 1 << 20  # entries from which on a listing is kept in a file
 
 
 class Entry(NamedTuple):
-    """One thing that a source holds, image or not."""
+    """An item of a source, image or not."""
 
     image_id: str  # path within the source, with /
     size: int  # bytes
-    version: str = ""  # of the file, as far as a listing tells: modification time or etag
+    version: str = ""  # of the file, as known from a listing: modification time or etag
     class_name: str | None = None
     split: str | None = None  # None: by hash of the image id
-    problem: str | None = None  # why it is rejected without being read
-    file: str = ""  # where the bytes are, if not in the file that the image id names
-    offset: int | None = None  # of the image in that file; None: all of the file
-    name: str | None = None  # the image id that it would rather have, if no other entry has the same
+    problem: str | None = None  # reason to reject it without reading it
+    file: str = ""  # file of the bytes, if it is not the one that the image id names
+    offset: int | None = None  # of the image in that file; None: the whole file
+    name: str | None = None  # preferred image id, used if no two entries prefer the same
 
 
 class RejectedEntryError(ValueError):
-    """An entry that cannot be read, now or ever; the message is the reason."""
+    """An entry that can never be read; the message is the reason."""
 
 
 class Entries(Sequence[Entry]):
@@ -80,40 +80,40 @@ class Entries(Sequence[Entry]):
 
     @classmethod
     def join(cls, parts: Iterable["Entries"]) -> "Entries":
-        """One sequence of several."""
+        """Concatenate several sequences."""
         return cls(pa.concat_tables([part.table for part in (cls.of(()), *parts)]).combine_chunks())
 
     def sorted(self) -> "Entries":
-        """By image id, by code points; of equal ones those without a problem first, else as they were."""
+        """Sort by the code points of image ids; of equal ones those without a problem come first, then the smaller."""
         ids = self.table["image_id"]
         if pc.all(pc.less(ids.slice(0, max(len(ids) - 1, 0)), ids.slice(1))).as_py():
-            return self  # and no copy of it
+            return self  # without a copy
         keys = pa.table({"id": self.table["image_id"], "is_bad": pc.is_valid(self.table["problem"])})
         keys = keys.append_column("size", self.table["size"])
         return self.take(pc.sort_indices(keys, [(name, "ascending") for name in keys.column_names]))
 
     def take(self, indices: pa.Array) -> "Entries":
-        """Some of the entries, copied."""
+        """Copy the entries at some indices."""
         return Entries(self.table.take(indices).combine_chunks())
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """All values of a field."""
+        """Return all values of a field."""
         return self.table[name]
 
     def with_column(self, name: str, values: pa.Array | pa.ChunkedArray) -> "Entries":
-        """The same with another column."""
+        """Replace a column."""
         at = _SCHEMA.get_field_index(name)
         return Entries(self.table.set_column(at, _SCHEMA.field(at), values.cast(_SCHEMA.field(at).type)))
 
     def repeated(self) -> pa.ChunkedArray:
-        """For sorted entries, whether each is without a problem and has the image id of the one before it."""
+        """Mark the sorted entries without a problem that have the image id of the entry before."""
         ids = self.table["image_id"]
         same = pc.equal(ids.slice(1), ids.slice(0, max(len(ids) - 1, 0)))
         first = pa.array([False] * min(len(ids), 1), pa.bool_())
         return pc.and_(pa.chunked_array([first, *same.chunks], pa.bool_()), pc.is_null(self.table["problem"]))
 
     def without_repetitions(self) -> "Entries":
-        """Sorted; of entries with one image id only the first has no problem."""
+        """Sort, and mark all but the first of entries with the same image id as having a problem."""
         ordered = self.sorted()
         repeated = ordered.repeated()
         if not pc.any(repeated).as_py():
@@ -145,8 +145,8 @@ class Entries(Sequence[Entry]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class Part(NamedTuple):
-    """Some of the entries of a listing: with the part, or in Parquet files of a folder."""
+class EntryBatch(NamedTuple):
+    """Some entries of a listing, held here or in Parquet files of a folder."""
 
     number: int
     entries: Entries | None
@@ -154,7 +154,7 @@ class Part(NamedTuple):
     names: tuple[str, ...] = ()
 
     def read(self) -> Entries:
-        """The entries."""
+        """Return the entries."""
         if self.entries is not None:
             return self.entries
         assert self.folder is not None
@@ -162,17 +162,17 @@ class Part(NamedTuple):
         return Entries.join(map(Entries, tables))
 
 
-class Parted(Sequence[Entry], ABC):
+class LazyEntries(Sequence[Entry], ABC):
     """Entries that are not held in memory."""
 
     @property
     @abstractmethod
-    def parts(self) -> Sequence[Part]:
-        """All of them, a part at a time."""
+    def batches(self) -> Sequence[EntryBatch]:
+        """All entries, batch by batch."""
 
     def __iter__(self) -> Iterator[Entry]:
-        for part in self.parts:
-            yield from part.read()
+        for batch in self.batches:
+            yield from batch.read()
 
     @overload
     def __getitem__(self, index: int) -> Entry: ...
@@ -184,32 +184,33 @@ class Parted(Sequence[Entry], ABC):
         return next(itertools.islice(self, range(len(self))[index], None))
 
 
-class Tables(Parted):
-    """Entries in Parquet files of a folder, and some besides."""
+class ParquetEntries(LazyEntries):
+    """Entries in Parquet files of a folder, and some held in memory."""
 
     def __init__(self, besides: Sequence[Entry], folder: Store, files: Sequence[FileEntry]) -> None:
         self._besides, self._folder, self._files = Entries.of(besides), folder, files
         self._count = len(besides) + sum(file.rows or 0 for file in files)
 
     @property
-    def parts(self) -> Sequence[Part]:
-        """As many files together as make a part, and last what there is besides."""
-        most = max(_PART, self._count // _MOST_PARTS)
-        parts, names, rows = list[Part](), list[str](), 0
+    def batches(self) -> Sequence[EntryBatch]:
+        """Files grouped into batches, and last the entries held in memory."""
+        most = max(_BATCH, self._count // _MOST_BATCHES)
+        batches, names, rows = list[EntryBatch](), list[str](), 0
         for file in self._files:
             if names and rows + (file.rows or 0) > most:
-                parts.append(Part(len(parts), None, self._folder, tuple(names)))
+                batches.append(EntryBatch(len(batches), None, self._folder, tuple(names)))
                 names, rows = [], 0
             names.append(file.path)
             rows += file.rows or 0
-        return [*parts, Part(len(parts), None, self._folder, tuple(names)), Part(len(parts) + 1, self._besides)]
+        last = EntryBatch(len(batches), None, self._folder, tuple(names))
+        return [*batches, last, EntryBatch(len(batches) + 1, self._besides)]
 
     def __len__(self) -> int:
         return self._count
 
 
-class _Parts(Sequence[Part]):
-    """Parts that are made when they are asked for."""
+class _LazyBatches(Sequence[EntryBatch]):
+    """Batches that are made on demand."""
 
     def __init__(self, count: int, read: Callable[[int], Entries]) -> None:
         self._count, self._read = count, read
@@ -218,34 +219,34 @@ class _Parts(Sequence[Part]):
         return self._count
 
     @overload
-    def __getitem__(self, index: int) -> Part: ...
+    def __getitem__(self, index: int) -> EntryBatch: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Part]: ...
-    def __getitem__(self, index: int | slice) -> Part | list[Part]:
+    def __getitem__(self, index: slice) -> list[EntryBatch]: ...
+    def __getitem__(self, index: int | slice) -> EntryBatch | list[EntryBatch]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        return Part(at, self._read(at))
+        return EntryBatch(at, self._read(at))
 
 
-class Spooled(Parted):
-    """Entries in a temporary file, which vanishes with them."""
+class SpooledEntries(LazyEntries):
+    """Entries in a temporary file, which is deleted with them."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
-        self._file = tempfile.TemporaryFile(prefix="listing-")  # noqa: SIM115  # open as long as there is a reader
+        self._file = tempfile.TemporaryFile(prefix="listing-")  # noqa: SIM115  # open as long as the reader
         self._count = 0
         following = iter(entries)
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         with pa.ipc.new_file(pa.PythonFile(self._file, "w"), _SCHEMA, options=options) as writer:
-            while len(some := Entries.of(itertools.islice(following, _PART))):
+            while len(some := Entries.of(itertools.islice(following, _BATCH))):
                 writer.write_batch(some.table.to_batches()[0])
                 self._count += len(some)
         self._reader = pa.ipc.open_file(pa.PythonFile(self._file, "r"))
 
     @property
-    def parts(self) -> Sequence[Part]:
-        """As they were written."""
-        return _Parts(self._reader.num_record_batches, self._read)
+    def batches(self) -> Sequence[EntryBatch]:
+        """Batches as they were written."""
+        return _LazyBatches(self._reader.num_record_batches, self._read)
 
     def _read(self, number: int) -> Entries:
         return Entries(pa.Table.from_batches([self._reader.get_batch(number)]))
@@ -254,23 +255,23 @@ class Spooled(Parted):
         return self._count
 
 
-def parts_of(entries: Sequence[Entry]) -> Sequence[Part]:
-    """Entries to be worked on one part after the other."""
-    if isinstance(entries, Parted):
-        return entries.parts
+def batches_of(entries: Sequence[Entry]) -> Sequence[EntryBatch]:
+    """Return the batches of a listing."""
+    if isinstance(entries, LazyEntries):
+        return entries.batches
     held = Entries.of(entries)
-    return _Parts(-(-len(held) // _PART), lambda at: held[at * _PART : (at + 1) * _PART])
+    return _LazyBatches(-(-len(held) // _BATCH), lambda at: held[at * _BATCH : (at + 1) * _BATCH])
 
 
-def collect(entries: Iterable[Entry]) -> Entries | Spooled:
-    """Entries in their order: in memory or, where they are many, in a file."""
+def collect(entries: Iterable[Entry]) -> Entries | SpooledEntries:
+    """Collect entries in their order: in memory, or in a file if they are many."""
     following = iter(entries)
     first = Entries.of(itertools.islice(following, SPOOL_FROM))
-    return first if len(first) < SPOOL_FROM else Spooled(itertools.chain(first, following))
+    return first if len(first) < SPOOL_FROM else SpooledEntries(itertools.chain(first, following))
 
 
 def values(column: pa.ChunkedArray) -> Iterator[Any]:
-    """A column's values, few of them as Python objects at a time."""
+    """Iterate over a column's values, few of them as Python objects at once."""
     for batch in pa.table({"": column}).to_batches(max_chunksize=_CHUNK):
         yield from batch.column(0).to_pylist()
 
@@ -284,8 +285,8 @@ class Container(NamedTuple):
     split: str | None
 
 
-class Task(NamedTuple):
-    """One container to look into, and where bytes that are compressed in it can be laid open."""
+class ContainerTask(NamedTuple):
+    """A container to list, and the folder for its images if it compresses them."""
 
     container: Container
     number: int
@@ -294,38 +295,38 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Unpacker(ABC):
-    """Finds the entries of a container; picklable."""
+    """Lists the entries of a container; picklable."""
 
     uri: str  # of the folder that the containers are in
     is_labelled: bool
-    class_names: tuple[str, ...] | None  # None: as they are found
+    class_names: tuple[str, ...] | None  # None: those found in the containers
 
-    lays_open = False  # whether images are copied into the task's folder; else entries point into the container
+    lays_open = False  # whether images are copied to the task's folder; else entries refer to ranges of the container
 
     @abstractmethod
-    def __call__(self, task: Task) -> Iterator[Entry]:
-        """The entries of one container."""
+    def __call__(self, task: ContainerTask) -> Iterator[Entry]:
+        """List the entries of a container."""
 
 
 @dataclass(frozen=True)
 class Source:
     """A listed source; class names in the order of their ids (None: no labels).
 
-    Where its files are containers, the entries are known only after looking into them (see `open_containers`).
+    If its files are containers, the entries are known only once these are listed (see `open_containers`).
     """
 
     uri: str
     entries: Sequence[Entry]
     class_names: tuple[str, ...] | None
-    read: Callable[[Entry], bytes]  # raises RejectedEntryError; any other OSError is the storage's and may pass
-    is_declared: bool = False  # the class names are stated somewhere, whether or not each has images
+    read: Callable[[Entry], bytes]  # raises RejectedEntryError; any other OSError is one of storage, perhaps transient
+    is_declared: bool = False  # class names are stated, whether or not each has images
     containers: tuple[Container, ...] = ()
     unpack: Unpacker | None = None
-    has_names: bool = False  # entries may have another name that they would rather have
+    has_names: bool = False  # entries may have a preferred name
 
     @property
     def digest(self) -> str:
-        """Hash of what the listing tells, and of stated class names: equal means that nothing has to be read."""
+        """Hash of the listing and of stated class names; if it is unchanged, nothing has to be read again."""
         sha256 = hashlib.sha256(json.dumps(self.class_names).encode() if self.is_declared else b"")
         for entry in self.entries:
             sha256.update(json.dumps(entry[:5]).encode() + b"\n")

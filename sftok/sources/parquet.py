@@ -1,7 +1,7 @@
 """Images in Parquet: Hugging Face's image datasets, and any table with a column of bytes and one of labels.
 
-An image cannot be read from Parquet by itself: its column is compressed in pages. Each file is therefore read once, in
-small batches, and its images are laid open in files of at most PIECE_BYTES, from which they are read like files.
+A single image cannot be read from Parquet, since its column is compressed in pages. Each file is therefore read once,
+in small batches, and its images are copied to files of at most PIECE_BYTES, uncompressed, from which ranges are read.
 """
 
 import json
@@ -23,12 +23,12 @@ from sftok.sources.containers import (
 )
 from sftok.sources.files import FolderReader, open_files
 from sftok.sources.labels import class_of, no_labels, stated_names
-from sftok.sources.listing import Container, Entry, RejectedEntryError, Source, Task, Unpacker
+from sftok.sources.listing import Container, ContainerTask, Entry, RejectedEntryError, Source, Unpacker
 
 SUFFIXES = (".parquet",)
 PIECE_BYTES = 1 << 26
-_ROWS = 64  # decoded at a time
-_BUFFER = 1 << 23  # bytes read at a time, instead of whole columns of a row group
+_ROWS = 64  # decoded at once
+_BUFFER = 1 << 23  # bytes read at once, instead of whole columns of a row group
 _LABELS = ("label", "labels", "class", "cls", "class_id", "class_name", "target")
 _DAMAGE = (pa.ArrowException, OSError, ValueError)  # pyarrow raises OSError for corrupt pages too
 
@@ -37,7 +37,7 @@ def list_parquet(uri: str, config: DataConfig) -> Source:
     """List Parquet files of images: a folder, one file, or a pattern with braces.
 
     Raises:
-        ValueError: the columns of images or of labels cannot be told.
+        ValueError: the columns of images or of labels cannot be recognised.
     """
     root, containers, broken = list_containers(uri, SUFFIXES)
     schema = schema_of(root, containers)
@@ -61,7 +61,7 @@ def list_parquet(uri: str, config: DataConfig) -> Source:
 
 @dataclass(frozen=True)
 class ParquetUnpacker(Unpacker):
-    """Lays the images of a Parquet file open; picklable."""
+    """Copies the images of a Parquet file to files of ranges; picklable."""
 
     image: str
     label: str | None
@@ -69,8 +69,8 @@ class ParquetUnpacker(Unpacker):
 
     lays_open = True
 
-    def __call__(self, task: Task) -> Iterator[Entry]:
-        """An entry for each row, whether or not it can be read; one for a file that is no Parquet.
+    def __call__(self, task: ContainerTask) -> Iterator[Entry]:
+        """List an entry per row, readable or not, and one for a file that is not Parquet.
 
         Raises:
             ValueError: the columns or class names differ from those of the first file.
@@ -125,14 +125,14 @@ class ParquetUnpacker(Unpacker):
 
 
 class _Pieces:
-    """Images one after the other in files that are held until they are full."""
+    """Concatenates images into files, each held in memory until it is full."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: ContainerTask) -> None:
         self.task, self.folder = task, task.folder.at(BYTES)
         self.number, self.size, self.held = 0, 0, list[bytes]()
 
     def add(self, data: bytes) -> tuple[str, int]:
-        """Where the image will be: file and offset."""
+        """Append an image and return its file and offset."""
         if self.held and self.size + len(data) > PIECE_BYTES:
             self.flush()
         at, self.size = self.size, self.size + len(data)
@@ -140,7 +140,7 @@ class _Pieces:
         return stored_range(self.task, self.number), at
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the images held."""
         if self.held:
             self.folder.write(stored_range(self.task, self.number), b"".join(self.held))
         self.number, self.size = self.number + 1, 0
@@ -151,7 +151,7 @@ class _Pieces:
 
 
 def schema_of(root: str, containers: Sequence[Container]) -> pa.Schema:
-    """The schema of the first file that can be read.
+    """Read the schema of the first readable file.
 
     Raises:
         ValueError: there is none.
@@ -168,7 +168,7 @@ def schema_of(root: str, containers: Sequence[Container]) -> pa.Schema:
 
 
 def hf_features(schema: pa.Schema) -> dict[str, Any]:
-    """What Hugging Face's metadata say of the columns."""
+    """Read the features of the columns from Hugging Face's metadata."""
     try:
         features = dict(json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"])
     except (ValueError, KeyError, TypeError):
@@ -177,7 +177,7 @@ def hf_features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def class_label_names(features: dict[str, Any], label: str) -> tuple[str, ...] | None:
-    """The names of a ClassLabel."""
+    """Return the names of a ClassLabel."""
     names = features.get(label, {}).get("names")
     if isinstance(names, dict):  # as YAML writes a list
         names = [names[key] for key in sorted(names, key=int)]
@@ -185,12 +185,12 @@ def class_label_names(features: dict[str, Any], label: str) -> tuple[str, ...] |
 
 
 def image_candidates(schema: pa.Schema) -> list[str]:
-    """Columns that can hold images: bytes, or a struct with bytes."""
+    """List the columns that can hold images: bytes, or a struct with bytes."""
     return [field.name for field in schema if _holds_images(field.type)]
 
 
 def image_column(schema: pa.Schema, features: dict[str, Any], config: DataConfig, uri: str) -> str:
-    """The column of images: the one named, the one declared an image, or the only one with bytes."""
+    """Choose the column of images: the named one, the one declared as images, or the only one with bytes."""
     candidates = image_candidates(schema)
     if config.image_column:
         if config.image_column not in candidates:
@@ -210,7 +210,7 @@ def image_column(schema: pa.Schema, features: dict[str, Any], config: DataConfig
 
 
 def label_column(schema: pa.Schema, features: dict[str, Any], config: DataConfig) -> str | None:
-    """The column of labels: the one named, the only ClassLabel, or the one with a usual name."""
+    """Choose the column of labels: the named one, the only ClassLabel, or the one with a usual name."""
     if config.label_column:
         if config.label_column not in schema.names:
             raise ValueError(
@@ -230,7 +230,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a path can be an image id: relative, and not leading out."""
+    """Return whether a path can be an image id: relative, and inside its root."""
     return bool(name) and not posixpath.isabs(name) and ".." not in name.split("/")
 
 

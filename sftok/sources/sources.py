@@ -1,7 +1,7 @@
-"""Where images come from: the door to all kinds of sources, each of which has a chapter of its own (`source_*.py`).
+"""List a source of images of any kind; each kind has a module of its own in this package.
 
-A source is listed once, by the driver, without reading pixels; its reader is small and picklable and goes to workers.
-Another kind of source is another `list_...` function and another reader. `check_source` takes a look beforehand.
+A source is listed once, by the driver, without reading pixels; its reader is small and picklable and is sent to
+workers. To add a kind of source, add a `list_...` function and a reader. `check_source` looks at a source beforehand.
 """
 
 import itertools
@@ -34,24 +34,24 @@ KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
     "parquet": list_parquet,
     "index": list_index,
 }
-# What is looked at beforehand; tars and Parquet files are few beside the images in them, and are listed.
+# Checks beforehand; tars and Parquet files are few compared with the images in them, and are listed.
 CHECKS: dict[str, Callable[[str, DataConfig], object]] = {**KINDS, "folder": check_folder, "index": check_index}
 _BY_SUFFIX = {".tar": "webdataset", ".csv": "index", ".tsv": "index"}
-_LOOKED_INTO = 8  # folders that tell what is in the others
-_SEEN = 1000  # files of a folder that tell what the others are
+_LOOKED_INTO = 8  # folders looked into to recognise the kind
+_SEEN = 1000  # files of a folder looked at to recognise the kind
 
 
 def list_source(source: str, config: DataConfig | None = None) -> Source:
-    """List a source: what it is, is recognised, or said by a prefix (`webdataset:s3://bucket/prefix`).
+    """List a source, whose kind is recognised or stated by a prefix (`webdataset:s3://bucket/prefix`).
 
     Args:
         source: `sklearn:digits`, or a path or s3:// URI of a folder of images, of tars or Parquet files (a folder, one
-            file, or a pattern such as `train-{000..999}.tar`), or of an index; perhaps after `folder:`, `webdataset:`,
-            `parquet:` or `index:`.
-        config: how labels and columns are read; None for the defaults.
+            file, or a pattern such as `train-{000..999}.tar`), or of an index; optionally with the prefix `folder:`,
+            `webdataset:`, `parquet:` or `index:`.
+        config: labels and columns; None for the defaults.
 
     Raises:
-        ValueError: naming the source and the remedy, where it is none of these, or has no classes or no images.
+        ValueError: it is none of these, or has no classes or no images; names the source and the remedy.
     """
     config = config or DataConfig(image_size=1)
     if source == DIGITS:
@@ -61,12 +61,12 @@ def list_source(source: str, config: DataConfig | None = None) -> Source:
 
 
 def check_source(source: str, config: DataConfig) -> None:
-    """Look whether a source can be listed, at a few requests: that it is there, of which kind, its first entries.
+    """Check with a few requests that a source can be listed: its existence, its kind and its first entries.
 
-    What only a whole listing tells, such as a class folder without images, is left to `list_source`.
+    `list_source` finds what only a whole listing shows, such as a class folder without images.
 
     Raises:
-        ValueError: naming the source and the remedy.
+        ValueError: it cannot be listed; names the source and the remedy.
     """
     if source != DIGITS:
         kind, uri = _kind_and_place(source, config)
@@ -74,7 +74,7 @@ def check_source(source: str, config: DataConfig) -> None:
 
 
 def _kind_and_place(source: str, config: DataConfig) -> tuple[str, str]:
-    """The kind of a source, and the path or URI without a prefix that says it."""
+    """Split a source into its kind and its path or URI."""
     if not source:
         raise ValueError(f"no data source is named: give {POSSIBLE}")
     kind, colon, uri = source.partition(":")
@@ -86,7 +86,7 @@ def _kind_and_place(source: str, config: DataConfig) -> tuple[str, str]:
 
 
 def _recognised(uri: str, config: DataConfig) -> str:
-    """The kind of a source, by its name or by what lies in it."""
+    """Recognise the kind of a source by its name or its contents."""
     suffix = PurePosixPath(uri).suffix.lower()
     if suffix in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
@@ -102,7 +102,7 @@ def _recognised(uri: str, config: DataConfig) -> str:
 
 
 def _kind_of_table(uri: str, config: DataConfig) -> str:
-    """Whether a Parquet file holds images or names them."""
+    """Recognise whether a Parquet file holds images or lists them."""
     files, name = beside(uri)
     try:
         schema = schema_of(files.uri, [Container(name, 0, "", None)])
@@ -119,7 +119,7 @@ def _kind_of_table(uri: str, config: DataConfig) -> str:
 
 
 def _kind_of_folder(files: Files) -> str:
-    """Whether a folder holds tars, Parquet files or images; by what lies directly in it and in its first folders."""
+    """Recognise whether a folder holds tars, Parquet files or images, by its top and its first folders."""
     top = visible(files.scan(""))
     items = [item for item in top if not item.is_folder]
     for folder in [item for item in top if item.is_folder][:_LOOKED_INTO]:

@@ -1,6 +1,6 @@
 """WebDataset: tar files of samples, the members KEY.jpg (or .png ...), KEY.cls and KEY.json.
 
-Nothing is ever extracted: of a tar only headers and labels are read, and an image is a range of the tar's bytes.
+Nothing is extracted: only headers and labels of a tar are read, and an image is a range of the tar's bytes.
 """
 
 import json
@@ -15,7 +15,7 @@ from sftok.config import DataConfig
 from sftok.sources.containers import check_storage, container_problem, list_containers
 from sftok.sources.files import FolderReader, escaped, is_image_name, is_litter, is_utf8, open_files
 from sftok.sources.labels import class_of, stated_names
-from sftok.sources.listing import Container, Entry, RejectedEntryError, Source, Task, Unpacker
+from sftok.sources.listing import Container, ContainerTask, Entry, RejectedEntryError, Source, Unpacker
 
 SUFFIXES = (".tar",)
 _LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json
@@ -49,10 +49,10 @@ class _Sample:
 
 @dataclass(frozen=True)
 class TarUnpacker(Unpacker):
-    """Finds the images of a tar file; picklable."""
+    """Lists the images of a tar file; picklable."""
 
-    def __call__(self, task: Task) -> Iterator[Entry]:
-        """An entry for each image and for all that is odd; one more for a damaged tar."""
+    def __call__(self, task: ContainerTask) -> Iterator[Entry]:
+        """List an entry per image and per unusable member, and one more for a damaged tar."""
         container = task.container
         samples: dict[str, _Sample] = {}
         damage = None
@@ -60,11 +60,11 @@ class TarUnpacker(Unpacker):
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     while (member := tar.next()) is not None:
-                        tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers all it saw
+                        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
                         yield from self._take(tar, member, samples, container)
                     damage = _after(file, tar.offset, container.size)
             except (tarfile.TarError, ValueError, IndexError, OverflowError, EOFError, struct.error) as error:
-                check_storage(error, self, task)  # storage may raise ValueErrors too
+                check_storage(error, self, task)  # storage may raise ValueError, too
                 damage = _reason(file, error)
         for key, sample in samples.items():
             yield from self._entries(key, sample, container)
@@ -74,7 +74,7 @@ class TarUnpacker(Unpacker):
     def _take(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, _Sample], container: Container
     ) -> Iterator[Entry]:
-        """Put a member to its sample, or tell why it is in none."""
+        """Add a member to its sample, or yield an entry with the reason why it belongs to none."""
         name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
         folder, _, base = name.rpartition("/")
         if is_litter(base) or (member.isdir() and not is_image_name(base)):
@@ -94,13 +94,13 @@ class TarUnpacker(Unpacker):
             sample.others.append(suffix)
 
     def _entries(self, key: str, sample: _Sample, container: Container) -> Iterator[Entry]:
-        """The image of a sample, and rejected what else there is."""
+        """Yield the image of a sample, and its other images as rejected."""
         if not sample.images:
             members = ", ".join(sorted({*sample.labels, *sample.others} - {""})) or "no suffix"
             problem = f"no image among its members ({members})"
             yield Entry(f"{container.path}/{key}", 0, split=container.split, problem=problem)
             return
-        # KEY.jpg comes before KEY.seg.png, which is something else about the same image.
+        # KEY.jpg is preferred to KEY.seg.png, which holds something else about the same image.
         taken = next((image for image in sample.images if image[0].count(".") == key.count(".") + 1), sample.images[0])
         class_name, unlabelled = self._class(sample)
         for image in sample.images:
@@ -114,7 +114,7 @@ class TarUnpacker(Unpacker):
                 yield entry._replace(problem="a second image of one key")
 
     def _class(self, sample: _Sample) -> tuple[str | None, str | None]:
-        """The class of a sample, or the problem with it; .cls goes before .json, "label" before "class"."""
+        """Return the class of a sample, or the problem with it; .cls precedes .json, and "label" precedes "class"."""
         if not self.is_labelled:
             return None, None
         try:
@@ -144,7 +144,7 @@ def _member_problem(member: tarfile.TarInfo, container: Container) -> str | None
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
-    """The bytes of a small member; as a string, why not."""
+    """Read a small member's bytes; return a string with the reason if it is too large."""
     if member.size > _LARGEST_LABEL:
         return f"its label has {member.size} bytes"
     file = tar.extractfile(member)  # reads in memory; nothing is written
@@ -172,7 +172,7 @@ def _of_json(text: bytes) -> object:
 
 
 def _after(file: BinaryIO, offset: int, size: int) -> str | None:
-    """Why there may be more in a tar than tarfile, which stops silently, has seen; None if it ends as it should."""
+    """Return why a tar may hold more than tarfile has read, which stops silently; None if it ends properly."""
     if offset >= size:
         return f"the tar has no end mark: it may be truncated at byte {size}"
     file.seek(offset)

@@ -1,4 +1,4 @@
-"""Warming up and distribution alignment: predict the teacher's codes from latent tokens and partly masked codes.
+"""Warm-up and distribution alignment: predict the teacher's codes from latent tokens and partly masked codes.
 
 Shapes: B images, P proxy positions, V proxy codes.
 """
@@ -30,7 +30,7 @@ from sftok.training.common import TrainingImages, in_passes, set_up, share_used
 from sftok.training.flops import alignment_effort
 from sftok.weights.artifacts import save_tokenizer
 
-TEACHER_AGREEMENT = 0.9  # of a teacher's codes in half precision with those in fp32, at least
+TEACHER_AGREEMENT = 0.9  # smallest share of the teacher's codes that half precision must leave as in fp32
 
 
 def train_alignment(
@@ -42,21 +42,21 @@ def train_alignment(
     image_size: int,
     run: TrainingRun,
 ) -> TrainResult:
-    """Warm up or align (method.md 1.3).
+    """Train the tokenizer by warm-up or alignment (method.md 1.3).
 
     Args:
-        images: what to learn from.
-        config: the stage.
+        images: training and held-out images.
+        config: config of the stage.
         teacher: frozen.
-        start: the tokenizer of the stage before, or a config to start from random weights.
+        start: the tokenizer of the previous stage, or a config to start from random weights.
         image_size: side of the images, in pixels.
-        run: where to write.
+        run: output folder, seed, device and ranks.
 
     Raises:
-        ValueError: alignment is to begin without a tokenizer, and the config does not say from scratch.
+        ValueError: alignment would start without a tokenizer, and the config does not say from scratch.
     """
     if not isinstance(start, SFTok) and config.replacement != "none" and not config.from_scratch:
-        raise ValueError("alignment begins with a warmed-up tokenizer: run warm_up first, or set from_scratch = true")
+        raise ValueError("alignment starts from a warmed-up tokenizer: run warm_up first, or set from_scratch = true")
     seed_torch(run.seed, run.device)
     model = start if isinstance(start, SFTok) else SFTok(start, teacher.config, image_size, pixels=False)
     if not isinstance(start, SFTok):
@@ -94,7 +94,7 @@ def train_alignment(
 
 
 def teacher_codes(teacher: Teacher, images: Tensor, config: AlignmentStageConfig) -> Tensor:
-    """Proxy codes (B, P) in the precision that the stage has its teacher compute in."""
+    """Compute proxy codes (B, P) in the teacher's precision of the stage."""
     with autocast(config.teacher_precision, images.device.type):
         return teacher.encode(images)
 
@@ -102,10 +102,10 @@ def teacher_codes(teacher: Teacher, images: Tensor, config: AlignmentStageConfig
 def teacher_agreement(
     teacher: Teacher, images: Tensor, config: AlignmentStageConfig, run: TrainingRun
 ) -> dict[str, float]:
-    """Share of held-out images' proxy codes that are the same in the stage's precision and in fp32, where they differ.
+    """Compute the share of held-out proxy codes that the stage's precision leaves as in fp32; empty for fp32.
 
     Raises:
-        ValueError: too few are.
+        ValueError: the share is below `TEACHER_AGREEMENT`.
     """
     if config.teacher_precision == "fp32":
         return {}
@@ -114,7 +114,7 @@ def teacher_agreement(
     if (share := mean_over_ranks(equal, run)) < TEACHER_AGREEMENT:
         raise ValueError(
             f'teacher_precision = "{config.teacher_precision}": {100 * share:.1f} % of the teacher\'s codes are those '
-            f"of fp32, fewer than {100 * TEACHER_AGREEMENT:.0f} %; set it to fp32"
+            f"of fp32, less than {100 * TEACHER_AGREEMENT:.0f} %; set it to fp32"
         )
     return {"teacher_agreement": share}
 
@@ -122,7 +122,7 @@ def teacher_agreement(
 def alignment_losses(
     model: SFTok, proxy_BP: Tensor, images: Tensor, config: AlignmentStageConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Losses of one micro-batch; the images are encoded once, for the guide and for the pass with gradients."""
+    """Compute the losses of one micro-batch; images are encoded once, for the guide and the pass with gradients."""
     with autocast(config.training.precision, images.device.type):
         quantized = model.encode(images, config.assignment)
         ids_BP = decoder_inputs(model.decoder, quantized.z_q.detach(), proxy_BP, config, generator)
@@ -150,7 +150,7 @@ def decoder_inputs(
     config: AlignmentStageConfig,
     generator: torch.Generator,
 ) -> Tensor:
-    """What the decoder sees in training, (B, P): proxy codes, replaced by `config.replacement`, then masked."""
+    """Build the decoder's training input (B, P): proxy codes, replaced by `config.replacement`, then masked."""
     if config.replacement == "none":
         return decoder.all_masked(z_q)
     given_BP = proxy_BP
@@ -164,24 +164,24 @@ def decoder_inputs(
 
 @torch.no_grad()
 def self_prediction(decoder: Decoder, z_q: Tensor, num_steps: int = 1) -> Tensor:
-    """The guide of SFVR: what the decoder predicts from nothing but z_q, (B, P); the paper's has one step."""
+    """Predict the guide of SFVR from z_q alone, (B, P); the paper's guide has one step."""
     return decode_steps(decoder, decoder.all_masked(z_q), z_q, num_steps=num_steps)[0]
 
 
 @torch.no_grad()
 def _validate(model: SFTok, teacher: Teacher, images: Tensor, at_once: int, run: TrainingRun) -> Validation:
-    """Share of proxy codes predicted right on held-out images in one step and in eight, codebook usage, pictures."""
+    """Measure code agreement and PSNR on held-out images in one and eight steps, and codebook usage; draw pictures."""
 
     def work(images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         proxy_BP, codes_BN = teacher.encode(images), model.encode(images).codes
-        figures, rows = {"codes": codes_BN}, [images, teacher.decode(proxy_BP)]
+        metrics, rows = {"codes": codes_BN}, [images, teacher.decode(proxy_BP)]
         for num_steps in (1, 8):
             predicted_BP, _ = model.predict_proxy(codes_BN, DecodingConfig(num_steps=num_steps))
             decoded = teacher.decode(predicted_BP)
-            figures[f"val_agreement_{num_steps}"] = predicted_BP == proxy_BP
-            figures[f"val_psnr_{num_steps}"] = psnr(decoded, images)
+            metrics[f"val_agreement_{num_steps}"] = predicted_BP == proxy_BP
+            metrics[f"val_psnr_{num_steps}"] = psnr(decoded, images)
             rows.append(decoded)
-        return figures, rows
+        return metrics, rows
 
     found, picture = in_passes(work, images, at_once)
     usage = share_used(torch.cat(found.pop("codes")), model.config.codebook_size, run)

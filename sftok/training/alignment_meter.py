@@ -1,7 +1,7 @@
-"""What alignment is worth on held-out images: a tokenizer before fine-tuning, seen through the teacher's pixel decoder.
+"""Metrics of a tokenizer before fine-tuning on held-out images, decoded to pixels by the teacher.
 
-Images stream through in micro-batches; of them stay sums alone. Batches have one fixed size, the last one padded, and
-all chance is drawn from seeds of the image's id, so that no figure depends on batch mates.
+Images stream through in micro-batches, of which only sums are kept. Batches have one fixed size, the last one padded,
+and all randomness is seeded by the image's id, so no metric depends on batch mates.
 
 Shapes: B images, N latent tokens, P proxy positions, V proxy codes, D channels of a code.
 """
@@ -30,7 +30,7 @@ from sftok.model.tokenizer import SFTok
 
 
 class ImageQuality(Config):
-    """How near images are to the originals: means over images, and a distance between the two sets."""
+    """Closeness of images to their originals: means over images, and a distance between the two sets."""
 
     psnr: float = Field(description="dB, over RGB")
     ssim: float
@@ -38,35 +38,35 @@ class ImageQuality(Config):
 
 
 class StepQuality(ImageQuality):
-    """Reconstructions in one number of decoding steps."""
+    """Quality of reconstructions in a number of decoding steps."""
 
     num_steps: int
     code_agreement: float = Field(description="share of positions with the teacher's code")
 
 
 class CrossEntropies(Config):
-    """Of the teacher's codes at hidden positions, in nats a position."""
+    """Cross-entropy of the teacher's codes at masked positions, in nats per position."""
 
     all_hidden: float = Field(description="the first decoding step's input")
-    truth_given: float = Field(description="arccos mask; what is not hidden holds the teacher's codes")
-    own_given: float = Field(description="arccos mask; what is not hidden holds the model's own first-step prediction")
+    truth_given: float = Field(description="arccos mask; unmasked positions hold the teacher's codes")
+    own_given: float = Field(description="arccos mask; unmasked positions hold the model's own first-step prediction")
 
 
 class Agreement(Config):
-    """Of a prediction with the final one."""
+    """Agreement of a prediction with the final one."""
 
-    kl: float = Field(description="KL(prediction || final), nats a position")
+    kl: float = Field(description="KL(prediction || final), nats per position")
     top1: float = Field(description="share of positions with the same likeliest code")
 
 
-class AlignmentFigures(Config):
-    """Everything that was measured of one tokenizer."""
+class AlignmentMetrics(Config):
+    """All metrics of one tokenizer."""
 
     num_images: int
     temperature: float = Field(description="of decoding; 0 is deterministic")
     extractor: str
     extractor_sha256: str
-    teacher: ImageQuality = Field(description="of the teacher's own reconstructions: all codes predicted right")
+    teacher: ImageQuality = Field(description="of the teacher's own reconstructions: every code predicted correctly")
     by_steps: tuple[StepQuality, ...]
     cross_entropy: CrossEntropies
     agreement_steps: int = Field(description="decoding steps of the comparison with the final prediction")
@@ -74,8 +74,8 @@ class AlignmentFigures(Config):
     steps: tuple[Agreement, ...] = Field(description="steps 1 to agreement_steps - 1")
 
 
-class _Pixels:
-    """Sums over images that were made from originals, where the images are."""
+class _PixelSums:
+    """Sums over reconstructed images, on their device."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -95,8 +95,8 @@ class _Pixels:
         return ImageQuality(psnr=psnr, ssim=ssim, fd_random=distance)
 
 
-class _Mean:
-    """A mean whose parts come one after the other."""
+class _RunningMean:
+    """A mean over batches of values."""
 
     def __init__(self) -> None:
         self.sum, self.count = 0.0, 0
@@ -111,7 +111,7 @@ class _Mean:
 
 
 class AlignmentMeter:
-    """Takes held-out images a micro-batch at a time, then tells the figures."""
+    """Takes held-out images micro-batch by micro-batch, then returns the metrics."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class AlignmentMeter:
         features: RandomFeatures,
         seed: int,
     ) -> None:
-        """`steps` are the numbers of decoding steps of reconstructions; `decoding` is that of the step agreement."""
+        """Prepare the models; `steps` are the step counts of reconstructions, `decoding` is for the step agreement."""
         self.model, self.teacher, self.features, self.seed = model, teacher, features, seed
         self.steps, self.decoding, self.micro_batch = tuple(steps), decoding, micro_batch
         self.device = model.quantizer.embedding.device
@@ -132,22 +132,23 @@ class AlignmentMeter:
         precision = decoding.on(self.device.type).arithmetic
         self._decode = ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=precision)
         self._originals: FeatureMoments | None = None
-        self._count, self._ceiling = 0, _Pixels()
-        self._pixels = {num_steps: _Pixels() for num_steps in self.steps}
-        self._right = {num_steps: _Mean() for num_steps in self.steps}
-        self._entropy = {name: _Mean() for name in CrossEntropies.model_fields}
+        self._count, self._ceiling = 0, _PixelSums()
+        self._pixels = {num_steps: _PixelSums() for num_steps in self.steps}
+        self._right = {num_steps: _RunningMean() for num_steps in self.steps}
+        self._entropy = {name: _RunningMean() for name in CrossEntropies.model_fields}
         self._agreement: StepAgreement | None = None
 
     @torch.no_grad()
     def add(self, images: Tensor, image_ids: Sequence[str]) -> None:
-        """Measure some held-out images, uint8 (n, 3, S, S), at most a micro-batch of them.
+        """Measure held-out images, uint8 (n, 3, S, S), at most a micro-batch of them.
 
         Raises:
-            ValueError: there are none, more than a micro-batch, or not one id an image.
+            ValueError: there are none, more than a micro-batch, or not one id per image.
         """
         count = len(images)
         if not count == len(image_ids) > 0 or count > self.micro_batch:
-            raise ValueError(f"{count} images, {len(image_ids)} ids: give 1 to {self.micro_batch}, and one id an image")
+            wanted = f"give 1 to {self.micro_batch}, and one id per image"
+            raise ValueError(f"{count} images, {len(image_ids)} ids: {wanted}")
         images, missing = images.to(self.device), self.micro_batch - count
         pixels = to_float(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]))
         truth_BP, codes_BN = self.teacher.encode(pixels), self._encode(pixels)
@@ -163,7 +164,7 @@ class AlignmentMeter:
         self._predictions(truth_BP, codes_BN, image_ids)
 
     def _predictions(self, truth_BP: Tensor, codes_BN: Tensor, image_ids: Sequence[str]) -> None:
-        """What the decoder says of codes that it does not see."""
+        """Measure the decoder's predictions at masked positions."""
         decoder, count, padding = self.model.decoder, len(image_ids), [""] * (self.micro_batch - len(image_ids))
         names = [*image_ids, *padding]
         step, given = self._decode.predictor.step, self._decode.predictor.given(codes_BN)
@@ -189,11 +190,11 @@ class AlignmentMeter:
         found = StepAgreement.of([one[:count] for one in logits], truth_BP[:count])
         self._agreement = found if self._agreement is None else self._agreement + found
 
-    def figures(self) -> AlignmentFigures:
-        """The figures of all images so far.
+    def metrics(self) -> AlignmentMetrics:
+        """Return the metrics of all images so far.
 
         Raises:
-            ValueError: there were too few images for a distance between sets.
+            ValueError: there are too few images for a distance between sets.
         """
         if self._originals is None or self._agreement is None or self._count < 2:
             raise ValueError(f"{self._count} held-out images are too few to measure: hold out at least 2")
@@ -206,7 +207,7 @@ class AlignmentMeter:
             )
             for num_steps in self.steps
         ]
-        return AlignmentFigures(
+        return AlignmentMetrics(
             num_images=self._count,
             temperature=self.decoding.temperature,
             extractor=f"{self.features.name}, {self.features.dimensions} dimensions",

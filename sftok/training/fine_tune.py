@@ -1,4 +1,4 @@
-"""Fine-tuning towards pixels: encoder and quantizer frozen, decoder, pixel decoder and its codebook trained.
+"""Fine-tuning on pixels: encoder and quantizer frozen, decoder, pixel decoder and its codebook trained.
 
 Shapes: B images, P proxy positions, V proxy codes.
 """
@@ -41,14 +41,14 @@ def train_fine_tune(
     run: TrainingRun,
     weights: Weights,
 ) -> TrainResult:
-    """Fine-tune (method.md 1.3, stage 3).
+    """Fine-tune the tokenizer on pixels (method.md 1.3, stage 3).
 
     Args:
-        images: what to learn from.
-        config: the stage.
-        teacher: whose codebook and decoder the pixel decoder starts from.
-        start: the tokenizer of the stage before.
-        run: where to write.
+        images: training and held-out images.
+        config: config of the stage.
+        teacher: its codebook and decoder initialise the pixel decoder.
+        start: the tokenizer of the previous stage.
+        run: output folder, seed, device and ranks.
         weights: reads pretrained weights.
     """
     seed_torch(run.seed, run.device)
@@ -68,12 +68,12 @@ def train_fine_tune(
         def part(part: int) -> dict[str, Tensor]:
             batch, masks = stream.batch(step, part), generator_of(run.seed, "mask", step, part)
             reconstruction = fine_tune_pass(model, batch, config, masks)
-            loss, figures = pixels.of_batch(reconstruction, batch, step, part)
+            loss, metrics = pixels.of_batch(reconstruction, batch, step, part)
             learner.backward(loss)
-            return {"loss": loss, **figures}
+            return {"loss": loss, **metrics}
 
-        figures = over_micro_batches(part, step, training.micro_batches, run=run)
-        return figures | learner.update(step) | pixels.update(step)
+        metrics = over_micro_batches(part, step, training.micro_batches, run=run)
+        return metrics | learner.update(step) | pixels.update(step)
 
     @torch.no_grad()
     def validate(_: int) -> Validation:
@@ -96,7 +96,7 @@ def train_fine_tune(
 
 
 def with_pixel_decoder(start: SFTok, teacher: Teacher) -> SFTok:
-    """The tokenizer with a pixel decoder of its own, which begins as the teacher's."""
+    """Copy a tokenizer and give it a pixel decoder of its own, initialised from the teacher's."""
     model = SFTok(start.config, start.teacher_config, start.image_size, pixels=True)
     model.take_weights(start)
     model.take_pixel_decoder(teacher)
@@ -104,7 +104,7 @@ def with_pixel_decoder(start: SFTok, teacher: Teacher) -> SFTok:
 
 
 def fine_tune_pass(model: SFTok, images: Tensor, config: FineTuneStageConfig, masks: torch.Generator) -> Tensor:
-    """Images through the frozen encoder, a partly masked self-prediction and the pixel decoder; (B, 3, H, W)."""
+    """Reconstruct images by frozen encoder, partly masked self-prediction and pixel decoder, (B, 3, H, W)."""
     with autocast(config.training.precision, images.device.type):
         with torch.no_grad():
             z_q = model.encode(images, config.assignment).z_q

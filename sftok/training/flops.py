@@ -1,8 +1,8 @@
-"""How much arithmetic a training step of each stage takes, over all ranks: forward passes by formula, times how often.
+"""Count the operations of a training step of each stage, over all ranks, from those of the forward passes.
 
-A network that is trained has two products in the backward pass for each of the forward pass; one that is frozen and
-only led through has one, and so has a first layer, whose input needs no gradient. Blocks that are computed twice to
-save memory count once: this is the model's arithmetic, not the machine's.
+For each product of the forward pass, a trained network has two in the backward pass; a frozen network that gradients
+pass through has one, and so does a first layer, whose input needs no gradient. Recomputed blocks count once: this is
+the model's arithmetic, not the machine's.
 """
 
 from infra.training.schedule import TrainingConfig
@@ -22,7 +22,7 @@ from sftok.model import flops
 def alignment_effort(
     config: AlignmentStageConfig, tokenizer: TokenizerConfig, teacher: TeacherConfig, image_size: int
 ) -> Effort:
-    """Of warming up and alignment: the teacher's codes, the guide, encoder and decoder."""
+    """Count a step of warm-up or alignment: the teacher's codes, the guide, encoder and decoder."""
     guides = config.guide_steps if config.replacement == "self_forcing" else 0
     image = (
         flops.teacher_encoder(teacher, image_size)
@@ -38,7 +38,7 @@ def alignment_effort(
 def fine_tune_effort(
     config: FineTuneStageConfig, tokenizer: TokenizerConfig, teacher: TeacherConfig, image_size: int
 ) -> Effort:
-    """Of fine-tuning: the frozen encoder, the guide, decoder and pixel decoder, losses on pixels."""
+    """Count a step of fine-tuning: the frozen encoder, the guide, decoder and pixel decoder, losses on pixels."""
     image = (
         flops.encoder(tokenizer, image_size)
         + flops.assignment(tokenizer)
@@ -53,7 +53,7 @@ def fine_tune_effort(
 
 
 def teacher_effort(config: TeacherStageConfig, image_size: int) -> Effort:
-    """Of the teacher's training: encoder, distances to codes, decoder, losses on pixels."""
+    """Count a step of the teacher: encoder, distances from codes, decoder, losses on pixels."""
     model = config.model
     image = (
         3 * flops.teacher_encoder(model, image_size)
@@ -71,7 +71,7 @@ def _effort(training: TrainingConfig, image: int, a_pass: int = 0) -> Effort:
 
 
 def _perceptual(config: PixelStageConfig, image_size: int) -> int:
-    """LPIPS: its network on the image, with the gradient to it, and on the target."""
+    """LPIPS: its network on the image, with the image's gradient, and on the target."""
     if not config.perceptual_weight:
         return 0
     return 3 * loss_flops.vgg(image_size) + 2 * loss_flops.lpips_weights(image_size)
@@ -81,7 +81,7 @@ def _with_adversary(effort: Effort, config: PixelStageConfig, image_size: int) -
     adversary = config.adversarial
     if not adversary.weight:
         return effort
-    # Once with the gradient to the image, then on the target and the image, each with gradients of the weights.
+    # Once with the image's gradient, then on the target and on the image, each with the gradients of the weights.
     if adversary.kind == "patch":
         whole, first = (
             loss_flops.patch_discriminator(adversary, image_size),
@@ -90,7 +90,7 @@ def _with_adversary(effort: Effort, config: PixelStageConfig, image_size: int) -
         image = (2 + 3 + 3) * whole - 2 * first
     else:
         whole, first = loss_flops.dino_heads(image_size), loss_flops.dino_heads_first(image_size)
-        # Of a product in attention both sides depend on the image, so it has two in the backward pass, frozen or not.
+        # Both factors of a product in attention depend on the image, so it has two in the backward pass, even frozen.
         image = (
             (2 + 1 + 1) * loss_flops.dino(image_size)
             + loss_flops.dino_attention(image_size)

@@ -1,4 +1,4 @@
-"""The losses of a stage that is trained towards pixels, and the training of the discriminator behind one of them."""
+"""The losses of a stage that is trained on pixels, with the training of the discriminator."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from sftok.training.common import Weights
 
 
 class PixelLosses:
-    """Mean squared error, LPIPS where it has weights, and a discriminator from its first step on; all in float32."""
+    """Mean squared error, LPIPS if it has weights, and a discriminator from its first step on; all in float32."""
 
     def __init__(
         self, config: PixelStageConfig, *, run: TrainingRun, lpips: Lpips | None, adversary: Adversary | None
@@ -23,10 +23,10 @@ class PixelLosses:
 
     @classmethod
     def of(cls, config: PixelStageConfig, image_size: int, *, run: TrainingRun, weights: Weights) -> "PixelLosses":
-        """With the networks that the config asks for.
+        """Build the losses with the networks of the config.
 
         Raises:
-            ValueError: weights that the config asks for are not there.
+            ValueError: weights that the config names are missing.
         """
         lpips = adversary = None
         if config.perceptual_weight:
@@ -44,39 +44,39 @@ class PixelLosses:
         return cls(config, run=run, lpips=lpips, adversary=adversary)
 
     def of_batch(self, images: Tensor, targets: Tensor, step: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, float (b, 3, S, S) each; adds to the discriminator's gradients on the way.
+        """Compute the loss of a micro-batch, float (b, 3, S, S) each, and add to the discriminator's gradients.
 
         Returns:
-            The loss to train the images' network with, and figures to log.
+            The loss of the network that made the images, and metrics to log.
         """
         error = F.mse_loss(images, targets)
-        loss, figures = self.config.reconstruction_weight * error, {"mse": error}
+        loss, metrics = self.config.reconstruction_weight * error, {"mse": error}
         if self.lpips is not None:
-            figures["lpips"] = self.lpips(images, targets).mean()
-            loss = loss + self.config.perceptual_weight * figures["lpips"]
+            metrics["lpips"] = self.lpips(images, targets).mean()
+            loss = loss + self.config.perceptual_weight * metrics["lpips"]
         if self.adversary is None or not self.adversary.is_active(step):
-            return loss, figures
+            return loss, metrics
         adversarial = self.adversary.generator_loss(images, self._noise("generator", step, part))
-        figures["adversarial"] = adversarial
-        return loss + adversarial, figures | self._discriminate(images, targets, step, part)
+        metrics["adversarial"] = adversarial
+        return loss + adversarial, metrics | self._discriminate(images, targets, step, part)
 
     def _discriminate(self, fakes: Tensor, reals: Tensor, step: int, part: int) -> dict[str, Tensor]:
         assert self.adversary is not None
         assert self.learner is not None
-        loss, figures = self.adversary.discriminator_loss(reals, fakes, self._noise("discriminator", step, part))
+        loss, metrics = self.adversary.discriminator_loss(reals, fakes, self._noise("discriminator", step, part))
         self.learner.backward(loss)
-        return figures
+        return metrics
 
     def update(self, step: int) -> dict[str, Tensor | float]:
-        """One step of the discriminator on the gradients of the step's micro-batches."""
+        """Update the discriminator with the gradients of the step's micro-batches."""
         if self.adversary is None or self.learner is None or not self.adversary.is_active(step):
             return {}
-        figures = {f"d_{name}": value for name, value in self.learner.update(step).items()}
+        metrics = {f"d_{name}": value for name, value in self.learner.update(step).items()}
         self.adversary.end_step(self.run.ranks.total)
-        return figures
+        return metrics
 
-    def saved(self) -> dict[str, Checkpointable]:
-        """What checkpoints hold of it."""
+    def saved(self) -> dict[str, Saved]:
+        """Return the state that checkpoints hold."""
         if self.adversary is None or self.learner is None:
             return {}
         return {"discriminator": self.learner, "adversary": self.adversary}
@@ -91,7 +91,7 @@ def _learner(adversary: Adversary, config: PixelStageConfig, run: TrainingRun) -
         adversary.steps,
         start=config.adversarial.start_step,
         micro_batches=config.training.micro_batches,
-        may_skip=config.training.precision == "fp16",  # its images come out of half precision
+        may_skip=config.training.precision == "fp16",  # its images are computed in half precision
         ranks=run.ranks,
     )
     return Learner(adversary.named_parameters(), plan)

@@ -1,4 +1,4 @@
-"""Training of the teacher on the data, where no weights are given: pixels, codebook, and what makes pixels look real.
+"""Training of the teacher on the data, if no weights are given: losses on pixels, and the codebook.
 
 Shapes: B images, M latents, C channels of a code, V codes.
 """
@@ -38,9 +38,9 @@ def train_teacher(
     """Train a teacher on the images: reconstruction, perceptual and adversarial losses, codebook and commitment.
 
     Args:
-        images: what to learn from.
-        config: the stage.
-        run: where to write.
+        images: training and held-out images.
+        config: config of the stage.
+        run: output folder, seed, device and ranks.
         weights: reads pretrained weights.
     """
     seed_torch(run.seed, run.device)
@@ -61,14 +61,14 @@ def train_teacher(
             with autocast(training.precision, run.device):
                 out = model(batch)
             latents, quantized = out.latents.float(), out.quantized.float()
-            loss, figures = pixels.of_batch(out.images.float(), batch, step, part)
+            loss, metrics = pixels.of_batch(out.images.float(), batch, step, part)
             loss = loss + vq_loss(latents, quantized, config.commitment_weight)
             learner.backward(loss)
             restart.count(out.codes)
-            return {"loss": loss, **figures}
+            return {"loss": loss, **metrics}
 
-        figures = over_micro_batches(part, step, training.micro_batches, run=run)
-        return figures | learner.update(step) | pixels.update(step)
+        metrics = over_micro_batches(part, step, training.micro_batches, run=run)
+        return metrics | learner.update(step) | pixels.update(step)
 
     @torch.no_grad()
     def validate(_: int) -> Validation:
@@ -79,11 +79,11 @@ def train_teacher(
 
         with learner.averaged():
             found, picture = in_passes(work, held_out, training.at_once)
-        figures = {
+        metrics = {
             "val_psnr": mean_over_ranks(found["val_psnr"], run),
             "val_code_usage": share_used(torch.cat(found["codes"]), config.model.codebook_size, run),
         }
-        return Validation(figures, {"reconstructions": picture})
+        return Validation(metrics, {"reconstructions": picture})
 
     saved: dict[str, Checkpointable] = {"model": learner, "restart": restart, **pixels.saved()}
     best = BestWeights(learner, "val_psnr", higher=True) if training.keep == "best" else None
@@ -95,7 +95,7 @@ def train_teacher(
 
 
 class CodebookRestart:
-    """Starts the codebook at latents of the data, and moves codes that nothing uses to where the others are far."""
+    """Initialises the codebook with latents of the data, and moves unused codes to latents far from the others."""
 
     def __init__(self, model: Teacher, config: TeacherStageConfig, run: TrainingRun) -> None:
         self.model, self.every, self.run = model, config.restart_every, run
@@ -103,12 +103,12 @@ class CodebookRestart:
         self.used = torch.zeros(config.model.codebook_size, dtype=torch.int64, device=model.codebook.weight.device)
 
     def is_due(self, step: int) -> bool:
-        """Whether codes are replaced before this step."""
+        """Return whether codes are replaced before this step."""
         return step == 0 or (self.every > 0 and step % self.every == 0 and step < self.until)
 
     @torch.no_grad()
     def replace(self, step: int, images_B3HW: Tensor) -> None:
-        """Replace unused codes by latents of these images: every rank looks at the same ones and picks the same."""
+        """Replace unused codes by latents of these images, which are the same on every rank, as are the picks."""
         used = self.run.ranks.total(self.used)
         latents_MC = self.model.encoder(images_B3HW).permute(0, 2, 3, 1).flatten(0, 2)
         unused = (used == 0).nonzero()[:, 0]
@@ -118,12 +118,12 @@ class CodebookRestart:
         self.used.zero_()
 
     def count(self, codes_BP: Tensor) -> None:
-        """Note which codes a step used."""
+        """Count the codes that a step used."""
         codes_M = codes_BP.flatten()
-        self.used.scatter_add_(0, codes_M, torch.ones_like(codes_M))  # bincount would have the host wait for the codes
+        self.used.scatter_add_(0, codes_M, torch.ones_like(codes_M))  # bincount would make the host wait for the codes
 
     def tensors(self) -> dict[str, Tensor]:
-        """The counts since the last restart."""
+        """Return the counts since the last restart."""
         return {"used": self.used}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -132,10 +132,10 @@ class CodebookRestart:
 
 
 def spread_out(latents_MC: Tensor, kept_VC: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Pick `count` latents far from each other and from those kept (k-means++), (count, C).
+    """Pick `count` latents far from each other and from the kept codes (k-means++), (count, C).
 
-    Picking uniformly would crowd codes where latents are dense, such as a plain background, whose many equal codes
-    nothing could then predict.
+    A uniform choice would crowd codes where latents are dense, such as on a plain background, and its many equal codes
+    could not be predicted.
     """
     nearest_M = torch.full((len(latents_MC),), torch.inf, device=latents_MC.device)
     if len(kept_VC):
@@ -143,7 +143,7 @@ def spread_out(latents_MC: Tensor, kept_VC: Tensor, count: int, generator: torch
     picked = []
     for uniform in torch.rand(count, generator=generator, dtype=torch.float64).tolist():
         weight_M = torch.ones_like(nearest_M) if nearest_M.isinf().all() else nearest_M
-        # Added up on the CPU, always in the same order; the host has to wait for the index anyway.
+        # Summed on the CPU, always in the same order; the host has to wait for the index anyway.
         cumulative_M = weight_M.double().cpu().cumsum(0)
         index = int(torch.searchsorted(cumulative_M, uniform * cumulative_M[-1]).clamp(max=len(latents_MC) - 1))
         picked.append(latents_MC[index])

@@ -1,4 +1,4 @@
-"""Teachers and tokenizers in the store: safetensors weights beside a config.json, and back into modules."""
+"""Save and load teachers and tokenizers in the store: safetensors with a config.json."""
 
 from infra.artifacts.shards import FileEntry
 from infra.artifacts.weights import load_config, load_weights, save_weights
@@ -42,7 +42,7 @@ def save_tokenizer(model: SFTok, folder: Store) -> list[FileEntry]:
 
 
 def load_teacher(folder: Store) -> Teacher:
-    """A frozen teacher in evaluation mode.
+    """Load a teacher, frozen and in evaluation mode.
 
     Raises:
         ValueError: the config or the weights are not a teacher's.
@@ -54,7 +54,7 @@ def load_teacher(folder: Store) -> Teacher:
 
 
 def load_tokenizer(folder: Store) -> SFTok:
-    """A frozen tokenizer in evaluation mode.
+    """Load a tokenizer, frozen and in evaluation mode.
 
     Raises:
         ValueError: the config or the weights are not a tokenizer's.

@@ -1,4 +1,4 @@
-"""The config of published weights: what shapes tell, what a config.json beside them states, and the rest as published.
+"""Infer the config of published weights: from their shapes, from a config.json, and otherwise as published.
 
 A config.json may be this project's or the authors' (a dump of their YAML, whose `model.vq_model` describes the
 tokenizer). Fields are handled by their dotted name in this project's config.json.
@@ -20,7 +20,7 @@ Fields = dict[str, JsonValue]
 
 KINDS = {"sftok": "an SFTok tokenizer", "teacher": "a teacher (MaskGIT-VQGAN)"}
 _TRANSFORMERS = {"small": SMALL, "base": BASE, "large": LARGE}
-# The authors' fields that weights can contradict, and ours; what else they state concerns training.
+# The authors' fields that weights can contradict, and ours; their other fields concern training.
 _AUTHORS = {
     "model.vq_model.codebook_size": "tokenizer.codebook_size",
     "model.vq_model.token_size": "tokenizer.code_dim",
@@ -35,20 +35,20 @@ _AUTHORS_SIZES = {
 }
 
 
-class Stated(NamedTuple):
-    """What a config.json states."""
+class StatedConfig(NamedTuple):
+    """The fields of a config.json."""
 
     file: Path
     fields: Fields
     sources: dict[str, str]
-    """what the file itself calls each field."""
+    """name of each field in the file itself."""
 
 
-def read_config(file: Path, kind: str) -> Stated:
+def read_config(file: Path, kind: str) -> StatedConfig:
     """Read a config.json for weights of a kind.
 
     Raises:
-        ValueError: it is not a config of this kind, neither the authors' nor this project's.
+        ValueError: it is neither the authors' nor this project's config of this kind.
     """
     try:
         plain = json.loads(file.read_bytes())
@@ -64,15 +64,15 @@ def read_config(file: Path, kind: str) -> Stated:
             fields = dict(_flat(wanted.model_validate(plain).as_json()))
         except ValidationError as error:
             raise ValueError(f"{file}: not the config of {KINDS[kind]}: {_first(error)}") from error
-        return Stated(file, fields, {field: field for field in fields})
+        return StatedConfig(file, fields, {field: field for field in fields})
     fields = dict(_flat(plain))
     if kind != "sftok" or not any(field.startswith("model.vq_model.") for field in fields):
         raise ValueError(f"{file}: not the config of {KINDS[kind]}, neither the authors' nor this project's")
     return _translated(file, fields)
 
 
-def model_config(shapes: Shapes, kind: str, stated: Stated | None) -> TokenizerFile | TeacherFile:
-    """The config of weights of these published names and shapes.
+def model_config(shapes: Shapes, kind: str, stated: StatedConfig | None) -> TokenizerFile | TeacherFile:
+    """Infer the config of weights from their published names and shapes.
 
     Raises:
         ValueError: `stated` contradicts the shapes, sizes cannot be read from them, or they fit no model.
@@ -93,8 +93,8 @@ def model_config(shapes: Shapes, kind: str, stated: Stated | None) -> TokenizerF
     return _typed({**_unwritten(sizes, given, kind), **given, **sizes}, kind)
 
 
-def _translated(file: Path, theirs: Fields) -> Stated:
-    """The authors' config by our fields."""
+def _translated(file: Path, theirs: Fields) -> StatedConfig:
+    """Translate the authors' config to our fields."""
     sources = {ours: name for name, ours in _AUTHORS.items() if name in theirs}
     fields = {ours: theirs[name] for ours, name in sources.items()}
     for name, ours in _AUTHORS_SIZES.items():
@@ -106,11 +106,11 @@ def _translated(file: Path, theirs: Fields) -> Stated:
         for field in ("width", "layers", "heads"):
             fields[f"{ours}.{field}"] = getattr(size, field)
             sources[f"{ours}.{field}"] = f"{name} = {theirs[name]!r}, whose {field}"
-    return Stated(file, fields, sources)
+    return StatedConfig(file, fields, sources)
 
 
 def _unwritten(sizes: Fields, given: Fields, kind: str) -> Fields:
-    """What neither shapes nor a config tell: as published."""
+    """Return the fields that neither shapes nor a config state, as published."""
     fields: Fields = {}
     if kind == "sftok":
         fields["tokenizer.legacy_layout"] = True
@@ -131,7 +131,7 @@ def _unwritten(sizes: Fields, given: Fields, kind: str) -> Fields:
 
 
 def _typed(fields: Fields, kind: str) -> TokenizerFile | TeacherFile:
-    """The config of dotted fields."""
+    """Build the config from dotted fields."""
     plain: Fields = {}
     for field, value in fields.items():
         *parents, name = field.split(".")
@@ -148,7 +148,7 @@ def _typed(fields: Fields, kind: str) -> TokenizerFile | TeacherFile:
 
 
 def _flat(plain: Mapping[str, JsonValue], start: str = "") -> Iterable[tuple[str, JsonValue]]:
-    """The leaves of nested objects, by dotted name."""
+    """Yield the leaves of nested objects by dotted name."""
     for name, value in plain.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{start}{name}.")
@@ -157,6 +157,6 @@ def _flat(plain: Mapping[str, JsonValue], start: str = "") -> Iterable[tuple[str
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong with a config."""
+    """Describe the first error in a config."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"

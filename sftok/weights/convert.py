@@ -1,6 +1,6 @@
-"""Published weights to models and back: SFTok of all stages and its teacher, strict, exact, running no code of theirs.
+"""Convert published weights to models and back: SFTok of all stages and its teacher, exactly, running no code in files.
 
-A file is opened, its sizes are read from its shapes, every key is compared, and only then a model is filled.
+A file is opened, its sizes are read from its shapes, every key is compared, and only then is a model filled.
 """
 
 import os
@@ -32,17 +32,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # all exact in float32
 CONFIG = "config.json"
 
 
-class Published(NamedTuple):
-    """A file in the published layout, compared but not copied."""
+class PublishedFile(NamedTuple):
+    """A checked file in the published layout, whose weights are not copied yet."""
 
     file: Path
     tensors: dict[str, Tensor]
-    """by published name; mapped from the file where its format allows."""
+    """by published name; mapped from the file if its format allows."""
     config: TokenizerFile | TeacherFile
 
     @property
     def layout(self) -> Layout:
-        """What the file holds: a tokenizer of stages 1 and 2, one of stage 3 with pixel decoder, or a teacher."""
+        """Contents of the file: a tokenizer of stages 1 and 2, one of stage 3 with pixel decoder, or a teacher."""
         if isinstance(self.config, TeacherFile):
             return "teacher"
         return "stage_3" if self.config.pixels else "stage_1_2"
@@ -51,23 +51,25 @@ class Published(NamedTuple):
 def load_published(
     path: str | Path, config_json: str | Path | None = None, *, kind: Kind | None = None
 ) -> SFTok | Teacher:
-    """A model with published weights, frozen, in evaluation mode, float32.
+    """Load a model with published weights, frozen, in evaluation mode, float32.
 
     Args:
-        path: .bin (torch.save of a dict) or .safetensors, or a folder that holds one of them and perhaps config.json.
-        config_json: the authors' config or this project's. What shapes cannot tell comes from it, or is as published:
-            heads of 64 channels, the legacy layout, 32 norm groups or the most below that fit, and for a tokenizer
-            without pixel decoder the published teacher.
-        kind: what the file has to hold; None takes what it holds.
+        path: .bin (torch.save of a dict) or .safetensors, or a folder with one of them and optionally config.json.
+        config_json: the authors' config or this project's. It states what shapes do not show; the default is as
+            published: heads of 64 channels, the legacy layout, 32 norm groups or the most below that fit, and for a
+            tokenizer without pixel decoder the published teacher.
+        kind: expected contents of the file; None: any.
 
     Raises:
-        ValueError: the file is damaged, holds anything but such weights, or its config contradicts it; in one line.
+        ValueError: the file is damaged, holds anything but such weights, or contradicts its config; in one line.
     """
     return build(open_published(path, config_json, kind=kind))
 
 
-def open_published(path: str | Path, config_json: str | Path | None = None, *, kind: Kind | None = None) -> Published:
-    """Open and compare a file without copying its weights; arguments and errors are those of `load_published`."""
+def open_published(
+    path: str | Path, config_json: str | Path | None = None, *, kind: Kind | None = None
+) -> PublishedFile:
+    """Open and check a file without copying its weights; arguments and errors are those of `load_published`."""
     file, beside = _find(Path(path).expanduser())
     config_file = Path(config_json).expanduser() if config_json else beside
     read = read_tensors(file)
@@ -86,11 +88,11 @@ def open_published(path: str | Path, config_json: str | Path | None = None, *, k
         _check_keys(config, tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return Published(file, tensors, config)
+    return PublishedFile(file, tensors, config)
 
 
-def build(published: Published) -> SFTok | Teacher:
-    """The model of an opened file; the weights are copied, and the file is free after this.
+def build(published: PublishedFile) -> SFTok | Teacher:
+    """Build the model of an opened file with copies of its weights, after which the file is no longer needed.
 
     Raises:
         ValueError: weights are not finite.
@@ -107,7 +109,7 @@ def build(published: Published) -> SFTok | Teacher:
 
 
 def to_published(model: SFTok | Teacher) -> dict[str, Tensor]:
-    """The weights in the published layout, sharing the model's memory, on the CPU; `load_published` gives them back."""
+    """Convert weights to the published layout, on the CPU, sharing the model's memory; `load_published` inverts it."""
     state = model.state_dict()
     tensors = {
         slot.name: state[ours].detach().cpu().reshape(slot.shape).contiguous()
@@ -117,7 +119,7 @@ def to_published(model: SFTok | Teacher) -> dict[str, Tensor]:
 
 
 def published_caveats(model: SFTok | Teacher) -> list[str]:
-    """What the published code has to be told, or cannot do, to compute the same from `to_published`."""
+    """List the settings that the published code needs, or lacks, to compute the same from `to_published`."""
     teacher = model.config if isinstance(model, Teacher) else model.teacher_config
     caveats = []
     if isinstance(model, SFTok):
@@ -133,7 +135,7 @@ def published_caveats(model: SFTok | Teacher) -> list[str]:
 
 
 def config_file_of(model: SFTok | Teacher) -> TokenizerFile | TeacherFile:
-    """What config.json says of a model."""
+    """Make the config.json of a model."""
     if isinstance(model, Teacher):
         return TeacherFile(teacher=model.config)
     pixels = model.pixel_decoder is not None
@@ -167,16 +169,16 @@ def _check_keys(config: TokenizerFile | TeacherFile, tensors: Mapping[str, Tenso
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """A float32 copy that does not share the file's memory."""
+    """Copy to float32, without sharing the file's memory."""
     return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # one pass, no mask in memory; NaN is the extreme
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # one pass, no mask in memory; a NaN becomes an extreme
 
 
 def _empty(config: TokenizerFile | TeacherFile) -> SFTok | Teacher:
-    """A model without memory."""
+    """Make a model on the meta device."""
     with torch.device("meta"):
         if isinstance(config, TeacherFile):
             return Teacher(config.teacher)
@@ -187,7 +189,7 @@ def _empty(config: TokenizerFile | TeacherFile) -> SFTok | Teacher:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, mapped into memory where possible; nothing in it is run.
+    """Read the tensors of a file by name, memory-mapped if possible; no code in it is run.
 
     Raises:
         ValueError: it cannot be read, or holds anything else.
@@ -202,7 +204,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, format: Format) -> None:
-    """Write tensors to a new file; `read_tensors` reads it, and so do safetensors or torch.load."""
+    """Write tensors to a new file, readable by `read_tensors`, and by safetensors or torch.load."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         if format == "bin":
@@ -215,7 +217,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, format: Format) -> N
 
 
 def _find(path: Path) -> tuple[Path, Path | None]:
-    """The file of weights that a path means, and the config beside it where the path is a folder."""
+    """Find the file of weights at a path, and the config beside it if the path is a folder."""
     if not path.is_dir():
         if not path.is_file():
             raise ValueError(f"{path}: no such file")

@@ -1,4 +1,4 @@
-"""A published teacher as a stage's artifact: its file's bytes in, weights and config in the folder."""
+"""Import a published teacher as the artifact of its stage."""
 
 import tempfile
 from pathlib import Path
@@ -12,15 +12,15 @@ from sftok.weights.convert import load_published
 
 
 def import_teacher(data: bytes, expected: TeacherConfig, out: Store) -> TrainResult:
-    """Write the teacher that a published file holds.
+    """Write the weights and config of a teacher from a published file.
 
     Args:
-        data: the file, .bin or .safetensors.
-        expected: what the recipe says it is.
+        data: bytes of the file, .bin or .safetensors.
+        expected: config in the recipe.
         out: folder of the artifact.
 
     Raises:
-        ValueError: it is not a teacher's, damaged, or another size than the recipe says.
+        ValueError: the file is not a teacher's, is damaged, or its sizes differ from the recipe's.
     """
     is_safetensors = data[8:9] == b"{"  # after the length of the header, which is JSON
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""The layout of the authors' files (method.md 1.6): what their weights are called, and which sizes their shapes tell.
+"""The layout of the authors' files (method.md 1.6): names of their weights, and sizes that follow from shapes.
 
-Every published tensor is one of ours under another name; some have axes of length 1 more, because a linear layer was
-written as a 1x1 convolution, or a codebook as a group of one. Values never change.
+Every published tensor is one of ours under another name; some have additional axes of length 1, because a linear layer
+was written as a 1x1 convolution, or a codebook as a single group. Values never change.
 """
 
 import math
@@ -18,14 +18,14 @@ from sftok.model.tokenizer import SFTok
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-INDEX_OFFSET = "quantize.index_offset"  # int64 [0]: where a group's codes begin, of which there is one
+INDEX_OFFSET = "quantize.index_offset"  # int64 [0]: first code of each group, of which there is one
 PROXY_POSITIONS = "decoder.learnable_embedding_positional_embedding"
 OLD_NAMES = {"decoder.embedding_positional_embedding": PROXY_POSITIONS}
-PIXELS = "pixel_decoder."  # begins the teacher's decoder inside a fine-tuned tokenizer
+PIXELS = "pixel_decoder."  # prefix of the teacher's decoder inside a fine-tuned tokenizer
 PIXEL_CODEBOOK = "pixel_quantize.embedding.weight"
 HEAD_CHANNELS = 64  # of an attention head, in all published sizes
 NORM_GROUPS = 32  # of the published teacher
-SHOWN = 4  # keys that an error lists of each sort
+SHOWN = 4  # keys of each sort that an error lists
 
 _ENDS_1X1 = re.compile(r"(encoder\.conv_out|decoder\.ffn\.\d+)\.weight")
 _TOKENIZER = (
@@ -52,14 +52,14 @@ _TOKENIZER = (
 
 
 class Slot(NamedTuple):
-    """Where one of our weights stands in a published file."""
+    """Name and shape of one of our weights in a published file."""
 
     name: str
     shape: Shape
 
 
 def slots(model: SFTok | Teacher) -> dict[str, Slot]:
-    """Our names of a network's weights to their published names and shapes; the index offset is not among them."""
+    """Map our names of weights to published names and shapes, without the index offset."""
     config = model.config if isinstance(model, Teacher) else model.teacher_config
     levels = len(config.channel_multipliers)
     rename = _teacher_name if isinstance(model, Teacher) else _tokenizer_name
@@ -88,7 +88,7 @@ def _teacher_name(ours: str, levels: int) -> str:
         return "quantize.embedding.weight"
     if match := re.fullmatch(r"encoder\.levels\.(\d+)\.(.+)", ours):
         return f"encoder.down.{match[1]}.block.{match[2]}"
-    # The published decoder is numbered by level and runs from the last one to the first; ours is in running order.
+    # The published decoder is numbered by level and runs from the last to the first; ours is numbered in running order.
     if match := re.fullmatch(r"decoder\.levels\.(\d+)\.(.+)", ours):
         return f"decoder.up.{levels - 1 - int(match[1])}.block.{match[2]}"
     if match := re.fullmatch(r"decoder\.upsample\.(\d+)\.(.+)", ours):
@@ -97,7 +97,7 @@ def _teacher_name(ours: str, levels: int) -> str:
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """What a file with these published names holds: "sftok", "teacher", or None for neither."""
+    """Recognise the contents of a file by its published names: "sftok", "teacher", or None for neither."""
     has = frozenset(names)
     if "latent_tokens" in has or any(name.startswith("quantize.shared_linear.") for name in has):
         return "sftok"
@@ -105,9 +105,9 @@ def kind_of(names: Iterable[str]) -> str | None:
 
 
 def common_names(names: Sequence[str]) -> dict[str, str]:
-    """The names in a file to those of the layout: without what wrappers put before all, with today's spellings.
+    """Map the names in a file to those of the layout: without prefixes of wrappers, and with current spellings.
 
-    A name whose place is taken stays as it is, to be found unexpected.
+    A name whose new name exists already is kept, to be reported as unexpected.
     """
     prefix = ""
     while wrapper := next(
@@ -120,7 +120,7 @@ def common_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def differences(expected: Shapes, found: Shapes) -> str:
-    """What is wrong with a file's keys, in one line: counts and a few of each sort; empty where nothing is."""
+    """Describe the differences in a file's keys in one line, by counts and examples; empty if there are none."""
     common = expected.keys() & found.keys()
     misshapen = [f"{n} is {list(found[n])}, not {list(expected[n])}" for n in common if expected[n] != found[n]]
     sorts = {"missing": expected.keys() - found.keys(), "unexpected": found.keys() - expected.keys()}
@@ -131,11 +131,11 @@ def differences(expected: Shapes, found: Shapes) -> str:
 
 
 def tokenizer_sizes(shapes: Shapes, base_channels: int | None = None) -> dict[str, JsonValue]:
-    """The sizes that a tokenizer's shapes tell, by dotted fields of its config.json.
+    """Read a tokenizer's sizes from shapes, by dotted fields of its config.json.
 
     Args:
         shapes: of all published names.
-        base_channels: the pixel decoder's, which its shapes tell up to a factor; without it the largest that fits.
+        base_channels: the pixel decoder's, which its shapes determine up to a factor; None: the largest that fits.
 
     Raises:
         ValueError: weights that sizes are read from are missing or have another number of axes.
@@ -170,7 +170,7 @@ def tokenizer_sizes(shapes: Shapes, base_channels: int | None = None) -> dict[st
 
 
 def teacher_sizes(shapes: Shapes) -> dict[str, JsonValue]:
-    """The sizes that a teacher's shapes tell, by dotted fields of its config.json.
+    """Read a teacher's sizes from shapes, by dotted fields of its config.json.
 
     Raises:
         ValueError: weights that sizes are read from are missing or have another number of axes.
@@ -185,18 +185,18 @@ def teacher_sizes(shapes: Shapes) -> dict[str, JsonValue]:
 
 
 def norm_groups(base_channels: int) -> int:
-    """Groups of a teacher's norms where nothing states them: the published 32, or the most below that fit."""
+    """Return the default groups of a teacher's norms: the published 32, or the most below that fit."""
     return max(groups for groups in range(1, NORM_GROUPS + 1) if base_channels % groups == 0)
 
 
 def size_name(config: TokenizerConfig) -> str | None:
-    """The size of TOKENIZERS that a tokenizer has, whatever its layout; None for none of them."""
+    """Return a tokenizer's size in TOKENIZERS, whatever its layout; None if it has none of them."""
     plain = config.model_copy(update={"legacy_layout": False})
     return next((name for name, known in TOKENIZERS.items() if known == plain), None)
 
 
 def _levels(shapes: Shapes, prefix: str, base_channels: int | None) -> dict[str, JsonValue]:
-    """Width and depth of the teacher's decoder, whose names begin with `prefix`."""
+    """Read width and depth of the teacher's decoder, whose names begin with `prefix`."""
     start = re.escape(prefix)
     levels = _count(shapes, rf"{start}up\.(\d+)\.")
     blocks = {f"{prefix}up.{level}.block.0.conv1.weight": 4 for level in range(max(levels, 1))}
@@ -213,7 +213,7 @@ def _levels(shapes: Shapes, prefix: str, base_channels: int | None) -> dict[str,
 
 
 def _anchors(shapes: Shapes, axes: Mapping[str, int]) -> dict[str, Shape]:
-    """The shapes that sizes are read from, all there and of the right number of axes."""
+    """Return the shapes that sizes are read from, checked for presence and number of axes."""
     wrong = differences({name: shapes.get(name, ()) for name in axes}, {n: s for n, s in shapes.items() if n in axes})
     wrong = wrong or ", ".join(
         f"{name} has {len(shapes[name])} axes, not {count}"
@@ -226,7 +226,7 @@ def _anchors(shapes: Shapes, axes: Mapping[str, int]) -> dict[str, Shape]:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many of a numbered part there are, by the highest number."""
+    """Count the parts of a numbered name by the highest number."""
     return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
 
 

@@ -1,4 +1,4 @@
-"""State dicts from published files: unpickled without running code, and refused in one line when they do not fit."""
+"""Read state dicts from published files without running code, with one-line errors if they do not fit."""
 
 import io
 import pickle
@@ -11,11 +11,11 @@ SHOWN = 3  # names that an error lists
 
 
 def read_state(data: bytes, what: str) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote of a state dict.
+    """Read a state dict that was written by `torch.save`.
 
     Args:
-        data: the file.
-        what: the weights' name in errors, such as "LPIPS (fine_tune.lpips)".
+        data: bytes of the file.
+        what: name of the weights in errors, such as "LPIPS (fine_tune.lpips)".
 
     Raises:
         ValueError: the file is damaged, holds objects besides tensors, or is no state dict.
@@ -39,7 +39,7 @@ def _is_weight(name: object, value: object) -> bool:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy all weights of `module` from `state`, which holds these and no others.
+    """Copy all weights of `module` from `state`, which must hold these and no others.
 
     Raises:
         ValueError: weights are missing, unexpected or of another shape; `module` is then unchanged.
@@ -57,7 +57,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """List the first names and the number of others."""
     ordered = sorted(names)
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
     return ", ".join(ordered[:SHOWN]) + more

@@ -4,8 +4,8 @@ import torch
 
 from sftok.config import DecodingConfig
 from sftok.model.prepared import PreparedDecoder, prepare_decoder
-from tests.benchmarks import machine, subjects
-from tests.benchmarks.published import Published
+from tests.benchmarks import machine, models
+from tests.benchmarks.published import PublishedTokenizer
 from tests.benchmarks.table import percent, seconds, show, times
 
 BATCHES = (1, 4)
@@ -14,9 +14,9 @@ DECODING = DecodingConfig(num_steps=8)
 
 def main() -> None:
     torch.set_num_threads(machine.THREADS)
-    model = subjects.sftok_b()
+    model = models.sftok_b()
     spread_logits(model.decoder.head[2])
-    published = Published(model)
+    published = PublishedTokenizer(model)
     decoders = {"ours fp32": prepare_decoder(model, None), "ours bf16": prepare_decoder(model, None, "bf16")}
     codes = torch.randint(8192, (max(BATCHES), 64), generator=torch.Generator().manual_seed(0))
     published.decode(codes[:1], num_steps=1)
@@ -48,7 +48,7 @@ def render(decoder: PreparedDecoder, codes: torch.Tensor) -> torch.Tensor:
     return decoder.render(*decoder.predict_proxy(codes, DECODING))
 
 
-def compare_images(published: Published, decoders: dict[str, PreparedDecoder], codes: torch.Tensor) -> None:
+def compare_images(published: PublishedTokenizer, decoders: dict[str, PreparedDecoder], codes: torch.Tensor) -> None:
     """Ids, and images of the same logits, beside the published way."""
     codes, rows = codes[:2], []
     ids, images = published.decode(codes)

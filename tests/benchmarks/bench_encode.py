@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sftok.model.prepared import PRECISIONS, prepare_encoder
 from sftok.model.tokenizer import SFTok
-from tests.benchmarks import machine, subjects
-from tests.benchmarks.published import Published
+from tests.benchmarks import machine, models
+from tests.benchmarks.published import PublishedTokenizer
 from tests.benchmarks.table import percent, seconds, show, times
 
 REFERENCE = "published fp32, Sinkhorn"
@@ -18,15 +18,15 @@ ROUNDS = {1: 9, 8: 5, 32: 3}
 
 def main() -> None:
     torch.set_num_threads(machine.THREADS)
-    model = subjects.sftok_b()
-    published = Published(model)
+    model = models.sftok_b()
+    published = PublishedTokenizer(model)
     rows, best = [], {}
     for batch in ROUNDS:
-        ways = ways_to_encode(model, published, subjects.pictures(batch, subjects.B_SIZE))
+        ways = ways_to_encode(model, published, models.pictures(batch, models.B_SIZE))
         taken = seconds({**ways, **machine.products()}, rounds=ROUNDS[batch])
         for name in ways:
             peak = machine.peak("bf16" if name.endswith("bf16") else "fp32", taken)
-            speed = subjects.B_ENCODE_GFLOP * batch / taken[name]
+            speed = models.B_ENCODE_GFLOP * batch / taken[name]
             rows.append(
                 [
                     f"batch {batch}: {name}",
@@ -45,7 +45,7 @@ def main() -> None:
     compare_codes(model, published)
 
 
-def ways_to_encode(model: SFTok, published: Published, images: Tensor) -> dict[str, Callable[[], object]]:
+def ways_to_encode(model: SFTok, published: PublishedTokenizer, images: Tensor) -> dict[str, Callable[[], object]]:
     """Ours, and at the batches where it does not take minutes the published one."""
     ways: dict[str, Callable[[], object]] = {}
     for precision in PRECISIONS:
@@ -57,17 +57,17 @@ def ways_to_encode(model: SFTok, published: Published, images: Tensor) -> dict[s
     return ways
 
 
-def autocast_encode(published: Published, images: Tensor) -> Tensor:
+def autocast_encode(published: PublishedTokenizer, images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16):
         return published.encode(images, nearest=True)
 
 
-def compare_codes(model: SFTok, published: Published) -> None:
+def compare_codes(model: SFTok, published: PublishedTokenizer) -> None:
     """Whose codes differ, with an initial codebook and with one drawn from the encoder's outputs."""
-    images, rows = subjects.pictures(16, subjects.B_SIZE), []
+    images, rows = models.pictures(16, models.B_SIZE), []
     for codebook in ("initial", "drawn"):
         if codebook == "drawn":
-            subjects.draw_codebook(model, prepare_encoder(model, "bf16"), 8)
+            models.draw_codebook(model, prepare_encoder(model, "bf16"), 8)
         with torch.no_grad():
             z = torch.cat([published.latents(part) for part in images.split(8)])
             wanted = published.quantize(z, nearest=True)[1]

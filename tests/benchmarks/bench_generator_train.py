@@ -29,7 +29,7 @@ from tests.benchmarks.table import percent, seconds, show, times
 ROWS = 10_000
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
 TOY_SPACE, SPACE = CodeSpace(256, 16, 10), CodeSpace(8192, 64, 1000)
-SUBJECTS: list[tuple[str, GeneratorConfig, CodeSpace, int, Precision, int]] = [
+CASES: list[tuple[str, GeneratorConfig, CodeSpace, int, Precision, int]] = [
     ("toy, 16 codes, batch 128, fp32", GENERATORS["toy"], TOY_SPACE, 128, "fp32", 25),
     ("toy, 16 codes, batch 128, bf16", GENERATORS["toy"], TOY_SPACE, 128, "bf16", 25),
     ("B, 64 codes, batch 16, bf16", GENERATORS["B"], SPACE, 16, "bf16", 8),
@@ -39,7 +39,7 @@ SUBJECTS: list[tuple[str, GeneratorConfig, CodeSpace, int, Precision, int]] = [
 def main() -> None:
     torch.set_num_threads(machine.THREADS)
     rows, products = [], machine.products()
-    for name, config, space, batch, precision, rounds in SUBJECTS:
+    for name, config, space, batch, precision, rounds in CASES:
         classes = torch.randint(space.num_classes, (batch,))
         codes = torch.randint(space.codebook_size, (batch, space.num_tokens))
         ways = {

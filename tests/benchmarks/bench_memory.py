@@ -10,8 +10,8 @@ import torch
 
 from sftok.config import DecodingConfig
 from sftok.model.prepared import InferencePrecision, prepare_decoder, prepare_encoder
-from tests.benchmarks import machine, subjects
-from tests.benchmarks.published import Published
+from tests.benchmarks import machine, models
+from tests.benchmarks.published import PublishedTokenizer
 from tests.benchmarks.table import show
 
 STEPS = DecodingConfig(num_steps=2)  # memory does not grow with the steps
@@ -53,25 +53,25 @@ def resident(field: str) -> int:
 
 
 def encoding(way: str, batch: int) -> Callable[[], object]:
-    model, images = subjects.sftok_b(), subjects.pictures(batch, subjects.B_SIZE)
+    model, images = models.sftok_b(), models.pictures(batch, models.B_SIZE)
     if way == "published fp32":
-        published = Published(model)
+        published = PublishedTokenizer(model)
         return lambda: published.encode(images)
     encoder = prepare_encoder(model, precision_of(way))
     return lambda: encoder(images)
 
 
 def decoding(way: str, batch: int) -> Callable[[], object]:
-    model, codes = subjects.sftok_b(), torch.randint(8192, (batch, 64))
+    model, codes = models.sftok_b(), torch.randint(8192, (batch, 64))
     if way == "published fp32":
-        published = Published(model)
+        published = PublishedTokenizer(model)
         return lambda: published.decode(codes, num_steps=STEPS.num_steps)
     decoder = prepare_decoder(model, None, precision_of(way))
     return lambda: decoder.render(*decoder.predict_proxy(codes, STEPS))
 
 
 def training(way: str, batch: int) -> Callable[[], object]:
-    model, images = subjects.sftok_b(), subjects.pictures(batch, subjects.B_SIZE)
+    model, images = models.sftok_b(), models.pictures(batch, models.B_SIZE)
     for part in (model.encoder, model.decoder):
         part.requires_grad_(True)
         part.transformer.recompute("recomputing" in way)

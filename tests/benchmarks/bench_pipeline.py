@@ -38,7 +38,7 @@ from sftok.model.tokenizer import SFTok
 from sftok.prepare.prepare import prepare
 from sftok.sources.sources import list_source
 from sftok.weights.artifacts import save_tokenizer
-from tests.benchmarks import subjects
+from tests.benchmarks import models
 from tests.benchmarks.table import percent, show
 
 T = TypeVar("T")
@@ -60,8 +60,8 @@ class Case(NamedTuple):
     workers: tuple[int, ...]
 
 
-SMALL = Case("SFTok of 10.6 M parameters", 3_072, subjects.SMALL_SIZE, 32, subjects.small_tokenizer, (1, 2))
-BASE = Case("SFTok-B", 512, subjects.B_SIZE, 8, subjects.sftok_b, (2,))
+SMALL = Case("SFTok of 10.6 M parameters", 3_072, models.SMALL_SIZE, 32, models.small_tokenizer, (1, 2))
+BASE = Case("SFTok-B", 512, models.B_SIZE, 8, models.sftok_b, (2,))
 
 
 def main() -> None:
@@ -120,7 +120,7 @@ def speed(place: Path, case: Case) -> None:
 
 
 def draw(folder: Path, case: Case) -> Path:
-    pictures = (subjects.pictures(256, case.size) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pictures = (models.pictures(256, case.size) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for number in range(case.images):
         path = folder / f"class {number % 4}" / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def loop(tokenizer: str, case: Case, barrier: threading.Barrier, results: "multi
 
     torch.set_num_threads(1)
     encoder = prepare_encoder(load_tokenizer(Store(tokenizer)))
-    parts = subjects.pictures(256, case.size).split(case.micro_batch)
+    parts = models.pictures(256, case.size).split(case.micro_batch)
     encoder(parts[0])
     barrier.wait()
     began = time.perf_counter()

@@ -16,7 +16,7 @@ from tests.benchmarks import machine
 from tests.benchmarks.table import percent, show
 
 TOY_SPACE, SPACE = CodeSpace(256, 16, 10), CodeSpace(8192, 64, 1000)
-SUBJECTS: list[tuple[str, GeneratorConfig | MaskedConfig, CodeSpace, float, int, tuple[int, int]]] = [
+CASES: list[tuple[str, GeneratorConfig | MaskedConfig, CodeSpace, float, int, tuple[int, int]]] = [
     ("toy, 16 codes of 256", GENERATORS["toy"], TOY_SPACE, 6.0, 960, (64, 16)),
     ("masked toy, 16 codes of 256", MASKED_GENERATORS["toy"], TOY_SPACE, 6.0, 960, (64, 16)),
     ("B, 64 codes of 8,192", GENERATORS["B"], SPACE, 1.0, 16, (16, 4)),
@@ -27,7 +27,7 @@ PRECISIONS: tuple[SamplePrecision, ...] = ("fp32", "bf16")
 def main() -> None:
     torch.set_num_threads(machine.THREADS)
     rows = []
-    for name, config, space, gain, count, sizes in SUBJECTS:
+    for name, config, space, gain, count, sizes in CASES:
         torch.manual_seed(0)
         model = build_generator(config, space)
         model.initialise()

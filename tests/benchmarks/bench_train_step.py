@@ -14,8 +14,8 @@ from sftok.config import AlignmentStageConfig, TeacherConfig
 from sftok.model.decoder import random_mask
 from sftok.model.teacher import Teacher
 from sftok.training.alignment import alignment_losses
-from tests.benchmarks import machine, subjects
-from tests.benchmarks.published import Published, average
+from tests.benchmarks import machine, models
+from tests.benchmarks.published import PublishedTokenizer, average
 from tests.benchmarks.table import seconds, show, times
 
 BATCH, ROUNDS = 32, 3
@@ -26,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(machine.THREADS)
     torch.manual_seed(0)
     teacher = Teacher(TeacherConfig()).eval().requires_grad_(False)
-    images = subjects.pictures(BATCH, subjects.SMALL_SIZE)
+    images = models.pictures(BATCH, models.SMALL_SIZE)
     ways: dict[str, Callable[[], object]] = {}
     for precision in ("fp32", "bf16"):
         ways[f"ours {precision}"] = our_step(teacher, images, precision)
@@ -44,7 +44,7 @@ def main() -> None:
 
 def our_step(teacher: Teacher, images: Tensor, precision: Precision) -> Callable[[], object]:
     """As the alignment stage does it."""
-    model = subjects.small_tokenizer()
+    model = models.small_tokenizer()
     training = TrainingConfig(steps=1000, batch_size=BATCH, optimizer=OPTIMIZER, precision=precision)
     config = AlignmentStageConfig(training=training, replacement="self_forcing")
     learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(training, ALONE)), itertools.count()
@@ -59,7 +59,7 @@ def our_step(teacher: Teacher, images: Tensor, precision: Precision) -> Callable
 
 def published_step(teacher: Teacher, images: Tensor, precision: Precision) -> Callable[[], object]:
     """As the published code does it: the guide encodes by itself and outside autocast, plain AdamW, EMA one by one."""
-    published = Published(subjects.small_tokenizer())
+    published = PublishedTokenizer(models.small_tokenizer())
     optimizer = torch.optim.AdamW(published.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas)
     shadow = {name: parameter.detach().clone() for name, parameter in published.named_parameters()}
     update = average(shadow, published, OPTIMIZER.ema_decay)

@@ -63,7 +63,7 @@ def sinkhorn_codes(distance_MK: Tensor, iterations: int = 5) -> Tensor:
     return (q_KM * M).argmax(0)
 
 
-class Published(nn.Module):
+class PublishedTokenizer(nn.Module):
     """The published tokenizer around our model's weights."""
 
     def __init__(self, model: SFTok) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from infra.store.s3 import Bucket
 from infra.store.store import Store
 from sftok.config import DataConfig
-from sftok.prepare.prepare import REJECTS, Prepared
+from sftok.prepare.prepare import REJECTS, PrepareResult
 
 CONFIG = DataConfig(image_size=8, val_fraction=0.25, num_shards=3, num_val_shards=2)
 
@@ -89,7 +89,7 @@ def hf_parquet(path: Path, numbers: Iterable[int], names: list[str], **options: 
     return path
 
 
-def rows_of(store: Store, prepared: Prepared) -> list[dict]:
+def rows_of(store: Store, prepared: PrepareResult) -> list[dict]:
     """All rows, with the split of their shard."""
     shards = [file.path for file in prepared.files if file.path != REJECTS]
     return [

@@ -1,1 +1,1 @@
-"""The Inception network of FID: the published network, a prepared one for speed, and its weights."""
+"""The Inception network of FID: as published (`network`), prepared for speed (`prepared`, `cpu`), and its weights."""

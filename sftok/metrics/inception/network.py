@@ -1,8 +1,8 @@
-"""The Inception network of the Fréchet distance: the 2015 classifier whose features FID, IS and KID compare.
+"""The Inception network of FID: the 2015 classifier whose features FID, IS and KID compare.
 
-The architecture of Szegedy et al. 2016 (Inception-v3) with what sets TensorFlow's file of 2015-12-05 apart: average
-pools do not count the padding, the last block pools by maximum, 1,008 outputs. Modules are named as in the published
-file (`pt_inception-2015-12-05-6726825d.pth`), which torch-fidelity, pytorch-fid and torchmetrics read too.
+The architecture of Szegedy et al. 2016 (Inception-v3) with the peculiarities of TensorFlow's file of 2015-12-05:
+average pools do not count the padding, the last block pools by maximum, 1,008 outputs. Modules are named as in the
+published file (`pt_inception-2015-12-05-6726825d.pth`), which torch-fidelity, pytorch-fid and torchmetrics read too.
 
 Shapes: B images, C channels, h x w the grid of a level, K = 1008 classes.
 """
@@ -38,14 +38,14 @@ class Layer(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """Layers one after another, and those that each read the last one's output and are put side by side."""
+    """A chain of layers, and a fork of layers that each read its output and are concatenated."""
 
     chain: tuple[Layer, ...]
     fork: tuple[Layer, ...] = ()
 
 
 class Block(NamedTuple):
-    """Branches side by side, then what is pooled: by 3x3 averages, maxima, or maxima in strides of 2 (no layer)."""
+    """Concatenated branches and a pool: 3x3 averages, maxima, or maxima with stride 2 (without a layer)."""
 
     name: str
     branches: tuple[Branch, ...]
@@ -117,7 +117,7 @@ SPATIAL_BLOCK = "Mixed_6d"
 
 
 class InceptionOutputs(NamedTuple):
-    """What the metrics compare, float32 (or the network's float64).
+    """The outputs that metrics use, float32 (or the network's float64).
 
     pool: (B, 2048), means over the last grid: FID, KID, precision, recall, density, coverage.
     spatial: (B, 2023), the first 7 channels of the 17x17 map mixed_6, in TensorFlow's order (h, w, C): sFID.
@@ -130,7 +130,7 @@ class InceptionOutputs(NamedTuple):
 
 
 class ConvNorm(nn.Module):
-    """One layer with its norm, in evaluation mode."""
+    """A convolution with its batch norm and ReLU, in evaluation mode."""
 
     def __init__(self, inputs: int, layer: Layer) -> None:
         super().__init__()
@@ -163,13 +163,13 @@ class Mixed(nn.Module):
         self.outputs = outputs
 
     def layer(self, name: str) -> ConvNorm:
-        """The layer of that name."""
+        """Return a layer by name."""
         found = self.get_submodule(name)
         assert isinstance(found, ConvNorm)
         return found
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        """(B, C, h, w) to what all branches make of it, side by side."""
+        """(B, C, h, w) to the outputs of all branches, concatenated."""
         maps = []
         for branch in self.block.branches:
             y = x_BChw
@@ -190,7 +190,7 @@ def _maximum(x_BChw: Tensor) -> Tensor:
 
 
 def shrink(x_BChw: Tensor) -> Tensor:
-    """Maxima of 3x3 in strides of 2."""
+    """Pool by maxima of 3x3 with stride 2."""
     return F.max_pool2d(x_BChw, 3, stride=2)
 
 
@@ -198,7 +198,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {"average": _average, "maximum": 
 
 
 class Inception(nn.Module):
-    """The network as it is published: the reference that faster forms are measured against; frozen."""
+    """The network as published, frozen: the reference for faster forms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,20 +215,20 @@ class Inception(nn.Module):
         self.requires_grad_(False).eval()
 
     def stem(self) -> Iterator[list[ConvNorm]]:
-        """The layers before the blocks, up to each pool."""
+        """Yield the layers before the blocks, up to each pool."""
         for level in STEM:
             layers = [self.get_submodule(layer.name) for layer in level]
             yield [layer for layer in layers if isinstance(layer, ConvNorm)]
 
     def mixed(self) -> Iterator[Mixed]:
-        """The blocks, in order."""
+        """Yield the blocks, in order."""
         for block in BLOCKS:
             mixed = self.get_submodule(block.name)
             assert isinstance(mixed, Mixed)
             yield mixed
 
     def forward(self, pixels_B3SS: Tensor) -> InceptionOutputs:
-        """Pixels in [0, 255], already resized to 299 x 299, float, (B, 3, 299, 299)."""
+        """Float pixels in [0, 255], resized to 299 x 299, (B, 3, 299, 299), to the outputs."""
         assert pixels_B3SS.shape[1:] == (3, SIDE, SIDE)
         x = normalised(pixels_B3SS)
         for level in self.stem():
@@ -243,16 +243,12 @@ class Inception(nn.Module):
         pool_BD = x.mean((2, 3))
         return InceptionOutputs(pool_BD, spatial_BD, F.linear(pool_BD, self.fc.weight))
 
-    def with_bias(self, logits_BK: Tensor) -> Tensor:
-        """The classifier's own logits, from those without the bias."""
-        return logits_BK + self.fc.bias
-
 
 def normalised(pixels: Tensor) -> Tensor:
-    """[0, 255] to [-1, 1): what TensorFlow's graph does, to the bit."""
+    """Map [0, 255] to [-1, 1) as TensorFlow's graph does, to the bit."""
     return (pixels - 128) / 128
 
 
 def spatial_features(map_BChw: Tensor) -> Tensor:
-    """The spatial features of a map (B, C, 17, 17), (B, 2023)."""
+    """Select the spatial features (B, 2023) of a map (B, C, 17, 17)."""
     return map_BChw[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)

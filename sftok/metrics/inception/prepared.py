@@ -1,12 +1,12 @@
-"""The Inception network prepared for a machine: batch norms folded away, channels last, pools after convolutions.
+"""The Inception network prepared for inference: batch norms folded away, channels last, pools after convolutions.
 
 Two changes of the published network leave its numbers as they are but for rounding:
-- a batch norm in evaluation mode is a factor and a shift: it goes into its convolution, in float64;
-- an average of 1x1 convolutions is the 1x1 convolution of the average, so the pooled branch averages its few outputs,
-  not its many inputs. (Its ReLU follows. Maxima do not commute.)
+- a batch norm in evaluation mode is a factor and a shift, which are folded into its convolution, in float64;
+- the average of a 1x1 convolution's outputs is its output for the average of the inputs, so the pooled branch averages
+  its few outputs, not its many inputs. (Its ReLU follows. Maxima do not commute.)
 
-On CPUs weights are laid out for oneDNN once, and the ReLU is computed on the way out. Nothing is compiled: what this
-leaves to a compiler is 8 % of the time. On CUDA float32 is IEEE or TF32 as the process's numerics say.
+CPUs have convolutions of their own with the same numbers (`cpu`). Nothing is compiled: a compiler would save at most
+8 % of the time. On CUDA float32 is IEEE or TF32, as the process's numerics say.
 
 Shapes: B images, C channels, h x w the grid of a level.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from infra.compute.packed import can_pack
 from sftok.images.resize import Resize, resize
+from sftok.metrics.inception.cpu import PackedConv
 from sftok.metrics.inception.network import (
     POOLS,
     SPATIAL_BLOCK,
@@ -37,46 +38,42 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 class Batches(NamedTuple):
-    """How many images are computed at once; rounding follows the shape of a product, so the last batch is filled up."""
+    """Images per batch; rounding depends on the shape of a product, so the last batch is padded."""
 
     whole: int
     stem: int
-    """of them in the first layers."""
+    """images at once in the first layers."""
 
 
-CPU = Batches(8, 2)  # a map of 147 x 147 x 64 is 5.5 MB, and more of them leave the cache
-CUDA = Batches(256, 256)  # whose largest map takes 1.4 GB in float32, of which three are in memory
+CPU = Batches(8, 2)  # a map of 147 x 147 x 64 is 5.5 MB; more of them do not fit in the cache
+CUDA = Batches(256, 256)  # the largest map takes 1.4 GB in float32, and three are in memory
 
 
 class FoldedConv:
-    """A layer with its norm inside; a ReLU follows unless told otherwise."""
+    """A convolution with its batch norm folded in, followed by a ReLU unless `relu` is false."""
 
     def __init__(self, layer: ConvNorm, dtype: torch.dtype, device: torch.device) -> None:
         weight, bias = folded(layer)
-        self.stride, self.padding, self.dtype = list(layer.conv.stride), list(layer.layer.padding), dtype
-        self.weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
-        self.bias = bias.to(device, dtype)
-        self.is_packed = device.type == "cpu" and can_pack(dtype)
-        self.packed_for: torch.Size | None = None
+        self.stride, self.padding, self.dtype = layer.conv.stride, layer.layer.padding, dtype
+        weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
+        bias = bias.to(device, dtype)
+        self.packed: PackedConv | None = None
+        if device.type != "cpu" or not can_pack(dtype):
+            self.weight, self.bias = weight, bias
+        else:
+            self.packed = PackedConv(weight, bias, self.stride, self.padding)
 
     def __call__(self, x_BChw: Tensor, *, relu: bool = True) -> Tensor:
         """(B, C, h, w), channels last."""
         x_BChw = x_BChw.to(self.dtype)
-        if not self.is_packed:
+        if self.packed is None:
             y = F.conv2d(x_BChw, self.weight, self.bias, self.stride, self.padding)
             return y.relu_() if relu else y
-        geometry = (self.padding, self.stride, [1, 1], 1)
-        if self.packed_for != x_BChw.shape:
-            # Which layout is best depends on the input's shape: with another one, oneDNN moves all weights every time.
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, x_BChw.shape)
-            self.packed_for = x_BChw.shape
-        act = "relu" if relu else "none"
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(x_BChw, self.weight, self.bias, *geometry, act, [], "")
-        return out
+        return self.packed(x_BChw, relu=relu)
 
 
 def folded(layer: ConvNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what a layer and its norm do, float64."""
+    """Fold a layer's batch norm into its convolution: weight and bias, float64."""
     norm = layer.bn
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -85,8 +82,8 @@ def folded(layer: ConvNorm) -> tuple[Tensor, Tensor]:
     return layer.conv.weight.double() * factor.view(-1, 1, 1, 1), bias
 
 
-class FastMixed:
-    """A block of branches."""
+class PreparedMixed:
+    """A block of branches, prepared."""
 
     def __init__(self, mixed: Mixed, dtype: torch.dtype, device: torch.device) -> None:
         block = mixed.block
@@ -100,7 +97,7 @@ class FastMixed:
             self.pool_layer = FoldedConv(mixed.layer(block.pool_layer.name), dtype, device)
 
     def __call__(self, x_BChw: Tensor) -> Tensor:
-        """(B, C, h, w) to what all branches make of it, side by side."""
+        """(B, C, h, w) to the outputs of all branches, concatenated."""
         maps = []
         for chain, fork in self.branches:
             y = x_BChw
@@ -119,26 +116,26 @@ class FastMixed:
 
 
 class PreparedInception:
-    """uint8 images to what the metrics compare. Holds the weights as they were when it was made."""
+    """uint8 images to the features that metrics compare. Holds the weights as they were when it was made."""
 
     def __init__(self, network: Inception, precision: Precision, device: torch.device) -> None:
         self.precision, self.device = precision, device
         self.batches = CUDA if device.type == "cuda" else CPU
         dtype = DTYPES[precision]
-        # The first layer in float32 whatever the precision: a percent of the work, and bf16 would round the pixels.
+        # The first layer in float32 whatever the precision: 1 % of the work, and bf16 would round the pixels.
         self.stem = [
             [FoldedConv(layer, dtype if layer.conv.in_channels > 3 else torch.float32, device) for layer in level]
             for level in network.stem()
         ]
-        self.blocks = [FastMixed(mixed, dtype, device) for mixed in network.mixed()]
+        self.blocks = [PreparedMixed(mixed, dtype, device) for mixed in network.mixed()]
         self.classifier_KD = network.fc.weight.to(device, torch.float32)
 
     @torch.inference_mode()
     def __call__(self, images_B3HW: Tensor, how: Resize) -> InceptionOutputs:
-        """Outputs of uint8 RGB images (B, 3, H, W), float32, on the network's device; independent of batch mates.
+        """Process uint8 RGB images (B, 3, H, W) to float32 outputs on the network's device, independent of batch mates.
 
         Raises:
-            ValueError: the images are no uint8 RGB.
+            ValueError: the images are not uint8 RGB.
         """
         batches = [self._batch(batch, how) for batch in images_B3HW.split(self.batches.whole)]
         return InceptionOutputs(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
@@ -168,16 +165,16 @@ class PreparedInception:
 def prepare_inception(
     network: Inception, *, precision: str = "fp32", device: torch.device | str = "cpu"
 ) -> PreparedInception:
-    """Prepare the network for a device; once a worker.
+    """Prepare the network for a device; once per worker.
 
     Args:
         network: with its weights.
-        precision: `fp32`, or `bf16` for speed, whose features differ from those of fp32 by a percent: its
-            figures compare with their like only.
-        device: where it shall run.
+        precision: `fp32`, or `bf16` for speed, whose features differ from those of fp32 by 1 %: scores of one
+            precision compare with their like only.
+        device: where it will run.
 
     Raises:
-        ValueError: there is no such precision.
+        ValueError: the precision is unknown.
     """
     for known in PRECISIONS:
         if precision == known:

@@ -1,4 +1,4 @@
-"""Reading the Inception network's weights from a file, as it was published or as safetensors of the same names."""
+"""Read the weights of the Inception network from a file, as published or as safetensors with the same names."""
 
 import hashlib
 import io
@@ -19,29 +19,29 @@ from sftok.weights.pickled import fill
 
 EXTRACTOR = "Inception 2015-12-05"
 PUBLISHED_SHA256 = INCEPTION_SHA256
-# Counts of training batches, which some versions of torch write beside the weights; nothing reads them.
+# Counters of training batches, which some versions of torch save with the weights; nothing reads them.
 _COUNTER = ".num_batches_tracked"
 
 
 def read_inception(config: PretrainedConfig, store: Store, what: str = "Inception") -> Inception:
-    """The network with the weights that a config names; checked by their sha256.
+    """Load the network with the weights that a config names, checked by their sha256.
 
     Raises:
-        ValueError: the file is not there, has another hash, is damaged or holds other weights; one line.
+        ValueError: the file is missing, has another hash, is damaged or holds other weights; one line.
     """
     return load_inception(read_pretrained(config, store, what), config.sha256, what)
 
 
 def load_inception(data: bytes, sha256: str, what: str = "Inception") -> Inception:
-    """The network from the bytes of a file.
+    """Load the network from the bytes of a file.
 
     Args:
         data: a state dict by `torch.save`, or safetensors.
-        sha256: what the file's hash has to be.
-        what: the weights' name in errors.
+        sha256: expected hash of the file.
+        what: name of the weights in errors.
 
     Raises:
-        ValueError: another hash, a damaged file, or other weights than this network's; one line.
+        ValueError: the hash differs, the file is damaged, or it holds other weights; one line.
     """
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
@@ -58,7 +58,7 @@ def load_inception(data: bytes, sha256: str, what: str = "Inception") -> Incepti
 
 
 def _state(data: bytes, what: str) -> dict[str, Tensor]:
-    """The tensors of the file."""
+    """Read the tensors of the file."""
     try:
         is_safetensors = data[8:9] == b"{"
         state = load(data) if is_safetensors else torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -75,7 +75,7 @@ def _state(data: bytes, what: str) -> dict[str, Tensor]:
 
 
 def _what_else(data: bytes) -> str:
-    """What a file is that is no state dict, as far as it can be told."""
+    """Describe a file that is not a state dict, as far as it is recognised."""
     if zipfile.is_zipfile(io.BytesIO(data)):
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
         if any("/code/" in name for name in names):

@@ -17,9 +17,9 @@ from sftok.model.decoder import random_mask
 from sftok.model.teacher import Teacher
 from sftok.training.alignment import alignment_losses, teacher_codes
 from sftok.training.common import set_up
-from tests.benchmarks.device import subjects
+from tests.benchmarks.device import models
 from tests.benchmarks.device.bench import TRAINED, Bench, operations
-from tests.benchmarks.published import Published, average
+from tests.benchmarks.published import PublishedTokenizer, average
 
 BATCH, QUICK_BATCH = 128, 4
 OPTIMIZER = OptimizerConfig(warmup_steps=0)
@@ -28,8 +28,8 @@ STEPS = 1000  # of the schedule
 
 def run(bench: Bench) -> None:
     """bf16, whose share is of the arithmetic of teacher, guide, forward and backward pass."""
-    teacher, batch = subjects.teacher(bench), QUICK_BATCH if bench.is_quick else BATCH
-    images = subjects.images(bench, batch)
+    teacher, batch = models.teacher(bench), QUICK_BATCH if bench.is_quick else BATCH
+    images = models.images(bench, batch)
     codes = operations(lambda: teacher.encode(images[:1]))
     student = operations(functools.partial(our_step(bench, images[:1], is_compiled=False), teacher.encode(images[:1])))
     bench.put("arithmetic of an image", (student + codes) / 1e9, "GFLOP", note=f"{codes / 1e9:.1f} of it the teacher's")
@@ -70,7 +70,7 @@ def compiled_teacher(teacher: Teacher, images: Tensor) -> Teacher:
 
 def our_step(bench: Bench, images: Tensor, *, is_compiled: bool) -> Callable[[Tensor], None]:
     """As the stage does it, from the teacher's codes."""
-    model = subjects.tokenizer(bench, pixels=False).requires_grad_(True).train()
+    model = models.tokenizer(bench, pixels=False).requires_grad_(True).train()
     config = stage(len(images), "fp32", is_compiled=is_compiled)
     set_up([model.encoder, model.decoder], config.training)
     learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(config.training, ALONE)), itertools.count()
@@ -84,7 +84,7 @@ def our_step(bench: Bench, images: Tensor, *, is_compiled: bool) -> Callable[[Te
 
 def published_step(bench: Bench, teacher: Teacher, images: Tensor) -> Callable[[], object]:
     """As the published code does it: images encoded twice, the guide outside autocast, plain AdamW, EMA one by one."""
-    published = Published(subjects.tokenizer(bench, pixels=False)).requires_grad_(True).to(bench.device)
+    published = PublishedTokenizer(models.tokenizer(bench, pixels=False)).requires_grad_(True).to(bench.device)
     optimizer = torch.optim.AdamW(published.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas)
     shadow = {name: parameter.detach().clone() for name, parameter in published.named_parameters()}
     update = average(shadow, published, OPTIMIZER.ema_decay)

@@ -8,9 +8,9 @@ import torch
 from sftok.config import DecodingConfig
 from sftok.model.prepared import PreparedDecoder, prepare_decoder
 from tests.benchmarks.bench_decode import spread_logits
-from tests.benchmarks.device import subjects
+from tests.benchmarks.device import models
 from tests.benchmarks.device.bench import Bench, operations
-from tests.benchmarks.published import Published
+from tests.benchmarks.published import PublishedTokenizer
 
 BATCH, QUICK_BATCH = 64, 2
 DECODING = DecodingConfig(num_steps=8)
@@ -18,9 +18,9 @@ DECODING = DecodingConfig(num_steps=8)
 
 def run(bench: Bench) -> None:
     """Every precision beside the published way in the same one."""
-    model = subjects.tokenizer(bench)
+    model = models.tokenizer(bench)
     spread_logits(model.decoder.head[2])
-    published = Published(model).to(bench.device).eval()
+    published = PublishedTokenizer(model).to(bench.device).eval()
     batch = QUICK_BATCH if bench.is_quick else BATCH
     codes = torch.randint(model.config.codebook_size, (batch, model.config.num_latent_tokens)).to(bench.device)
     plain = prepare_decoder(model, None)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sftok.model.prepared import PRECISIONS, prepare_encoder
 from sftok.model.tokenizer import SFTok
-from tests.benchmarks import subjects as models
+from tests.benchmarks import models as cpu_models
 from tests.benchmarks.bench_encode import autocast_encode
-from tests.benchmarks.device import subjects
+from tests.benchmarks.device import models
 from tests.benchmarks.device.bench import Bench, lazily, operations, share_equal
-from tests.benchmarks.published import Published
+from tests.benchmarks.published import PublishedTokenizer
 
 BATCHES, QUICK_BATCHES = (8, 64, 128, 256), (2, 4)
 SINKHORN_BATCHES = (8, 128)  # where the published assignment is measured, too
@@ -24,17 +24,17 @@ CPU_IMAGES = 8
 
 def run(bench: Bench) -> None:
     """Speed, then agreement."""
-    model = subjects.tokenizer(bench)
-    images = subjects.images(bench, (QUICK_BATCHES if bench.is_quick else BATCHES)[-1])
+    model = models.tokenizer(bench)
+    images = models.images(bench, (QUICK_BATCHES if bench.is_quick else BATCHES)[-1])
     flops = operations(lambda: model.encoder(images[:1]))
     bench.put("arithmetic of an image", flops / 1e9, "GFLOP")
-    published = Published(model).to(bench.device).eval()
+    published = PublishedTokenizer(model).to(bench.device).eval()
     for batch in QUICK_BATCHES if bench.is_quick else BATCHES:
         speed(bench, model, published, images[:batch], flops)
     agreement(bench, model, images)
 
 
-def speed(bench: Bench, model: SFTok, published: Published, images: Tensor, flops: float) -> None:
+def speed(bench: Bench, model: SFTok, published: PublishedTokenizer, images: Tensor, flops: float) -> None:
     """A batch by each way."""
     for precision in ("fp32", "bf16"):
         ways: dict[str, Callable[[], object]] = {}
@@ -62,7 +62,7 @@ def bare_encode(model: SFTok, images: Tensor) -> Tensor:
 
 def agreement(bench: Bench, model: SFTok, images: Tensor) -> None:
     """Share of equal codes, with a codebook as close together as the encoder's outputs are."""
-    models.draw_codebook(model, prepare_encoder(model, "bf16"), 4 if bench.is_quick else 64)
+    cpu_models.draw_codebook(model, prepare_encoder(model, "bf16"), 4 if bench.is_quick else 64)
     few = min(8, len(images) // 2)
     wanted = prepare_encoder(model, "fp32")(images)
     for precision in PRECISIONS:

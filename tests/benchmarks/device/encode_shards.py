@@ -21,7 +21,7 @@ from sftok.images.decode_ahead import DECODERS, Decoders, spare_processes
 from sftok.model.prepared import prepare_encoder
 from sftok.model.tokenizer import SFTok
 from sftok.weights.artifacts import save_tokenizer
-from tests.benchmarks.device import subjects
+from tests.benchmarks.device import models
 from tests.benchmarks.device.bench import Bench, operations
 from tests.benchmarks.jpegs import DISTINCT, SIZE, jpeg
 
@@ -33,7 +33,7 @@ def run(bench: Bench) -> None:
     """The data path and the whole, with images decoded in threads, in processes, and where the encoder computes."""
     shards, rows = (QUICK_SHARDS, QUICK_ROWS) if bench.is_quick else (SHARDS, ROWS)
     micro_batch = QUICK_MICRO_BATCH if bench.is_quick else MICRO_BATCH
-    model = subjects.tokenizer(bench)
+    model = models.tokenizer(bench)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(bench, Store(folder), model, *write_images(Store(folder).at("images"), shards, rows), micro_batch)
         save_tokenizer(model, work.folder.at("tokenizer"))
@@ -84,7 +84,7 @@ class Work:
     def card(self) -> None:
         """The encoder alone."""
         encoder = prepare_encoder(self.model, "bf16", compile=self.is_compiled)
-        images = subjects.images(self.bench, self.micro_batch)
+        images = models.images(self.bench, self.micro_batch)
         flops = operations(lambda: self.model.encoder(images[:1]))
         measure = functools.partial(self.bench.race, items=self.micro_batch, unit="images/s", flops=flops)
         self.speeds["card"] = measure("bf16, from the device's memory", {"ours": lambda: encoder(images)})["ours"]

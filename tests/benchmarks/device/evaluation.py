@@ -13,7 +13,7 @@ from sftok.metrics.frechet import Gaussian, distance
 from sftok.metrics.functional import FeatureMoments, psnr, ssim
 from sftok.metrics.nearest import nearest_distances
 from sftok.metrics.scores import precision_recall
-from tests.benchmarks.device import subjects
+from tests.benchmarks.device import models
 from tests.benchmarks.device.bench import Bench
 
 TRAIN, SAMPLES = 1_281_167, 50_000  # of ImageNet
@@ -39,7 +39,7 @@ def run(bench: Bench) -> None:
     features = torch.randn(scale.rows, scale.dims).relu().to(bench.device)
     queries = (torch.randn(scale.queries, scale.dims) + 0.1).relu().to(bench.device)
     some = queries[: len(queries) // 4]
-    images = subjects.images(bench, scale.images)
+    images = models.images(bench, scale.images)
     pixels = (images * 255).to(torch.uint8)
     sides = [Gaussian.of(FeatureMoments.of(side)) for side in (features, queries)]
     pairs = scale.rows * len(some)

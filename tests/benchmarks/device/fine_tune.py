@@ -23,7 +23,7 @@ from sftok.model.tokenizer import SFTok
 from sftok.training.common import set_up
 from sftok.training.fine_tune import fine_tune_pass
 from sftok.training.pixel_losses import PixelLosses
-from tests.benchmarks.device import subjects
+from tests.benchmarks.device import models
 from tests.benchmarks.device.bench import TRAINED, Bench, operations
 
 BATCH, QUICK_BATCH = 32, 4
@@ -35,7 +35,7 @@ Masks = torch.Generator
 def run(bench: Bench) -> None:
     """bf16, beside a bare loop of the same pass and losses with PyTorch's fused AdamW, but without a discriminator."""
     batch = QUICK_BATCH if bench.is_quick else BATCH
-    images = subjects.images(bench, batch)
+    images = models.images(bench, batch)
     size = images.shape[-1]
     # Counted without the adversary's share of a virtual batch, which no batch of one has.
     flops = operations(our_step(bench, images, size, is_compiled=False)) / batch
@@ -56,7 +56,7 @@ def run(bench: Bench) -> None:
 
 def trained_parts(bench: Bench) -> tuple[SFTok, list[tuple[str, nn.Parameter]]]:
     """The tokenizer, and what fine-tuning trains of it."""
-    model = subjects.tokenizer(bench)
+    model = models.tokenizer(bench)
     assert model.pixel_decoder is not None
     model.pixel_decoder.to(memory_format=torch.channels_last)
     trained = [(name, p) for name, p in model.named_parameters() if name.startswith(("decoder.", "pixel_"))]

@@ -17,7 +17,7 @@ from sftok.metrics.functional import FeatureMoments, to_uint8
 from sftok.metrics.inception.prepared import prepare_inception
 from sftok.metrics.inception.weights import load_inception
 from sftok.model.prepared import prepare_decoder
-from tests.benchmarks.device import subjects
+from tests.benchmarks.device import models
 from tests.benchmarks.device.bench import Bench
 from tests.benchmarks.device.inception import HOW
 from tests.benchmarks.device.sample import SCALE, network
@@ -50,7 +50,7 @@ class Work:
     def __init__(self, bench: Bench) -> None:
         self.bench, self.drawn = bench, min(DRAWN, bench.samples)
         self.seconds = dict.fromkeys(PARTS, 0.0)
-        tokenizer = subjects.tokenizer(bench)
+        tokenizer = models.tokenizer(bench)
         space = CodeSpace(tokenizer.config.codebook_size, tokenizer.config.num_latent_tokens, CLASSES)
         model = network(bench, GENERATORS["toy" if bench.is_quick else "B"], space)
         is_compiled = bench.device.type == "cuda"

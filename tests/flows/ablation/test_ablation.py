@@ -22,7 +22,7 @@ from flows.runs.journal import RunRecord
 from infra.artifacts.lineage import resolve as resolve_ref
 from infra.artifacts.manifest import manifest_of, verify
 from infra.store.store import Store
-from sftok.training.alignment_meter import AlignmentFigures
+from sftok.training.alignment_meter import AlignmentMetrics
 from tests.flows.report.test_report import Tags as ReportTags
 from tests.support.accessibility import serious_findings
 from tests.support.browser import Page, chromium, find_browser
@@ -262,9 +262,9 @@ def test_seeds_of_the_command_line() -> None:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def figures(psnr: float, steps: tuple[int, ...] = (1, 8), gain: float = 0.5) -> AlignmentFigures:
+def figures(psnr: float, steps: tuple[int, ...] = (1, 8), gain: float = 0.5) -> AlignmentMetrics:
     quality = {"psnr": psnr, "ssim": 0.5, "fd_random": 3 - psnr / 10}
-    return AlignmentFigures.model_validate(
+    return AlignmentMetrics.model_validate(
         {
             "num_images": 40,
             "temperature": 0.0,

@@ -27,7 +27,7 @@ from infra.progress import silent
 from infra.store.store import Store
 from sftok.config import DataConfig
 from sftok.images.dataset import ImageSet
-from sftok.images.stored import StoredImages
+from sftok.images.lazy import LazyImages
 from sftok.metrics.random_features import RandomFeatures
 from sftok.model.teacher import Teacher
 from sftok.prepare.prepare import prepare
@@ -48,15 +48,15 @@ INFO = CodesInfo(
 )
 
 
-def stored(folder: Store, num_shards: int, split: str = "train", size: int = 32) -> StoredImages:
+def stored(folder: Store, num_shards: int, split: str = "train", size: int = 32) -> LazyImages:
     """The digits, prepared, where they are."""
     config = DataConfig(image_size=32, val_fraction=0.2, num_shards=num_shards, num_val_shards=2)
     made = prepare(list_source("sklearn:digits"), config, out=folder)
-    return StoredImages(folder, {f.path: f.rows or 0 for f in made.files if split_of(f.path) == split}, size)
+    return LazyImages(folder, {f.path: f.rows or 0 for f in made.files if split_of(f.path) == split}, size)
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> StoredImages:
+def train(tmp_path_factory: pytest.TempPathFactory) -> LazyImages:
     return stored(Store(tmp_path_factory.mktemp("five")), 5)
 
 
@@ -104,7 +104,7 @@ class TestStoredImages:
     def test_rows_that_are_missing_are_noticed(self, train) -> None:
         name = next(iter(train.shards))
         with pytest.raises(ValueError, match=rf"{name} has \d+ images, its manifest says 9"):
-            list(StoredImages(train.store, {name: 9}, 32).split(64))
+            list(LazyImages(train.store, {name: 9}, 32).split(64))
 
 
 class TestStoredCodes:
@@ -237,11 +237,11 @@ from flows.evaluation.evaluate import evaluate
 from flows.evaluation.inputs import StoredCodes
 from flows.recipes.schema import EvaluateConfig
 from infra.store.store import Store
-from sftok.images.stored import StoredImages
+from sftok.images.lazy import LazyImages
 from tests.support.sample_evaluation import digits_inputs
 torch.set_num_threads(1)
 store, files, rows = Store(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-images = StoredImages(store, {f"images/{n:03d}.parquet": rows for n in range(files)}, 32)
+images = LazyImages(store, {f"images/{n:03d}.parquet": rows for n in range(files)}, 32)
 codes = StoredCodes(store, {f"codes/{n:03d}.parquet": rows * 10 for n in range(files)})
 inputs = dataclasses.replace(
     digits_inputs(train=100, val=20, samples=40), train_images=images, train_labels=images.labels(), train_codes=codes,

@@ -27,7 +27,7 @@ from infra.progress import silent
 from infra.store.store import Store
 from sftok.coding.decode import ImageDecoder
 from sftok.config import INCEPTION_SHA256
-from sftok.images.stored import StoredImages
+from sftok.images.lazy import LazyImages
 from sftok.metrics.frechet import Gaussian
 from sftok.metrics.functional import FeatureMoments
 from sftok.metrics.inception.prepared import prepare_inception
@@ -308,9 +308,7 @@ class TestReference:
         codes, ids = torch.from_numpy(rows.codes.astype("int64"))[chosen], [rows.image_id[at] for at in chosen]
         assert ids != sorted(ids)
         by_id = sorted(range(len(ids)), key=ids.__getitem__)
-        originals = (
-            StoredImages(made.store, work.input("images").rows("val"), work.recipe.data.image_size).load().images
-        )
+        originals = LazyImages(made.store, work.input("images").rows("val"), work.recipe.data.image_size).load().images
         for num_steps in (1, 3):
             decoding = work.recipe.decoding.model_copy(update={"num_steps": num_steps})
             decoded, meter = self.decoder(work)(codes, ids, decoding).images, scorer.meter(num_steps)

@@ -16,7 +16,7 @@ from infra.artifacts.shards import put, shard_name
 from infra.artifacts.verify import bucket_of
 from infra.codes.contract import NO_CLASS, CodeRows, CodesInfo, from_parquet, to_parquet
 from infra.store.store import Store
-from sftok.metrics.functional import codebook_usage, entropy_bits, perplexity
+from sftok.metrics.functional import code_counts, codebook_usage, entropy_bits, perplexity
 from tests.support.small_dataset import Made, draw_images
 
 INFO = CodesInfo(
@@ -93,9 +93,10 @@ def test_figures_of_the_codebook_are_those_of_the_metrics(store):
     old, new = draw(40, seed=0), draw(40, seed=1)
     made = diff(str(dataset(store, old)), str(dataset(store, new, tokenizer="b")), store=store.uri)
     for figures, codes in zip(made.frequencies, (old, new), strict=True):
-        assert figures.usage == codebook_usage(numbers(codes), 50)
-        assert figures.entropy_bits == pytest.approx(entropy_bits(numbers(codes), 50))
-        assert figures.perplexity == pytest.approx(perplexity(numbers(codes), 50))
+        counts = code_counts(numbers(codes), 50)
+        assert figures.usage == codebook_usage(counts)
+        assert figures.entropy_bits == pytest.approx(entropy_bits(counts))
+        assert figures.perplexity == pytest.approx(perplexity(counts))
     assert made.agreement is not None
     assert made.agreement.chance == pytest.approx(1 / 50, abs=0.01)
     assert abs(made.agreement.codes - made.agreement.chance) < 0.03
@@ -166,7 +167,7 @@ def test_other_vocabularies_are_refused_and_usage_still_compared(store, changes,
     made = diff(str(first), str(second), store=store.uri, usage_only=True)
     assert made.agreement is None
     assert made.drift is None
-    assert made.frequencies[1].usage == codebook_usage(numbers(draw(9, 1, info)), info.codebook_size)
+    assert made.frequencies[1].usage == codebook_usage(code_counts(numbers(draw(9, 1, info)), info.codebook_size))
 
 
 # --- tokenizers, stale generators, the command -----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from infra.compute.cluster import session
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.errors import TransientError
 from infra.store.store import Store
-from sftok.coding.encode import FAILED, Encoded, EncodeJob, ShardEncoder, encode, encode_images
+from sftok.coding.encode import FAILED, EncodeJob, EncodeResult, ShardEncoder, encode, encode_images
 from sftok.config import AugmentConfig, DataConfig
 from sftok.images.dataset import ImageSet, variant_images
 from sftok.images.decode_ahead import AHEAD, ahead
@@ -151,7 +151,7 @@ def ray() -> Iterator[None]:
         yield
 
 
-def assert_whole(store: Store, images: Manifest, made: Encoded) -> None:
+def assert_whole(store: Store, images: Manifest, made: EncodeResult) -> None:
     """Every view of every image once."""
     plan = plan_of(images, store)
     manifest = publish(store, plan, files=made.files, counts=made.counts, metrics={}, seconds=0)

@@ -28,7 +28,7 @@ from infra.codes.contract import read_codes
 from infra.compute.cluster import session
 from infra.progress import silent
 from infra.store.store import Store
-from sftok.coding.encode import Encoded, encode
+from sftok.coding.encode import EncodeResult, encode
 from sftok.prepare.prepare import prepare
 from sftok.sources.sources import list_source
 from tests.conftest import FOREIGN
@@ -44,17 +44,17 @@ VIEWS = ("center", *(f"affine-{number}" for number in range(1, 100)))  # so many
 OVERRIDES = ("augment.rotate=5", "data.num_shards=24")
 
 
-class Prepared(NamedTuple):
+class EncodedStore(NamedTuple):
     """Images in more shards than a fault can pass by, and what an undisturbed encoding makes of them."""
 
     store: Store
     images: Manifest
-    made: Encoded
+    made: EncodeResult
     rows: list[tuple[str, str, bytes]]
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> EncodedStore:
     home = tmp_path_factory.mktemp("prepared")
     store, plan = Store(home / "store"), Plan(kind="images", version=1, config={})
     data = list_source(str(draw(home / "data", range(60))))
@@ -67,10 +67,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     rows = rows_in(store, images, made)
     for name in set(store.list()) - set(inputs) - {"tokenizer/config.json", "tokenizer/model.safetensors"}:
         store.delete(name)
-    return Prepared(store, images, made, rows)
+    return EncodedStore(store, images, made, rows)
 
 
-def rows_in(store: Store, images: Manifest, made: Encoded) -> list[tuple[str, str, bytes]]:
+def rows_in(store: Store, images: Manifest, made: EncodeResult) -> list[tuple[str, str, bytes]]:
     """Image, view and codes of every row, as they are read back from a published and verified artifact."""
     manifest = publish(store, plan_of(images, store), files=made.files, counts=made.counts, metrics={}, seconds=0)
     verify(store, manifest)
@@ -78,7 +78,7 @@ def rows_in(store: Store, images: Manifest, made: Encoded) -> list[tuple[str, st
     return [(*row, codes.tobytes()) for *row, codes in zip(rows.image_id, rows.variant, rows.codes, strict=True)]
 
 
-def assert_undisturbed(store: Store, prepared: Prepared, made: Encoded) -> None:
+def assert_undisturbed(store: Store, prepared: EncodedStore, made: EncodeResult) -> None:
     """The same bytes, every row once, and nothing beside them."""
     assert hashes(made.files) == hashes(prepared.made.files)
     assert made.counts == prepared.made.counts
@@ -101,7 +101,7 @@ class Cloud:
     def lead_to(self, endpoint: str) -> None:
         self.config.write_text(f"[default]\nregion = us-east-1\nendpoint_url = {endpoint}\n")
 
-    def copy(self, prepared: Prepared, name: str) -> Store:
+    def copy(self, prepared: EncodedStore, name: str) -> Store:
         store = Store(f"s3://tests/{name}")
         for key in prepared.store.list():
             store.write(key, prepared.store.read(key))

@@ -10,7 +10,7 @@ import pytest
 from infra.artifacts.manifest import manifest_of, publish, ref_of, shards_of, verify
 from infra.compute.workers import map_shards
 from infra.store.store import Store
-from sftok.coding.encode import FAILED, Encoded, EncodeJob, encode
+from sftok.coding.encode import FAILED, EncodeJob, EncodeResult, encode
 from sftok.coding.groups import Group, GroupEncoder, GroupRecord, Groups, finished_group
 from tests.sftok.coding.test_encode import (
     FIRST,
@@ -32,7 +32,7 @@ __all__ = ["copied", "home", "ray", "reference"]  # fixtures
 SIZE = 3  # of 8 shards: two groups of three and one of two
 
 
-def hashes_of(store: Store, images, made: Encoded) -> dict[str, str]:
+def hashes_of(store: Store, images, made: EncodeResult) -> dict[str, str]:
     manifest = publish(
         store, plan_of(images, store), files=made.files, pages=made.pages, counts=made.counts, metrics={}, seconds=0
     )

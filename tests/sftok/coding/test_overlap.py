@@ -16,7 +16,7 @@ from infra.errors import TransientError
 from infra.store.store import Store
 from sftok.coding.encode import EncodeJob, encode
 from sftok.coding.shard import ShardEncoder
-from sftok.coding.transfer import Lane
+from sftok.coding.transfer import DeviceTransfer
 from sftok.config import AugmentConfig
 from sftok.images.dataset import ImageRows, variant_images
 from sftok.images.preprocess import augment, to_float, uniforms
@@ -106,7 +106,7 @@ def test_codes_are_taken_a_batch_late(copied) -> None:  # noqa: F811
         ShardEncoder(changed(job_of(store, images), variants=dict.fromkeys(("train", "val"), ("center",)))),
         [],
     )
-    encoder, fetch = worker.encoder, worker.lane.fetch
+    encoder, fetch = worker.encoder, worker.transfer.fetch
 
     def encoded(pixels: Tensor, assignment: str) -> Tensor:
         order.append("encode")
@@ -121,16 +121,16 @@ def test_codes_are_taken_a_batch_late(copied) -> None:  # noqa: F811
 
         return take
 
-    worker.encoder, worker.lane.fetch = encoded, fetched  # type: ignore[assignment,method-assign]
+    worker.encoder, worker.transfer.fetch = encoded, fetched  # type: ignore[assignment,method-assign]
     worker(shards_of(images)[0])
     assert order[:4] == ["encode", "encode", "take", "encode"]
     assert order.count("encode") == order.count("take") > 2
 
 
 def test_a_lane_without_a_gpu_copies_nothing() -> None:
-    lane, tensor = Lane(torch.device("cpu")), torch.arange(6)
-    assert lane.send(tensor) is tensor
-    assert lane.fetch(tensor)() is tensor
+    transfer, tensor = DeviceTransfer(torch.device("cpu")), torch.arange(6)
+    assert transfer.send(tensor) is tensor
+    assert transfer.fetch(tensor)() is tensor
 
 
 def test_floats_are_quotients_of_255_bit_for_bit() -> None:
@@ -166,15 +166,15 @@ def test_views_made_on_a_gpu_are_those_of_the_cpu() -> None:
 @pytest.mark.gpu
 def test_what_is_sent_and_fetched_beside_a_gpus_work_arrives() -> None:
     """Buffers are let go of at once, and the device is kept busy: a copy too late or too early would show."""
-    lane, late = Lane(torch.device("cuda")), []
+    transfer, late = DeviceTransfer(torch.device("cuda")), []
     weights = torch.randn(2048, 2048, device="cuda")
     for number in range(40):
         pixels = torch.full((64, 3, 64, 64), number, dtype=torch.uint8, pin_memory=True)
-        sent = lane.send(pixels)
+        sent = transfer.send(pixels)
         del pixels
         for _ in range(4):
             weights = (weights @ weights).tanh()
-        late.append(lane.fetch(sent.to(torch.int64).sum(1)))
+        late.append(transfer.fetch(sent.to(torch.int64).sum(1)))
         del sent
     for number, wait in enumerate(late):
         assert (wait() == 3 * number).all()

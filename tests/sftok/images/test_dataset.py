@@ -10,7 +10,7 @@ from PIL import Image
 from infra.store.store import Store
 from sftok.config import AugmentConfig, DataConfig
 from sftok.images.chunks import decoded_chunks
-from sftok.images.dataset import ImageRows, ImageSet, TrainImages, stored_labels, variant_images
+from sftok.images.dataset import ImageRows, ImageSet, TrainImages, read_labels, variant_images
 from sftok.images.preprocess import crop, resize_shorter, ten_crop, to_float, to_rgb
 from sftok.prepare.prepare import prepare
 from sftok.sources.sources import FolderReader, Source, list_source
@@ -262,7 +262,7 @@ def test_crops_are_of_the_larger_square_and_change_no_other_view(image_set, tmp_
 def test_labels_are_read_without_images(image_set):
     name = image_set.shards("train")[0]
     rows = image_set.read_shard(name, 8)
-    read = list(stored_labels(image_set.folder, name))
+    read = list(read_labels(image_set.folder, name))
     assert [image_id for part in read for image_id in part.image_ids] == rows.image_ids
     assert [class_id for part in read for class_id in part.class_ids] == rows.class_ids.tolist()
 

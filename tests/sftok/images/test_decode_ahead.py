@@ -15,7 +15,7 @@ from PIL import Image
 
 from infra.errors import TransientError
 from sftok.images import decode_process
-from sftok.images.decode_ahead import Decoders, Order, square_buffers
+from sftok.images.decode_ahead import DecodeRequest, Decoders, square_buffers
 from sftok.images.decode_process import DecodeProcess
 from sftok.images.preprocess import crop, resize_shorter, to_rgb
 from tests.support import ROOT
@@ -43,7 +43,7 @@ def decoded(
     buffers = square_buffers(len(files), SIDES)
     arrays = [buffer.zero_().numpy() for buffer in buffers]
     orders = [
-        Order(data, [array[at] for array in arrays], where)
+        DecodeRequest(data, [array[at] for array in arrays], where)
         for at, (data, where) in enumerate(zip(files, places, strict=True))
     ]
     return decoders.submit(orders).reasons(), [buffer.tolist() for buffer in buffers]

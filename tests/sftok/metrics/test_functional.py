@@ -14,7 +14,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from sftok.metrics import functional
 from sftok.metrics.frechet import frechet_distance
 from sftok.metrics.functional import FeatureMoments
-from sftok.metrics.nearest import nearest_distance
+from sftok.metrics.nearest import nearest_distances
 
 
 def features(n: int, dims: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -118,7 +118,7 @@ class TestFeatureMoments:
         np.testing.assert_allclose(moments.mean, rows.float().double().mean(0), rtol=1e-12)
 
     def test_refuse_no_features(self):
-        with pytest.raises(ValueError, match="one at least"):
+        with pytest.raises(ValueError, match="at least one"):
             FeatureMoments.of(torch.zeros(0, 4))
 
     def test_refuse_to_merge_other_dimensions(self):
@@ -206,18 +206,18 @@ class TestPixels:
 
 class TestCodes:
     def test_codebook_statistics(self):
-        uniform = torch.arange(8).repeat(5).reshape(10, 4)
-        assert functional.codebook_usage(uniform, 16) == 0.5
-        assert functional.entropy_bits(uniform, 16) == pytest.approx(3)
-        assert functional.perplexity(uniform, 16) == pytest.approx(8)
-        assert functional.entropy_bits(torch.zeros(3, 4), 16) == 0
-        skewed = torch.tensor([[0, 0, 0, 1]])
-        assert functional.entropy_bits(skewed, 2) == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
+        uniform = functional.code_counts(torch.arange(8).repeat(5).reshape(10, 4), 16)
+        assert functional.codebook_usage(uniform) == 0.5
+        assert functional.entropy_bits(uniform) == pytest.approx(3)
+        assert functional.perplexity(uniform) == pytest.approx(8)
+        assert functional.entropy_bits(functional.code_counts(torch.zeros(3, 4), 16)) == 0
+        skewed = functional.code_counts(torch.tensor([[0, 0, 0, 1]]), 2)
+        assert functional.entropy_bits(skewed) == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
 
     @pytest.mark.parametrize("codes", [[[0, 16]], [[-1, 0]], [[]]])
     def test_refuses_codes_outside_the_codebook(self, codes):
         with pytest.raises(ValueError, match="codes"):
-            functional.codebook_usage(torch.tensor(codes), 16)
+            functional.code_counts(torch.tensor(codes), 16)
 
     def test_agreement_is_counted_an_image(self):
         a = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -227,16 +227,16 @@ class TestCodes:
     def test_verbatim_means_the_whole_row(self):
         training = torch.tensor([[1, 2, 3], [4, 5, 6], [4, 5, 6]])
         codes = torch.tensor([[4, 5, 6], [1, 2, 6], [3, 2, 1], [1, 2, 3]])
-        assert functional.verbatim_share(codes, training) == 0.5
+        assert functional.verbatim_shares([codes], [training]) == [0.5]
         assert functional.distinct_share(training) == pytest.approx(2 / 3)
         with pytest.raises(ValueError, match="cannot look for"):
-            functional.verbatim_share(codes, training[:, :2])
+            functional.verbatim_shares([codes], [training[:, :2]])
 
 
 class TestNearest:
     def test_equals_brute_force(self):
         queries, references = images(70, 6, 5), images(30, 6, 6)
-        found = nearest_distance(queries, references)
+        (found,) = nearest_distances([queries], references)
         differences = queries.double().flatten(1).unsqueeze(1) - references.double().flatten(1)
         expected = differences.square().sum(-1).sqrt() / 255
         torch.testing.assert_close(found.distances, expected.min(1).values, rtol=1e-12, atol=0)
@@ -245,8 +245,8 @@ class TestNearest:
     def test_a_copy_is_at_exactly_zero(self):
         """Not at the rounding of large sums, by which a copy would pass for a close relative."""
         references = images(40, 16, 7)
-        found = nearest_distance(references[[31, 4]], references)
+        (found,) = nearest_distances([references[[31, 4]]], references)
         assert found.distances.tolist() == [0, 0]
         assert found.indices.tolist() == [31, 4]
         with pytest.raises(ValueError, match="cannot look for"):
-            nearest_distance(references, references[:0])
+            nearest_distances([references], references[:0])

@@ -63,9 +63,9 @@ def test_verbatim_rows_are_found_in_whichever_batch_they_are():
         functional.verbatim_shares([samples], [training[:, :2]])
 
 
-def test_counts_add_up_to_the_figures_of_all_codes():
+def test_counts_of_batches_add_up_to_those_of_all_codes():
     codes = torch.randint(0, 9, (50, 4), generator=torch.Generator().manual_seed(0))
     counts = sum((functional.code_counts(part, 12) for part in codes.split(7)), torch.zeros(12, dtype=torch.int64))
-    assert functional.usage_of(counts) == functional.codebook_usage(codes, 12) == 0.75
-    assert functional.entropy_of(counts) == functional.entropy_bits(codes, 12)
-    assert functional.perplexity_of(counts) == functional.perplexity(codes, 12)
+    assert torch.equal(counts, functional.code_counts(codes, 12))
+    assert functional.codebook_usage(counts) == 0.75
+    assert functional.perplexity(counts) == 2 ** functional.entropy_bits(counts)

@@ -60,9 +60,10 @@ class TestPrepared:
         error = (rounded - exact).norm() / exact.norm()
         assert 1e-4 < error < 0.05
 
-    def test_the_classifiers_own_logits_have_its_bias(self, network: Inception) -> None:
-        logits = torch.zeros(2, 1008)
-        assert torch.equal(network.with_bias(logits)[1], network.fc.bias)
+    @torch.no_grad()
+    def test_logits_are_those_of_the_classifier_without_its_bias(self, network: Inception) -> None:
+        outputs = network(torch.full((1, 3, 299, 299), 40.0))
+        torch.testing.assert_close(outputs.logits + network.fc.bias, network.fc(outputs.pool))
 
     def test_refuses_unknown_precisions_and_float_images(self, network: Inception, prepared: PreparedInception) -> None:
         with pytest.raises(ValueError, match="name one of fp32, bf16"):

@@ -8,7 +8,7 @@ from sftok.metrics import functional, nearest
 from sftok.metrics.class_reader import thumbnails
 from sftok.metrics.frechet import Gaussian, distance
 from sftok.metrics.functional import FeatureMoments
-from sftok.metrics.image_meter import ImageMeter, pair_figures
+from sftok.metrics.image_meter import ImageMeter, pair_metrics
 from sftok.metrics.inception.prepared import prepare_inception
 from sftok.metrics.measure import Features, Reference, measure
 from sftok.metrics.protocols import TORCH_FIDELITY, ScoreProtocol
@@ -60,7 +60,7 @@ def test_references_that_come_in_any_parts_are_compared_in_blocks() -> None:
 def test_the_meter_gives_figures_in_the_order_of_the_images() -> None:
     images, originals, meter = pictures(5, 16, seed=0), pictures(5, 16, seed=1), ImageMeter()
     for a, b in zip(images.split(2), originals.split(2), strict=True):
-        meter.add(**pair_figures(a, b))
+        meter.add(**pair_metrics(a, b))
     assert meter.count == 5
     assert "psnr" in meter
     assert "lpips" not in meter
@@ -105,7 +105,7 @@ def test_frechet_on_cuda_is_that_of_the_cpu(count: int) -> None:
 @pytest.mark.gpu
 def test_figures_of_images_on_cuda_are_those_of_the_cpu() -> None:
     images, originals = pictures(70, 32, seed=1), pictures(70, 32, seed=2)
-    on_cpu, on_cuda = pair_figures(images, originals), pair_figures(images.cuda(), originals.cuda())
+    on_cpu, on_cuda = pair_metrics(images, originals), pair_metrics(images.cuda(), originals.cuda())
     for name, expected in on_cpu.items():
         torch.testing.assert_close(on_cuda[name].cpu(), expected, rtol=1e-9, atol=1e-12)
     extractor = RandomFeatures(0, 32)

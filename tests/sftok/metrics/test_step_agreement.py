@@ -11,7 +11,7 @@ from sftok.metrics.random_features import RandomFeatures
 from sftok.metrics.step_agreement import StepAgreement, decode_logits, kl_of_truth
 from sftok.model.decoder import decode_steps
 from sftok.model.teacher import Teacher
-from sftok.training.alignment_meter import AlignmentFigures, AlignmentMeter
+from sftok.training.alignment_meter import AlignmentMeter, AlignmentMetrics
 from tests.support.tiny_tokenizer import SIZE, TEACHER, images, tokenizer
 
 B, P, V = 3, 16, 32
@@ -117,17 +117,17 @@ def meter(micro_batch: int, temperature: float = 0.0) -> AlignmentMeter:
 
 def measured(
     micro_batch: int, *, backwards: bool = False, count: int = 12, temperature: float = 0.0
-) -> AlignmentFigures:
+) -> AlignmentMetrics:
     rows = images().val
     order = list(reversed(range(count))) if backwards else list(range(count))
     made = meter(micro_batch, temperature)
     for at in range(0, count, micro_batch):
         some = order[at : at + micro_batch]
         made.add(rows.images[some], [rows.image_ids[index] for index in some])
-    return made.figures()
+    return made.metrics()
 
 
-def flat(figures: AlignmentFigures) -> list[float]:
+def flat(figures: AlignmentMetrics) -> list[float]:
     steps = [value for step in figures.by_steps for value in step.model_dump().values()]
     agreement = [value for one in (figures.truth, *figures.steps) for value in one.model_dump().values()]
     return [*steps, *figures.teacher.model_dump().values(), *figures.cross_entropy.model_dump().values(), *agreement]
@@ -159,7 +159,7 @@ def test_too_few_images_are_refused() -> None:
     with pytest.raises(ValueError, match="1 held-out images are too few"):
         measured(4, count=1)
     pixels = torch.zeros(3, 3, SIZE, SIZE, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="3 images, 3 ids: give 1 to 2, and one id an image"):
+    with pytest.raises(ValueError, match="3 images, 3 ids: give 1 to 2, and one id per image"):
         meter(2).add(pixels, ["a", "b", "c"])
     with pytest.raises(ValueError, match="3 images, 2 ids"):
         meter(4).add(pixels, ["a", "b"])

@@ -24,8 +24,8 @@ from sftok.config import DataConfig
 from sftok.images.contract import METADATA_KEY
 from sftok.images.dataset import ImageSet
 from sftok.prepare.plan import plan_shards
-from sftok.prepare.prepare import REJECTS, Prepared, check_reject_rate, prepare
-from sftok.sources.listing import Entries, Spooled
+from sftok.prepare.prepare import REJECTS, PrepareResult, check_reject_rate, prepare
+from sftok.sources.listing import Entries, SpooledEntries
 from sftok.sources.sources import Entry, FolderReader, Source, list_source
 
 CONFIG = DataConfig(image_size=8, val_fraction=0.25, num_shards=3, num_val_shards=2)
@@ -55,11 +55,11 @@ def folder_of(root, count=40):
     return fill(root, [f"{'abcd'[number % 4]}/{number}.png" for number in range(count)])
 
 
-def run(root, store: Store, config: DataConfig = CONFIG) -> Prepared:
+def run(root, store: Store, config: DataConfig = CONFIG) -> PrepareResult:
     return prepare(list_source(str(root)), config, out=store)
 
 
-def rows_of(store: Store, prepared: Prepared) -> list[dict]:
+def rows_of(store: Store, prepared: PrepareResult) -> list[dict]:
     shards = [file.path for file in prepared.files if file.path != REJECTS]
     return [row | {"shard": name} for name in shards for row in pq.read_table(io.BytesIO(store.read(name))).to_pylist()]
 
@@ -182,7 +182,7 @@ def test_content_digest_tells_bytes_ids_labels_and_splits(tmp_path):
 def test_content_digest_tells_the_split(tmp_path):
     source = list_source(str(folder_of(tmp_path / "data")))
 
-    def with_split(start: int) -> Prepared:
+    def with_split(start: int) -> PrepareResult:
         entries = (
             entry._replace(split="val" if number < 8 else "train") for number, entry in enumerate(source.entries, start)
         )
@@ -419,7 +419,7 @@ def test_bins_change_no_shard(store, monkeypatch, train, val, bins, workers):
     mixed = [entry._replace(split=(None, "train", "val")[n % 3]) for n, entry in enumerate(source.entries)]
     source = dataclasses.replace(source, entries=(*mixed, *(entry._replace(size=9) for entry in mixed[::100])))
     at_once = entries_by_shard(source, config, store.at("one"))
-    monkeypatch.setattr("sftok.sources.listing._PART", 211)
+    monkeypatch.setattr("sftok.sources.listing._BATCH", 211)
     options = WorkerOptions(workers=workers, cpus_per_worker=0.1)
     dealt = entries_by_shard(source, config, store.at("other"), options=options, bin_size=1)
     assert dealt == at_once
@@ -431,7 +431,7 @@ def test_bins_change_no_shard(store, monkeypatch, train, val, bins, workers):
 def test_one_image_of_few_is_held_out_across_bins(store, monkeypatch):
     config = CONFIG.model_copy(update={"num_shards": 8, "num_val_shards": 8, "val_fraction": 1e-6})
     at_once = entries_by_shard(entries_of(50), config, store.at("one"))
-    monkeypatch.setattr("sftok.sources.listing._PART", 7)
+    monkeypatch.setattr("sftok.sources.listing._BATCH", 7)
     assert entries_by_shard(entries_of(50), config, store.at("other"), bin_size=1) == at_once
     assert sum(len(entries) for name, entries in at_once.items() if name.startswith("val")) == 1
 
@@ -443,9 +443,9 @@ def test_a_long_listing_is_kept_in_a_file_and_is_the_same(tmp_path, monkeypatch)
     assert isinstance(short.entries, Entries)
     expected = prepare(short, CONFIG, out=Store(tmp_path / "short"))
     monkeypatch.setattr("sftok.sources.listing.SPOOL_FROM", 10)
-    monkeypatch.setattr("sftok.sources.listing._PART", 4)
+    monkeypatch.setattr("sftok.sources.listing._BATCH", 4)
     long = list_source(str(tmp_path / "data"))
-    assert isinstance(long.entries, Spooled)
+    assert isinstance(long.entries, SpooledEntries)
     assert (list(long.entries), long.digest, long.class_names) == (list(short.entries), short.digest, short.class_names)
     assert (len(long.entries), long.entries[7], list(long.entries[3:6])) == (
         45,
@@ -527,7 +527,7 @@ def test_resizing_once_is_part_of_what_images_are_and_not_resizing_is_not() -> N
     assert not {"store_size", "store_format"} & set(CONFIG.as_json())
     resized = DataConfig(image_size=8, store_size=9, store_format="ppm")
     assert (resized.as_json()["store_size"], resized.as_json()["store_format"]) == (9, "ppm")
-    with pytest.raises(ValueError, match="store_size = 7 is below image_size = 8: set as much at least, or 0"):
+    with pytest.raises(ValueError, match="store_size = 7 is below image_size = 8: set at least as much, or 0"):
         DataConfig(image_size=8, store_size=7)
-    with pytest.raises(ValueError, match="store_format = ppm changes nothing: set store_size"):
+    with pytest.raises(ValueError, match="store_format = ppm has no effect without store_size: set store_size"):
         DataConfig(image_size=8, store_format="ppm")

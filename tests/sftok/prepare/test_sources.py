@@ -22,7 +22,7 @@ from infra.store.s3 import Bucket
 from infra.store.store import Store
 from sftok.images.preprocess import to_rgb
 from sftok.prepare import prepare as prepare_module
-from sftok.prepare.prepare import Prepared, prepare
+from sftok.prepare.prepare import PrepareResult, prepare
 from sftok.sources import files as source_files
 from sftok.sources.listing import Entries
 from sftok.sources.parquet import ParquetUnpacker
@@ -77,7 +77,7 @@ def make(kind: str, root: Path) -> str:
     return ""
 
 
-def run(uri: str, store: Store, workers: int = 0) -> Prepared:
+def run(uri: str, store: Store, workers: int = 0) -> PrepareResult:
     return prepare(list_source(uri), CONFIG, out=store, options=WorkerOptions(workers=workers))
 
 
@@ -341,7 +341,7 @@ def test_entries_of_an_imagenet_fit_into_memory():
 def test_tables_of_containers_are_dealt_in_parts(tmp_path, store, monkeypatch, part):
     make("parquet", tmp_path / "data")
     expected = run(str(tmp_path / "data"), store.at("whole"))
-    monkeypatch.setattr("sftok.sources.listing._PART", part)
+    monkeypatch.setattr("sftok.sources.listing._BATCH", part)
     monkeypatch.setattr("sftok.prepare.plan.BIN", 1)
     assert run(str(tmp_path / "data"), store.at("parts")) == expected
     assert contents(store.at("parts")) == contents(store.at("whole"))

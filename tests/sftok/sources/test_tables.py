@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.store.store import Store
-from sftok.prepare.prepare import Prepared, prepare
+from sftok.prepare.prepare import PrepareResult, prepare
 from sftok.sources import parquet
 from sftok.sources.sources import list_source
 from tests.support.image_sources import (
@@ -26,7 +26,7 @@ from tests.support.image_sources import (
 )
 
 
-def run(uri: object, store: Store, **changes: object) -> Prepared:
+def run(uri: object, store: Store, **changes: object) -> PrepareResult:
     config = CONFIG.model_copy(update=changes)
     return prepare(list_source(str(uri), config), config, out=store)
 

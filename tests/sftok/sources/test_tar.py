@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.store.store import Store
-from sftok.prepare.prepare import Prepared, prepare
+from sftok.prepare.prepare import PrepareResult, prepare
 from sftok.sources.containers import expand
-from sftok.sources.listing import Task
+from sftok.sources.listing import ContainerTask
 from sftok.sources.sources import list_source
 from tests.support.image_sources import CONFIG, image_bytes, reasons, rows_of, samples, tar_bytes, write_files
 
 
-def run(uri: object, store: Store, **changes: object) -> Prepared:
+def run(uri: object, store: Store, **changes: object) -> PrepareResult:
     config = CONFIG.model_copy(update=changes)
     return prepare(list_source(str(uri), config), config, out=store)
 
@@ -217,7 +217,7 @@ def test_no_tar_raises_anything_or_loses_anything(tmp_path_factory, at, junk):
     root = tmp_path_factory.mktemp("data")
     source = list_source(str(write_files(root, {"x.tar": data[:at] + junk + data[at + len(junk) :]})))
     assert source.unpack is not None
-    entries = list(source.unpack(Task(source.containers[0], 0, Store(root / "unused"))))
+    entries = list(source.unpack(ContainerTask(source.containers[0], 0, Store(root / "unused"))))
     found = {entry.image_id for entry in entries if entry.problem is None}
     assert found == {f"x.tar/{number:05d}.png" for number in range(3)} or any(entry.problem for entry in entries)
 

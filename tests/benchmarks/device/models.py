@@ -6,7 +6,7 @@ from torch import Tensor
 from sftok.config import TOKENIZERS, TeacherConfig
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
-from tests.benchmarks import subjects
+from tests.benchmarks import models
 from tests.benchmarks.device.bench import Bench
 
 TOY_SIZE = 32
@@ -22,7 +22,7 @@ TOY_TEACHER = TeacherConfig(
 
 def tokenizer(bench: Bench, *, pixels: bool = True) -> SFTok:
     """The tokenizer, in evaluation mode and frozen."""
-    name, teacher, size = ("toy", TOY_TEACHER, TOY_SIZE) if bench.is_quick else ("B", TeacherConfig(), subjects.B_SIZE)
+    name, teacher, size = ("toy", TOY_TEACHER, TOY_SIZE) if bench.is_quick else ("B", TeacherConfig(), models.B_SIZE)
     torch.manual_seed(0)
     with bench.device:
         model = SFTok(TOKENIZERS[name], teacher, size, pixels=pixels)
@@ -40,4 +40,4 @@ def teacher(bench: Bench) -> Teacher:
 
 def images(bench: Bench, count: int) -> Tensor:
     """Float RGB in [0, 1] on the device, (count, 3, S, S)."""
-    return subjects.pictures(count, TOY_SIZE if bench.is_quick else subjects.B_SIZE).to(bench.device)
+    return models.pictures(count, TOY_SIZE if bench.is_quick else models.B_SIZE).to(bench.device)
