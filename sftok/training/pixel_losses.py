@@ -75,7 +75,7 @@ class PixelLosses:
         self.adversary.end_step(self.run.ranks.total)
         return metrics
 
-    def saved(self) -> dict[str, Saved]:
+    def saved(self) -> dict[str, Checkpointable]:
         """Return the state that checkpoints hold."""
         if self.adversary is None or self.learner is None:
             return {}
