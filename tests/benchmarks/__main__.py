@@ -1,4 +1,4 @@
-"""Runs benchmarks: `python -m tests.benchmarks [NAME ...] [--full]` those of CPUs, all without names.
+"""Run benchmarks: `python -m tests.benchmarks [NAME ...] [--full]` runs those of CPUs, all of them without names.
 
 `python -m tests.benchmarks --device cuda [SECTION ...] [--json FILE]` runs those of a GPU, which fit ten minutes, and
 `--quick` those same sections at toy sizes on any device, to see that they run.
@@ -56,7 +56,7 @@ def on_device(options: argparse.Namespace) -> int:
 
 
 def unknown(names: Sequence[str], there: Sequence[str]) -> int:
-    """2 where a name is not there, which is said."""
+    """Report unknown names; return the exit status 2 if there are any, else 0."""
     missing = sorted(set(names) - set(there))
     if missing:
         sys.stderr.write(f"unknown benchmarks {', '.join(missing)}; there are: {', '.join(there)}\n")

@@ -1,4 +1,4 @@
-"""What Prefect, Ray and the bookkeeping cost: the whole `digits` run beside its bare library calls in one process.
+"""Cost of Prefect, Ray and the bookkeeping: the whole `digits` run beside its bare library calls in one process.
 
 The bare calls are those of the run's stages, one after the other, each artifact published so that the next can be made
 of it. `--tiny` takes `digits_tiny`, which is nearly all orchestration. Also: the time that `sftok --help` takes.
@@ -69,7 +69,7 @@ def server_start(home: Path) -> float:
 
 
 def output(command: list[str], environment: dict[str, str]) -> str:
-    """What a process writes to its standard output."""
+    """Return the standard output of a process."""
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")

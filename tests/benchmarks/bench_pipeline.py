@@ -1,4 +1,4 @@
-"""What the pipeline adds to encoding: images/s of prepare and encode beside a bare loop, and memory as datasets grow.
+"""Overhead of the pipeline: images/s of prepare and encode beside a bare loop, and memory as datasets grow.
 
 The model is a small SFTok at 64 px, which prepare and decoding weigh on, and with `--full` SFTok-B at 256 px; images
 are JPEGs in a folder. The bare loop has its images as floats in memory, in the same micro-batches, with one thread a
@@ -129,7 +129,7 @@ def draw(folder: Path, case: Case) -> Path:
 
 
 def filled_up(images: Manifest, micro_batch: int) -> float:
-    """What the last micro-batches of shards are filled up with, over the images; of shards of 2,500 it is nothing."""
+    """Return the share of padding in the last micro-batches of shards; of shards of 2,500 it is nothing."""
     rows = [file.rows or 0 for file in images.files if SHARD.fullmatch(file.path)]
     return sum(-count % micro_batch for count in rows) / sum(rows)
 

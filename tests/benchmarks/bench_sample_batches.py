@@ -1,4 +1,4 @@
-"""How many samples change when they are drawn in micro-batches of another size: same seeds, same settings.
+"""Count the samples that change with the size of micro-batches, at the same seeds and settings.
 
 At one size they are the same bit for bit, in any order and on any number of workers. At another, sums are rounded
 otherwise, and where a draw is close the other code is taken. Weights are random: generator B gives its codes about

@@ -163,7 +163,7 @@ def driver() -> None:
 
 
 def waiting() -> None:
-    """What one look at the pool costs with so many workers at work."""
+    """Measure one look at the pool while many workers are busy."""
     rows = []
     with session() as connection:
         ray = connection.connect(cpus=1, gpus=0, processes=1)
@@ -229,7 +229,7 @@ def deal(count: int) -> None:
 
 
 def verification() -> None:
-    """What sftok verify spends on a byte and on a row."""
+    """Measure the time of sftok verify per byte and per row."""
     count, block = 200_000, os.urandom(1 << 20)
     hashing = 64 / taken(lambda: [hashlib.sha256(block) for _ in range(64)]) * len(block) / 1e6
     index = DuplicateIndex()

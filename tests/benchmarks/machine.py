@@ -1,4 +1,4 @@
-"""What this machine can do at best: matrix products, to be timed in turns with what is measured against them."""
+"""Peak rates of this machine: matrix products, to be timed in turns with the work that is compared with them."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def products() -> dict[str, Callable[[], object]]:
 
 
 def peak(precision: InferencePrecision, taken: Mapping[str, float]) -> Peak:
-    """What the products' times say."""
+    """Compute the peak rates from the times of the products."""
     plain, packed = (
         2 * SIDE**3 / taken[f"{precision} plain"],
         2 * ROWS * INPUTS * OUTPUTS / taken[f"{precision} packed"],

@@ -1,4 +1,4 @@
-"""The models that are measured, with random weights, and images."""
+"""Models with random weights, and images, for the benchmarks of CPUs."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a table on standard output, and times taken in turns."""
+"""Shared by the benchmarks: a table on standard output, and times taken in turns."""
 
 import math
 import os
@@ -18,10 +18,9 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 def seconds(ways: Mapping[str, Callable[[], object]], *, rounds: int, warm: bool = True) -> dict[str, float]:
-    """Shortest time of each way, in seconds.
+    """Measure the shortest time of each way, in seconds.
 
-    The ways take turns, so that what else the machine does falls on all of them, and the shortest time is the one that
-    it fell on least.
+    The ways take turns, so that other load of the machine affects all of them, and the shortest times least.
     """
     taken = dict.fromkeys(ways, math.inf)
     for round_ in range(-1 if warm else 0, rounds):

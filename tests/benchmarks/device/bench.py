@@ -1,4 +1,4 @@
-"""What the sections of a device share: times that wait for it, its own limits, and figures told as they are found."""
+"""Shared by the sections of a device: times that wait for it, its peak rates, and figures as they are found."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What the sections measure: SFTok-B at 256 pixels and its teacher, or toys at 32; random weights, on the device."""
+"""Models and images: SFTok-B at 256 pixels and its teacher, or toys at 32; random weights, on the device."""
 
 import torch
 from torch import Tensor
