@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pytest
 import torch
 
 from flows.pipeline.graph import GRAPH
@@ -15,9 +16,11 @@ from infra.codes.contract import load_codes, read_codes
 from infra.store.store import Store
 from sftok.model.teacher import Teacher
 from sftok.sources import sources
-from tests.docs.pages import DOCS, blocks, follow
+from tests.docs.pages import DOCS, ROOT, blocks, follow, name_of, spans
 from tests.support import small_codes, tiny_tokenizer
 from tests.support.small_dataset import Made
+
+ROOMS = ("flows", "sftok", "generator", "infra")
 
 
 def test_add_a_source(tmp_path, monkeypatch):
@@ -105,3 +108,13 @@ def test_the_methods_that_a_generator_offers_are_those_of_both_kinds():
     assert len(names) > 5
     for kind in (Generator, MaskedGenerator):
         assert [name for name in names if not hasattr(kind, name)] == []
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "how-to").glob("add-a-*.md")), ids=lambda page: page.stem)
+def test_what_the_pages_name_is_in_the_code(page):
+    """Guards against a page that still says what a function was called."""
+    code = "".join(path.read_text() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    code += "".join(block.text for block in blocks(page))
+    for span in spans(page):
+        if re.fullmatch(r"[A-Za-z_][\w.]*(\(\))?", span):
+            assert re.search(rf"\b{span.removesuffix('()').split('.')[-1]}\b", code), f"{name_of(page)}: {span}"
