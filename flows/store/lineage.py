@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.inventory import key_of_ref, manifests
 from infra.artifacts.lineage import Lineage, lineage, resolve, store_of
 from infra.artifacts.made_on import summary
-from infra.artifacts.manifest import ArtifactRef, Manifest, files_of, key_of
+from infra.artifacts.manifest import ArtifactRef, Manifest
 from infra.artifacts.shards import split_of
 
 if TYPE_CHECKING:
@@ -73,16 +74,16 @@ def files_of_artifact(text: str, *, split: str | None, store: str | None) -> Ite
         ValueError: there is no such artifact, more than one, or it has no such split.
     """
     place = store_of(text, store)
-    manifest = resolve(place, text)
+    artifact = Artifact(place, resolve(place, text))
     found = False
-    for entry in files_of(place, manifest):
+    for entry in artifact.files():
         if split is None or split_of(entry.path) == split:
             found = True
-            yield f"{place.uri}/{key_of(manifest, entry)}"
+            yield f"{place.uri}/{artifact.key(entry)}"
     if not found:
-        splits = sorted({name for entry in files_of(place, manifest) if (name := split_of(entry.path))})
+        splits = sorted({name for entry in artifact.files() if (name := split_of(entry.path))})
         has = f"the splits {', '.join(splits)}" if splits else "no shards"
-        raise ValueError(f"{manifest.kind}/{manifest.digest} has no split {split!r}: it has {has}")
+        raise ValueError(f"{artifact} has no split {split!r}: it has {has}")
 
 
 def describe(text: str, *, store: str | None, forward: bool = False) -> Description:

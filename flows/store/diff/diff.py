@@ -10,9 +10,10 @@ from pydantic import JsonValue
 
 from flows.store.diff.pairs import Dataset, pairs_of
 from flows.store.diff.tally import Agreement, Drift, Frequencies, Tally, drift, frequencies
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import resolve, store_of
 from infra.artifacts.made_on import summary
-from infra.artifacts.manifest import ROOT, Manifest, key_of, shards_of
+from infra.artifacts.manifest import ROOT, Manifest
 from infra.artifacts.verify import read_manifest
 from infra.codes.contract import load_info
 from infra.progress import Progress, silent
@@ -160,13 +161,12 @@ def _what(codes: Manifest) -> tuple[str | None, object]:
 
 
 def _dataset(store: Store, manifest: Manifest) -> Dataset:
-    keys = {entry.path: key_of(manifest, entry) for entry in shards_of(store, manifest)}
+    codes = Artifact(store, manifest)
+    keys = {entry.path: codes.key(entry) for entry in codes.shards()}
     if not keys:
-        raise ValueError(f"{manifest.kind}/{manifest.digest} has no code shards: run encode again")
-    images = manifest.inputs["images"].content_id if "images" in manifest.inputs else None
-    return Dataset(
-        f"{manifest.kind}/{manifest.digest}", store, keys, load_info(store, next(iter(keys.values()))), images
-    )
+        raise ValueError(f"{codes} has no code shards: run encode again")
+    images = codes.inputs["images"].content_id if "images" in codes.inputs else None
+    return Dataset(str(codes), store, keys, load_info(store, next(iter(keys.values()))), images)
 
 
 def _not_alike(old: Dataset, new: Dataset) -> str:
