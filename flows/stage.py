@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import JsonValue
 
 from flows.recipes.schema import ComputeConfig, Recipe
+from flows.runs.run_request import RunRequest
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import decisive, describe_kind, shards_begun_on
 from infra.artifacts.manifest import ArtifactRef, Manifest, Plan
@@ -67,6 +68,13 @@ class Job(NamedTuple):
     ranks: int = 1
     listing: Listing | None = None  # shared by the parts of an attempt; without it each lists the source itself
     anew: bool = False  # discard shards that were begun on another kind of device
+
+    @classmethod
+    def of(cls, request: RunRequest, run: str = "", *, listing: Listing | None = None) -> "Job":
+        """Return the job that a request asks for."""
+        options = request.options
+        store = Store(request.store)
+        return cls(request.recipe, store, request.source, options, run, request.ranks, listing, request.anew)
 
     @property
     def device(self) -> str:

@@ -1,4 +1,4 @@
-"""The flow that trains one recipe in several ways, with several seeds, and prints what came out."""
+"""The flow that trains one recipe in several ways, with several seeds, and compares the results on a page."""
 
 import logging
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from pydantic import Field, JsonValue
 from flows.ablation.arm import ABLATION_ARM
 from flows.pipeline import tasks
 from flows.pipeline.graph import PREPARE
-from flows.pipeline.tasks import Run
+from flows.pipeline.tasks import RunContext
 from flows.recipes.ablations import Ablation, ResolvedArm
-from flows.runs.journal import Journal, RunRecord, StageRecord, State, start_journal
-from flows.stage import Job, Listing, Result, Stage, Work
+from flows.runs.journal import Journal, RunRecord, StageRecord, State
+from flows.runs.run_request import RunRequest
+from flows.stage import Job, Result, Stage, Work
 from infra.artifacts.manifest import ArtifactRef, manifest_of
 from infra.artifacts.shards import put
 from infra.compute.cluster import session
-from infra.compute.workers import WorkerOptions
 from infra.settings import Settings
 from infra.store.store import Store
 
@@ -30,35 +30,28 @@ Outcomes = Mapping[tuple[str, int], ArtifactRef]
 
 @flow(name="ablation", flow_run_name="{run}", persist_result=False)
 def ablation(
-    plan: Annotated[Ablation, Field(description="arms and seeds")],
-    *,
+    request: Annotated[RunRequest, Field(description="what the run was asked for, its ablation among it")],
     run: Annotated[str, Field(description="name of this run, unique in the store")],
-    store: Annotated[str, Field(description="folder or s3://bucket/prefix that artifacts are kept in")],
-    source: Annotated[str, Field(description="images: a folder, or the name of a built-in source")],
-    workers: Annotated[int, Field(ge=0, description="Ray workers; 0 does everything in one process")] = 2,
-    gpus_per_worker: Annotated[float, Field(ge=0, description="GPUs a worker; 0.5 lets two share one")] = 0.0,
-    ranks: Annotated[int, Field(ge=1, description="training processes, which share a step's micro-batches")] = 1,
 ) -> RunRecord:
-    """Train and judge every arm with every seed, as far as that is not done yet, then write the page."""
-    place, base = Store(store), plan.base
-    options = WorkerOptions(workers=workers, gpus_per_worker=gpus_per_worker)
-    journal = start_journal(base, store=place, source=source, run=run, workers=workers)
-    this = Run(Job(base, place, source, options, run, ranks, Listing()), journal)
-    with journal.kept(), session(Settings().ray_address, max(workers, ranks)):
+    """Train and judge every arm with every seed, as far as that is not cached, then write the page."""
+    plan, this = request.ablation, RunContext.of(request, run)
+    assert plan is not None
+    store, journal = this.job.store, this.journal
+    with journal.kept(), session(Settings().ray_address, max(request.workers, request.ranks)):
         images = tasks.run_task(PREPARE, this, {})
         made = {(arm.name, seed): _arm(this, arm, seed, images) for seed in plan.seeds for arm in plan.arms}
         inputs = {f"{arm}, seed {seed}": ref for (arm, seed), ref in made.items()}
         report = tasks.run_task(report_stage(plan, made), this, inputs)
-        journal.publish_report(manifest_of(place, report), report)
-    _show_in_prefect(place, plan, report)
+        journal.publish_report(manifest_of(store, report), report)
+    _show_in_prefect(store, plan, report)
     return journal.record
 
 
-def _arm(whole: Run, arm: ResolvedArm, seed: int, images: ArtifactRef) -> ArtifactRef:
-    """One arm with one seed; teacher and warming up are shared with the arms that have the same."""
+def _arm(whole: RunContext, arm: ResolvedArm, seed: int, images: ArtifactRef) -> ArtifactRef:
+    """Train and judge one arm with one seed; teacher and warming up are shared with the arms that have the same."""
     name = f"{arm.name}, seed {seed}"
     job = whole.job._replace(recipe=arm.recipe.model_copy(update={"seed": seed}))
-    this = Run(job, _Part(whole.journal, name))
+    this = RunContext(job, _Part(whole.journal, name))
     with tags(arm.name, f"seed {seed}"):
         made = tasks.walk(this, last="align", given={"prepare": images})
         inputs = {name: made[of] for name, of in ABLATION_ARM.inputs(arm.recipe).items()}
@@ -66,7 +59,7 @@ def _arm(whole: Run, arm: ResolvedArm, seed: int, images: ArtifactRef) -> Artifa
 
 
 def report_stage(plan: Ablation, outcomes: Outcomes) -> Stage:
-    """The stage that writes the page of these outcomes."""
+    """Return the stage that writes the page of these outcomes."""
 
     def what(_: Job) -> dict[str, JsonValue]:
         return {"ablation": plan.as_json()}
@@ -103,7 +96,7 @@ class _Part(Journal):
 
 
 def _show_in_prefect(store: Store, plan: Ablation, report: ArtifactRef) -> None:
-    """The report as an artifact of the flow run; the run is over and well even if the server will not have it."""
+    """Show the report as an artifact of the flow run; a server that rejects it does not fail the run."""
     key = "".join(char if char.isascii() and char.isalnum() else "-" for char in plan.name.lower())
     text = store.at("artifacts", report.kind, report.digest).read("report.md").decode()
     try:

@@ -15,11 +15,9 @@ from flows.cli.options import (
     fail_if,
     one_line_refusals,
     one_line_termination,
-    server_failures,
 )
 
 if TYPE_CHECKING:
-    from flows.ablation.request import AblationRequest
     from flows.runs.journal import RunRecord
 
 EXAMPLES = """\b
@@ -66,6 +64,7 @@ def ablation(
     """Train a recipe in several ways that differ in one thing each, as long and on the same batches; and compare."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from flows.ablation.request import check_ablation_request
+        from flows.cli.launch import launch
 
         request = check_ablation_request(
             name,
@@ -77,41 +76,13 @@ def ablation(
             ranks=ranks,
             gpus=gpus_per_worker,
         )
-        record, error = _run(request, verbose=verbose)
+        record, error = launch(request, verbose=verbose)
     shown = _as_json(record, error)
     if as_json:
         typer.echo(json.dumps(shown, allow_nan=False))
     else:
         _show(shown)
     fail_if(error)
-
-
-def _run(request: "AblationRequest", *, verbose: bool) -> "tuple[RunRecord, str | None]":
-    """The record of a run, and what stopped it."""
-    from flows.cli.launch import FlowRun, run_flow
-    from flows.runs.journal import new_run_id
-
-    plan = request.plan
-    run = new_run_id(plan.name)
-
-    def call() -> "RunRecord":
-        from flows.ablation.flow import ablation as flow
-
-        return flow(
-            plan,
-            run=run,
-            store=request.store.uri,
-            source=request.source,
-            workers=request.workers,
-            gpus_per_worker=request.gpus_per_worker,
-            ranks=request.ranks,
-        )
-
-    seeds = ", ".join(map(str, plan.seeds))
-    title = f"run {run}: {len(plan.arms)} arms, seeds {seeds}, store {request.store.uri}"
-    width = (request.workers, request.gpus_per_worker, request.ranks)
-    with server_failures():
-        return run_flow(FlowRun(title, plan.name, request.store, call, *width), request.settings, verbose=verbose)
 
 
 def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:

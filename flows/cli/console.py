@@ -1,4 +1,4 @@
-"""Who writes where: results on stdout, everything else on stderr, log lines above the bars instead of across them."""
+"""Route output: results to stdout, everything else to stderr, log lines above the bars instead of across them."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ def stdout_for_results() -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_on_stderr(verbose: bool) -> Iterator[None]:
-    """Log lines of our rooms on stderr: warnings, and everything if `verbose`; Prefect's API gets them all."""
+    """Show log lines of our packages on stderr: warnings, and everything if `verbose`; Prefect's API gets them all."""
     handler = _Lines(logging.INFO if verbose else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(room) for room in ROOMS]
@@ -88,7 +88,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def console() -> "Console":
-    """The terminal; a file has no width to fit, and gets a wide one."""
+    """Return the terminal's console; a file has no width to fit, and gets a wide one."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=200)

@@ -17,19 +17,16 @@ from flows.cli.options import (
     fail_if,
     one_line_refusals,
     one_line_termination,
-    server_failures,
 )
 
 if TYPE_CHECKING:
-    from flows.recipes.schema import EncodeConfig
-    from flows.requests.encode import EncodeRequest
     from flows.runs.journal import RunRecord
 
 DEFAULT = ["center"]
 
 
 class AssignmentOption(StrEnum):
-    """How codes are assigned."""
+    """Assignment of codes."""
 
     nearest = "nearest"
     sinkhorn = "sinkhorn"
@@ -44,7 +41,7 @@ class PrecisionOption(StrEnum):
 
 
 class DecoderOption(StrEnum):
-    """What decodes images."""
+    """Decoder of images."""
 
     pil = "pil"
     torchcodec = "torchcodec"
@@ -102,10 +99,11 @@ def encode(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Encode images with a tokenizer; what is done already, also in earlier versions of the data, is found."""
+    """Encode images with a tokenizer; shards that are there already, also of earlier versions of the data, are kept."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from pydantic import ValidationError
 
+        from flows.cli.launch import launch
         from flows.recipes.schema import EncodeConfig
         from flows.requests.encode import check_encode_request
 
@@ -129,9 +127,10 @@ def encode(
             overrides=overrides,
             workers=workers,
             gpus_per_worker=gpus_per_worker,
+            anew=anew,
         )
-        record, error = _run(request, config, overrides, anew=anew, verbose=verbose)
-    shown = _as_json(record, request, error)
+        record, error = launch(request, verbose=verbose)
+    shown = _as_json(record, error)
     if as_json:
         typer.echo(json.dumps(shown))
     else:
@@ -143,42 +142,9 @@ def _listed(options: list[str]) -> tuple[str, ...]:
     return tuple(name.strip() for option in options for name in option.replace("|", ",").split(",") if name.strip())
 
 
-def _run(
-    request: "EncodeRequest", config: "EncodeConfig", overrides: list[str], *, anew: bool, verbose: bool
-) -> "tuple[RunRecord, str | None]":
-    """The record of a run, and what stopped it."""
-    from flows.cli.launch import FlowRun, run_flow
-    from flows.runs.journal import new_run_id
-
-    wanted, options = request.dataset, request.options
-    name = new_run_id(wanted.recipe.name)
-
-    def call() -> "RunRecord":
-        from flows.pipeline.encode import retokenize
-
-        return retokenize(
-            config,
-            run=name,
-            store=wanted.store.uri,
-            tokenizer=str(wanted.tokenizer),
-            data=wanted.source,
-            overrides=request.settled(overrides),
-            workers=options.workers,
-            gpus_per_worker=options.gpus_per_worker,
-            anew=anew,
-        )
-
-    title = (
-        f"run {name}: {wanted.tokenizer} on {wanted.source}, {wanted.recipe.compute.device}, store {wanted.store.uri}"
-    )
-    limit = f"retokenize-{wanted.recipe.name}"
-    run = FlowRun(title, limit, wanted.store, call, options.workers, options.gpus_per_worker)
-    with server_failures():
-        return run_flow(run, request.settings, verbose=verbose)
-
-
-def _as_json(record: "RunRecord", request: "EncodeRequest", error: str | None) -> dict[str, Any]:
+def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
     from infra.artifacts.manifest import manifest_of
+    from infra.store.store import Store
 
     stages = {
         name: {
@@ -191,9 +157,9 @@ def _as_json(record: "RunRecord", request: "EncodeRequest", error: str | None) -
     }
     made = record.stages.get("encode")
     codes = made.ref if made else None
-    result: dict[str, Any] = {"run": record.run, "tokenizer": str(request.dataset.tokenizer), "stages": stages}
+    result: dict[str, Any] = {"run": record.run, "tokenizer": str(record.given["fine_tune"]), "stages": stages}
     result |= {"codes": str(codes) if codes else None, "uri": codes.uri if codes else None}
-    result["counts"] = dict(manifest_of(request.dataset.store, codes).counts) if codes else None
+    result["counts"] = dict(manifest_of(Store(record.store), codes).counts) if codes else None
     return result | {"error": error} if error else result
 
 

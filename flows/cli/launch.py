@@ -1,56 +1,66 @@
-"""How a command runs a flow: on the Prefect server that there is, or on a temporary one, under the progress bars."""
+"""Run a request's flow from the command line: on the Prefect server that is named, or on a temporary one."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from flows.cli.console import log_lines_above
+from flows.cli.options import server_failures
 from flows.prefect_server.temporary import prefect_server
-from flows.runs.journal import RunRecord, StageFailedError
+from flows.runs.journal import RunRecord, StageFailedError, new_run_id
 from flows.runs.progress import on_stderr
+from flows.runs.run_request import RunRequest
 from infra.settings import Settings
 from infra.store.store import Store
 
-
-class FlowRun(NamedTuple):
-    """A flow that is about to run."""
-
-    title: str
-    """the first line that is shown."""
-    name: str
-    """of the limit that runs of its sort share on a store."""
-    store: Store
-    call: Callable[[], RunRecord]
-    """imports the flow and calls it: Prefect must be imported after its settings are made."""
-    workers: int = 0
-    gpus_per_worker: float = 0.0
-    ranks: int = 1
+if TYPE_CHECKING:
+    from prefect import Flow
 
 
-def run_flow(run: FlowRun, settings: Settings, *, verbose: bool) -> tuple[RunRecord, str | None]:
-    """The record of a run, and what stopped it; runs that died on the store are marked first.
+def launch(request: RunRequest, *, verbose: bool) -> tuple[RunRecord, str | None]:
+    """Run a request under the progress bars; return its record, and what stopped it with the command that resumes it.
 
-    Raises:
-        ServerError: the Prefect server does not start, or does not answer.
+    Runs that died on the store are marked first.
     """
-    with on_stderr() as display, log_lines_above(display):
-        display.line(run.title)
+    settings, run = Settings(), new_run_id(request.recipe.name)
+    with server_failures(), on_stderr() as display, log_lines_above(display):
+        display.line(_title(request, run))
         try:
             with prefect_server(settings.home, api_url=settings.prefect_api_url, verbose=verbose) as server:
                 server.wait()
                 from flows.service import liveness
 
-                liveness.mark([run.store])
+                liveness.mark([Store(request.store)])
                 display.line(f"watch it at {server.url.removesuffix('/api')} while it lasts")
-                with _alone(run, settings):
-                    return run.call(), None
+                with _alone(request, settings):
+                    return _flow_of(request)(request, run), None
         except StageFailedError as error:
-            return error.record, f"stage {error.stage} failed: {error.reason}"
+            stopped = f"stage {error.stage} failed: {error.reason}"
+            return error.record, f"{stopped}; once that is mended, resume with: {request.command(run)}"
+
+
+def _flow_of(request: RunRequest) -> "Flow[[RunRequest, str], RunRecord]":
+    """Return the flow that runs a request; Prefect must be imported after its settings are made."""
+    if request.ablation is not None:
+        from flows.ablation.flow import ablation
+
+        return ablation
+    from flows.pipeline.full import BY_LAST_STAGE
+
+    return BY_LAST_STAGE[request.last]
+
+
+def _title(request: RunRequest, run: str) -> str:
+    made_of = "".join(f", {ref}" for ref in request.given.values() if str(ref) != request.source)
+    plan = request.ablation
+    arms = f", {len(plan.arms)} arms, seeds {', '.join(map(str, plan.seeds))}" if plan else ""
+    what = f"recipe {request.recipe.name}{made_of}{arms} on {request.source}"
+    return f"run {run}: {what}, {request.device}, store {request.store}"
 
 
 @contextlib.contextmanager
-def _alone(run: FlowRun, settings: Settings) -> Iterator[None]:
-    """Wait for other runs of the name on this store, and for GPUs, where a server that lasts knows of them.
+def _alone(request: RunRequest, settings: Settings) -> Iterator[None]:
+    """Wait for other runs of the sort on this store, and for GPUs, where a server that lasts knows of them.
 
     Not on a temporary server: it is gone after a kill, and the slot that was held would stay taken in its database.
     """
@@ -59,6 +69,5 @@ def _alone(run: FlowRun, settings: Settings) -> Iterator[None]:
         return
     from flows.service import concurrency
 
-    gpus = concurrency.gpus_of(workers=run.workers, gpus_per_worker=run.gpus_per_worker, ranks=run.ranks)
-    with concurrency.held(run.name, run.store, overlap="wait", gpus=gpus):
+    with concurrency.held(request.limit, Store(request.store), overlap="wait", gpus=request.gpus):
         yield

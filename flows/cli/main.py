@@ -18,17 +18,14 @@ from flows.cli.options import (
     Refused,
     StoreOption,
     VerboseOption,
-    device_override,
     fail_if,
     one_line_refusals,
     one_line_termination,
-    server_failures,
 )
 from infra.compute.threads import limit_spinning
 
 if TYPE_CHECKING:
     from flows.pipeline.dry_run import DryRun
-    from flows.requests.checks import Request
     from flows.runs.journal import RunRecord
 
 app = typer.Typer(
@@ -53,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     if code == 130:
-        typer.echo("sftok: interrupted; the same command goes on from here", err=True)
+        typer.echo("sftok: interrupted; the same command resumes from here", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -105,66 +102,39 @@ def run(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run the whole pipeline, from images to report; what is done already is found, not repeated."""
+    """Run the whole pipeline, from images to report; stages that are done already are cached."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from flows.requests.checks import check_request
+        from flows.runs.run_request import RunArguments
 
         overrides = list(set_ or ())
         if max_reject_rate is not None:
             overrides.append(f"data.max_reject_rate={max_reject_rate}")
-        overrides += device_override(device)
-        request = check_request(
-            recipe,
+        asked = RunArguments(
+            recipe=recipe,
             data=data,
             store=store,
-            overrides=overrides,
+            overrides=tuple(overrides),
             workers=workers,
+            gpus_per_worker=gpus_per_worker,
             ranks=ranks,
+            device=device.value if device else None,
             seed=seed,
-            gpus=gpus_per_worker,
-            is_run=not dry_run,
             anew=anew,
         )
+        request = check_request(asked, is_run=not dry_run)
         if dry_run:
             from flows.pipeline.dry_run import dry_run as plan
 
             planned = plan(request)
         else:
-            record, error = _run(request, verbose=verbose)
+            from flows.cli.launch import launch
+
+            record, error = launch(request, verbose=verbose)
     if dry_run:
         _show_plan(planned, as_json=as_json)
         return
     _show_run(record, error, as_json=as_json)
-
-
-def _run(request: "Request", *, verbose: bool) -> "tuple[RunRecord, str | None]":
-    """The record of a run, and what stopped it."""
-    from flows.cli.launch import FlowRun, run_flow
-    from flows.runs.journal import new_run_id
-
-    name = new_run_id(request.recipe.name)
-
-    def call() -> "RunRecord":
-        from flows.pipeline.full import full_pipeline
-
-        return full_pipeline(
-            request.recipe,
-            run=name,
-            store=request.store.uri,
-            source=request.source,
-            workers=request.workers,
-            ranks=request.ranks,
-            gpus_per_worker=request.gpus_per_worker,
-            anew=request.anew,
-        )
-
-    recipe = request.recipe
-    title = f"run {name}: recipe {recipe.name} on {recipe.compute.device}, store {request.store.uri}"
-    width = (request.workers, request.gpus_per_worker, request.ranks)
-    with server_failures():
-        return run_flow(
-            FlowRun(title, request.recipe.name, request.store, call, *width), request.settings, verbose=verbose
-        )
 
 
 @app.command(
@@ -175,17 +145,19 @@ Examples:
 """
 )
 def rerun(
-    run: Annotated[str, typer.Argument(help="A run of the store: its recipe, images and width are taken.")],
+    run: Annotated[str, typer.Argument(help="A run of the store: all that it was asked for is asked for again.")],
     *,
     store: StoreOption = None,
+    anew: AnewOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run again what a run's record says; what is still there of its artifacts is found, the rest is made."""
+    """Repeat or resume a run as its record says; stages whose artifacts are still there are cached."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+        from flows.cli.launch import launch
         from flows.requests.checks import check_rerun
 
-        record, error = _run(check_rerun(run, store=store), verbose=verbose)
+        record, error = launch(check_rerun(run, store=store, anew=anew), verbose=verbose)
     _show_run(record, error, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""What the parts of the command line share: options, and how a refusal and a failure end it."""
+"""Options that commands share, and the errors that end them with one line."""
 
 import contextlib
 import signal
@@ -16,7 +16,7 @@ TERMINATED = 128 + signal.SIGTERM  # exit code, as a shell tells of it
 
 
 class DeviceName(StrEnum):
-    """What --device takes."""
+    """Values of --device."""
 
     auto = "auto"
     cpu = "cpu"
@@ -42,7 +42,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 
 def device_override(device: DeviceName | None) -> list[str]:
-    """The option --device as a change of a recipe."""
+    """Return the option --device as a change of a recipe."""
     return [] if device is None else [f"compute.device={device.value}"]
 
 
@@ -60,7 +60,7 @@ class Failed(typer.TyperException):
 
 @contextlib.contextmanager
 def one_line_refusals() -> Iterator[None]:
-    """A ValueError before anything has begun is the user's to mend; a store that is away or full is a failure."""
+    """Turn a ValueError before anything has begun into a refusal, and a store that is away or full into a failure."""
     try:
         yield
     except ValueError as error:
@@ -71,7 +71,7 @@ def one_line_refusals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def server_failures() -> Iterator[None]:
-    """A Prefect server that does not start or answer is a failure, told in one line."""
+    """Turn a Prefect server that does not start or answer into a failure of one line."""
     from flows.prefect_server.temporary import ServerError
 
     try:
@@ -83,7 +83,7 @@ def server_failures() -> Iterator[None]:
 def fail_if(error: str | None) -> None:
     """End a command whose run was stopped."""
     if error:
-        raise Failed(f"{error}; once that is mended, the same command goes on from here")
+        raise Failed(error)
 
 
 class _Terminated(BaseException):
@@ -92,7 +92,7 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def one_line_termination() -> Iterator[None]:
-    """End by SIGTERM as by Ctrl-C: what was started is stopped, and one line says how to go on.
+    """End by SIGTERM as by Ctrl-C: what was started is stopped, and one line says how to resume.
 
     Prefect turns the signal into an exception of its own while a flow runs, and sends it again after the flow: by then
     the record is written, and the system's default would leave the rest to chance.
@@ -104,7 +104,7 @@ def one_line_termination() -> Iterator[None]:
     try:
         yield
     except _Terminated:
-        typer.echo("sftok: terminated; the same command goes on from here", err=True)
+        typer.echo("sftok: terminated; the same command resumes from here", err=True)
         raise typer.Exit(TERMINATED) from None
     finally:
         signal.signal(signal.SIGTERM, before)

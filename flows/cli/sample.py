@@ -20,7 +20,7 @@ NAMED = 5  # classes named on the terminal, at most
 
 
 class ScheduleOption(StrEnum):
-    """How guidance grows."""
+    """Schedule of guidance."""
 
     constant = "constant"
     linear = "linear"
@@ -144,7 +144,7 @@ def sample(
             with on_stderr() as display, log_lines_above(display):
                 made = run(request, lambda stage: functools.partial(display.update, stage))
         except (ValueError, OSError) as error:
-            raise Failed(f"{error}; once that is mended, the same command goes on from here") from error
+            raise Failed(f"{error}; once that is mended, the same command resumes from here") from error
     if as_json:
         typer.echo(json.dumps(made.as_json()))
     else:

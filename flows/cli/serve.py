@@ -21,7 +21,7 @@ DIGITS = ["digits"]
 
 
 class OverlapOption(StrEnum):
-    """What a second run does while the first is under way."""
+    """Policy for a second run while the first is under way."""
 
     wait = "wait"
     cancel = "cancel"

@@ -132,7 +132,7 @@ def gc(
 
 
 def _age(option: str, text: str) -> timedelta:
-    """A span of time as people write it.
+    """Parse a span of time as people write it.
 
     Raises:
         ValueError: it is written otherwise.

@@ -15,14 +15,16 @@ from flows.cli.options import (
     fail_if,
     one_line_refusals,
     one_line_termination,
-    server_failures,
 )
 
 if TYPE_CHECKING:
-    from flows.requests.generator import GeneratorRequest
     from flows.runs.journal import RunRecord
 
-SHOWN = {"val_nll": "nats a held-out code", "frequency_nll": "by class and position alone", "tokens_per_s": "codes/s"}
+SHOWN = {
+    "val_nll": "held-out NLL per token, nats",
+    "frequency_nll": "class-and-position unigram baseline",
+    "tokens_per_s": "codes/s",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -60,14 +62,15 @@ def train_generator(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train a generator on a code dataset; what was trained alike before is found, and what was interrupted goes on."""
+    """Train a generator on a code dataset; the same training is cached, and one that was interrupted is resumed."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
+        from flows.cli.launch import launch
         from flows.requests.generator import check_generator_request
 
         overrides = [*(set_ or ()), *device_override(device)]
         request = check_generator_request(recipe, codes=codes, store=store, overrides=overrides, ranks=ranks, seed=seed)
-        record, error = _run(request, verbose=verbose)
-    shown = _as_json(record, request, error)
+        record, error = launch(request, verbose=verbose)
+    shown = _as_json(record, error)
     if as_json:
         typer.echo(json.dumps(shown, allow_nan=False))
     else:
@@ -75,35 +78,16 @@ def train_generator(
     fail_if(error)
 
 
-def _run(request: "GeneratorRequest", *, verbose: bool) -> "tuple[RunRecord, str | None]":
-    """The record of a run, and what stopped it."""
-    from flows.cli.launch import FlowRun, run_flow
-    from flows.runs.journal import new_run_id
-
-    name = new_run_id(request.recipe.name)
-
-    def call() -> "RunRecord":
-        from flows.pipeline.train_generator import train_on_codes
-
-        place, codes = request.store.uri, str(request.codes)
-        return train_on_codes(request.recipe, run=name, store=place, codes=codes, ranks=request.ranks)
-
-    title = f"run {name}: generator of {request.recipe.name} on {request.codes}, store {request.store.uri}"
-    limit = f"train-generator-{request.recipe.name}"
-    with server_failures():
-        flow_run = FlowRun(title, limit, request.store, call, ranks=request.ranks)
-        return run_flow(flow_run, request.settings, verbose=verbose)
-
-
-def _as_json(record: "RunRecord", request: "GeneratorRequest", error: str | None) -> dict[str, Any]:
+def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
     from infra.artifacts.manifest import manifest_of
+    from infra.store.store import Store
 
     stage = record.stages.get("train_generator")
     ref = stage.ref if stage else None
-    result: dict[str, Any] = {"run": record.run, "codes": str(request.codes), "state": stage.state if stage else None}
+    result: dict[str, Any] = {"run": record.run, "codes": record.source, "state": stage.state if stage else None}
     result |= {"seconds": stage.seconds if stage else 0.0}
     result |= {"generator": str(ref) if ref else None, "uri": ref.uri if ref else None}
-    result["metrics"] = dict(manifest_of(request.store, ref).metrics) if ref else None
+    result["metrics"] = dict(manifest_of(Store(record.store), ref).metrics) if ref else None
     return result | {"error": error} if error else result
 
 

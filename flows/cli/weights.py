@@ -13,21 +13,21 @@ from flows.cli.options import Failed, JsonOption, StoreOption, one_line_refusals
 
 
 class WeightsKind(StrEnum):
-    """What a file of weights holds."""
+    """Kinds of weights in a file."""
 
     sftok = "sftok"
     teacher = "teacher"
 
 
 class Layout(StrEnum):
-    """How weights are named."""
+    """Naming of weights."""
 
     published = "published"
     native = "native"
 
 
 class FileFormat(StrEnum):
-    """How weights are written."""
+    """File format of weights."""
 
     safetensors = "safetensors"
     bin = "bin"

@@ -1,4 +1,4 @@
-"""What a run would do: each stage's artifact, whether it is there, what it asks of Ray, and estimates of time and size.
+"""Plan a run without running it: each stage's artifact, its state, what it asks of Ray, estimates of time and size.
 
 Nothing is written and nothing trained. Arithmetic is counted on networks without memory (torch's meta device); hours
 are that arithmetic at an assumed rate, and say so.
@@ -12,13 +12,12 @@ from pydantic import JsonValue
 from flows.pipeline import graph
 from flows.pipeline.graph import ENCODE, PREPARE, SAMPLE
 from flows.recipes.schema import Recipe
-from flows.requests.checks import Request
+from flows.runs.run_request import RunRequest
 from flows.stage import Job, Stage, plan_of
 from flows.store.inventory import size_text
 from infra.artifacts.manifest import ArtifactRef, find, folder_of, ref_of
-from infra.compute.workers import WorkerOptions
 
-RATE = 125e12  # operations a second of one GPU
+RATE = 125e12  # operations per second of one GPU
 RATE_SOURCE = "125 TFLOP/s a GPU: assumed, 40 % of an A100's 312 in bf16"
 IMAGE_BYTES = 110_000  # of an encoded JPEG
 CODE_BYTES = 1.67  # a code with its share of ids and labels: 106.8 bytes measured for 64 of 13 bits
@@ -28,8 +27,8 @@ SIZE_SOURCE = (
 FIRST = "after prepare"
 
 
-class Planned(NamedTuple):
-    """One stage."""
+class PlannedStage(NamedTuple):
+    """A stage of a planned run."""
 
     stage: str
     kind: str
@@ -53,17 +52,17 @@ HEAD = ("stage", "state", "artifact", "Ray", "GPU hours", "size")
 
 
 class DryRun(NamedTuple):
-    """A run that was not made."""
+    """A planned run."""
 
     recipe: str
     device: str
     store: str
     source: str
     images: int | None
-    stages: tuple[Planned, ...]
+    stages: tuple[PlannedStage, ...]
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One object; estimates beside what they stand on."""
+        """Return one object, with the assumptions behind the estimates."""
         return {
             "recipe": self.recipe,
             "device": self.device,
@@ -75,7 +74,7 @@ class DryRun(NamedTuple):
         }
 
     def notes(self) -> tuple[str, ...]:
-        """What the figures stand on, and how to read them."""
+        """Return the assumptions behind the figures, as lines to print."""
         count = "an unknown number of" if self.images is None else f"{self.images:,}"
         return (
             f"{count} images; GPU hours of what is still to do: {RATE_SOURCE}; none where a CPU is enough",
@@ -83,17 +82,16 @@ class DryRun(NamedTuple):
         )
 
 
-def dry_run(request: Request) -> DryRun:
+def dry_run(request: RunRequest) -> DryRun:
     """Plan all stages of a run; the source is listed once, nothing is written.
 
     Raises:
         ValueError: the source cannot be listed.
     """
-    recipe, store = request.recipe, request.store
-    options = WorkerOptions(workers=request.workers, gpus_per_worker=request.gpus_per_worker)
-    job = Job(recipe, store, request.source, options, "", request.ranks)
+    recipe, job = request.recipe, Job.of(request)
+    store = job.store
     known: dict[str, ArtifactRef] = {}
-    planned: list[Planned] = []
+    planned: list[PlannedStage] = []
     images: int | None = None
     costs = _costs(recipe)
     for stage in graph.GRAPH.order(recipe):
@@ -111,7 +109,7 @@ def dry_run(request: Request) -> DryRun:
         cost = costs.get(stage.name, _unknown)(images) if found is None else (None, found.num_bytes)
         state = "Cached" if found else "to do" if is_known else FIRST
         resources = _resources(stage, request)
-        planned.append(Planned(stage.name, stage.kind, plan.digest if plan else None, state, resources, *cost))
+        planned.append(PlannedStage(stage.name, stage.kind, plan.digest if plan else None, state, resources, *cost))
     return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, tuple(planned))
 
 
@@ -120,14 +118,14 @@ def _ref(job: Job, kind: str, digest: str) -> ArtifactRef:
 
 
 def _listed(job: Job) -> int | None:
-    """Images of the source; None where they lie in containers that only prepare opens."""
+    """Count the images of the source; None where they lie in containers that only prepare opens."""
     from sftok.sources.sources import list_source
 
     source = list_source(job.source, job.recipe.data)
     return None if source.containers else len(source.entries)
 
 
-def _resources(stage: Stage, request: Request) -> str:
+def _resources(stage: Stage, request: RunRequest) -> str:
     if stage.is_trained:
         return f"{request.ranks} rank{'s' if request.ranks > 1 else ''}, a GPU each where there are any"
     if stage in (PREPARE, ENCODE, SAMPLE):
@@ -179,7 +177,7 @@ def _costs(recipe: Recipe) -> Mapping[str, Cost]:
 
 
 def _arithmetic(recipe: Recipe) -> dict[str, float]:
-    """Operations of a forward pass for one image, or one sequence."""
+    """Count the operations of a forward pass for one image, or one sequence."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,7 +215,7 @@ def _arithmetic(recipe: Recipe) -> dict[str, float]:
 
 
 def _weights(recipe: Recipe) -> dict[str, int]:
-    """Bytes of each network's weights, in float32."""
+    """Count the bytes of each network's weights, in float32."""
     import torch
 
     from generator.autoregressive import Generator

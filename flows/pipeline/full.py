@@ -1,4 +1,4 @@
-"""The full pipeline, from images to report."""
+"""The flows: the whole pipeline, from images to report, and the parts of it that start from artifacts."""
 
 import logging
 from typing import Annotated
@@ -9,46 +9,41 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from pydantic import Field
 
 from flows.pipeline import tasks
-from flows.pipeline.tasks import Run
-from flows.recipes.schema import Recipe
-from flows.runs.journal import RunRecord, stage_rows, start_journal
-from flows.stage import Job, Listing
+from flows.pipeline.tasks import RunContext
+from flows.runs.journal import RunRecord, stage_rows
+from flows.runs.run_request import RunRequest
 from infra.artifacts.manifest import ArtifactRef, manifest_of
 from infra.compute.cluster import session
-from infra.compute.workers import WorkerOptions
 from infra.settings import Settings
 from infra.store.store import Store
 
 log = logging.getLogger(__name__)
 
 
-@flow(name="full-pipeline", flow_run_name="{run}", persist_result=False)
-def full_pipeline(
-    recipe: Annotated[Recipe, Field(description="what is computed")],
-    *,
+def run_stages(
+    request: Annotated[RunRequest, Field(description="what the run was asked for, checked, with its device chosen")],
     run: Annotated[str, Field(description="name of this run, unique in the store")],
-    store: Annotated[str, Field(description="folder or s3://bucket/prefix that artifacts are kept in")],
-    source: Annotated[str, Field(description="images: a folder, or the name of a built-in source")],
-    workers: Annotated[int, Field(ge=0, description="Ray workers; 0 does everything in one process")] = 2,
-    gpus_per_worker: Annotated[float, Field(ge=0, description="GPUs a worker; 0.5 lets two share one")] = 0.0,
-    ranks: Annotated[int, Field(ge=1, description="training processes, which share a step's micro-batches")] = 1,
-    anew: Annotated[bool, Field(description="give up shards that another kind of device began")] = False,
 ) -> RunRecord:
-    """Run every stage that is not done yet; the stages' artifacts and the record of the run are in `store`."""
-    place = Store(store)
-    options = WorkerOptions(workers=workers, gpus_per_worker=gpus_per_worker)
-    journal = start_journal(recipe, store=place, source=source, run=run, workers=workers)
-    this = Run(Job(recipe, place, source, options, run, ranks, Listing(), anew), journal)
-    with journal.kept(), session(Settings().ray_address, max(workers, ranks)):
-        made = tasks.walk(this)
-        report = made["report"]
-        journal.publish_report(manifest_of(place, made["evaluate"]), report)
-    _show_in_prefect(place, journal.record, report)
+    """Run every stage that is not cached; the stages' artifacts and the record of the run are in the store."""
+    this = RunContext.of(request, run)
+    store, journal = this.job.store, this.journal
+    with journal.kept(), session(Settings().ray_address, max(request.workers, request.ranks)):
+        made = tasks.walk(this, last=request.last, given=request.given)
+        if "report" in made:
+            journal.publish_report(manifest_of(store, made["evaluate"]), made["report"])
+    if "report" in made:
+        _show_in_prefect(store, journal.record, made["report"])
     return journal.record
 
 
+full_pipeline = flow(name="full-pipeline", flow_run_name="{run}", persist_result=False)(run_stages)
+retokenize = full_pipeline.with_options(name="retokenize")
+train_generator = full_pipeline.with_options(name="train-generator")
+BY_LAST_STAGE = {None: full_pipeline, "encode": retokenize, "train_generator": train_generator}
+
+
 def _show_in_prefect(store: Store, record: RunRecord, report: ArtifactRef) -> None:
-    """The report as artifacts of the flow run; the run is over and well even if the server will not have them."""
+    """Publish the report as artifacts of the flow run; a server that rejects them does not fail the run."""
     key = f"report-{record.recipe.name.lower().replace('_', '-')}"
     table = [dict(zip(("stage", "state", "seconds", "artifact"), row, strict=True)) for row in stage_rows(record)]
     page = store.at("artifacts", report.kind, report.digest)

@@ -45,7 +45,7 @@ def _prepare(work: Work) -> Result:
 
 
 def _listed(work: Work) -> "Source":
-    """The source as it was listed for the plan; where nobody handed that on, as it is listed again and is the same."""
+    """Return the source as it was listed for the plan, or list it again if the listing was not passed on."""
     from sftok.sources.sources import list_source
 
     digest = str(work.plan.config["listing"])

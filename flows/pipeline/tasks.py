@@ -22,8 +22,9 @@ from prefect.tasks import Task, exponential_backoff
 from flows.make import make
 from flows.pipeline import graph
 from flows.runs import progress
-from flows.runs.journal import Journal, one_line
-from flows.stage import Job, Stage
+from flows.runs.journal import Journal, one_line, start_journal
+from flows.runs.run_request import RunRequest
+from flows.stage import Job, Listing, Stage
 from infra.artifacts.manifest import ArtifactRef
 from infra.settings import ALL_STAGES, Settings
 
@@ -40,15 +41,20 @@ Made = dict[str, ArtifactRef]  # by stage
 log = logging.getLogger(__name__)
 
 
-class Run(NamedTuple):
-    """What every task of one run shares."""
+class RunContext(NamedTuple):
+    """The job and the journal that all tasks of a run share."""
 
     job: Job
     journal: Journal
 
+    @classmethod
+    def of(cls, request: RunRequest, run: str) -> "RunContext":
+        """Begin the run of a request."""
+        return cls(Job.of(request, run, listing=Listing()), start_journal(request, run))
+
 
 def is_infrastructure_error(error: BaseException) -> bool:
-    """Whether trying again later may help: connections, time-outs, lost workers; never a mistake of the caller."""
+    """Return whether a retry may help: connections, time-outs, lost workers; never a mistake of the caller."""
     import aiohttp
     import botocore.exceptions
 
@@ -67,7 +73,7 @@ def is_infrastructure_error(error: BaseException) -> bool:
 
 
 def retry_if_infrastructure(_task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's question after a failed attempt; says aloud that there will be another one."""
+    """Decide, for Prefect, whether a failed attempt is retried, and log it if so."""
     error = state.data  # Prefect hands the exception itself over
     if not isinstance(error, BaseException) or not is_infrastructure_error(error):
         return False
@@ -75,7 +81,7 @@ def retry_if_infrastructure(_task: Task[..., Any], task_run: TaskRun, state: Sta
     return True
 
 
-def walk(run: Run, *, last: str | None = None, given: Mapping[str, ArtifactRef] | None = None) -> Made:
+def walk(run: RunContext, *, last: str | None = None, given: Mapping[str, ArtifactRef] | None = None) -> Made:
     """Run the graph's stages that lead to `last`, or all; return artifacts by stage, those `given` among them."""
     made = dict(given or {})
     recipe = run.job.recipe
@@ -84,7 +90,7 @@ def walk(run: Run, *, last: str | None = None, given: Mapping[str, ArtifactRef] 
     return made
 
 
-def run_task(stage: Stage, run: Run, inputs: Mapping[str, ArtifactRef]) -> ArtifactRef:
+def run_task(stage: Stage, run: RunContext, inputs: Mapping[str, ArtifactRef]) -> ArtifactRef:
     """Run a stage as a Prefect task of its name, whose state says whether the artifact was made or found."""
     # Prefect draws a parameter's name at the edge between two tasks. Arms of an ablation are no names of parameters.
     names = {name if name.isidentifier() else f"input_{at}": name for at, name in enumerate(inputs)}
@@ -112,7 +118,7 @@ def run_task(stage: Stage, run: Run, inputs: Mapping[str, ArtifactRef]) -> Artif
 
 
 def timeout_of(stage: str) -> float | None:
-    """Seconds that an attempt at a stage may take, if it is limited (SFTOK_STAGE_TIMEOUTS).
+    """Return the time-out of an attempt at a stage in seconds, if it has one (SFTOK_STAGE_TIMEOUTS).
 
     Raises:
         ValueError: a time-out is given for something that is no stage.
@@ -123,8 +129,8 @@ def timeout_of(stage: str) -> float | None:
     return given.get(stage, given.get(ALL_STAGES))
 
 
-def find_or_make(stage: Stage, run: Run, inputs: Mapping[str, ArtifactRef]) -> State[ArtifactRef]:
-    """One attempt at a stage; what it publishes is complete or not there."""
+def find_or_make(stage: Stage, run: RunContext, inputs: Mapping[str, ArtifactRef]) -> State[ArtifactRef]:
+    """Attempt a stage and journal how it went; what it publishes is complete or not there."""
     run.journal.begin(stage.name)
     try:
         with progress.of_stage(stage.name) as listen:

@@ -30,5 +30,5 @@ def _changes(path: str, old: JsonValue, new: JsonValue) -> Iterator[str | None]:
         for name in new:
             yield from _changes(f"{path}.{name}" if path else name, old.get(name), new[name])
     elif old != new:
-        # JSON literals are valid TOML, which has none for null.
-        yield None if new is None or isinstance(new, dict) else f"{path}={json.dumps(new)}"
+        # JSON's words are TOML's, but TOML has none for nothing.
+        yield None if new is None or isinstance(new, dict) else f"{path}={json.dumps(new, ensure_ascii=False)}"

@@ -1,4 +1,5 @@
-"""Requests: arguments of a run, checked before any server starts or anything is written.
+"""Checks of requests before any server starts or anything is written.
 
-`checks` checks a whole run, `encode` and `generator` the smaller flows, `doctor` the machine.
+`checks` checks requests of every sort, `encode` and `generator` make those of the smaller flows, `doctor` checks the
+machine.
 """

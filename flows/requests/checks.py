@@ -1,18 +1,18 @@
-"""What is checked before a run starts any server or writes anything: a ValueError here is one line for the user."""
+"""Check requests before a run starts any server or writes anything: a ValueError is one line for the user."""
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
 
-from pydantic import ValidationError
-
+from flows.pipeline.graph import GRAPH
 from flows.prefect_server.temporary import health
-from flows.recipes.files import load_recipe
 from flows.recipes.schema import Recipe
 from flows.requests.devices import choose_device
 from flows.requests.precisions import precisions_of, warn_of_slow
+from flows.runs.journal import read_record
+from flows.runs.run_request import RunArguments, RunRequest
 from infra.artifacts.pretrained import WEIGHTS_ROOT
 from infra.settings import Settings
 from infra.store.store import Store
@@ -20,112 +20,62 @@ from infra.training.schedule import TrainingConfig
 from sftok.config import AdversarialConfig
 
 CONNECT_SECONDS = 5.0
+NO_FLAGS: Mapping[str, str] = MappingProxyType({})
 
 
-class Request(NamedTuple):
-    """A run that can begin."""
-
-    recipe: Recipe
-    store: Store
-    source: str
-    workers: int
-    ranks: int
-    gpus_per_worker: float
-    settings: Settings
-    anew: bool = False
+def check_request(asked: RunArguments, *, is_run: bool = True) -> RunRequest:
+    """Turn what the user asked for into a request that can begin; see `checked`."""
+    return checked(asked.request(), is_run=is_run)
 
 
-def check_request(
-    recipe: str,
-    *,
-    data: str | None,
-    store: str | None,
-    overrides: Sequence[str],
-    workers: int | None,
-    ranks: int,
-    seed: int | None,
-    gpus: float | None = None,
-    is_run: bool = True,
-    anew: bool = False,
-) -> Request:
-    """Turn what the user asked for into a request, the store last: checking it writes to it.
+def check_rerun(run: str, *, store: str | None, anew: bool = False) -> RunRequest:
+    """Return the request that a run was, as its record says, if it can begin again.
 
-    A run that is only planned (`is_run` false) needs neither weights nor servers, and a store that can be read.
+    Raises:
+        ValueError: there is no such run, its record does not say what it was asked for, or something that it needs is
+            missing now.
+    """
+    place = Store(store or Settings().store)
+    record = read_record(place, run)
+    if record.is_partial_of_before:
+        raise ValueError(f"run {run} made {', '.join(record.stages)} alone: run the command that made it again")
+    return checked(record.request.changed(store=place.uri, anew=anew or record.anew))
+
+
+def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str] = NO_FLAGS) -> RunRequest:
+    """Check what a request's stages need, and choose its device; the store comes last, as checking it writes to it.
+
+    Args:
+        request: what was asked for.
+        is_run: a run that is only planned needs neither weights nor servers, and a store that can be read.
+        flags: settings that the user knows by the name of an option.
+
+    Raises:
+        ValueError: one line that names what is wrong and the remedy.
     """
     from sftok.sources.sources import check_source
 
     settings = Settings()
-    chosen = load_recipe(recipe, overrides=overrides, seed=seed)
+    stages = {stage.name for stage in GRAPH.order(request.recipe, last=request.last, given=request.given)}
     if is_run:
-        check_weights(chosen)
-    check_ranks(chosen, ranks)
-    chosen, gpus = on_device(chosen, gpus=gpus, ranks=ranks, settings=settings, is_run=is_run)
-    if is_run:
-        check_decoder(chosen, settings)
-        stages = (chosen.teacher, chosen.warm_up, chosen.align, chosen.fine_tune)
-        trainings = (*(stage.training for stage in stages), chosen.train_generator)
-        is_compiled = any(training.compile for training in trainings) or chosen.encode.compile or compiles_steps(chosen)
-        check_compilers(is_compiled, device=chosen.compute.device, settings=settings)
-    source = data or chosen.source
-    if not source:
-        raise ValueError(f"recipe {chosen.name} has no images of its own: give a folder of them with --data")
-    check_source(source, chosen.data)
-    place = Store(store or settings.store)
-    width = min(2, os.cpu_count() or 1) if workers is None else workers
-    if is_run:
-        _check_places(chosen, place, settings)
-        warn_of_slow(precisions_of(chosen), settings, chosen.compute.device)
-    return Request(chosen, place, source, width, ranks, gpus, settings, anew)
-
-
-def on_device(
-    recipe: Recipe, *, gpus: float | None, settings: Settings, ranks: int = 1, is_run: bool = True
-) -> tuple[Recipe, float]:
-    """The recipe with its device chosen and all settled that depends on it, and the GPUs of each worker.
-
-    Raises:
-        ValueError: GPUs are asked for where there are none.
-    """
-    if is_run:
+        check_weights(request.recipe, stages)
         check_ray(settings.ray_address)
-    device, each = choose_device(recipe.compute, gpus=gpus, settings=settings, ranks=ranks, is_run=is_run)
-    return recipe.on(device), each
-
-
-def check_rerun(run: str, *, store: str | None) -> Request:
-    """The request that a run was, as its record says: its recipe, images and workers.
-
-    Raises:
-        ValueError: there is no such run, it was no whole pipeline, it is of another version, or something that it needs
-            is missing now.
-    """
-    from flows.runs.history import records
-    from flows.runs.journal import RunRecord
-    from sftok.sources.sources import check_source
-
-    settings = Settings()
-    place = Store(store or settings.store)
-    (past,) = records(place, [run])
-    if past.stages and "teacher" not in past.stages and past.state == "Completed":
-        raise ValueError(f"run {run} made {', '.join(past.stages)} alone: run the command that made it again")
-    try:
-        record = RunRecord.model_validate_json(place.read(f"runs/{run}/run.json"))
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ValueError(f"run {run} was made by another version ({where} differs): write its recipe anew") from error
-    check_weights(record.recipe)
-    check_source(record.source, record.recipe.data)
-    _check_places(record.recipe, place, settings)
-    recipe, gpus = on_device(record.recipe, gpus=None, settings=settings)
-    warn_of_slow(precisions_of(recipe), settings, recipe.compute.device)
-    return Request(recipe, place, record.source, record.workers, 1, gpus, settings)
-
-
-def _check_places(chosen: Recipe, place: Store, settings: Settings) -> None:
-    """The servers that a run needs, and its store."""
-    check_servers(settings)
-    place.check()
-    check_scores(chosen, place)
+    check_ranks(request.recipe, request.ranks, stages)
+    compute, gpus = request.recipe.compute, request.gpus_per_worker
+    request = request.on(*choose_device(compute, gpus=gpus, settings=settings, ranks=request.ranks, is_run=is_run))
+    if is_run:
+        _check_tools(request.recipe, stages, settings)
+    if "prepare" in stages:
+        check_source(request.source, request.recipe.data)
+    if is_run:
+        store = Store(request.store)
+        check_servers(settings)
+        store.check()
+        if "evaluate" in stages:
+            check_scores(request.recipe, store)
+        chosen = precisions_of(request.recipe, stages | ({"decoding"} if request.ablation else set()))
+        warn_of_slow({flags.get(name, name): value for name, value in chosen.items()}, settings, request.device)
+    return request
 
 
 def check_servers(settings: Settings) -> None:
@@ -141,7 +91,7 @@ def check_servers(settings: Settings) -> None:
 
 
 def compiles_steps(recipe: Recipe) -> bool:
-    """Whether sampling compiles: on CUDA the steps of small generators are recorded as they are."""
+    """Return whether sampling compiles: on CUDA the steps of small generators are recorded as they are."""
     if not recipe.sample.compile or recipe.compute.device == "cpu":
         return bool(recipe.sample.compile)
     import torch
@@ -177,18 +127,28 @@ def check_decoder(recipe: Recipe, settings: Settings) -> None:
         torchcodec_decoder()
 
 
-def check_weights(recipe: Recipe) -> None:
-    """Refuse losses that are asked for without the weights they need: nothing is left out silently."""
+def _check_tools(recipe: Recipe, stages: Collection[str], settings: Settings) -> None:
+    """Refuse a decoder or a compiler that is asked for and missing."""
+    if "encode" in stages:
+        check_decoder(recipe, settings)
+    is_compiled = any(training.compile for training in trainings_of(recipe, stages).values())
+    is_compiled |= "encode" in stages and bool(recipe.encode.compile)
+    is_compiled |= "sample" in stages and compiles_steps(recipe)
+    check_compilers(is_compiled, device=recipe.compute.device, settings=settings)
+
+
+def check_weights(recipe: Recipe, stages: Collection[str] = GRAPH) -> None:
+    """Refuse losses of these stages that are asked for without the weights they need: nothing is left out silently."""
     is_imported = recipe.teacher.origin == "imported"
-    if is_imported and not recipe.teacher.pretrained.is_given:
+    if "teacher" in stages and is_imported and not recipe.teacher.pretrained.is_given:
         raise ValueError(
             "teacher.origin = imported needs the weights of a MaskGIT-VQGAN: set teacher.pretrained.sha256 and "
             "teacher.pretrained.uri, or teacher.origin=trained to train one on the data"
         )
-    stages = (
-        {"fine_tune": recipe.fine_tune} if is_imported else {"teacher": recipe.teacher, "fine_tune": recipe.fine_tune}
-    )
-    for name, stage in stages.items():
+    trained = {"fine_tune": recipe.fine_tune} | ({} if is_imported else {"teacher": recipe.teacher})
+    for name, stage in trained.items():
+        if name not in stages:
+            continue
         adversarial = stage.adversarial
         if stage.perceptual_weight and not stage.lpips.is_given:
             raise ValueError(
@@ -229,18 +189,22 @@ def check_scores(recipe: Recipe, store: Store) -> None:
         )
 
 
-def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Refuse a number of ranks that cannot share the micro-batches of every stage."""
-    training = {} if recipe.align.from_scratch else {"warm_up.training": recipe.warm_up.training}
-    training |= {
-        "align.training": recipe.align.training,
-        "fine_tune.training": recipe.fine_tune.training,
-        "train_generator": recipe.train_generator,
-    }
-    if recipe.teacher.origin == "trained":
-        training["teacher.training"] = recipe.teacher.training
-    for name, config in training.items():
+def check_ranks(recipe: Recipe, ranks: int, stages: Collection[str] = GRAPH) -> None:
+    """Refuse a number of ranks that cannot share the micro-batches of every training of these stages."""
+    for name, config in trainings_of(recipe, stages).items():
         check_share(name, config, ranks)
+
+
+def trainings_of(recipe: Recipe, stages: Collection[str]) -> dict[str, TrainingConfig]:
+    """Return the trainings of these stages, by the section of the recipe that describes them."""
+    found: dict[str, TrainingConfig] = {}
+    for stage in GRAPH.order(recipe):
+        section = getattr(recipe, stage.name, None) if stage.name in stages and stage.is_trained else None
+        if isinstance(section, TrainingConfig):
+            found[stage.name] = section
+        elif section is not None and getattr(section, "origin", "trained") == "trained":
+            found[f"{stage.name}.training"] = section.training
+    return found
 
 
 def check_share(name: str, config: TrainingConfig, ranks: int) -> None:

@@ -23,7 +23,7 @@ REINSTALL = "reinstall with the pinned versions: pip install -c constraints.txt 
 
 
 class Check(Config):
-    """One thing that was tried."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -33,7 +33,7 @@ class Check(Config):
 
 
 class Trouble(Exception):  # noqa: N818
-    """What does not work, and what to do."""
+    """Something that does not work, and its remedy."""
 
     def __init__(self, detail: str, remedy: str) -> None:
         super().__init__(detail)
@@ -42,7 +42,7 @@ class Trouble(Exception):  # noqa: N818
 
 
 def examine(store: str | None = None) -> Iterator[Check]:
-    """Every check, as soon as it is done; one that fails does not keep the next from being tried."""
+    """Yield every check as soon as it is done; one that fails does not keep the next from being tried."""
     yield _tried("python", _python)
     yield _tried("packages", _packages)
     yield _tried("devices", _devices)
@@ -102,7 +102,7 @@ def _devices() -> str:
 
 
 def _precisions() -> str:
-    """What half precision is worth here; that it is slow is no fault."""
+    """Measure what half precision is worth here; that it is slow is no fault."""
     from infra.compute.device import cpu_features, default_device
     from infra.compute.precision import precision_ratio, slow_because
 

@@ -1,7 +1,7 @@
 """Precisions that a machine multiplies in more slowly than in fp32: found in what is to run, said before it begins."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from flows.recipes.schema import Recipe
 from infra.config import Precision
@@ -12,8 +12,13 @@ HALF: tuple[Precision, ...] = ("bf16", "fp16")
 log = logging.getLogger(__name__)
 
 
-def precisions_of(recipe: Recipe) -> dict[str, str]:
-    """The precision of everything that a run computes, by the option that sets it; `recipe` has its device."""
+def precisions_of(recipe: Recipe, stages: Collection[str] | None = None) -> dict[str, str]:
+    """Return the precision of everything that a run computes, by the option that sets it; `recipe` has its device.
+
+    Args:
+        recipe: what is run.
+        stages: those that are run, and "decoding" where codes are decoded by another stage than evaluate; None: all.
+    """
     evaluate = recipe.evaluate
     found: dict[str, str] = {}
     if recipe.teacher.origin == "trained":
@@ -32,7 +37,9 @@ def precisions_of(recipe: Recipe) -> dict[str, str]:
         found["evaluate.sweep.train_generator.precision"] = evaluate.sweep.train_generator.precision
     if evaluate.scores.protocol != "none":
         found["evaluate.scores.precision"] = evaluate.scores.precision
-    return found
+    if stages is None or "evaluate" in stages:
+        return found
+    return {name: value for name, value in found.items() if name.partition(".")[0] in stages}
 
 
 def warn_of_slow(chosen: Mapping[str, str], settings: Settings, device: str) -> None:

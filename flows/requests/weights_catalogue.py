@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
     @property
     def is_downloadable(self) -> bool:
-        """Whether `fetch` knows where from."""
+        """Return whether `fetch` knows a source."""
         return "://" in self.source
 
 
@@ -63,14 +63,14 @@ class Record(Config):
 
 
 class Listed(NamedTuple):
-    """An entry, and what the store has of it."""
+    """A catalogue entry, and its state in the store."""
 
     entry: Entry
     record: Record | None
     uri: str | None
 
     def as_json(self) -> dict[str, JsonValue]:
-        """One flat object."""
+        """Return one flat object."""
         entry = {key: value for key, value in self.entry._asdict().items() if key not in ("check", "setting")}
         sha256 = self.record.sha256 if self.record else self.entry.sha256
         setting = self.entry.setting.format(sha256=sha256 or "...")
@@ -179,7 +179,7 @@ CATALOGUE = {
 
 
 def listed(store: str | None) -> list[Listed]:
-    """All that can be used, and what of it the store has."""
+    """List all weights that can be used, and which of them the store has."""
     place = Store(store or Settings().store)
     found = []
     for entry in CATALOGUE.values():
@@ -250,7 +250,7 @@ def fetch(name: str, *, store: str | None, progress: Progress = silent) -> Liste
 
 
 def entry_of(name: str) -> Entry:
-    """The entry of a name.
+    """Return the entry of a name.
 
     Raises:
         ValueError: there is none.
@@ -261,7 +261,7 @@ def entry_of(name: str) -> Entry:
 
 
 def missing(name: str, store: Store) -> str:
-    """What to tell who needs weights that the store lacks: one line with the remedy."""
+    """Return one line with the remedy for weights that the store lacks."""
     entry = entry_of(name)
     here = f"`sftok weights fetch {name}` downloads it, or " if entry.is_downloadable else ""
     return f"the weights {name} ({entry.file}) are not in {store.uri}: {here}{_by_hand(entry)}"

@@ -1,12 +1,20 @@
 """The regression gate: how much worse than the last good run each score may be."""
 
 import fnmatch
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import Field, field_validator
 
 from flows.results.comparison import Comparison, FigureChange, GateResult
 from infra.config import Config
+
+
+class GateFailedError(RuntimeError):
+    """A figure became worse than it may; the report is published nevertheless."""
+
+    def __init__(self, run: str, losses: Sequence[str]) -> None:
+        super().__init__(f"the gate is failed by run {run}: {'; '.join(losses)}")
 
 
 class Threshold(NamedTuple):

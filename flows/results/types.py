@@ -218,7 +218,6 @@ class StageRow(Config):
     state: str = Field(description="Completed, Cached ...")
     seconds: float = Field(ge=0, description="duration of the work, when it was done")
     digest: str
-    uri: str = ""
     inputs: tuple[str, ...] = Field(default=(), description="digests of the artifacts it was made from")
     rate: str = Field(default="", description="throughput, in words")
     made_on: str = Field(default="", description="devices and arithmetic that computed it")

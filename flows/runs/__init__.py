@@ -1,4 +1,5 @@
-"""Runs: their records in the store, their history and their progress.
+"""Runs: what they are asked for, their records in the store, their history and their progress.
 
-`journal.RunRecord` is the record of a run, `journal.Journal` writes it, `history` reads all of a store.
+`run_request.RunRequest` is everything a run was asked for; `journal.RunRecord` holds it and says what became of the
+run, `journal.Journal` writes it, `history` reads all of a store.
 """

@@ -1,4 +1,4 @@
-"""All runs of a store: what each was, how it ended, and how its figures moved from one to the next."""
+"""Read the records of all runs of a store, and the trends of their figures."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ WIDTH, HEIGHT, MARGIN = 220, 54, 6
 
 
 class PastRecipe(Config):
-    """What is read of a recipe: its fields change from version to version."""
+    """The fields that are read of a recipe; the others change from version to version."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -28,7 +28,7 @@ class PastRecipe(Config):
 
 
 class PastStage(Config):
-    """What is read of a stage."""
+    """The fields that are read of a stage's record."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -38,7 +38,7 @@ class PastStage(Config):
 
 
 class PastRun(Config):
-    """What is read of a run's record (`flows.runs.journal.RunRecord`), also of one that an earlier version wrote."""
+    """The fields that are read of a run's record (`flows.runs.journal.RunRecord`), of earlier versions too."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -53,10 +53,16 @@ class PastRun(Config):
     report: str | None = None
     gate: str | None = None
     reason: str | None = None
+    last: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was a run of all stages."""
+        return self.last is None and self.recipe.name != "retokenize"  # whose records did not always say more
 
 
 class Dot(NamedTuple):
-    """A run's figure in a drawing."""
+    """A run's figure as a point of a chart."""
 
     x: float
     y: float
@@ -73,12 +79,12 @@ class Trend(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The line through the dots, as SVG has it."""
+        """The line through the dots, as an SVG path."""
         return "M" + " L".join(f"{dot.x:g} {dot.y:g}" for dot in self.dots)
 
     @property
     def summary(self) -> str:
-        """The drawing in words."""
+        """The chart in words."""
         values = [dot.value for dot in self.dots]
         return (
             f"{self.metric} over {len(values)} runs: first {values[0]:.4g}, last {values[-1]:.4g}, "
@@ -87,7 +93,7 @@ class Trend(NamedTuple):
 
 
 def records(store: Store, runs: Iterable[str] = ()) -> list[PastRun]:
-    """The records of the named runs, or of all; oldest first. Of all, those that cannot be read are passed over.
+    """Read the records of the named runs, or of all but those that cannot be read; oldest first.
 
     Raises:
         ValueError: a named run is not there, or cannot be read.
@@ -102,28 +108,28 @@ def records(store: Store, runs: Iterable[str] = ()) -> list[PastRun]:
 
 
 def latest(found: Sequence[PastRun], recipe: str | None = None) -> PastRun | None:
-    """The last run that was completed and evaluated."""
+    """Return the last run that was completed and evaluated."""
     return next((one for one in reversed(found) if is_evaluated(one) and recipe in (None, one.recipe.name)), None)
 
 
 def before(found: Sequence[PastRun], run: PastRun) -> PastRun | None:
-    """The last good run of the same recipe before another one: completed, evaluated, and not stopped by the gate."""
+    """Return the last good run of the same recipe before a run: completed, evaluated, not stopped by the gate."""
     earlier = [one for one in found if _age(one) < _age(run)]
     return latest([one for one in earlier if one.gate != "failed"], run.recipe.name)
 
 
 def is_evaluated(record: PastRun) -> bool:
-    """Whether a run has figures."""
+    """Return whether a run has figures."""
     return record.state == "Completed" and ref_of(record, "evaluate") is not None
 
 
 def ref_of(record: PastRun, stage: str) -> ArtifactRef | None:
-    """What a stage of a run published, or found."""
+    """Return the artifact that a stage of a run made, or found cached."""
     return record.stages[stage].ref if stage in record.stages else None
 
 
 def trends(found: Sequence[PastRun]) -> list[Trend]:
-    """Every figure that two runs of a recipe have, recipe by recipe."""
+    """Return the trend of every figure that two or more runs of a recipe have."""
     made = []
     for recipe in sorted({record.recipe.name for record in found}):
         runs = [record for record in found if record.recipe.name == recipe and record.metrics]

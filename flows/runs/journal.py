@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import psutil
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
-from flows.recipes.schema import Recipe
+from flows.runs.history import records
+from flows.runs.run_request import RunRequest
 from infra.artifacts.manifest import DIGEST_CHARS, ArtifactRef, Manifest
 from infra.config import Config
 from infra.store.store import Store
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class StageRecord(Config):
-    """How one stage went in this run."""
+    """The state of one stage of a run."""
 
     state: State
     seconds: float = Field(0.0, description="since its first attempt began, waiting for retries included")
@@ -37,24 +38,23 @@ class StageRecord(Config):
 
 
 class Writer(Config):
-    """The process that runs a run: whoever finds its record in the state Running can see whether it lives."""
+    """The process that executes a run, recorded so that others can tell whether it is alive."""
 
     host: str
     pid: int
     began: float = Field(description="when the process began, in seconds since 1970: a number is used again")
 
 
-class RunRecord(Config):
-    """Everything there is to know about a run: what was asked for, and what became of it."""
+class RunRecord(RunRequest):
+    """Everything there is to know about a run: what was asked for, and what became of it.
+
+    Records of earlier versions hold less of the request; what they lack has its default.
+    """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")  # the best possible PSNR is infinite; JSON has no word for it
 
     schema_version: Literal[1] = 1
     run: str
-    recipe: Recipe
-    store: str
-    source: str
-    workers: int
     state: State = "Running"
     started_at: str = Field(description="UTC, ISO 8601")
     seconds: float = 0.0
@@ -65,9 +65,21 @@ class RunRecord(Config):
     reason: str | None = None
     writer: Writer | None = Field(None, description="the process that writes this; None in records of before")
 
+    @property
+    def is_partial_of_before(self) -> bool:
+        """Whether it is a run of some stages alone whose record, of an earlier version, does not say so."""
+        if self.last is not None or self.ablation is not None or not self.stages:
+            return False
+        return self.recipe.name == "retokenize" or next(iter(self.stages)) != "prepare" or ":" in "".join(self.stages)
+
+    @property
+    def request(self) -> RunRequest:
+        """What was asked for."""
+        return RunRequest(**{name: getattr(self, name) for name in RunRequest.model_fields})
+
 
 class StageFailedError(RuntimeError):
-    """A stage gave up; its reason is the cause."""
+    """A stage failed for good; the cause is the exception's."""
 
     def __init__(self, stage: str, reason: str, record: RunRecord) -> None:
         super().__init__(f"{stage}: {reason}")
@@ -77,13 +89,13 @@ class StageFailedError(RuntimeError):
 
 
 def new_run_id(recipe: str) -> str:
-    """Like 20261123-224455-digits-3f2a: sorts by time, says what it is, does not collide."""
+    """Make a name such as 20261123-224455-digits-3f2a, which sorts by time and does not collide."""
     name = re.sub(r"[^a-z0-9_]+", "-", recipe.lower()).strip("-") or "run"
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}-{secrets.token_hex(2)}"
 
 
 class Journal:
-    """Writes down what happens to a run."""
+    """Writes the record of a run as it goes on."""
 
     def __init__(self, store: Store, record: RunRecord) -> None:
         self.record = record
@@ -156,27 +168,36 @@ class Journal:
         self._folder.write("run.json", self.record.model_dump_json(indent=2).encode())
 
 
-def start_journal(recipe: Recipe, *, store: Store, source: str, run: str, workers: int) -> Journal:
-    """The journal of a run that begins now."""
-    record = RunRecord(
-        run=run,
-        recipe=recipe,
-        store=store.uri,
-        source=source,
-        workers=workers,
-        started_at=datetime.now(UTC).isoformat(),
-        writer=this_process(),
-    )
-    return Journal(store, record)
+def start_journal(request: RunRequest, run: str) -> Journal:
+    """Return the journal of a run that begins now."""
+    asked = {name: getattr(request, name) for name in RunRequest.model_fields}
+    record = RunRecord(**asked, run=run, started_at=datetime.now(UTC).isoformat(), writer=this_process())
+    return Journal(Store(request.store), record)
+
+
+def read_record(store: Store, run: str) -> RunRecord:
+    """Read the record of a run, to resume or repeat it.
+
+    Raises:
+        ValueError: there is no such run, or another version wrote its record and this one cannot read it.
+    """
+    (_,) = records(store, [run])
+    try:
+        return RunRecord.model_validate_json(store.read(f"runs/{run}/run.json"))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ValueError(
+            f"run {run} was written by another version ({where} differs) and cannot be resumed; run its recipe again"
+        ) from error
 
 
 def this_process() -> Writer:
-    """Who is writing here."""
+    """Describe this process, as the writer of a record."""
     return Writer(host=socket.gethostname(), pid=os.getpid(), began=psutil.Process().create_time())
 
 
 def one_line(error: BaseException, *, limit: int = 500) -> str:
-    """An error as one line: its type where the text alone would not say what it is."""
+    """Format an error as one line, with its type where the text alone would not say what it is."""
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -184,7 +205,7 @@ def one_line(error: BaseException, *, limit: int = 500) -> str:
 
 
 def stage_rows(record: RunRecord) -> Sequence[tuple[str, str, str, str]]:
-    """The stages as rows of a table: name, state, seconds, artifact (as much of it as `sftok show` needs)."""
+    """Return the stages as rows of a table: name, state, seconds, artifact (as much as `sftok show` needs)."""
     return [
         (name, stage.state, f"{stage.seconds:.1f}", str(stage.ref)[: -DIGEST_CHARS + SHOWN_CHARS] if stage.ref else "")
         for name, stage in record.stages.items()

@@ -1,4 +1,4 @@
-"""How far the stages are: bars on a terminal, lines in a pipe, log lines in a deployment, artifacts in Prefect."""
+"""Show the progress of stages: bars on a terminal, lines in a pipe, log lines in a deployment, artifacts in Prefect."""
 
 import contextlib
 import logging
@@ -123,13 +123,13 @@ def on_stderr() -> Iterator[Display]:
 
 
 def display() -> Display:
-    """Where progress is shown now; the log if nothing else was asked for."""
+    """Return the display in use; the log if none was chosen."""
     return _display.get() or Lines(None, seconds=2 * LINE_SECONDS)
 
 
 @contextlib.contextmanager
 def of_stage(stage: str) -> Iterator[Progress]:
-    """The listener that a stage's library call reports to: the display, and an artifact of the Prefect task run."""
+    """Return the callback that a stage reports progress to: the display, and an artifact of the Prefect task run."""
     shown = display()
     artifact = _Artifact(stage)
 
@@ -182,10 +182,10 @@ def _in_task_run() -> bool:
 
 
 def format_line(stage: str, done: int, total: int, figures: Mapping[str, float]) -> str:
-    """How far a stage is, and its latest figures."""
+    """Format how far a stage is, with its latest figures."""
     return f"{stage}: {done}/{total} {format_figures(figures)}".rstrip()
 
 
 def format_figures(figures: Mapping[str, float]) -> str:
-    """The latest figures in a few characters each."""
+    """Format the latest figures in a few characters each."""
     return " ".join(f"{name}={value:.4g}" for name, value in figures.items())

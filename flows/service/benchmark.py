@@ -15,6 +15,8 @@ from pydantic import Field, ValidationError
 
 from flows.pipeline.full import full_pipeline
 from flows.report.benchmark import ReportResult, choose, gate_of, write_report
+from flows.requests.checks import check_rerun
+from flows.results.gate import GateFailedError
 from flows.runs.history import is_evaluated, records
 from flows.runs.journal import RunRecord, new_run_id
 from infra.store.store import Store
@@ -24,17 +26,7 @@ log = logging.getLogger(__name__)
 KEY = "benchmark"
 
 
-class GateFailedError(RuntimeError):
-    """A figure became worse than it may; the report is published nevertheless."""
-
-    def __init__(self, reported: ReportResult) -> None:
-        losses = reported.gate.losses if reported.gate else ()
-        super().__init__(f"the gate is failed by run {reported.run}: {'; '.join(losses)}")
-        self.reported = reported
-
-
-@flow(name="benchmark", flow_run_name="benchmark {run}", persist_result=False)
-def benchmark(
+def measure(
     run: Annotated[str | None, Field(description="a run of the store; none: the last one")] = None,
     *,
     store: Annotated[str, Field(description="folder or s3://bucket/prefix that artifacts are kept in")],
@@ -59,34 +51,29 @@ def benchmark(
     if made.gate is not None:
         _note(place, made)
     _show_in_prefect(place, made)
-    if not made.is_passed:
-        raise GateFailedError(made)
+    if made.gate is not None and not made.gate.passed:
+        raise GateFailedError(made.run, made.gate.losses)
     return made
 
 
+benchmark = flow(name="benchmark", flow_run_name="benchmark {run}", persist_result=False)(measure)
+
+
 def _evaluated(store: Store, run: str | None) -> str:
-    """The name of an evaluated run: the wanted one, or one more of the same recipe that finishes it."""
+    """Return an evaluated run: the one that is asked for, or a rerun that finishes it."""
     found = records(store)
-    wanted = next((one for one in reversed(found) if run in (None, one.run)), None)
-    if wanted is None or is_evaluated(wanted):
+    wanted = next((one for one in reversed(found) if one.run == run or (run is None and one.is_whole)), None)
+    if wanted is None or is_evaluated(wanted) or not wanted.is_whole:
         return choose(found, run).run
     if wanted.state == "Running":
         raise ValueError(f"run {wanted.run} is still running: wait for it, or name another one")
-    try:
-        record = RunRecord.model_validate_json(store.read(f"runs/{wanted.run}/run.json"))
-    except ValidationError as error:
-        raise ValueError(
-            f"run {wanted.run} is of another version, and cannot be gone on with: run its recipe"
-        ) from error
+    request = check_rerun(wanted.run, store=store.uri)
     log.info("run %s is %s and not evaluated: what it lacks is done now", wanted.run, wanted.state)
-    again = full_pipeline(
-        record.recipe, run=new_run_id(record.recipe.name), store=store.uri, source=record.source, workers=record.workers
-    )
-    return str(again.run)
+    return full_pipeline(request, new_run_id(request.recipe.name)).run
 
 
 def _note(store: Store, made: ReportResult) -> None:
-    """Write into the run's record what the gate said: a failed run is not what later ones are held against."""
+    """Write the verdict of the gate into the run's record: a failed run is no baseline for later ones."""
     assert made.gate is not None
     key = f"runs/{made.run}/run.json"
     try:
@@ -99,7 +86,7 @@ def _note(store: Store, made: ReportResult) -> None:
 
 
 def _show_in_prefect(store: Store, made: ReportResult) -> None:
-    """The report as artifacts of the flow run; it is published and well even if the server will not have them."""
+    """Publish the report as artifacts of the flow run; a server that rejects them does not fail the run."""
     rows = made.comparison.rows if made.comparison else ()
     then = {row.name: row for row in rows}
     table = [

@@ -1,4 +1,4 @@
-"""What may run at the same time, by Prefect's global concurrency limits.
+"""Limit which runs overlap, by Prefect's global concurrency limits.
 
 - `sftok-RECIPE-STORE` (STORE: eight digits of a hash), 1 slot: a run holds it, so that of two runs of one recipe on one
   store the second waits, or is cancelled.
@@ -18,7 +18,6 @@ occupying a process; direct runs ignore it, hence the limits here.
 import contextlib
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Iterator
 
@@ -44,14 +43,9 @@ class OverlapError(RuntimeError):
 
 
 def name_of(recipe: str, store: Store) -> str:
-    """The limit that runs of a recipe on a store share."""
+    """Return the name of the limit that runs of a recipe on a store share."""
     word = re.sub(r"[^A-Za-z0-9_.-]+", "-", recipe)  # Prefect's names have no slashes
     return f"sftok-{word}-{hashlib.sha256(store.uri.encode()).hexdigest()[:8]}"
-
-
-def gpus_of(*, workers: int, gpus_per_worker: float, ranks: int = 1) -> int:
-    """GPUs that a run occupies: its stages follow each other, so the widest one counts."""
-    return max(math.ceil(workers * gpus_per_worker), ranks) if gpus_per_worker else 0
 
 
 @contextlib.contextmanager
@@ -79,7 +73,7 @@ def held(recipe: str, store: Store, *, overlap: Overlap, gpus: int = 0) -> Itera
 
 
 def local_gpus() -> int:
-    """GPUs of this machine."""
+    """Count the GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()
@@ -110,7 +104,7 @@ def _enter(stack: contextlib.ExitStack, name: str, occupy: int, *, tries: int | 
 
 
 def _make(name: str, slots: int) -> int:
-    """Make a limit if it is missing; how many slots it has."""
+    """Make a limit if it is missing, and return its slots."""
     with get_client(sync_client=True) as client:
         try:
             return client.read_global_concurrency_limit_by_name(name).limit

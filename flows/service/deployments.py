@@ -1,4 +1,4 @@
-"""The deployed flows: what a schedule or a person in Prefect starts, without naming a run.
+"""The deployed flows, which a schedule or a person in Prefect starts without naming a run.
 
 | flow | does | schedule by default (UTC) | ends as |
 |---|---|---|---|
@@ -12,9 +12,8 @@ is checked like one of the command line, dead runs are marked (`flows.service.li
 (`flows.service.concurrency`). Failures are told to the block of SFTOK_NOTIFY (`flows.service.notify`).
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from prefect import flow
@@ -24,18 +23,17 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed
 
-from flows.pipeline.encode import retokenize as retokenize_flow
-from flows.pipeline.full import full_pipeline
+from flows.pipeline.full import run_stages
 from flows.pipeline.tasks import timeout_of
-from flows.requests.checks import check_request
-from flows.requests.encode import check_encode_request
+from flows.requests.checks import check_request, checked
 from flows.runs.history import PastRun, is_evaluated, latest, records
-from flows.runs.journal import RunRecord, new_run_id
+from flows.runs.journal import RunRecord, new_run_id, read_record
+from flows.runs.run_request import RunRequest
 from flows.service import concurrency, data_watch, liveness, notify
-from flows.service.notify import GateFailedError
 from flows.service.parameters import (
     BenchmarkParameters,
     CheckDataParameters,
+    Overlap,
     PipelineParameters,
     RetokenizeParameters,
     plain,
@@ -45,7 +43,7 @@ from infra.store.store import Store
 
 
 def _run_name() -> str:
-    """The name of the run that begins: Prefect asks before it calls the flow."""
+    """Name the run that begins; Prefect asks before it calls the flow."""
     from prefect.runtime import flow_run
 
     given = flow_run.parameters.get("parameters")
@@ -62,65 +60,24 @@ HOOKS: dict[str, Any] = {"on_failure": [notify.failed], "on_crashed": [notify.cr
 
 @flow(name="full-pipeline", flow_run_name=_run_name, **HOOKS)
 def pipeline(parameters: PipelineParameters) -> State[Any]:
-    """Run a recipe from images to report; what is done already is found, not repeated."""
-    request = check_request(
-        parameters.recipe,
-        data=parameters.data,
-        store=parameters.store,
-        overrides=parameters.overrides,
-        workers=parameters.workers,
-        ranks=parameters.ranks,
-        seed=parameters.seed,
-        gpus=parameters.gpus_per_worker,
-    )
-    run = _begin(request.store)
-    gpus = concurrency.gpus_of(workers=request.workers, gpus_per_worker=request.gpus_per_worker, ranks=request.ranks)
-    try:
-        with concurrency.held(request.recipe.name, request.store, overlap=parameters.overlap, gpus=gpus):
-            record = full_pipeline.fn(  # in this flow run: one run, one name
-                request.recipe,
-                run=run,
-                store=request.store.uri,
-                source=request.source,
-                workers=request.workers,
-                ranks=request.ranks,
-                gpus_per_worker=request.gpus_per_worker,
-            )
-    except concurrency.OverlapError as error:
-        return Cancelled(message=str(error))
-    return _ended(record)
+    """Run a recipe from images to report; stages that are done already are cached."""
+    return _execute(check_request(parameters), parameters.overlap)
 
 
 @flow(name="retokenize", flow_run_name=_named("retokenize"), **HOOKS)
 def retokenize(parameters: RetokenizeParameters) -> State[Any]:
     """Encode a dataset with a tokenizer that is there; of one that was encoded before, only what changed."""
-    wanted = data_watch.wanted_of(parameters)
-    request = check_encode_request(
-        wanted.encode,
-        tokenizer=wanted.tokenizer,
-        data=wanted.data,
-        store=wanted.store.uri,
-        overrides=wanted.overrides,
-        workers=parameters.workers,
-        gpus_per_worker=parameters.gpus_per_worker or None,
-    )
-    run = _begin(wanted.store)
-    options = request.options
-    gpus = concurrency.gpus_of(workers=options.workers, gpus_per_worker=options.gpus_per_worker)
+    request = checked(data_watch.request_of(parameters))
+    return _execute(request, parameters.overlap, limit=f"retokenize-{plain(parameters.recipe)}")
+
+
+def _execute(request: RunRequest, overlap: Overlap, *, limit: str | None = None) -> State[Any]:
+    """Run a request in this flow run, whose name is the run's, as soon as no other run holds its limits."""
+    store = Store(request.store)
+    run = _begin(store)
     try:
-        with concurrency.held(
-            f"retokenize-{plain(parameters.recipe)}", wanted.store, overlap=parameters.overlap, gpus=gpus
-        ):
-            record = retokenize_flow.fn(
-                wanted.encode,
-                run=run,
-                store=wanted.store.uri,
-                tokenizer=wanted.tokenizer,
-                data=wanted.data,
-                overrides=request.settled(wanted.overrides),
-                workers=options.workers,
-                gpus_per_worker=options.gpus_per_worker,
-            )
+        with concurrency.held(limit or request.limit, store, overlap=overlap, gpus=request.gpus):
+            record = run_stages(request, run)
     except concurrency.OverlapError as error:
         return Cancelled(message=str(error))
     return _ended(record)
@@ -134,7 +91,7 @@ def check_data(parameters: CheckDataParameters) -> State[Any]:
     recipe = parameters.retokenize.recipe
     if parameters.retokenize.tokenizer is None and data_watch.last_tokenizer(place, recipe) is None:
         return Completed(name="Skipped", message=f"no run of recipe {recipe} has made a tokenizer in {place.uri} yet")
-    verdict = data_watch.look(data_watch.wanted_of(parameters.retokenize))
+    verdict = data_watch.look(data_watch.request_of(parameters.retokenize))
     if not verdict.changed:
         return Completed(name="Cached", message=f"{verdict.reason}; {verdict.images} listed")
     try:
@@ -157,31 +114,34 @@ def check_data(parameters: CheckDataParameters) -> State[Any]:
 def benchmark_report(parameters: BenchmarkParameters) -> State[Any]:
     """Measure a run, report it against an earlier one, and fail if a figure became worse than it may.
 
-    One that was not evaluated is gone on with, as soon as no other run of its recipe is under way.
+    One that was not evaluated is resumed, as soon as no other run of its recipe is under way.
     """
     from flows.service import benchmark
 
     place = Store(parameters.store or Settings().store)
     _begin(place)
     found = records(place)
-    if not found:
+    whole = [one for one in found if one.is_whole]
+    if not whole:
         return Completed(name="Skipped", message=f"there are no runs in {place.uri} yet")
-    run = parameters.run or _to_measure(found)
+    run = parameters.run or _to_measure(whole)
     gate = parameters.gate and any(one.run == run and _has_gate(one) for one in found)
-    unfinished = next((one for one in found if one.run == run and not is_evaluated(one)), None)
-    try:
-        with concurrency.held(unfinished.recipe.name, place, overlap="wait") if unfinished else nullcontext():
-            made = benchmark.benchmark.fn(run=run, store=place.uri, against=parameters.against, gate=gate)
-    except benchmark.GateFailedError as error:
-        raise GateFailedError(str(error)) from error
+    is_unfinished = any(one.run == run and not is_evaluated(one) for one in found)
+    with _held_to_finish(run, place) if is_unfinished else nullcontext():
+        made = benchmark.measure(run, store=place.uri, against=parameters.against, gate=gate)
     asked = "the gate is passed" if gate else "no gate was asked"
     return Completed(message=f"measured {made.run} against {made.against or 'nothing'}; {asked}")
 
 
+def _held_to_finish(run: str, store: Store) -> AbstractContextManager[None]:
+    request = read_record(store, run).request
+    return concurrency.held(request.limit, store, overlap="wait", gpus=request.gpus)
+
+
 def _to_measure(found: Sequence[PastRun]) -> str:
-    """The last run; while that one is under way, the last one that has figures, if any has."""
-    evaluated = latest(found)
-    return evaluated.run if evaluated is not None and found[-1].state == "Running" else found[-1].run
+    """Return the last whole run; while that one is under way, the last one that has figures, if any has."""
+    last, evaluated = found[-1], latest(found)
+    return evaluated.run if evaluated is not None and last.state == "Running" else last.run
 
 
 def _has_gate(run: PastRun) -> bool:
@@ -189,13 +149,8 @@ def _has_gate(run: PastRun) -> bool:
     return bool(gate.get("thresholds"))
 
 
-def has_benchmark() -> bool:
-    """Whether there is a benchmark to deploy."""
-    return importlib.util.find_spec("flows.service.benchmark") is not None
-
-
 def _begin(store: Store) -> str:
-    """Sign in with Prefect, mark what is dead, refuse time-outs that name no stage; the run's name."""
+    """Sign in with Prefect, mark dead runs, refuse time-outs that name no stage; return the run's name."""
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
@@ -206,7 +161,7 @@ def _begin(store: Store) -> str:
 
 
 def _ended(record: RunRecord) -> State[Any]:
-    """Completed, or Cached if every stage was found."""
+    """Return Completed, or Cached if every stage was cached."""
     where = f"; report {record.report}" if record.report else ""
     made = [name for name, stage in record.stages.items() if stage.state != "Cached"]
     if made:

@@ -1,9 +1,9 @@
-"""Runs that say they are running and are not: their process was killed, or the power was.
+"""Mark runs as crashed that say they are running and are not: their process was killed, or the power was.
 
 Two places tell of a run. Its record in the store is marked Crashed when its writer is known to be gone: a process of
 this machine that does not exist any more, or a run that Prefect knows to have ended. Prefect's flow run is marked when
 its process is gone here, or when it was alive on another machine and has been silent for `SILENT_SECONDS`. What such a
-run has published stays; the command in the reason goes on from there.
+run has published stays; the command in the reason resumes from there.
 
 This looks once, when something starts; `flows.prefect_server.heartbeat` is what watches meanwhile.
 """
@@ -33,11 +33,8 @@ from prefect.states import Crashed
 from pydantic import ValidationError
 
 from flows.prefect_server.heartbeat import BEAT
-from flows.recipes.changes import changes_of
-from flows.recipes.schema import Recipe
-from flows.runs.journal import Writer, one_line, this_process
+from flows.runs.journal import RunRecord, Writer, one_line, this_process
 from flows.service import notify
-from flows.service.parameters import PipelineParameters
 from infra.store.store import Store
 
 SILENT_SECONDS = 600.0  # more than three signs of life of whoever gives one at Prefect's default of 180 s
@@ -49,31 +46,31 @@ Record = dict[str, Any]  # a run's record as JSON
 log = logging.getLogger(__name__)
 
 
-class Marked(NamedTuple):
-    """What was found dead."""
+class MarkedRuns(NamedTuple):
+    """The runs that were found dead and marked."""
 
     records: tuple[str, ...]
     flow_runs: tuple[str, ...]
 
 
-class Dead(NamedTuple):
-    """A run whose record was marked."""
+class CrashedRun(NamedTuple):
+    """A dead run whose record was marked as crashed."""
 
     run: str
     stage: str
     reason: str
 
 
-def mark(stores: Sequence[Store]) -> Marked:
-    """Mark what is dead, in these stores and in Prefect, and tell whoever wants to hear of it."""
+def mark(stores: Sequence[Store]) -> MarkedRuns:
+    """Mark dead runs in these stores and in Prefect, and send notifications."""
     dead = {one.run: one for store in stores for one in mark_records(store, ended=_ended)}
-    return Marked(tuple(dead), tuple(mark_flow_runs(dead)))
+    return MarkedRuns(tuple(dead), tuple(mark_flow_runs(dead)))
 
 
 # --- records in the store --------------------------------------------------------------------------------------------
 
 
-def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) -> list[Dead]:
+def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) -> list[CrashedRun]:
     """Mark the records in the state Running whose writer is gone; those that were marked.
 
     Args:
@@ -95,7 +92,7 @@ def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) ->
 
 
 def is_gone(writer: Writer) -> bool | None:
-    """Whether a process is gone; None if it is not of this machine, so nobody here knows."""
+    """Return whether a process is gone; None if it is of another machine, so nobody here knows."""
     if writer.host != socket.gethostname():
         return None
     try:
@@ -107,7 +104,7 @@ def is_gone(writer: Writer) -> bool | None:
 
 
 def _running(store: Store, name: str) -> Record | None:
-    """A record in the state Running, as it is: one of an earlier version is marked, too."""
+    """Read a record in the state Running as plain JSON, so that one of an earlier version is marked, too."""
     try:
         record = json.loads(store.at("runs", name).read("run.json"))
     except (FileNotFoundError, ValueError):  # somebody else's to complain about
@@ -122,11 +119,11 @@ def _writer(record: Record | None) -> Writer | None:
         return None
 
 
-def _crash(store: Store, record: Record, writer: Writer) -> Dead:
+def _crash(store: Store, record: Record, writer: Writer) -> CrashedRun:
     run, stages = str(record["run"]), record.get("stages", {})
     running = [name for name, stage in stages.items() if stage.get("state") == "Running"]
-    dead = Dead(run, running[-1] if running else "run", f"process {writer.pid} of {writer.host} is gone")
-    reason = f"{dead.stage}: {dead.reason}; to go on: {_command(record)}"
+    dead = CrashedRun(run, running[-1] if running else "run", f"process {writer.pid} of {writer.host} is gone")
+    reason = f"{dead.stage}: {dead.reason}; resume with: {_command(record)}"
     for name in running:
         stages[name] |= {"state": "Crashed", "reason": dead.reason}
     crashed = {**record, "state": "Crashed", "reason": reason, "stages": stages}
@@ -136,19 +133,12 @@ def _crash(store: Store, record: Record, writer: Writer) -> Dead:
 
 
 def _command(record: Record) -> str:
-    """The command that makes the same run again, as far as one line can say it."""
-    store, source = str(record["store"]), str(record["source"])
-    name = record["recipe"]["name"]
-    if name == "retokenize":
-        return f"encode {source} again, by the command or the deployment that did"
+    """Return the command that resumes a run."""
     try:
-        changes = changes_of(Recipe.model_validate(record["recipe"]))
-    except ValidationError:
-        changes = None
-    if changes is None:
-        return f"sftok run with the recipe that it was started with: {store}/runs/{record['run']}/run.json has it"
-    again = PipelineParameters(recipe=name, store=store, data=source, overrides=changes, workers=int(record["workers"]))
-    return again.command()
+        return RunRecord.model_validate(record).command(str(record["run"]))
+    except ValidationError:  # of another version
+        file = f"{record['store']}/runs/{record['run']}/run.json"
+        return f"sftok run with the recipe that it was started with: {file} has it"
 
 
 # --- flow runs in Prefect --------------------------------------------------------------------------------------------
@@ -166,7 +156,7 @@ def sign_in(flow_run: FlowRun) -> None:
         log.warning("Prefect does not know which process this run is: %s", one_line(error))
 
 
-def mark_flow_runs(dead: Mapping[str, Dead]) -> list[str]:
+def mark_flow_runs(dead: Mapping[str, CrashedRun]) -> list[str]:
     """Mark flow runs of ours in the state Running whose process is gone; `dead` are those that a store told of."""
     marked = []
     with get_client(sync_client=True) as client:
@@ -209,7 +199,7 @@ def _why_dead(client: SyncPrefectClient, flow_run: FlowRun) -> str | None:
 
 
 def writer_of(flow_run: FlowRun) -> Writer | None:
-    """The process that signed in for a flow run."""
+    """Return the process that signed in for a flow run."""
     labels = flow_run.labels
     if "sftok.host" not in labels:
         return None
@@ -227,7 +217,7 @@ def _last_beat(client: SyncPrefectClient, flow_run: FlowRun) -> datetime | None:
 
 
 def _ended(run: str) -> bool:
-    """Whether Prefect knows a run of this name, and that it has ended."""
+    """Return whether Prefect knows a run of this name, and that it has ended."""
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[run])), limit=5)
     return bool(found) and all(one.state is not None and one.state.is_final() for one in found)

@@ -1,4 +1,4 @@
-"""Who hears of a failure: the Prefect block that SFTOK_NOTIFY names, by hooks of the deployed flows.
+"""Notify of failures by the Prefect block that SFTOK_NOTIFY names, from hooks of the deployed flows.
 
 The block holds its own secrets; the text holds none. A notification that cannot be sent is a line in the log: it never
 changes how a run ends.
@@ -14,7 +14,9 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from pydantic import ValidationError
 
+from flows.results.gate import GateFailedError
 from flows.runs.journal import StageFailedError, one_line
+from flows.runs.run_request import RunRequest
 from flows.service.parameters import (
     BenchmarkParameters,
     CheckDataParameters,
@@ -37,12 +39,8 @@ SHORTEST = 6  # characters of a secret; shorter ones would be found in every wor
 log = logging.getLogger(__name__)
 
 
-class GateFailedError(RuntimeError):
-    """A figure became worse than it may."""
-
-
 class Message(NamedTuple):
-    """What somebody has to know to go on."""
+    """A notification: what failed, why, and the command that resumes it."""
 
     run: str
     state: str
@@ -52,12 +50,12 @@ class Message(NamedTuple):
 
     @property
     def subject(self) -> str:
-        """One line."""
+        """The subject, one line."""
         return without_secrets(f"sftok: {self.run} {self.state}")
 
     @property
     def body(self) -> str:
-        """A line each."""
+        """The text, a line for each field."""
         return without_secrets(
             f"run:    {self.run}\nstate:  {self.state}\nstage:  {self.stage}\nreason: {self.reason}\n"
             f"resume: {self.command}"
@@ -65,7 +63,7 @@ class Message(NamedTuple):
 
 
 def send(message: Message) -> bool:
-    """Send a message to the block, if one is named; whether it was sent."""
+    """Send a message to the block, if one is named; return whether it was sent."""
     slug = Settings().notify
     if slug is None:
         return False
@@ -119,9 +117,11 @@ def crashed(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
 
 
 def command_of(flow: str, parameters: Mapping[str, Any]) -> str:
-    """The command that goes on where a flow run was."""
+    """Return the command that resumes a flow run."""
     given = parameters.get("parameters")
     model = MODELS.get(flow)
+    if "request" in parameters:  # of a run that was started by hand
+        return RunRequest.model_validate(parameters["request"]).command(str(parameters["run"]))
     if model is None or given is None:
         return "start the run again: what is done is found"
     try:
@@ -131,7 +131,7 @@ def command_of(flow: str, parameters: Mapping[str, Any]) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """The text without credentials in URIs and without the values of the environment's secrets."""
+    """Remove credentials in URIs and the values of the environment's secrets from a text."""
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and SECRET_NAMES.search(name.upper()):
             text = text.replace(value, HIDDEN)
@@ -139,6 +139,6 @@ def without_secrets(text: str) -> str:
 
 
 def _exception(state: State[Any]) -> BaseException | None:
-    """The exception that a state stands for, while it is in this process."""
+    """Return the exception that a state stands for, while it is in this process."""
     data = getattr(state.data, "result", state.data)
     return data if isinstance(data, BaseException) else None

@@ -1,49 +1,24 @@
-"""What the deployed flows are asked for: typed and described, so that Prefect shows a form and refuses mistakes.
+"""Parameters of the deployed flows: typed and described, so that Prefect shows a form and rejects mistakes.
 
-Each model knows the command that does the same by hand; notifications and crash reports give it as the way to go on.
+Each model knows the command that does the same by hand; notifications and crash reports give it as the way to resume.
 """
 
 from typing import Literal
 
 from pydantic import Field
 
+from flows.runs.run_request import GPUS, OVERRIDES, STORE, WORKERS, RunArguments, command_line
 from infra.config import Config
-from infra.provenance import redact
 
 Overlap = Literal["wait", "cancel"]
 
-STORE = "folder or s3://bucket/prefix of the artifacts; empty: SFTOK_STORE where the run is executed, or ./store"
-OVERRIDES = "settings that are changed, as section.field=value"
-WORKERS = "Ray workers; 0: none, all in one process; empty: 2, or the cores if fewer"
-GPUS = "GPUs of a Ray worker; 0.5 lets two share one; empty: 1 where there are GPUs"
 OVERLAP = "what a second run of the same recipe on the same store does while the first is under way"
 
 
-class PipelineParameters(Config):
+class PipelineParameters(RunArguments):
     """A run of the whole pipeline, from images to report."""
 
-    recipe: str = Field(description="name of a recipe (sftok recipes), or a TOML file where the run is executed")
-    store: str | None = Field(None, description=STORE)
-    data: str | None = Field(None, description="images, as `sftok run --data` takes them; empty: the recipe's own")
-    seed: int | None = Field(None, ge=0, description="seed of everything random; empty: the recipe's")
-    overrides: tuple[str, ...] = Field((), description=OVERRIDES)
-    workers: int | None = Field(None, ge=0, description=WORKERS)
-    gpus_per_worker: float | None = Field(None, ge=0, description=GPUS)
-    ranks: int = Field(1, ge=1, description="training processes, which share a step's micro-batches")
     overlap: Overlap = Field("wait", description=OVERLAP)
-
-    def command(self) -> str:
-        """The same by hand."""
-        return _command(
-            ["sftok", "run", self.recipe],
-            data=self.data,
-            store=self.store,
-            seed=self.seed,
-            set=self.overrides,
-            workers=self.workers,
-            gpus_per_worker=self.gpus_per_worker,
-            ranks=self.ranks if self.ranks > 1 else None,
-        )
 
 
 class RetokenizeParameters(Config):
@@ -55,32 +30,32 @@ class RetokenizeParameters(Config):
     store: str | None = Field(None, description=STORE)
     overrides: tuple[str, ...] = Field((), description=f"{OVERRIDES}, of the sections data, augment and encode")
     workers: int | None = Field(None, ge=0, description=WORKERS)
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs a worker; 0.5 lets two share one")
+    gpus_per_worker: float | None = Field(None, ge=0, description=GPUS)
     overlap: Overlap = Field("wait", description=OVERLAP)
 
     def command(self) -> str:
-        """The same by hand."""
+        """Return the command that does the same by hand."""
         if self.tokenizer is None or self.data is None or any(one.startswith("encode.") for one in self.overrides):
             return _deployed("retokenize", plain(self.recipe))  # which fills them in
-        return _command(
+        return command_line(
             ["sftok", "encode"],
             tokenizer=self.tokenizer,
             data=self.data,
             store=self.store,
             set=self.overrides,
             workers=self.workers,
-            gpus_per_worker=self.gpus_per_worker or None,
+            gpus_per_worker=self.gpus_per_worker,
         )
 
 
 class CheckDataParameters(Config):
-    """A look at the data, and a re-tokenization if they have changed."""
+    """A check of the data, and a re-tokenization if they have changed."""
 
     retokenize: RetokenizeParameters = Field(description="what is started if the data have changed")
     deployment: str = Field("retokenize/retokenize", description="the deployment that does it, as FLOW/NAME")
 
     def command(self) -> str:
-        """The same by hand."""
+        """Return the command that does the same by hand."""
         return _deployed("check-data", plain(self.retokenize.recipe))
 
 
@@ -93,7 +68,7 @@ class BenchmarkParameters(Config):
     gate: bool = Field(True, description="whether figures that became worse than they may fail the run")
 
     def command(self) -> str:
-        """The same by hand."""
+        """Return the command that does the same by hand."""
         return _deployed("benchmark-report", "nightly")
 
 
@@ -101,20 +76,10 @@ Parameters = PipelineParameters | RetokenizeParameters | CheckDataParameters | B
 
 
 def plain(recipe: str) -> str:
-    """A recipe's name, also where a TOML file is named."""
+    """Return a recipe's name, also where a TOML file is named."""
     return recipe.rpartition("/")[2].removesuffix(".toml")
 
 
 def _deployed(flow: str, name: str) -> str:
-    """Start a deployment with its own parameters, named as `sftok serve` and infra/deploy/prefect.yaml name it."""
+    """Return the command that starts a deployment, named as `sftok serve` and infra/deploy/prefect.yaml name it."""
     return f"prefect deployment run {flow}/{name}"
-
-
-def _command(words: list[str], **options: str | int | float | tuple[str, ...] | None) -> str:
-    """A command line to copy, without credentials."""
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is not None:
-                words += [flag, f"{one:g}" if isinstance(one, float) else str(one)]
-    return redact(words)

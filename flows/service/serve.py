@@ -1,4 +1,4 @@
-"""What `sftok serve` does: a server with all its services, the deployments, and a process that executes them."""
+"""Run `sftok serve`: a server with all its services, the deployments, and a process that executes them."""
 
 import asyncio
 import signal
@@ -12,6 +12,7 @@ from flows.prefect_server.permanent import permanent_server
 from flows.prefect_server.temporary import LOOPBACK
 from flows.recipes.files import load_recipe
 from flows.requests.checks import check_home, check_ranks, check_request, check_weights
+from flows.runs.run_request import RunArguments
 from flows.service.parameters import (
     BenchmarkParameters,
     CheckDataParameters,
@@ -31,7 +32,7 @@ PORT = 4200
 
 
 class ServeOptions(Config):
-    """What is served, and when."""
+    """The recipes that are served, and their schedules."""
 
     recipes: tuple[str, ...] = Field(("digits",), min_length=1, description="recipes with deployments of their own")
     data: str | None = Field(None, description="images of all of them; None: each recipe's own")
@@ -49,9 +50,13 @@ class ServeOptions(Config):
     gpus: int | None = Field(None, ge=1, description="slots of the limit that runs share; None: as it is")
     port: int = Field(PORT, ge=1, le=65535, description="of the server, if one is started")
 
+    def arguments(self, recipe: str) -> RunArguments:
+        """Return what a run of a recipe is asked for."""
+        return RunArguments(recipe=recipe, **self.model_dump(include=set(RunArguments.model_fields)))
 
-class Planned(NamedTuple):
-    """One deployment: all that Prefect is told."""
+
+class PlannedDeployment(NamedTuple):
+    """A deployment to register with Prefect."""
 
     flow: Any  # prefect's own class, with parameters of its own
     name: str
@@ -81,16 +86,7 @@ def check_options(options: ServeOptions, *, contact: bool) -> None:
         check_weights(recipe)
         check_ranks(recipe, options.ranks)
         if contact:
-            check_request(
-                name,
-                data=options.data,
-                store=options.store,
-                overrides=options.overrides,
-                workers=options.workers,
-                ranks=options.ranks,
-                seed=options.seed,
-                gpus=options.gpus_per_worker,
-            )
+            check_request(options.arguments(name))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--recipe: two of them are called {twice[0]}; give one of them another name in its file")
 
@@ -117,8 +113,8 @@ def check_cron(option: str, cron: str, timezone: str) -> None:
         ) from None
 
 
-def plan(options: ServeOptions) -> list[Planned]:
-    """The deployments, every path absolute: a scheduled run may begin anywhere."""
+def plan(options: ServeOptions) -> list[PlannedDeployment]:
+    """Plan the deployments, every path absolute: a scheduled run may begin anywhere."""
     from flows.service import deployments as deploy
 
     store = Store(options.store or Settings().store).uri
@@ -126,41 +122,27 @@ def plan(options: ServeOptions) -> list[Planned]:
     for given in options.recipes:
         name = load_recipe(given, overrides=options.overrides, seed=options.seed).name
         recipe = str(Path(given).absolute()) if given.endswith(".toml") else given
-        same: dict[str, Any] = {
-            "recipe": recipe,
-            "store": store,
-            "data": options.data,
-            "workers": options.workers,
-            "overlap": options.overlap,
-        }
-        whole = PipelineParameters(
-            **same,
-            seed=options.seed,
-            overrides=options.overrides,
-            gpus_per_worker=options.gpus_per_worker,
-            ranks=options.ranks,
-        )
+        asked = options.arguments(recipe).model_copy(update={"store": store})
+        whole = PipelineParameters(**asked.model_dump(), overlap=options.overlap)
         again = RetokenizeParameters(
-            **same,
+            **asked.model_dump(include=set(RetokenizeParameters.model_fields) - {"overrides"}),
             overrides=tuple(
                 one for one in options.overrides if one.split(".")[0] in ("data", "augment", "encode", "compute")
             ),
-            gpus_per_worker=options.gpus_per_worker or 0.0,
+            overlap=options.overlap,
         )
         check = CheckDataParameters(retokenize=again, deployment=f"retokenize/{name}")
         planned += [
-            Planned(deploy.pipeline, name, _cron(options.pipeline_cron), whole),
-            Planned(deploy.retokenize, name, None, again),
-            Planned(deploy.check_data, name, _cron(options.check_cron), check),
+            PlannedDeployment(deploy.pipeline, name, _cron(options.pipeline_cron), whole),
+            PlannedDeployment(deploy.retokenize, name, None, again),
+            PlannedDeployment(deploy.check_data, name, _cron(options.check_cron), check),
         ]
-    if deploy.has_benchmark():
-        report = BenchmarkParameters(store=store)
-        planned.append(Planned(deploy.benchmark_report, "nightly", _cron(options.report_cron), report))
-    return planned
+    report = BenchmarkParameters(store=store)
+    return [*planned, PlannedDeployment(deploy.benchmark_report, "nightly", _cron(options.report_cron), report)]
 
 
-def deployment_of(planned: Planned, options: ServeOptions) -> "RunnerDeployment":
-    """What Prefect registers: at most one run of a deployment at a time; the next one waits, or is cancelled."""
+def deployment_of(planned: PlannedDeployment, options: ServeOptions) -> "RunnerDeployment":
+    """Make Prefect's deployment: at most one run of it at a time; the next one waits, or is cancelled."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import RunnerDeployment
     from prefect.schedules import Cron
@@ -185,8 +167,8 @@ def deployment_of(planned: Planned, options: ServeOptions) -> "RunnerDeployment"
     return made
 
 
-def as_json(planned: Sequence[Planned], options: ServeOptions) -> dict[str, Any]:
-    """What would be registered, as plain values."""
+def as_json(planned: Sequence[PlannedDeployment], options: ServeOptions) -> dict[str, Any]:
+    """Return what would be registered, as plain values."""
     from flows.prefect_server.heartbeat import AUTOMATION, WITHIN_SECONDS
 
     settings = Settings()

@@ -53,14 +53,10 @@ def run_pipeline(prefect_api: str, fakes: FakeStages, tmp_path: Path) -> Callabl
     """Run the flow on the fakes, into a store of the test's own."""
     from flows.pipeline.full import full_pipeline
     from flows.recipes.files import load_recipe
+    from flows.runs.run_request import RunRequest
 
     def run(name: str, *overrides: str) -> "RunRecord":  # noqa: F821
-        return full_pipeline(
-            load_recipe("digits", overrides=overrides),
-            run=name,
-            store=str(tmp_path / "store"),
-            source="sklearn:digits",
-            workers=0,
-        )
+        recipe = load_recipe("digits", overrides=overrides)
+        return full_pipeline(RunRequest(recipe=recipe, store=str(tmp_path / "store"), source="sklearn:digits"), name)
 
     return run

@@ -19,8 +19,10 @@ from flows.cli.options import Refused
 from flows.recipes.ablations import ABLATIONS, Ablation, AblationConfig, Arm, load_ablation, paper_ablation, resolve
 from flows.report.script import SCRIPT_HASH
 from flows.runs.journal import RunRecord
+from flows.runs.run_request import RunRequest
 from infra.artifacts.lineage import resolve as resolve_ref
 from infra.artifacts.manifest import manifest_of, verify
+from infra.compute.device import default_device
 from infra.store.store import Store
 from sftok.training.alignment_meter import AlignmentMetrics
 from tests.flows.report.test_report import Tags as ReportTags
@@ -74,7 +76,8 @@ def ran(prefect_api: str, store: Store, tmp_path: Path, home: Path, monkeypatch,
 
     draw_images(tmp_path / "images")
     plan, source = tiny(REFERENCE, OTHER), str(tmp_path / "images")
-    record = ablation(plan, run="first", store=store.uri, source=source, workers=0)
+    request = RunRequest(recipe=plan.base, store=store.uri, source=source, last="align", ablation=plan)
+    record = ablation(request.on(default_device(), 0.0), "first")
 
     monkeypatch.setitem(ABLATIONS, "tiny", lambda: tiny_config(REFERENCE, OTHER))
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)

@@ -17,6 +17,8 @@ import pytest
 from flows.cli.main import main
 from flows.recipes.files import load_recipe, to_toml
 from flows.recipes.registry import RECIPES
+from flows.runs.journal import read_record
+from infra.store.store import Store
 
 STAGES = ["prepare", "teacher", "warm_up", "align", "fine_tune", "encode"]
 STAGES += ["train_generator", "sample", "evaluate", "report"]
@@ -129,7 +131,7 @@ def test_printed_toml_is_the_recipe(name, tmp_path):
 def test_toml_explains_its_fields(sftok):
     code, out, _ = sftok("recipes", "digits", "--toml")
     assert code == 0
-    assert "# one-dimensional tokens an image\nnum_latent_tokens = 16" in out
+    assert "# one-dimensional tokens per image\nnum_latent_tokens = 16" in out
 
 
 def test_overrides_are_typed():
@@ -228,13 +230,18 @@ def test_json_is_one_object_and_show_explains_it(environment, servers, sftok):
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_failed_stage_is_one_line(sftok, environment, servers, fakes):
+def test_failed_stage_is_one_line(sftok, environment, servers, fakes, tmp_path):
     fakes.failures["align"] = [ValueError("nothing\nto align")]
     environment["PREFECT_API_URL"] = servers[0].url
     code, out, err = sftok("run", "digits", "--json", "--workers", "0")
     assert code == 1
+    record = read_record(Store(tmp_path / "store"), json.loads(out)["run"])
+    command = record.request.command(record.run)
+    assert command.startswith(
+        f"sftok run digits --data sklearn:digits --store {tmp_path / 'store'} --workers 0 --gpus-"
+    )
     assert err.splitlines()[-1] == (
-        "sftok: stage align failed: nothing to align; once that is mended, the same command goes on from here"
+        f"sftok: stage align failed: nothing to align; once that is mended, resume with: {command}"
     )
     assert "Traceback" not in err
     assert json.loads(out)["stages"]["align"]["state"] == "Failed"
@@ -276,7 +283,7 @@ def test_stopped_runs_leave_no_process_and_the_next_goes_on(environment, tmp_pat
         os.killpg(run.pid, signal.SIGINT)  # what a terminal does
         _, err = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert err.splitlines()[-1] == "sftok: interrupted; the same command goes on from here"
+    assert err.splitlines()[-1] == "sftok: interrupted; the same command resumes from here"
     assert "prepare: Cached in" in err
     assert "teacher: 2/2 loss=0.25\n" in err, "no plain lines of progress in a pipe"
     assert "Traceback" not in err

@@ -11,6 +11,7 @@ from flows.pipeline import graph
 from flows.pipeline.dry_run import RATE_SOURCE, _arithmetic, _weights, dry_run
 from flows.recipes.registry import RECIPES
 from flows.requests.checks import check_request
+from flows.runs.run_request import RunArguments
 from infra.artifacts.manifest import folder_of
 from infra.store.store import Store
 from sftok.model.tokenizer import SFTok
@@ -18,9 +19,8 @@ from tests.support.small_dataset import draw_images
 
 
 def request(store: str, recipe: str = "digits", data: str | None = None, *overrides: str):
-    return check_request(
-        recipe, data=data, store=store, overrides=overrides, workers=2, ranks=1, seed=None, is_run=False
-    )
+    asked = RunArguments(recipe=recipe, data=data, store=store, overrides=overrides, workers=2)
+    return check_request(asked, is_run=False)
 
 
 def run(*arguments: object) -> int:

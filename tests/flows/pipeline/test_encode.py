@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from flows.recipes.schema import EncodeConfig
-from flows.requests.encode import find_dataset
+from flows.requests.encode import encode_request
 from flows.runs.journal import RunRecord, StageFailedError
 from flows.store.verify import verify as verify_command
 from infra.artifacts.lineage import resolve
@@ -49,10 +49,11 @@ def retokenize(prefect_api: str, store: Store, tokenizer: str, data: Path) -> Ca
     """Run the flow in this process."""
 
     def run(name: str, encode: EncodeConfig = ENCODE, **changes: Any) -> RunRecord:
-        from flows.pipeline.encode import retokenize as flow
+        from flows.pipeline.full import retokenize as flow
 
-        arguments = {"store": store.uri, "tokenizer": tokenizer, "data": str(data), "workers": 0, **changes}
-        return flow(encode, run=name, **arguments)
+        is_anew = changes.pop("anew", False)
+        arguments = {"store": store.uri, "tokenizer": tokenizer, "data": str(data), **changes}
+        return flow(encode_request(encode, **arguments).changed(anew=is_anew), name)
 
     return run
 
@@ -183,19 +184,19 @@ class TestRequests:
     def test_what_does_not_fit_is_refused(self, store, tokenizer, changes, said) -> None:
         arguments = {"tokenizer": tokenizer, "data": "sklearn:digits", "store": store.uri, **changes}
         with pytest.raises(ValueError, match=said):
-            find_dataset(ENCODE, **arguments)
+            encode_request(ENCODE, **arguments)
 
     def test_a_teacher_is_no_tokenizer(self, store) -> None:
         teacher = str(published(store, a_teacher()))
         with pytest.raises(ValueError, match="where a tokenizer is wanted"):
-            find_dataset(ENCODE, tokenizer=teacher, data="sklearn:digits", store=store.uri)
+            encode_request(ENCODE, tokenizer=teacher, data="sklearn:digits", store=store.uri)
 
     def test_affine_views_need_a_strength(self, store, tokenizer) -> None:
         encode = EncodeConfig(variants=("center", "affine-1"))
         arguments = {"tokenizer": tokenizer, "data": "sklearn:digits", "store": store.uri}
         with pytest.raises(ValueError, match=r"'affine-1'.*--set augment\.rotate=6"):
-            find_dataset(encode, **arguments)
-        recipe = find_dataset(encode, **arguments, overrides=["augment.rotate=6"]).recipe
+            encode_request(encode, **arguments)
+        recipe = encode_request(encode, **arguments, overrides=["augment.rotate=6"]).recipe
         assert (recipe.augment.rotate, recipe.data.image_size, recipe.encode) == (6, SIZE, encode)
 
     @pytest.mark.parametrize(("views", "said"), [((), "is empty"), (("flip", "flip"), "names a view twice")])

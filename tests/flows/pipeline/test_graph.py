@@ -12,6 +12,7 @@ from flows.report.pages import STAGE_OF_KIND
 from flows.requests.checks import check_request
 from flows.runs.history import records
 from flows.runs.journal import RunRecord
+from flows.runs.run_request import RunArguments
 from flows.stage import Graph, Job, Result, Stage, Work
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import verify
@@ -81,6 +82,6 @@ def test_a_new_stage_is_one_object(run_pipeline, store: Store, tmp_path: Path, m
     assert made.inputs["codes"] == record.stages["encode"].ref
     assert {stage.state for stage in run_pipeline("toy-second").stages.values()} == {"Cached"}
     assert [list(one.stages) for one in records(store)] == [[*graph.GRAPH]] * 2
-    asked = {"data": None, "store": store.uri, "overrides": (), "workers": 0, "ranks": 1, "seed": None}
-    planned = {one.stage: one for one in dry_run(check_request("digits", **asked, is_run=False)).stages}
+    asked = RunArguments(recipe="digits", store=store.uri, workers=0)
+    planned = {one.stage: one for one in dry_run(check_request(asked, is_run=False)).stages}
     assert (planned["count"].digest, planned["count"].state) == (made.digest, "Cached")

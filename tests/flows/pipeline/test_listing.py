@@ -16,6 +16,7 @@ from flows.recipes.files import load_recipe
 from flows.recipes.schema import EncodeConfig
 from flows.requests.checks import check_request
 from flows.requests.encode import check_encode_request
+from flows.runs.run_request import RunArguments
 from flows.stage import Job, Listing, Work, plan_of
 from infra.artifacts.manifest import folder_of, publish
 from infra.compute.workers import WorkerOptions
@@ -84,7 +85,7 @@ def test_the_plan_hands_its_listing_to_the_call(data, store, listed) -> None:
 
 def test_the_whole_command_lists_once(prefect_api, store, data, listed, monkeypatch) -> None:
     """From the check of the request to the codes: no file is looked at more often than by one listing."""
-    from flows.pipeline.encode import retokenize
+    from flows.pipeline.full import retokenize
 
     lists: list[str] = []
     real = list_source
@@ -97,11 +98,11 @@ def test_the_whole_command_lists_once(prefect_api, store, data, listed, monkeypa
     monkeypatch.setenv("SFTOK_HOME", str(store.path.parent / "home"))
     tokenizer, encode = str(published(store, a_tokenizer())), EncodeConfig(micro_batch=4)
     request = {"tokenizer": tokenizer, "data": str(data), "store": store.uri, "overrides": (), "workers": 0}
-    check_encode_request(encode, **request, gpus_per_worker=0)
+    checked = check_encode_request(encode, **request, gpus_per_worker=0)
     assert lists == []
-    record = retokenize(encode, run="one", **request)
+    record = retokenize(checked, "one")
     assert (record.state, lists) == ("Completed", [str(data)])
-    again = retokenize(encode, run="two", **request)
+    again = retokenize(checked, "two")
     assert (again.stages["prepare"].state, lists) == ("Cached", [str(data)] * 2)
 
 
@@ -211,9 +212,7 @@ def test_a_bad_source_is_refused_before_anything_starts(tmp_path, make, said) ->
     with pytest.raises(ValueError, match=said):
         list_source(source, CONFIG)
     with pytest.raises(ValueError, match=said):
-        check_request(
-            "small64", data=source, store=str(tmp_path / "store"), overrides=(), workers=0, ranks=1, seed=None
-        )
+        check_request(RunArguments(recipe="small64", data=source, store=str(tmp_path / "store"), workers=0))
     assert not (tmp_path / "store").exists()
 
 

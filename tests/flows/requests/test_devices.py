@@ -14,6 +14,7 @@ from flows.recipes.schema import ComputeConfig
 from flows.requests import devices
 from flows.requests.checks import check_request, compiles_steps
 from flows.requests.devices import choose_device
+from flows.runs.run_request import RunArguments
 from flows.stage import Job, plan_of
 from infra.compute.workers import WorkerOptions
 from infra.settings import Settings
@@ -173,12 +174,8 @@ def test_a_decoder_that_is_not_installed_is_refused_before_anything_is_trained(
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(ValueError, match=r'encode\.decoder = "torchcodec" needs torchcodec .* pip install torchcodec'):
         check_request(
-            "digits",
-            data=None,
-            store=str(tmp_path / "store"),
-            overrides=["encode.decoder=torchcodec"],
-            workers=0,
-            ranks=1,
-            seed=None,
+            RunArguments(
+                recipe="digits", store=str(tmp_path / "store"), overrides=("encode.decoder=torchcodec",), workers=0
+            )
         )
     assert not (tmp_path / "store").exists()

@@ -14,6 +14,7 @@ from flows.requests.checks import check_request
 from flows.requests.encode import check_encode_request
 from flows.requests.generator import check_generator_request
 from flows.requests.precisions import precisions_of, warn_of_slow
+from flows.runs.run_request import RunArguments
 from infra.compute import precision
 from infra.settings import Settings
 from infra.store.store import Store
@@ -104,8 +105,8 @@ def test_a_run_says_so_before_it_begins(
 ) -> None:
     monkeypatch.setenv("SFTOK_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    width = {"data": None, "store": str(tmp_path / "store"), "workers": 0, "ranks": 1, "seed": None}
-    check_request("digits", overrides=[f"encode.precision={chosen}"], **width)
+    overrides = (f"encode.precision={chosen}",)
+    check_request(RunArguments(recipe="digits", store=str(tmp_path / "store"), overrides=overrides, workers=0))
     assert [line.partition(":")[0] for line in lines(caplog)] == ["encode.precision = bf16"] * (chosen == "bf16")
 
 

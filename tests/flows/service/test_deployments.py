@@ -14,6 +14,7 @@ import pytest
 
 from flows.recipes.files import load_recipe
 from flows.runs.journal import RunRecord, start_journal
+from flows.runs.run_request import RunRequest
 from flows.service.parameters import CheckDataParameters, PipelineParameters, RetokenizeParameters
 from flows.service.serve import ServeOptions, check_options
 from infra.settings import Settings
@@ -26,9 +27,9 @@ BEGIN = """
 import sys, time
 from flows.recipes.files import load_recipe
 from flows.runs.journal import start_journal
-from infra.store.store import Store
+from flows.runs.run_request import RunRequest
 recipe = load_recipe("digits_tiny", overrides=["teacher.training.steps=3", "seed=4"])
-journal = start_journal(recipe, store=Store(sys.argv[1]), source="sklearn:digits", run=sys.argv[2], workers=0)
+journal = start_journal(RunRequest(recipe=recipe, store=sys.argv[1], source="sklearn:digits"), sys.argv[2])
 with journal.kept():
     journal.begin("teacher")
     print("begun", flush=True)
@@ -274,11 +275,10 @@ class TestOverlap:
             held("one", store, overlap="cancel", gpus=4).__enter__()
 
     def test_the_widest_stage_counts(self) -> None:
-        from flows.service.concurrency import gpus_of
-
-        assert gpus_of(workers=8, gpus_per_worker=0.5, ranks=1) == 4
-        assert gpus_of(workers=2, gpus_per_worker=1, ranks=8) == 8
-        assert gpus_of(workers=8, gpus_per_worker=0, ranks=8) == 0
+        request = RunRequest(recipe=load_recipe("digits_tiny"), store="x", source="x")
+        assert request.changed(workers=8, gpus_per_worker=0.5, ranks=1).gpus == 4
+        assert request.changed(workers=2, gpus_per_worker=1, ranks=8).gpus == 8
+        assert request.changed(workers=8, gpus_per_worker=0, ranks=8).gpus == 0
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -286,7 +286,8 @@ class TestZombies:
     def test_a_killed_run_is_marked_and_a_living_one_is_not(self, store) -> None:
         from flows.service.liveness import mark_records
 
-        start_journal(load_recipe("digits_tiny"), store=store, source="x", run="living", workers=0)._write()
+        request = RunRequest(recipe=load_recipe("digits_tiny"), store=store.uri, source="x")
+        start_journal(request, "living")._write()
         command = [sys.executable, "-c", BEGIN, store.uri, "killed"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "begun\n"
@@ -297,14 +298,15 @@ class TestZombies:
         assert (record.state, record.stages["teacher"].state) == ("Crashed", "Crashed")
         command = f"sftok run digits_tiny --data sklearn:digits --store {store.uri} --set seed=4"
         command += " --set teacher.training.steps=3 --workers 0"
-        assert record.reason == f"teacher: process {process.pid} of {record.writer.host} is gone; to go on: {command}"
+        gone = f"process {process.pid} of {record.writer.host} is gone"
+        assert record.reason == f"teacher: {gone}; resume with: {command}"
         assert record_of(store, "living").state == "Running"
         assert mark_records(store) == []
 
     def test_another_machines_run_is_marked_when_prefect_says_it_ended(self, store) -> None:
         from flows.service.liveness import mark_records
 
-        journal = start_journal(load_recipe("digits_tiny"), store=store, source="x", run="far", workers=0)
+        journal = start_journal(RunRequest(recipe=load_recipe("digits_tiny"), store=store.uri, source="x"), "far")
         elsewhere = journal.record.writer.model_copy(update={"host": "elsewhere"})
         journal.record = journal.record.model_copy(update={"writer": elsewhere})
         journal._write()
@@ -417,13 +419,13 @@ class TestCheckData:
         assert (state.name, "the listing differs" in state.message) == ("Changed", True)
 
     def test_codes_that_are_missing_are_a_change(self, asked, store) -> None:
-        from flows.service.data_watch import look, wanted_of
+        from flows.service.data_watch import look, request_of
         from flows.service.deployments import retokenize
 
         retokenize(asked.retokenize, return_state=True)
-        assert not look(wanted_of(asked.retokenize)).changed
+        assert not look(request_of(asked.retokenize)).changed
         store.at("artifacts", "codes").delete_tree()
-        verdict = look(wanted_of(asked.retokenize))
+        verdict = look(request_of(asked.retokenize))
         assert (verdict.changed, "are not there" in verdict.reason) == (True, True)
 
     def test_before_the_first_run_there_is_nothing_to_do(self, asked) -> None:

@@ -21,7 +21,7 @@ import pytest
 from flows.make import make, run_stage
 from flows.pipeline import graph
 from flows.recipes.schema import EncodeConfig
-from flows.requests.encode import find_dataset
+from flows.requests.encode import encode_request
 from flows.stage import Job, Work
 from infra.artifacts.manifest import Manifest, Plan, folder_of, key_of, publish, verify
 from infra.codes.contract import read_codes
@@ -354,10 +354,10 @@ class Cli:
     def job(self, data: str) -> Job:
         """What the command would do, for doing it here."""
         views = EncodeConfig(variants=VIEWS, micro_batch=4)
-        wanted = find_dataset(
+        request = encode_request(
             views, tokenizer=self.tokenizer, data=data, store=self.store.uri, overrides=list(OVERRIDES)
         )
-        return Job(wanted.recipe, self.store, data, HERE)
+        return Job(request.recipe, self.store, data, HERE)
 
     def _prepared(self, data: str) -> str:
         return str(make(graph.PREPARE, self.job(data), {})[0])
@@ -435,7 +435,7 @@ def test_a_run_that_is_told_to_end_goes_on_from_there(cli, tmp_path, disturbance
     for (number, code, word), moment, workers in disturbances:
         ended, lines = cli.disturb(number, moment, workers)
         assert ended == code
-        assert [line for line in lines if line][-1] == f"sftok: {word}; the same command goes on from here"
+        assert [line for line in lines if line][-1] == f"sftok: {word}; the same command resumes from here"
         now = {name: (cli.codes.path / name).stat().st_mtime_ns for name in cli.finished()}
         assert moment == "starts" or len(now) > len(kept)
         assert {name: now.get(name) for name in kept} == kept
