@@ -33,7 +33,7 @@ def masked_loss(
 
 
 class Predictor(Protocol):
-    """What validation needs of a generator."""
+    """Interface that validation needs of a generator."""
 
     def draw_targets(self, codes_BN: Tensor, generator: torch.Generator) -> Tensor:
         """Choose the codes to predict, (B, N) bool."""
