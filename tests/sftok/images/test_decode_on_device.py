@@ -207,8 +207,8 @@ def test_without_torchcodec_it_is_refused_in_one_line(copied, monkeypatch) -> No
 
 
 def test_the_decoder_is_part_of_what_codes_are_and_the_usual_one_is_not_named() -> None:
-    assert "decoder" not in EncodeConfig().as_json()
-    assert EncodeConfig(decoder="torchcodec").as_json()["decoder"] == "torchcodec"
+    assert "decoder" not in EncodeConfig().identity()
+    assert EncodeConfig(decoder="torchcodec").identity()["decoder"] == "torchcodec"
     assert PREPROCESSINGS["pil"] == PREPROCESSING == "resize-bicubic-antialias-crop/1"
     assert len(set(PREPROCESSINGS.values())) == 2
 

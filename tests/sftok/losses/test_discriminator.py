@@ -286,7 +286,7 @@ def test_a_patch_logit_does_not_depend_on_batch_mates() -> None:
 
 
 def test_images_too_small_for_the_patches_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"image_size = 16 .*layers = 3: at least 24"):
+    with pytest.raises(ValueError, match=r"image_size = 16 .*layers = 3: choose at least 24"):
         PatchDiscriminator(8, 3)(torch.rand(1, 3, 16, 32))
     check_patch_size(24, 3)
 

@@ -115,7 +115,7 @@ def test_it_is_frozen_and_autocast_does_not_reach_it(model: Lpips) -> None:
 
 def test_images_too_small_are_refused(model: Lpips) -> None:
     assert model(*pair(16, 16)).shape == (3,)
-    with pytest.raises(ValueError, match=r"\(12, 32\) pixels: at least 16"):
+    with pytest.raises(ValueError, match=r"\(12, 32\) pixels: needs at least 16"):
         model(*pair(12, 32))
 
 

@@ -524,9 +524,9 @@ def test_images_that_are_resized_once_are_those_that_are_resized_each_time(tmp_p
 
 
 def test_resizing_once_is_part_of_what_images_are_and_not_resizing_is_not() -> None:
-    assert not {"store_size", "store_format"} & set(CONFIG.as_json())
+    assert not {"store_size", "store_format"} & set(CONFIG.identity())
     resized = DataConfig(image_size=8, store_size=9, store_format="ppm")
-    assert (resized.as_json()["store_size"], resized.as_json()["store_format"]) == (9, "ppm")
+    assert (resized.identity()["store_size"], resized.identity()["store_format"]) == (9, "ppm")
     with pytest.raises(ValueError, match="store_size = 7 is below image_size = 8: set at least as much, or 0"):
         DataConfig(image_size=8, store_size=7)
     with pytest.raises(ValueError, match="store_format = ppm has no effect without store_size: set store_size"):
