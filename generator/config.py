@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveI
 
 from infra.compute.device import default_precision
 from infra.config import RUNTIME, Config
-from infra.training.schedule import TrainingConfig
+from infra.training.config import TrainingConfig
 
 GeneratorKind = Literal["autoregressive", "masked"]
 SamplePrecision = Literal["fp32", "bf16"]

@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_valida
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.device import default_precision
 from infra.config import RUNTIME, Config, OmittedAt, Precision
-from infra.training.schedule import OptimizerConfig, TrainingConfig
+from infra.training.config import OptimizerConfig, TrainingConfig
 
 Assignment = Literal["nearest", "sinkhorn"]
 MaskSchedule = Literal["arccos", "cosine", "linear", "quadratic", "cubic", "exponential"]

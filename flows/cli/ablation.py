@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
-from flows.cli.options import (
-    DeviceOption,
-    JsonOption,
-    StoreOption,
-    VerboseOption,
-    device_override,
-    fail_if,
-    one_line_refusals,
-    one_line_termination,
-)
+from flows.cli.exits import fail_if, one_line_refusals, one_line_termination
+from flows.cli.options import DeviceOption, JsonOption, StoreOption, VerboseOption, device_override
 
 if TYPE_CHECKING:
     from flows.runs.journal import RunRecord

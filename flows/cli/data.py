@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
-from flows.cli.options import Failed, JsonOption, StoreOption, one_line_refusals
+from flows.cli.exits import Failed, one_line_refusals
+from flows.cli.options import JsonOption, StoreOption
 from infra.errors import TransientError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flows.cli.console import log_lines_above
-from flows.cli.options import server_failures
+from flows.cli.exits import server_failures
 from flows.prefect_server.temporary import prefect_server
 from flows.runs.journal import RunRecord, StageFailedError, new_run_id
 from flows.runs.progress import on_stderr

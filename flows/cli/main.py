@@ -11,17 +11,8 @@ from flows.cli import ablation, encode, report, sample, serve, train_generator, 
 from flows.cli import data as cli_data
 from flows.cli import store as cli_store
 from flows.cli.console import console, logging_on_stderr, print_table, stdout_for_results
-from flows.cli.options import (
-    AnewOption,
-    DeviceOption,
-    JsonOption,
-    Refused,
-    StoreOption,
-    VerboseOption,
-    fail_if,
-    one_line_refusals,
-    one_line_termination,
-)
+from flows.cli.exits import INTERRUPTED, Refused, fail_if, one_line_refusals, one_line_termination
+from flows.cli.options import AnewOption, DeviceOption, JsonOption, StoreOption, VerboseOption
 from infra.compute.threads import limit_spinning
 
 if TYPE_CHECKING:
@@ -39,7 +30,7 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line: 0 done, 1 a stage failed, 2 refused, 130 interrupted; an error is one line on stderr."""
+    """Run the command line and exit with a code of `flows.cli.exits`; an error is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     limit_spinning()
     try:
@@ -48,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo(f"sftok: {' '.join(error.format_message().split())}", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
-        code = 130
-    if code == 130:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         typer.echo("sftok: interrupted; the same command resumes from here", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.console import logging_on_stderr, print_table, stdout_for_results
-from flows.cli.options import JsonOption, StoreOption, one_line_refusals
+from flows.cli.exits import GATE_FAILED, one_line_refusals
+from flows.cli.options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
     from flows.report.benchmark import ReportResult
-
-GATE_FAILED = 3  # exit code
 
 EXAMPLES = """\b
 Examples:

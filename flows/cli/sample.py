@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.cli.console import log_lines_above, logging_on_stderr, stdout_for_results
-from flows.cli.options import AnewOption, DeviceOption, Failed, JsonOption, StoreOption, one_line_refusals
+from flows.cli.exits import Failed, one_line_refusals
+from flows.cli.options import AnewOption, DeviceOption, JsonOption, StoreOption
 
 if TYPE_CHECKING:
     from flows.inference.sample import SampleResult

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
-from flows.cli.options import StoreOption, VerboseOption, one_line_refusals, server_failures
+from flows.cli.exits import one_line_refusals, server_failures
+from flows.cli.options import StoreOption, VerboseOption
 
 EXAMPLES = """\b
 Examples:

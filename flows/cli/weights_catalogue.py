@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
-from flows.cli.options import JsonOption, StoreOption, one_line_refusals
+from flows.cli.exits import one_line_refusals
+from flows.cli.options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
     from flows.requests.weights_catalogue import Listed

@@ -29,7 +29,7 @@ from flows.outputs import new_files
 from flows.pipeline.generator import SAMPLE, samples_result
 from flows.recipes.schema import ComputeConfig
 from flows.requests.checks import check_ray
-from flows.requests.devices import choose_device
+from flows.requests.choose_device import choose_device
 from flows.requests.precisions import warn_of_slow
 from flows.stage import Result, computed, give_up_others
 from generator.artifacts import GeneratorFile

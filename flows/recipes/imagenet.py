@@ -15,7 +15,7 @@ from generator.config import (
     MaskedConfig,
     SampleConfig,
 )
-from infra.training.schedule import OptimizerConfig, TrainingConfig
+from infra.training.config import OptimizerConfig, TrainingConfig
 from sftok.config import (
     NO_ADVERSARY,
     TOKENIZERS,

@@ -18,7 +18,7 @@ from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, Sample
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.device import DeviceChoice, NumericsConfig, default_precision
 from infra.config import Config, OmittedAt
-from infra.training.schedule import COMPILED_WIDTH
+from infra.training.config import COMPILED_WIDTH
 from sftok.config import (
     INCEPTION_SHA256,
     AlignmentStageConfig,

@@ -9,14 +9,14 @@ from types import MappingProxyType
 from flows.pipeline.graph import GRAPH
 from flows.prefect_server.temporary import health
 from flows.recipes.schema import Recipe
-from flows.requests.devices import choose_device
+from flows.requests.choose_device import choose_device
 from flows.requests.precisions import precisions_of, warn_of_slow
 from flows.runs.journal import read_record
 from flows.runs.run_request import RunArguments, RunRequest
 from infra.artifacts.pretrained import WEIGHTS_ROOT
 from infra.settings import Settings
 from infra.store.store import Store
-from infra.training.schedule import TrainingConfig
+from infra.training.config import TrainingConfig
 from sftok.config import AdversarialConfig
 
 CONNECT_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""Connect to Ray: start a local cluster or join an existing one. The only module that imports Ray."""
+"""Connect to Ray: start a local cluster or join one. Only this module imports Ray; `workers` and `ranks` use it."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Choose devices and set torch's numerics; the only module that does either."""
+"""Find devices and set torch's numerics; `flows.requests.choose_device` chooses for a run."""
 
 import gc
 import os

@@ -1,6 +1,5 @@
 """Train the parameters of one network: gradient accumulation, optimizer, schedule, and EMA of the weights."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,16 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from infra.compute.ranks import ALONE, Ranks
+from infra.training.config import OptimizerConfig, TrainingConfig
 from infra.training.faults import Faults
-from infra.training.schedule import OptimizerConfig, TrainingConfig
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Return the rate at `step` (from 0) of `steps`: linear warm-up from 0, then cosine decay to `end_lr`."""
-    if step < config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.end_lr + (config.lr - config.end_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+from infra.training.schedule import learning_rate
 
 
 def decay_matrices(name: str, parameter: nn.Parameter) -> bool:

@@ -25,9 +25,9 @@ from infra.progress import Progress, silent
 from infra.store.store import Store
 from infra.training.best import BestWeights
 from infra.training.checkpoint import CHECKPOINTS, Checkpoints
+from infra.training.config import LoopConfig, TrainingConfig
 from infra.training.learner import Learner
 from infra.training.log import TrainingLog
-from infra.training.schedule import LoopConfig, TrainingConfig
 from infra.training.speed import Effort
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.compiler import compile_in_place
 from infra.store.store import Store
+from infra.training.config import TrainingConfig
 from infra.training.loop import TrainingRun, picture_grid
-from infra.training.schedule import TrainingConfig
 from sftok.config import AugmentConfig
 from sftok.images.dataset import ImageBatch, ImageRows, ImageSet, TrainImages
 from sftok.images.decode_ahead import spare_processes

@@ -5,7 +5,7 @@ pass through has one, and so does a first layer, whose input needs no gradient. 
 the model's arithmetic, not the machine's.
 """
 
-from infra.training.schedule import TrainingConfig
+from infra.training.config import TrainingConfig
 from infra.training.speed import Effort
 from sftok.config import (
     AlignmentStageConfig,

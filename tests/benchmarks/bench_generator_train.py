@@ -20,9 +20,9 @@ from generator.train import training_step
 from infra.compute.compiler import compile_in_place
 from infra.config import Precision
 from infra.store.store import Store
+from infra.training.config import OptimizerConfig
 from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import TrainingRun, autocast
-from infra.training.schedule import OptimizerConfig
 from tests.benchmarks import machine
 from tests.benchmarks.table import percent, seconds, show, times
 

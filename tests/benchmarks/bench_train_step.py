@@ -8,8 +8,8 @@ from torch import Tensor
 
 from infra.compute.ranks import ALONE
 from infra.config import Precision
+from infra.training.config import OptimizerConfig, TrainingConfig
 from infra.training.learner import Learner, OptimizerPlan
-from infra.training.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import AlignmentStageConfig, TeacherConfig
 from sftok.model.decoder import random_mask
 from sftok.model.teacher import Teacher

@@ -18,8 +18,8 @@ from generator.train import train_generator
 from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
+from infra.training.config import OptimizerConfig
 from infra.training.loop import TrainingRun
-from infra.training.schedule import OptimizerConfig
 from tests.support.plain_sampling import sample
 from tests.support.small_generators import SPACE, autoregressive, masked, uniform
 

@@ -8,8 +8,8 @@ from generator.data import CodeData
 from generator.train import train_generator
 from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
 from infra.store.store import Store
+from infra.training.config import OptimizerConfig
 from infra.training.loop import TrainingRun
-from infra.training.schedule import OptimizerConfig
 from tests.support.unigrams import unigram_entropy, unigram_nll
 
 CLASSES, TOKENS, CODES, LEVELS = 4, 8, 64, 8

@@ -21,8 +21,8 @@ from generator.train import VALIDATION_BATCH, held_out_figures, train_generator
 from infra.codes.contract import CodeRows, CodesInfo, read_codes
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
+from infra.training.config import OptimizerConfig
 from infra.training.loop import TrainingRun, TrainResult, generator_of
-from infra.training.schedule import OptimizerConfig
 from tests.support.small_generators import spread
 
 MODEL = GeneratorConfig(width=32, layers=1, heads=2, ffn_width=48, dropout=0.0)

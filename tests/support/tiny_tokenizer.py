@@ -2,7 +2,7 @@
 
 import torch
 
-from infra.training.schedule import OptimizerConfig, TrainingConfig
+from infra.training.config import OptimizerConfig, TrainingConfig
 from sftok.config import AugmentConfig, TeacherConfig, TokenizerConfig, TransformerConfig
 from sftok.images.dataset import ImageRows
 from sftok.model.tokenizer import SFTok

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from infra.compute.device import use_numerics
 from infra.compute.ranks import ALONE
 from infra.store.store import Store
+from infra.training.config import OptimizerConfig, TrainingConfig
 from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import TrainingRun
-from infra.training.schedule import OptimizerConfig, TrainingConfig
 from sftok.config import AdversarialConfig, FineTuneStageConfig
 from sftok.losses.adversarial import Adversary
 from sftok.losses.dino import Dino

@@ -15,7 +15,7 @@ from flows.ablation.report import Facts, build_ablation_report, findings
 from flows.ablation.request import parse_seeds
 from flows.ablation.results import Outcome, Results, read_results, thinned
 from flows.cli import ablation as cli_ablation
-from flows.cli.options import Refused
+from flows.cli.exits import Refused
 from flows.recipes.ablations import ABLATIONS, Ablation, AblationConfig, Arm, load_ablation, paper_ablation, resolve
 from flows.report.script import SCRIPT_HASH
 from flows.runs.journal import RunRecord

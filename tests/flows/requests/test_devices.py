@@ -11,9 +11,9 @@ from flows.pipeline.graph import GRAPH
 from flows.recipes.files import load_recipe
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import ComputeConfig
-from flows.requests import devices
+from flows.requests import choose_device as devices
 from flows.requests.checks import check_request, compiles_steps
-from flows.requests.devices import choose_device
+from flows.requests.choose_device import choose_device
 from flows.runs.run_request import RunArguments
 from flows.stage import Job, plan_of
 from infra.compute.workers import WorkerOptions

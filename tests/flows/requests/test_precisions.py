@@ -32,7 +32,7 @@ def slow_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("SFTOK_RAY_ADDRESS", raising=False)
     monkeypatch.setattr("infra.compute.device.default_device", lambda: "cpu")
-    monkeypatch.setattr("flows.requests.devices.default_device", lambda: "cpu")
+    monkeypatch.setattr("flows.requests.choose_device.default_device", lambda: "cpu")
     monkeypatch.setattr(precision, "precision_ratio", {"bf16": 0.25, "fp16": 0.03}.__getitem__)
     monkeypatch.setattr(precision, "cpu_features", lambda: "avx2")
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.store.store import Store
+from infra.training.config import OptimizerConfig
 from infra.training.learner import Learner
 from infra.training.loop import TrainingRun, TrainResult, picture_grid
-from infra.training.schedule import OptimizerConfig
 from sftok.config import NO_ADVERSARY, AdversarialConfig, AlignmentStageConfig, FineTuneStageConfig, TeacherStageConfig
 from sftok.model.teacher import Teacher
 from sftok.training import alignment as train_alignment_module
