@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
-# Test files are shared by a process for each core.
-PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+# Test files are shared by a process for each core, in their order: the long ones come first.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all coverage test-avx2 test-gpu test-oldest-torch lint format bench bench-gpu audit clean browser
 

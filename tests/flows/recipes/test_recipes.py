@@ -181,5 +181,5 @@ def test_images_that_a_discriminator_cannot_take_are_refused_before_the_run() ->
 
 
 def test_a_discriminator_that_never_begins_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"start_step = 20000 is not below training\.steps = 400"):
+    with pytest.raises(ValueError, match=r"start_step = 20000 is not below training\.steps = 350"):
         load_recipe("digits", overrides=["fine_tune.adversarial.weight=0.1"])
