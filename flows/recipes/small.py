@@ -109,7 +109,7 @@ def digits_maskgit() -> Recipe:
     """`digits` with samples of the masked generator: `sftok run digits_maskgit`.
 
     Every stage up to the codes is that of `digits`, and so are both generators: after `sftok run digits` it takes under
-    a minute. Expected: at least 90 % of 1,000 generated digits are classified as intended.
+    two minutes. Expected: at least 90 % of 1,000 generated digits are classified as intended.
     """
     full = digits()
     masked = _digits_masked()
