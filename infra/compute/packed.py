@@ -11,9 +11,10 @@ def can_pack(dtype: torch.dtype) -> bool:
     """Tell whether oneDNN can pack and multiply weights of this type on this CPU.
 
     bfloat16 works with AVX-512, with the conversion instructions of late AVX2, and on arm64 CPUs that support it;
-    elsewhere torch's own products are used.
+    elsewhere torch's own products are used. They are used, too, where a row's product would depend on its place among
+    the rows, as with oneDNN 3.10 (torch 2.11) on AVX2: codes would depend on an image's place in its batch.
     """
-    return torch.backends.mkldnn.is_available() and _multiplies(dtype)
+    return torch.backends.mkldnn.is_available() and _multiplies(dtype) and _keeps_rows(dtype)
 
 
 @functools.cache
@@ -25,6 +26,21 @@ def _multiplies(dtype: torch.dtype) -> bool:
         torch.ops.mkldnn._linear_pointwise(layer, weight, None, "none", [], "")
     except (AttributeError, RuntimeError):  # no such operation, or not for this type
         return False
+    return True
+
+
+@functools.cache
+def _keeps_rows(dtype: torch.dtype) -> bool:
+    """Try layers whose rows do not fill the last block of rows: the same rows, moved, have the same products."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, inputs, outputs in ((40, 64, 64), (136, 16, 48), (160, 96, 288), (200, 64, 192)):
+        x = torch.randn(rows, inputs, generator=generator).to(dtype)
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(outputs, inputs, generator=generator).to(dtype))
+        here, moved = (
+            torch.ops.mkldnn._linear_pointwise(each, weight, None, "none", [], "") for each in (x, x.roll(7, 0))
+        )
+        if not torch.equal(here.roll(7, 0), moved):
+            return False
     return True
 
 
