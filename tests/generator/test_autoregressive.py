@@ -14,9 +14,8 @@ from generator.config import GENERATORS, AnyGeneratorConfig, GeneratorConfig, Ma
 from generator.objectives import held_out_losses
 from generator.sampling.autoregressive import advance_of, pick_of
 from generator.sampling.prepared import PackedGenerator
-from infra.codes.contract import CodesInfo
 from infra.store.store import Store
-from tests.support.small_generators import SPACE, autoregressive
+from tests.support.small_generators import INFO, SPACE, autoregressive
 
 IMAGENET = CodeSpace(codebook_size=8192, num_tokens=64, num_classes=1000)
 RANDOM = {"kind": "annealed", "start_step": 1, "end_step": 2}
@@ -27,15 +26,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "fixed": {"order": {"kind": "fixed", "seed": 2}},
     "annealed": {"order": RANDOM, "qk_norm": True},
 }
-INFO = CodesInfo(
-    tokenizer="t",
-    codebook_size=11,
-    num_tokens=6,
-    image_size=8,
-    assignment="nearest",
-    precision="fp32",
-    class_names=("a", "b", "c"),
-)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("B", 98.3), ("L", 326.1), ("XL", 753.7)])

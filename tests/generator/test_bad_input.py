@@ -21,17 +21,8 @@ from infra.store.store import Store
 from infra.training.config import OptimizerConfig
 from infra.training.loop import TrainingRun
 from tests.support.plain_sampling import sample
-from tests.support.small_generators import SPACE, autoregressive, masked, uniform
+from tests.support.small_generators import INFO, SPACE, autoregressive, masked, uniform
 
-INFO = CodesInfo(
-    tokenizer="t",
-    codebook_size=11,
-    num_tokens=6,
-    image_size=8,
-    assignment="nearest",
-    precision="fp32",
-    class_names=("a", "b", "c"),
-)
 TRAINING = GeneratorTrainingConfig(steps=1, batch_size=4, optimizer=OptimizerConfig(warmup_steps=1))
 MODEL = GeneratorConfig(width=16, layers=1, heads=2, ffn_width=16)
 NAMES = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]

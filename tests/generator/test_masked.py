@@ -17,11 +17,10 @@ from generator.objectives import held_out_losses, masked_loss, random_mask
 from generator.sampling.filters import guidance_scales
 from generator.sampling.masked import choose, guided, gumbel, hide, kept_hidden
 from generator.sampling.prepared import prepare_sampler
-from infra.codes.contract import CodesInfo
 from infra.store.store import Store
 from tests.support.plain_sampling import sample_masked
 from tests.support.published_masked import from_published, to_published
-from tests.support.small_generators import SPACE, masked, uniform
+from tests.support.small_generators import INFO, SPACE, masked, uniform
 
 CODES = torch.randint(11, (3, 6), generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([0, 2, 3])
@@ -314,16 +313,7 @@ def test_numbers_of_another_shape_are_refused() -> None:
 
 
 def test_a_saved_generator_comes_back(store: Store) -> None:
-    info = CodesInfo(
-        tokenizer="t",
-        codebook_size=11,
-        num_tokens=6,
-        image_size=8,
-        assignment="nearest",
-        precision="fp32",
-        class_names=("a", "b", "c"),
-    )
-    save_generator(masked(), info, store)
+    save_generator(masked(), INFO, store)
     loaded, _ = load_generator(store)
     assert isinstance(loaded, MaskedGenerator)
     assert torch.equal(loaded(CLASSES, CODES), masked()(CLASSES, CODES))
