@@ -8,24 +8,18 @@ import typer
 from flows.cli import weights, weights_catalogue
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, publish, ref_of
 from infra.store.store import Store
-from sftok.config import TeacherConfig, TokenizerConfig, TransformerConfig
+from sftok.config import TeacherConfig, TransformerConfig
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
 from sftok.weights.artifacts import save_teacher, save_tokenizer
 from sftok.weights.convert import save_tensors, to_published
+from tests.support import tiny_tokenizer
 
-SIZE = 16
-TEACHER = TeacherConfig(
-    base_channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=1, latent_channels=8, codebook_size=32, norm_groups=8
-)
-TOKENIZER = TokenizerConfig(
-    patch_size=4,
-    num_latent_tokens=8,
-    codebook_size=64,
-    code_dim=8,
-    encoder=TransformerConfig(width=64, layers=1, heads=1, init_std=0.1),
-    decoder=TransformerConfig(width=64, layers=1, heads=1, init_std=0.1),
-)
+SIZE = tiny_tokenizer.SIZE
+# What shapes do not show is as published: heads of 64 channels, and as many groups of a norm as fit.
+TEACHER = tiny_tokenizer.TEACHER.model_copy(update={"norm_groups": 8})
+_ONE_HEAD = TransformerConfig(width=64, layers=1, heads=1, init_std=0.1)
+TOKENIZER = tiny_tokenizer.TOKENIZER.model_copy(update={"encoder": _ONE_HEAD, "decoder": _ONE_HEAD})
 
 
 def command_line() -> typer.Typer:
