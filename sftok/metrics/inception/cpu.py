@@ -1,7 +1,7 @@
 """Convolutions of the Inception network on CPUs: weights laid out for oneDNN once, the ReLU fused into the product.
 
-The counterpart of `F.conv2d` in `prepared.FoldedConv`, by private operators of torch; `infra.compute.packed.can_pack`
-says where there are any.
+The counterpart of `F.conv2d` in `prepared.FoldedConv`, by private operators of torch, which are used where
+`infra.compute.packed.can_pack` says so.
 
 Shapes: B images, C channels, h x w the grid of a level.
 """
