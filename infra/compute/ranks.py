@@ -6,7 +6,6 @@ memory when it ends.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -109,7 +108,7 @@ def run_ranks(work: Callable[[Ranks, Progress], R], count: int, *, gpus: float =
     """
     if count == 1 and not gpus:
         return work(ALONE, progress)
-    with session(num_cpus=max(os.cpu_count() or 1, count)) as connection:
+    with session() as connection:
         for attempt in range(RESTARTS + 1):
             try:
                 result: R = _Group(connection, work, count, gpus).run(progress)
