@@ -35,7 +35,7 @@ def resize(images_B3HW: Tensor, how: Resize) -> Tensor:
 
 
 def _tensorflow_bilinear(images_B3HW: Tensor) -> Tensor:
-    """Resize by TensorFlow 1's bilinear, to the bit: without antialiasing, pixel 0 on pixel 0, not centres."""
+    """Resize by TensorFlow 1's bilinear, to the bit: no antialiasing; pixel 0 is on pixel 0, not centre on centre."""
     return _between(_between(images_B3HW.float(), 3), 2)
 
 
