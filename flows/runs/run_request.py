@@ -122,11 +122,6 @@ class RunRequest(Config):
         again = again if device == "auto" else again.changed(recipe=again.recipe.on(device))
         is_same = all(getattr(again, field) == getattr(self, field) for field in RunRequest.model_fields)
         return arguments if is_same else None
-        return (
-            arguments
-            if self == (again if device == "auto" else again.changed(recipe=again.recipe.on(device)))
-            else None
-        )
 
 
 class RunArguments(Config):
