@@ -5,22 +5,11 @@ from collections.abc import Iterator
 
 from pydantic import JsonValue
 
-from flows.recipes.files import load_recipe
-from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
 
 
-def changes_of(recipe: Recipe, base: Recipe | None = None) -> tuple[str, ...] | None:
-    """Return the `section.field=value` overrides that turn `base` into `recipe`; None if there are none that do.
-
-    Args:
-        recipe: any recipe.
-        base: the recipe to start from; None for the registered one of the same name, if there is one.
-    """
-    if base is None:
-        if recipe.name not in RECIPES:
-            return None
-        base = load_recipe(recipe.name)
+def changes_of(recipe: Recipe, base: Recipe) -> tuple[str, ...] | None:
+    """Return the `section.field=value` overrides that turn `base` into `recipe`; None if there are none that do."""
     found = tuple(_changes("", base.model_dump(mode="json"), recipe.model_dump(mode="json")))
     return None if None in found else tuple(one for one in found if one is not None)
 
