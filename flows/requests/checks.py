@@ -59,7 +59,7 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
     stages = {stage.name for stage in GRAPH.order(request.recipe, last=request.last, given=request.given)}
     if is_run:
         check_weights(request.recipe, stages)
-        check_ray(settings.ray_address)
+        check_ray(settings.ray_address)  # before it is asked for its GPUs
     check_ranks(request.recipe, request.ranks, stages)
     compute, gpus = request.recipe.compute, request.gpus_per_worker
     request = request.on(*choose_device(compute, gpus=gpus, settings=settings, ranks=request.ranks, is_run=is_run))
@@ -69,7 +69,7 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
         check_source(request.source, request.recipe.data)
     if is_run:
         store = Store(request.store)
-        check_servers(settings)
+        check_prefect(settings)
         store.check()
         if "evaluate" in stages:
             check_scores(request.recipe, store)
@@ -78,8 +78,8 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
     return request
 
 
-def check_servers(settings: Settings) -> None:
-    """Refuse a home that cannot be written to, and a Prefect server or Ray cluster that is named and does not answer.
+def check_prefect(settings: Settings) -> None:
+    """Refuse a home that cannot be written to, and a Prefect server that is named and does not answer.
 
     Raises:
         ValueError: saying which, and the remedy.
@@ -87,7 +87,6 @@ def check_servers(settings: Settings) -> None:
     check_home(settings.home)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
         raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
-    check_ray(settings.ray_address)
 
 
 def compiles_steps(recipe: Recipe) -> bool:
