@@ -3,7 +3,6 @@
 Images are decoded a micro-batch at a time and written at once: 50,000 of them take no more memory than 50.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from flows.recipes.schema import ComputeConfig
 from flows.requests.checks import check_ray
 from flows.requests.choose_device import choose_device
 from flows.requests.precisions import warn_of_slow
+from flows.runs.run_request import usual_workers
 from flows.stage import Result, computed, give_up_others
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
@@ -194,7 +194,7 @@ def check(arguments: SampleArguments) -> SampleRequest:
 
 def _width(shards: int) -> int:
     """Return the default number of workers: as in a run, but no Ray if there is only one shard."""
-    width = min(2, os.cpu_count() or 1, shards)
+    width = min(usual_workers(None), shards)
     return width if width > 1 else 0
 
 

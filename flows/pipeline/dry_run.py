@@ -218,9 +218,8 @@ def _weights(recipe: Recipe) -> dict[str, int]:
     """Count the bytes of each network's weights, in float32."""
     import torch
 
-    from generator.autoregressive import Generator
+    from generator.artifacts import build_generator
     from generator.code_space import CodeSpace
-    from generator.masked import MaskedGenerator
     from sftok.model.teacher import Teacher
     from sftok.model.tokenizer import SFTok
 
@@ -230,8 +229,6 @@ def _weights(recipe: Recipe) -> dict[str, int]:
         made: dict[str, torch.nn.Module] = {
             "teacher": Teacher(recipe.teacher.model),
             "tokenizer": SFTok(tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True),
-            "generator": Generator(recipe.generator, space)
-            if recipe.generator.kind == "autoregressive"
-            else MaskedGenerator(recipe.generator, space),
+            "generator": build_generator(recipe.generator, space),
         }
     return {name: 4 * sum(p.numel() for p in model.parameters()) for name, model in made.items()}
