@@ -16,6 +16,7 @@ from infra.artifacts.manifest import (
     key_of,
     manifest_of,
     ref_of,
+    size_of,
 )
 from infra.artifacts.pages import Page
 from infra.artifacts.shards import SHARD, FileEntry
@@ -51,7 +52,7 @@ def copy_artifact(source: Store, manifest: Manifest, target: Store, *, progress:
     total = max(-(-manifest.num_bytes // MIB), 1)
     files = done = skipped = 0
     for key, size, sha256 in _files_to_copy(source, manifest):
-        if _has(target, key, size):
+        if size_of(target, key) == size:
             skipped += 1
         else:
             _copy(source, target, key, size, sha256)
@@ -79,13 +80,6 @@ def _sidecars(source: Store, manifest: Manifest) -> Iterator[str]:
         return entry.source is None and SHARD.fullmatch(entry.path) is not None
 
     yield from (f"{key_of(manifest, entry)}.json" for entry in files_of(source, manifest) if is_own(entry))
-
-
-def _has(target: Store, key: str, size: int) -> bool:
-    try:
-        return target.size(key) == size
-    except FileNotFoundError:
-        return False
 
 
 def _copy(source: Store, target: Store, key: str, size: int, sha256: str) -> None:

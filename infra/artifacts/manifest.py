@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Literal
 
 from pydantic import ConfigDict, Field, JsonValue, PositiveInt
 
@@ -25,8 +25,6 @@ from infra.config import Config
 from infra.store.store import Store
 
 log = logging.getLogger(__name__)
-
-C = TypeVar("C", bound=Config)
 
 MANIFEST = "manifest.json"
 ROOT = "artifacts"
@@ -170,7 +168,7 @@ def shards_in(folder: Store, manifest: Manifest) -> Sequence[FileEntry]:
     return [entry for entry in manifest.files if SHARD.fullmatch(entry.path)]
 
 
-def key_of(made: "Plan | Manifest", entry: FileEntry) -> str:
+def key_of(made: Plan | Manifest, entry: FileEntry) -> str:
     """Return the key in the store of an artifact's file: in its own folder, or in that of the version it came from."""
     return entry.source or f"{ROOT}/{made.kind}/{made.digest}/{entry.path}"
 

@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from infra.artifacts import signing
-from infra.artifacts.manifest import MANIFEST, ROOT, Manifest, files_of, folder_of, shards_of
+from infra.artifacts.manifest import CHUNK, MANIFEST, ROOT, Manifest, files_of, folder_of, shards_of
 from infra.artifacts.shards import SHARD, FileEntry, common_divisors, shard_entry, shard_name
 from infra.store.store import Store
 
-CHUNK = 8 << 20  # bytes read at once
 MOST_GROUPS = 4096  # groups of shards whose ids are compared
 EXAMPLES = 3  # rows named in a finding
 OnRead = Callable[[int], None]  # called with the number of bytes just read
