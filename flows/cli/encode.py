@@ -134,21 +134,14 @@ def _listed(options: list[str]) -> tuple[str, ...]:
 
 
 def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
+    from flows.runs.journal import stages_as_json
     from infra.artifacts.manifest import manifest_of
     from infra.store.store import Store
 
-    stages = {
-        name: {
-            "state": stage.state,
-            "digest": stage.ref.digest if stage.ref else None,
-            "uri": stage.ref.uri if stage.ref else None,
-            "seconds": stage.seconds,
-        }
-        for name, stage in record.stages.items()
-    }
     made = record.stages.get("encode")
     codes = made.ref if made else None
-    result: dict[str, Any] = {"run": record.run, "tokenizer": str(record.given["fine_tune"]), "stages": stages}
+    result: dict[str, Any] = {"run": record.run, "tokenizer": str(record.given["fine_tune"])}
+    result["stages"] = stages_as_json(record)
     result |= {"codes": str(codes) if codes else None, "uri": codes.uri if codes else None}
     result["counts"] = dict(manifest_of(Store(record.store), codes).counts) if codes else None
     return result | {"error": error} if error else result

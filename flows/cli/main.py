@@ -246,16 +246,9 @@ cli_store.register(app)
 
 
 def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
-    stages = {
-        name: {
-            "state": stage.state,
-            "digest": stage.ref.digest if stage.ref else None,
-            "uri": stage.ref.uri if stage.ref else None,
-            "seconds": stage.seconds,
-        }
-        for name, stage in record.stages.items()
-    }
-    result: dict[str, Any] = {"run": record.run, "recipe": record.recipe.name, "stages": stages}
+    from flows.runs.journal import stages_as_json
+
+    result: dict[str, Any] = {"run": record.run, "recipe": record.recipe.name, "stages": stages_as_json(record)}
     # Infinity becomes a string, as in the record: JSON has no such number.
     result |= {"metrics": json.loads(record.model_dump_json())["metrics"], "report": record.report}
     return result | {"error": error} if error else result

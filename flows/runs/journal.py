@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import psutil
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
 from flows.runs.history import records
 from flows.runs.run_request import RunRequest
@@ -210,3 +210,16 @@ def stage_rows(record: RunRecord) -> Sequence[tuple[str, str, str, str]]:
         (name, stage.state, f"{stage.seconds:.1f}", str(stage.ref)[: -DIGEST_CHARS + SHOWN_CHARS] if stage.ref else "")
         for name, stage in record.stages.items()
     ]
+
+
+def stages_as_json(record: RunRecord) -> dict[str, dict[str, JsonValue]]:
+    """Return state, artifact and seconds of each stage, as commands print them in JSON."""
+    return {
+        name: {
+            "state": stage.state,
+            "digest": stage.ref.digest if stage.ref else None,
+            "uri": stage.ref.uri if stage.ref else None,
+            "seconds": stage.seconds,
+        }
+        for name, stage in record.stages.items()
+    }
