@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -16,6 +16,11 @@ from sftok.metrics.class_reader import thumbnail_rows
 from sftok.metrics.image_meter import ImageMeter, pair_metrics
 
 _BARS = 64  # of the histogram of code frequencies
+_CODEBOOK_SCORES: tuple[tuple[str, str, Literal["%", "bits", "codes"], Callable[[Tensor], float]], ...] = (
+    ("usage", "Codebook usage", "%", functional.codebook_usage),
+    ("entropy", "Code entropy", "bits", functional.entropy_bits),
+    ("perplexity", "Code perplexity", "codes", functional.perplexity),
+)
 
 
 def measure_reconstruction(
@@ -209,29 +214,14 @@ def _codebook(meters: Meters) -> tuple[tuple[Score, ...], Histogram]:
         )
         scores += [
             Score(
-                name=f"codebook.usage_{split.replace('-', '_')}",
-                label=f"Codebook usage, {split}",
-                unit="%",
+                name=f"codebook.{name}_{split.replace('-', '_')}",
+                label=f"{label}, {split}",
+                unit=unit,
                 better="higher",
-                value=functional.codebook_usage(counts),
+                value=score(counts),
                 protocol=protocol,
-            ),
-            Score(
-                name=f"codebook.entropy_{split.replace('-', '_')}",
-                label=f"Code entropy, {split}",
-                unit="bits",
-                better="higher",
-                value=functional.entropy_bits(counts),
-                protocol=protocol,
-            ),
-            Score(
-                name=f"codebook.perplexity_{split.replace('-', '_')}",
-                label=f"Code perplexity, {split}",
-                unit="codes",
-                better="higher",
-                value=functional.perplexity(counts),
-                protocol=protocol,
-            ),
+            )
+            for name, label, unit, score in _CODEBOOK_SCORES
         ]
     return tuple(scores), _usage(series, size)
 
