@@ -71,7 +71,7 @@ def mark(stores: Sequence[Store]) -> MarkedRuns:
 
 
 def mark_records(store: Store, *, ended: Callable[[str], bool] | None = None) -> list[CrashedRun]:
-    """Mark the records in the state Running whose writer is gone; those that were marked.
+    """Mark the records in the state Running whose writer is gone, and return those runs.
 
     Args:
         store: where the records are.

@@ -115,7 +115,7 @@ def check_cron(option: str, cron: str, timezone: str) -> None:
 
 def plan(options: ServeOptions) -> list[PlannedDeployment]:
     """Plan the deployments, every path absolute: a scheduled run may begin anywhere."""
-    from flows.service import deployments as deploy
+    from flows.service import deployments
 
     store = Store(options.store or Settings().store).uri
     planned = []
@@ -133,12 +133,12 @@ def plan(options: ServeOptions) -> list[PlannedDeployment]:
         )
         check = CheckDataParameters(retokenize=again, deployment=f"retokenize/{name}")
         planned += [
-            PlannedDeployment(deploy.pipeline, name, _cron(options.pipeline_cron), whole),
-            PlannedDeployment(deploy.retokenize, name, None, again),
-            PlannedDeployment(deploy.check_data, name, _cron(options.check_cron), check),
+            PlannedDeployment(deployments.pipeline, name, _cron(options.pipeline_cron), whole),
+            PlannedDeployment(deployments.retokenize, name, None, again),
+            PlannedDeployment(deployments.check_data, name, _cron(options.check_cron), check),
         ]
     report = BenchmarkParameters(store=store)
-    return [*planned, PlannedDeployment(deploy.benchmark_report, "nightly", _cron(options.report_cron), report)]
+    return [*planned, PlannedDeployment(deployments.benchmark_report, "nightly", _cron(options.report_cron), report)]
 
 
 def deployment_of(planned: PlannedDeployment, options: ServeOptions) -> "RunnerDeployment":
@@ -206,14 +206,13 @@ def serve(options: ServeOptions, *, say: Callable[[str], None], verbose: bool = 
     ) as server:
         server.wait()
         from flows.prefect_server import heartbeat
-        from flows.service import concurrency as overlap
-        from flows.service import liveness, notify
+        from flows.service import concurrency, liveness, notify
 
         if settings.notify:
             notify.check_block(settings.notify)
         heartbeat.ensure_automation(settings.notify)
         if options.gpus:
-            overlap.set_gpus(options.gpus)
+            concurrency.set_gpus(options.gpus)
         planned = plan(options)
         deployments = [deployment_of(one, options) for one in planned]
         marked = liveness.mark([Store(options.store or settings.store)])
