@@ -51,7 +51,7 @@ class SweepEntry(NamedTuple):
     model: PreparedGenerator
     space: CodeSpace
     config: SampleConfig
-    """the sampling settings that are not entry."""
+    """the sampling settings that are not swept."""
     temperatures: tuple[float, ...]
 
 
