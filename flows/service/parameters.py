@@ -28,7 +28,9 @@ class RetokenizeParameters(Config):
     tokenizer: str | None = Field(None, description="kind/digest or its beginning; empty: of the recipe's last run")
     data: str | None = Field(None, description="images, or images/DIGEST of the store; empty: the recipe's own")
     store: str | None = Field(None, description=STORE)
-    overrides: tuple[str, ...] = Field((), description=f"{OVERRIDES}, of the sections data, augment and encode")
+    overrides: tuple[str, ...] = Field(
+        (), description=f"{OVERRIDES}, of the sections data, augment, encode and compute"
+    )
     workers: int | None = Field(None, ge=0, description=WORKERS)
     gpus_per_worker: float | None = Field(None, ge=0, description=GPUS)
     overlap: Overlap = Field("wait", description=OVERLAP)
