@@ -77,7 +77,8 @@ def read_page(folder: Store, page: Page) -> tuple[FileEntry, ...]:
         problem = error.errors()[0]["msg"]
         raise ValueError(f"{folder.uri}/{page.path}: {problem}; delete the folder and run again") from error
     if len(entries) != page.entries:
-        raise ValueError(f"{folder.uri}/{page.path} lists {len(entries)} files, the manifest says {page.entries}")
+        counted = f"lists {len(entries)} files, the manifest says {page.entries}"
+        raise ValueError(f"{folder.uri}/{page.path} {counted}; delete the folder and run again")
     return entries
 
 
