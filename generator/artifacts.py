@@ -1,10 +1,9 @@
 """Save and load generators: safetensors weights beside a config.json."""
 
-from generator.autoregressive import Generator
-from generator.code_space import CodeSpace
-from generator.config import AnyGeneratorConfig, GeneratorConfig, MaskedConfig
+from generator.config import AnyGeneratorConfig
 from generator.data import space_of
-from generator.masked import MaskedGenerator
+from generator.kinds import build_generator
+from generator.network import GeneratorNetwork
 from infra.artifacts.shards import FileEntry
 from infra.artifacts.weights import load_config, load_weights, save_weights
 from infra.codes.contract import CodesInfo
@@ -20,17 +19,12 @@ class GeneratorFile(Config):
     """info of the codes it was trained on, and therefore of its samples."""
 
 
-def build_generator(config: GeneratorConfig | MaskedConfig, space: CodeSpace) -> Generator | MaskedGenerator:
-    """Build the network that a config describes, with weights not yet initialised."""
-    return MaskedGenerator(config, space) if isinstance(config, MaskedConfig) else Generator(config, space)
-
-
-def save_generator(model: Generator | MaskedGenerator, info: CodesInfo, folder: Store) -> list[FileEntry]:
+def save_generator(model: GeneratorNetwork, info: CodesInfo, folder: Store) -> list[FileEntry]:
     """Write a generator's weights and config."""
     return save_weights(model, GeneratorFile(generator=model.config, codes=info), folder)
 
 
-def load_generator(folder: Store) -> tuple[Generator | MaskedGenerator, CodesInfo]:
+def load_generator(folder: Store) -> tuple[GeneratorNetwork, CodesInfo]:
     """Load a frozen generator in evaluation mode, and the info of its codes.
 
     Raises:

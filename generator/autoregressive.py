@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from generator.code_space import CodeSpace as CodeSpace
 from generator.config import AnnealedOrder, FixedOrder, GeneratorConfig
+from generator.network import GeneratorNetwork
 from generator.orders import draw_orders, fixed_order, inverse
 
 ROTARY_BASE = 10_000.0
@@ -123,7 +123,7 @@ class Block(nn.Module):
         return x_B1W + self.feed_forward(self.norm_2(x_B1W))
 
 
-class Generator(nn.Module):
+class Generator(GeneratorNetwork):
     """Class-conditional autoregressive model of code sequences."""
 
     config: GeneratorConfig
@@ -132,8 +132,7 @@ class Generator(nn.Module):
     order: Tensor
 
     def __init__(self, config: GeneratorConfig, space: CodeSpace) -> None:
-        super().__init__()
-        self.config, self.space, self.recomputes = config, space, False
+        super().__init__(config, space)
         self.class_embed = nn.Embedding(space.num_classes + 1, config.width)
         self.code_embed = nn.Embedding(space.codebook_size, config.width)
         is_annealed = config.order.kind == "annealed"
@@ -172,15 +171,6 @@ class Generator(nn.Module):
             is_last = name.endswith(("out.weight", "down.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * self.config.layers) ** 0.5 if is_last else 0.02)
 
-    def recompute(self, on: bool) -> None:
-        """Enable or disable activation checkpointing of blocks; gradients do not change."""
-        self.recomputes = on
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.code_embed.weight.device
-
     def draw_view(self, batch: int, *, step: int, generator: torch.Generator) -> Tensor | None:
         """Draw the orders of a training batch, (B, N); None unless orders are annealed."""
         order = self.config.order
@@ -214,8 +204,7 @@ class Generator(nn.Module):
         Raises:
             ValueError: the number of codes is wrong, or an order is given but the config's orders are not annealed.
         """
-        if codes_BN.shape[1] != self.space.num_tokens:
-            raise ValueError(f"{codes_BN.shape[1]} codes per sequence, but the generator has {self.space.num_tokens}")
+        self.check_length(codes_BN)
         if order_BN is not None and self.target_positions is None:
             raise ValueError(f"order_BN is given, but order.kind = {self.config.order.kind!r}: make it 'annealed'")
         order = self.order if order_BN is None else order_BN
@@ -224,13 +213,7 @@ class Generator(nn.Module):
         x_BNW = torch.cat([self.class_embed(class_B)[:, None], self.code_embed(ordered_BN[:, :-1])], dim=1)
         if self.target_positions is not None:
             x_BNW = x_BNW + self.target_positions(order)
-        cos, sin = self._angles(order_BN)
-        x_BNW = self.dropout(x_BNW)
-        for block in self.blocks:
-            if self.recomputes and torch.is_grad_enabled():
-                x_BNW = checkpoint(block, x_BNW, cos, sin, use_reentrant=False)
-            else:
-                x_BNW = block(x_BNW, cos, sin)
+        x_BNW = self.through_blocks(self.dropout(x_BNW), *self._angles(order_BN))
         if not is_natural:  # back to the dataset's layout before the head: hidden states are narrower than logits
             x_BNW = x_BNW.gather(1, inverse(order).expand(len(x_BNW), -1)[..., None].expand_as(x_BNW))
         return self.logits(x_BNW)

@@ -1,6 +1,6 @@
 """Configs of generators, their training and their sampling."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveInt, Tag, model_validator
 
@@ -8,7 +8,6 @@ from infra.compute.device import default_precision
 from infra.config import RUNTIME, Config
 from infra.training.config import TrainingConfig
 
-GeneratorKind = Literal["autoregressive", "masked"]
 SamplePrecision = Literal["fp32", "bf16"]
 GuidanceSchedule = Literal["constant", "linear", "power_cosine"]
 
@@ -46,6 +45,9 @@ Order = Annotated[NaturalOrder | FixedOrder | AnnealedOrder, Field(discriminator
 class GeneratorConfig(Config):
     """Decoder-only class-conditional transformer; vocabulary, length and classes come from the code dataset."""
 
+    without: ClassVar = ("num_steps", "annealing")
+    """settings of sampling that have no effect"""
+
     kind: Literal["autoregressive"] = "autoregressive"
     width: PositiveInt = Field(768, description="model width")
     layers: PositiveInt = Field(12, description="transformer blocks")
@@ -76,6 +78,8 @@ class GeneratorConfig(Config):
 
 class MaskedConfig(Config):
     """MaskGIT on the codes, the paper's generator: a bidirectional transformer of BERT's shape (method.md 1.5)."""
+
+    without: ClassVar = ("top_k", "top_p")
 
     kind: Literal["masked"] = "masked"
     width: PositiveInt = Field(768, description="model width")
@@ -222,14 +226,15 @@ class SampleConfig(Config):
         assert self.precision != "auto", "SampleConfig.on(device) resolves it"
         return self.precision
 
-    def fit(self, kind: GeneratorKind) -> None:
+    def fit(self, generator: AnyGeneratorConfig) -> None:
         """Reject settings that a generator of this kind would ignore.
 
         Raises:
-            ValueError: a setting of the other kind differs from its default.
+            ValueError: a setting of another kind differs from its default.
         """
-        others = ("num_steps", "annealing") if kind == "autoregressive" else ("top_k", "top_p")
-        for name in others:
+        for name in generator.without:
             default = SampleConfig.model_fields[name].default
             if (value := getattr(self, name)) != default:
-                raise ValueError(f"{name} = {value} has no effect on a generator that is {kind}: leave it {default}")
+                raise ValueError(
+                    f"{name} = {value} has no effect on a generator that is {generator.kind}: leave it {default}"
+                )

@@ -8,10 +8,10 @@ Sizes: S positions, N codes per sequence, V codebook size, W width, F feed-forwa
 """
 
 from generator.code_space import CodeSpace
-from generator.config import GeneratorConfig, MaskedConfig
+from generator.config import AnyGeneratorConfig
 
 
-def forward_flops(config: GeneratorConfig | MaskedConfig, space: CodeSpace) -> int:
+def forward_flops(config: AnyGeneratorConfig, space: CodeSpace) -> int:
     """Return the FLOPs of one sequence's forward pass, including the logits of all codes."""
     width, codes = config.width, space.num_tokens
     positions = config.positions(codes)
@@ -20,6 +20,6 @@ def forward_flops(config: GeneratorConfig | MaskedConfig, space: CodeSpace) -> i
     return config.layers * (attention + feed_forward) + 2 * codes * width * space.codebook_size
 
 
-def training_flops(config: GeneratorConfig | MaskedConfig, space: CodeSpace) -> int:
+def training_flops(config: AnyGeneratorConfig, space: CodeSpace) -> int:
     """Return the FLOPs of one sequence's forward and backward pass: each product has two in the backward pass."""
     return 3 * forward_flops(config, space)

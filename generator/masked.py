@@ -10,10 +10,10 @@ Shapes: B sequences, S = 1 + N positions, N codes per sequence, V codebook size,
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from generator.code_space import CodeSpace
 from generator.config import MaskedConfig
+from generator.network import GeneratorNetwork
 from generator.objectives import masked_loss, random_mask
 
 NORM_EPSILON = 1e-12
@@ -54,14 +54,13 @@ class Block(nn.Module):
         return self.norm_2(x_BSW + self.dropout(self.contract(F.gelu(self.expand(x_BSW)))))
 
 
-class MaskedGenerator(nn.Module):
+class MaskedGenerator(GeneratorNetwork):
     """Class-conditional model of masked codes given the unmasked ones."""
 
     config: MaskedConfig
 
     def __init__(self, config: MaskedConfig, space: CodeSpace) -> None:
-        super().__init__()
-        self.config, self.space, self.recomputes = config, space, False
+        super().__init__(config, space)
         self.embed = nn.Embedding(space.codebook_size + 1 + space.num_classes + 1, config.width)
         self.positions = nn.Embedding(1 + space.num_tokens, config.width)
         # Two token types, as in BERT; all tokens have type 0. Kept for the published layout.
@@ -75,14 +74,6 @@ class MaskedGenerator(nn.Module):
     def mask_id(self) -> int:
         """Return the id of the mask token, which stands for a masked code."""
         return self.space.codebook_size
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.embed.weight.device
-
-    def place_tables(self) -> None:
-        """Compute the buffers that are not learned: there are none."""
 
     def initialise(self) -> None:
         """Initialise the weights.
@@ -99,10 +90,6 @@ class MaskedGenerator(nn.Module):
                 nn.init.zeros_(child.bias)
             if isinstance(child, nn.LayerNorm):
                 child.reset_parameters()
-
-    def recompute(self, on: bool) -> None:
-        """Enable or disable activation checkpointing of blocks; gradients do not change."""
-        self.recomputes = on
 
     def draw_view(self, batch: int, *, step: int, generator: torch.Generator) -> Tensor | None:  # noqa: ARG002  # as others
         """Draw the masks of a training batch, (B, N) bool, true = masked."""
@@ -131,14 +118,7 @@ class MaskedGenerator(nn.Module):
         Raises:
             ValueError: the number of codes is wrong.
         """
-        if ids_BN.shape[1] != self.space.num_tokens:
-            raise ValueError(f"{ids_BN.shape[1]} codes per sequence, but the generator has {self.space.num_tokens}")
+        self.check_length(ids_BN)
         ids_BS = torch.cat([(self.mask_id + 1 + class_B)[:, None], ids_BN], dim=1)
         x_BSW = self.embed(ids_BS) + self.positions.weight + self.type_embed.weight[0]
-        x_BSW = self.dropout(self.norm_in(x_BSW))
-        for block in self.blocks:
-            if self.recomputes and torch.is_grad_enabled():
-                x_BSW = checkpoint(block, x_BSW, use_reentrant=False)
-            else:
-                x_BSW = block(x_BSW)
-        return self.head(x_BSW[:, 1:])
+        return self.head(self.through_blocks(self.dropout(self.norm_in(x_BSW)))[:, 1:])

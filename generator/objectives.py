@@ -4,11 +4,13 @@ Shapes: B sequences, N codes per sequence, V codebook size.
 """
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from generator.network import GeneratorNetwork
 
 EPSILON = 1e-8
 
@@ -32,16 +34,6 @@ def masked_loss(
     return (loss_BN * weight_BN).sum() / (weight_BN.sum() + EPSILON)
 
 
-class Predictor(Protocol):
-    """Interface that validation needs of a generator."""
-
-    def draw_targets(self, codes_BN: Tensor, generator: torch.Generator) -> Tensor:
-        """Choose the codes to predict, (B, N) bool."""
-
-    def predict(self, class_B: Tensor, codes_BN: Tensor, targets_BN: Tensor) -> Tensor:
-        """Return logits (B, N, V) of the targets, given what the generator may see of the others."""
-
-
 class HeldOutPredictions(NamedTuple):
     """Predictions of held-out codes, (B, N) each."""
 
@@ -54,7 +46,7 @@ class HeldOutPredictions(NamedTuple):
 
 
 def held_out_losses(
-    network: Predictor, class_B: Tensor, codes_BN: Tensor, generator: torch.Generator, at_once: int
+    network: GeneratorNetwork, class_B: Tensor, codes_BN: Tensor, generator: torch.Generator, at_once: int
 ) -> HeldOutPredictions:
     """Predict every code given those before it, or masked codes given the others, with masks drawn from `generator`.
 
@@ -66,7 +58,9 @@ def held_out_losses(
     return HeldOutPredictions(*map(torch.cat, zip(*predictions, strict=True)))
 
 
-def _predictions(network: Predictor, class_B: Tensor, codes_BN: Tensor, counted_BN: Tensor) -> HeldOutPredictions:
+def _predictions(
+    network: GeneratorNetwork, class_B: Tensor, codes_BN: Tensor, counted_BN: Tensor
+) -> HeldOutPredictions:
     """Compute one pass and compare the counted codes."""
     logits_BNV = network.predict(class_B, codes_BN, counted_BN).float()
     loss_M = F.cross_entropy(logits_BNV.flatten(0, 1), codes_BN.flatten(), reduction="none")

@@ -1,4 +1,4 @@
-"""Train a generator, autoregressive or masked, on code Parquet.
+"""Train a generator of any kind on code Parquet.
 
 Shapes: B sequences, N codes per sequence, V codebook size.
 """
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from generator.artifacts import build_generator, save_generator
-from generator.autoregressive import Generator
-from generator.config import GeneratorConfig, GeneratorTrainingConfig, MaskedConfig
+from generator.artifacts import save_generator
+from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig
 from generator.data import CodeData, TrainCodes, check_rows, space_of, with_null
 from generator.flops import training_flops
 from generator.frequencies import frequency_nll
-from generator.masked import MaskedGenerator
+from generator.kinds import build_generator
+from generator.network import GeneratorNetwork
 from generator.objectives import held_out_losses
 from infra.codes.contract import CodesInfo
 from infra.compute.compiler import compile_in_place
@@ -42,7 +42,7 @@ def train_generator(
     train: CodeData,
     val: CodeData,
     info: CodesInfo,
-    model: GeneratorConfig | MaskedConfig,
+    model: AnyGeneratorConfig,
     config: GeneratorTrainingConfig,
     *,
     run: TrainingRun,
@@ -100,7 +100,7 @@ def train_generator(
 
 
 def training_step(
-    network: Generator | MaskedGenerator,
+    network: GeneratorNetwork,
     learner: Learner,
     train: CodeData,
     config: GeneratorTrainingConfig,
@@ -149,7 +149,7 @@ def _kept(end: LoopEnd, best: BestWeights | None) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_figures(
-    network: Generator | MaskedGenerator, data: CodeData, run: TrainingRun, *, at_once: int = VALIDATION_BATCH
+    network: GeneratorNetwork, data: CodeData, run: TrainingRun, *, at_once: int = VALIDATION_BATCH
 ) -> dict[str, float]:
     """Compute held-out NLL, perplexity and top-1 accuracy per code; the work is shared by all ranks.
 

@@ -18,12 +18,11 @@ from flows.make import make
 from flows.results.types import SweepPoint, SweepRow
 from flows.stage import Result, Stage, Work
 from generator.artifacts import load_generator
-from generator.autoregressive import Generator
 from generator.code_space import CodeSpace
-from generator.config import GeneratorKind, SampleConfig
-from generator.masked import MaskedGenerator
+from generator.config import SampleConfig
+from generator.kinds import prepare
+from generator.samples import SampleSpec, draw_samples
 from generator.sampling.prepared import PreparedGenerator
-from generator.sampling.shards import SampleSpec, draw_samples
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
@@ -95,24 +94,18 @@ def read_sweep(folder: Store, evaluation: Manifest) -> tuple[SweepRow, ...]:
 def _entries(work: Work, train: Stage) -> Iterator[SweepEntry]:
     """Yield the run's generator, then the second one if the recipe has one."""
     sweep, sample = work.recipe.evaluate.sweep, work.recipe.sample
-    temperatures: dict[GeneratorKind, tuple[float, ...]] = {
-        "autoregressive": sweep.temperatures,
-        "masked": sweep.masked_temperatures,
-    }
     model, _ = load_generator(work.input("samples").input("generator").folder)
     first = model.config.kind
-    yield SweepEntry(first, _prepared(model, sample, work.job.device), model.space, sample, temperatures[first])
+    yield SweepEntry(
+        first, prepare(model.to(work.job.device), sample), model.space, sample, sweep.temperatures_of(first)
+    )
     if sweep.generator is None:
         return
     model, _ = load_generator(_second(work, train).folder)
     kind = model.config.kind
     name = kind if kind != first else f"{kind}, the second"
     config = SampleConfig(precision=sample.precision, compile=sample.compile, micro_batch=sample.micro_batch)
-    yield SweepEntry(name, _prepared(model, config, work.job.device), model.space, config, temperatures[kind])
-
-
-def _prepared(model: Generator | MaskedGenerator, config: SampleConfig, device: str) -> PreparedGenerator:
-    return PreparedGenerator(model.to(device), config.arithmetic, compile=bool(config.compile))
+    yield SweepEntry(name, prepare(model.to(work.job.device), config), model.space, config, sweep.temperatures_of(kind))
 
 
 def _second(work: Work, train: Stage) -> Artifact:

@@ -35,7 +35,7 @@ from flows.stage import Result, computed, give_up_others
 from generator.artifacts import GeneratorFile
 from generator.config import SampleConfig
 from generator.data import space_of
-from generator.sampling.shards import SampleJob, SampleSpec, generate, plan_shards
+from generator.samples import SampleJob, SampleSpec, generate, plan_shards
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import find_artifact
 from infra.artifacts.manifest import ArtifactRef, Plan, find
@@ -169,7 +169,7 @@ def check(arguments: SampleArguments) -> SampleRequest:
     """
     generator = find_artifact(arguments.generator, arguments.store, "generator")
     file = load_config(generator.folder, GeneratorFile)
-    arguments.config.fit(file.generator.kind)
+    arguments.config.fit(file.generator)
     classes = chosen_classes(arguments.classes, file.codes.class_names or (), str(generator))
     settings = Settings()
     device, gpus = choose_device(arguments.compute, gpus=arguments.gpus_per_worker, settings=settings)

@@ -218,8 +218,8 @@ def _weights(recipe: Recipe) -> dict[str, int]:
     """Count the bytes of each network's weights, in float32."""
     import torch
 
-    from generator.artifacts import build_generator
     from generator.code_space import CodeSpace
+    from generator.kinds import build_generator
     from sftok.model.teacher import Teacher
     from sftok.model.tokenizer import SFTok
 

@@ -62,7 +62,7 @@ def _sample_what(job: Job) -> dict[str, JsonValue]:
 
 
 def _sample(work: Work) -> Result:
-    from generator.sampling.shards import SampleJob, generate
+    from generator.samples import SampleJob, generate
 
     if work.job.anew:
         give_up_others(work.out, work.recipe.compute, work.job.workers)

@@ -10,9 +10,8 @@ from flows.recipes.schema import ComputeConfig, EncodeConfig, EvaluateConfig, Re
 from generator.config import (
     GENERATORS,
     MASKED_GENERATORS,
-    GeneratorConfig,
+    AnyGeneratorConfig,
     GeneratorTrainingConfig,
-    MaskedConfig,
     SampleConfig,
 )
 from infra.training.config import OptimizerConfig, TrainingConfig
@@ -51,7 +50,7 @@ def _imagenet_training(
 class _Generator(NamedTuple):
     """A generator with its training and sampling."""
 
-    model: GeneratorConfig | MaskedConfig
+    model: AnyGeneratorConfig
     training: GeneratorTrainingConfig
     sample: SampleConfig
 

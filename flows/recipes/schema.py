@@ -127,6 +127,10 @@ class SweepConfig(Config):
             raise ValueError("temperatures and masked_temperatures need at least one value each, such as 1.0")
         return self
 
+    def temperatures_of(self, kind: str) -> tuple[float, ...]:
+        """Return the temperatures to try with a generator of this kind."""
+        return self.masked_temperatures if kind == "masked" else self.temperatures
+
 
 class ScoresConfig(Config):
     """FID and related scores, which need Inception's weights."""
@@ -246,7 +250,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _samples_fit_the_generator(self) -> Self:
-        self.sample.fit(self.generator.kind)
+        self.sample.fit(self.generator)
         return self
 
     @model_validator(mode="after")

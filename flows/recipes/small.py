@@ -6,6 +6,7 @@ from flows.recipes.schema import EncodeConfig, EvaluateConfig, Recipe, SweepConf
 from flows.results.gate import GateConfig
 from generator.config import (
     GENERATORS,
+    AnyGeneratorConfig,
     GeneratorConfig,
     GeneratorTrainingConfig,
     MaskedConfig,
@@ -48,7 +49,7 @@ def _generator_training(steps: int, lr: float, batch_size: int, *, validate_ever
 class _Generator(NamedTuple):
     """A generator and its training."""
 
-    model: GeneratorConfig | MaskedConfig
+    model: AnyGeneratorConfig
     training: GeneratorTrainingConfig
 
 

@@ -95,8 +95,8 @@ def compiles_steps(recipe: Recipe) -> bool:
         return bool(recipe.sample.compile)
     import torch
 
-    from generator.artifacts import build_generator
     from generator.code_space import CodeSpace
+    from generator.kinds import build_generator
     from generator.sampling.prepared import is_large
 
     tokenizer = recipe.tokenizer

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, SampleConfig
 from generator.sampling.filters import draw, guidance_scales, guide
+from generator.sampling.sampler import CodeSampler, SampledNetwork
 
 Cache = Any
 """A network's key-value cache; each kind of network has its own type."""
@@ -24,18 +25,13 @@ DrawAll = Callable[[Tensor, Tensor, Tensor], Tensor]
 """First embeddings (R, W), uniform numbers (B, N) and guidance scales (N,) to codes (B, N) in the order of drawing."""
 
 
-class CachedNetwork(Protocol):
+class CachedNetwork(SampledNetwork, Protocol):
     """Interface that a sampler needs of a network: the generator itself, or a faster implementation of it."""
 
     config: GeneratorConfig
-    space: CodeSpace
     class_embed: nn.Embedding
     code_embed: nn.Embedding
     order: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device that it computes on."""
 
     def empty_cache(self, batch: int) -> Cache:
         """Allocate a cache for `batch` sequences."""
@@ -44,45 +40,33 @@ class CachedNetwork(Protocol):
         """Return logits (B, V) of the code at `position`."""
 
 
-class Sampler:
-    """Sampler of micro-batches from one network with one config."""
+class Sampler(CodeSampler):
+    """Sampler of an autoregressive generator; it takes one number per code."""
+
+    network: CachedNetwork
 
     def __init__(self, network: CachedNetwork, config: SampleConfig) -> None:
         """Take a network in evaluation mode.
 
         Raises:
-            ValueError: the config has settings for masked generators.
+            ValueError: the config has settings for another kind of generator.
         """
-        config.fit("autoregressive")
+        config.fit(network.config)
         self.network, self.config, self.advance = network, config, advance_of(network, pick_of(network, config))
         # Sent to the device once: sending it with every batch would make the host wait for the previous batch.
         scales = guidance_scales(config, network.space.num_tokens)
         self.scales_N = torch.tensor(scales, dtype=torch.float32, device=network.device)
         self.draw_all: DrawAll | None = None
         """draws all codes, if set, instead of calling `advance` for each"""
-        self.numbers: tuple[int, ...] = (network.space.num_tokens,)
-        """shape of the uniform numbers per sample"""
-
-    def __call__(self, class_B: Tensor, uniform_BN: Tensor) -> Tensor:
-        """Draw codes (B, N) int64 in the dataset's layout; `null_class` draws without a class.
-
-        Args:
-            class_B: class ids in [0, num_classes].
-            uniform_BN: one number in [0, 1) per code, float32 or float64.
-
-        Raises:
-            ValueError: class ids are out of range, or the numbers have another shape.
-        """
-        check_inputs(self.network.space, class_B, uniform_BN, self.numbers)
-        return self._draw(class_B.to(self.network.device), uniform_BN.to(self.network.device)).clone()
+        self.numbers = (network.space.num_tokens,)
 
     @torch.inference_mode()
-    def _draw(self, class_B: Tensor, uniform_BN: Tensor) -> Tensor:
+    def _draw(self, class_B: Tensor, uniform: Tensor) -> Tensor:
         space = self.network.space
         is_guided = guides(self.config, space)
         rows_R = torch.cat([class_B, torch.full_like(class_B, space.null_class)]) if is_guided else class_B
         x_RW = self.network.class_embed(rows_R)
-        drawn_BN = (self.draw_all or self._one_by_one)(x_RW, uniform_BN, self.scales_N)
+        drawn_BN = (self.draw_all or self._one_by_one)(x_RW, uniform, self.scales_N)
         return torch.empty_like(drawn_BN).index_copy_(1, self.network.order, drawn_BN)
 
     def _one_by_one(self, x_RW: Tensor, uniform_BN: Tensor, scales_N: Tensor) -> Tensor:
@@ -130,14 +114,3 @@ def guided_logits(logits_RV: Tensor, scale: Tensor, config: SampleConfig, space:
         return logits_RV
     cond_BV, uncond_BV = logits_RV.chunk(2)
     return guide(cond_BV, uncond_BV, scale)
-
-
-def check_inputs(space: CodeSpace, class_B: Tensor, uniform: Tensor, numbers: tuple[int, ...]) -> None:
-    """Check a sampler's inputs.
-
-    Raises:
-        ValueError: class ids are out of range, or the numbers have another shape.
-    """
-    space.check_classes(class_B)
-    if uniform.shape != (len(class_B), *numbers):
-        raise ValueError(f"uniform numbers of shape {tuple(uniform.shape)}, not {(len(class_B), *numbers)}: draw those")

@@ -9,27 +9,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from generator.code_space import CodeSpace
-from generator.config import SampleConfig
-from generator.sampling.autoregressive import check_inputs
+from generator.config import MaskedConfig, SampleConfig
 from generator.sampling.filters import guidance_scales, guide, invert
+from generator.sampling.sampler import CodeSampler, SampledNetwork
 
 NUMBERS = 2
 """Uniform numbers per code and step: one chooses the code, one perturbs its confidence."""
 
 
-class MaskedNetwork(Protocol):
+class MaskedNetwork(SampledNetwork, Protocol):
     """Interface that a sampler needs of a network: maps class ids and codes, `mask_id` if masked, to logits."""
 
-    space: CodeSpace
+    config: MaskedConfig
 
     @property
     def mask_id(self) -> int:
         """Return the id of the mask token."""
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device that it computes on."""
 
     def __call__(self, class_B: Tensor, ids_BN: Tensor) -> Tensor:
         """Return logits (B, N, V)."""
@@ -66,35 +61,23 @@ def hide(confidence_BN: Tensor, hidden_BN: Tensor, count: int) -> Tensor:
     return rank_BN < count_B[:, None]
 
 
-class MaskedSampler:
-    """Sampler of micro-batches from one masked generator with one config."""
+class MaskedSampler(CodeSampler):
+    """Sampler of a masked generator; it takes two numbers per code and step, (T, 2, N)."""
+
+    network: MaskedNetwork
 
     def __init__(self, network: MaskedNetwork, config: SampleConfig) -> None:
         """Take a network in evaluation mode.
 
         Raises:
-            ValueError: the config has settings for autoregressive generators.
+            ValueError: the config has settings for another kind of generator.
         """
-        config.fit("masked")
+        config.fit(network.config)
         self.network, self.config = network, config
-        self.numbers: tuple[int, ...] = (config.num_steps, NUMBERS, network.space.num_tokens)
-        """shape of the uniform numbers per sample"""
-
-    def __call__(self, class_B: Tensor, uniform_BT2N: Tensor) -> Tensor:
-        """Draw codes (B, N) int64; `null_class` draws without a class.
-
-        Args:
-            class_B: class ids in [0, num_classes].
-            uniform_BT2N: numbers in [0, 1), shape (B, *numbers), float32 or float64.
-
-        Raises:
-            ValueError: class ids are out of range, or the numbers have another shape.
-        """
-        check_inputs(self.network.space, class_B, uniform_BT2N, self.numbers)
-        return self._draw(class_B.to(self.network.device), uniform_BT2N.to(self.network.device)).clone()
+        self.numbers = (config.num_steps, NUMBERS, network.space.num_tokens)
 
     @torch.inference_mode()
-    def _draw(self, class_B: Tensor, uniform_BT2N: Tensor) -> Tensor:
+    def _draw(self, class_B: Tensor, uniform: Tensor) -> Tensor:
         network, steps = self.network, self.config.num_steps
         mask_id, num_tokens = network.mask_id, network.space.num_tokens
         ids_BN = torch.full((len(class_B), num_tokens), mask_id, device=network.device)
@@ -105,11 +88,11 @@ class MaskedSampler:
             if self.config.annealing is not None:
                 start, slope = self.config.annealing
                 logits_BNV = logits_BNV / (start + slope * (1 - progress))
-            chosen_BN = choose(logits_BNV, uniform_BT2N[:, step, 0], noise)
+            chosen_BN = choose(logits_BNV, uniform[:, step, 0], noise)
             ids_BN = torch.where(hidden_BN, chosen_BN, ids_BN)
             if step < steps - 1:
                 confidence_BN = logits_BNV.gather(-1, ids_BN[..., None])[..., 0]
-                confidence_BN = confidence_BN + noise * gumbel(uniform_BT2N[:, step, 1])
+                confidence_BN = confidence_BN + noise * gumbel(uniform[:, step, 1])
                 again_BN = hide(confidence_BN, hidden_BN, kept_hidden(num_tokens, progress))
                 ids_BN = ids_BN.masked_fill(again_BN, mask_id)
         return ids_BN

@@ -11,7 +11,8 @@ heads of all rows, D channels per head.
 
 import copy
 import functools
-from typing import TypeVar
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,97 +22,91 @@ from generator.autoregressive import NORM_EPSILON, Block, Generator
 from generator.config import SampleConfig, SamplePrecision
 from generator.masked import Block as MaskedBlock
 from generator.masked import MaskedGenerator
+from generator.network import GeneratorNetwork
 from generator.sampling.autoregressive import Advance, Sampler, advance_of, guides, pick_of
 from generator.sampling.compiled import compiled
 from generator.sampling.cuda_graph import GraphReplayer, Record, SharedRecordings, record_cuda_graph
 from generator.sampling.fused import FusedGenerator, Wrap
 from generator.sampling.masked import MaskedSampler
+from generator.sampling.sampler import CodeSampler
 from infra.compute.packed import PackedLinear
 
 DTYPES: dict[SamplePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LARGE = 20_000_000
 """Number of parameters from which compiling a generator on CUDA pays."""
-M = TypeVar("M", Generator, MaskedGenerator)
+M = TypeVar("M", bound=GeneratorNetwork)
 
 
-def is_large(model: Generator | MaskedGenerator) -> bool:
+def is_large(model: GeneratorNetwork) -> bool:
     """Tell whether compiling a generator's step for CUDA gains more time than it takes."""
     return sum(p.numel() for p in model.parameters()) > LARGE
 
 
-def prepare_sampler(model: Generator | MaskedGenerator, config: SampleConfig) -> Sampler | MaskedSampler:
-    """Prepare a generator for sampling on its device; do it once per worker, since weights are copied.
+class PreparedGenerator(ABC, Generic[M]):
+    """A generator prepared for samplers of many settings, which share its weights and the state of its recordings."""
 
-    Raises:
-        ValueError: the config has settings for the other kind of generator, or needs a compiler that is missing.
-    """
-    config.fit(model.config.kind)
-    config = config.on(model.device.type)
-    return PreparedGenerator(model, config.arithmetic, compile=bool(config.compile)).sampler(config)
-
-
-class PreparedGenerator:
-    """A generator prepared for samplers of many settings, which share its weights and the state of its recordings.
-
-    The meaning of `compile` depends on the device. On CPUs the step becomes one compiled graph. On CUDA the step of an
-    autoregressive generator is recorded as a CUDA graph, which takes little time, and the parts between its attentions
-    are compiled if it has more than `LARGE` parameters: sampling from a smaller one takes less time than compiling it.
-    The blocks of a masked generator are compiled by the same rule; its few passes are long, so nothing is recorded.
-    """
-
-    def __init__(
-        self,
-        model: Generator | MaskedGenerator,
-        precision: SamplePrecision,
-        *,
-        compile: bool,
-        record: Record | None = None,
-    ) -> None:
+    def __init__(self, model: M, precision: SamplePrecision, *, compile: bool, record: Record | None = None) -> None:
         """Copy its weights.
 
         Args:
             model: the generator, on the device to sample on.
             precision: of weights and matrix products.
-            compile: see the class.
+            compile: on CPUs a step becomes one compiled graph; on CUDA see the kind.
             record: records steps; None: as CUDA graphs on CUDA, not at all on CPUs.
 
         Raises:
             ValueError: a compiler is missing.
         """
         self.precision, self.compile, self.device = precision, compile, model.device
-        dtype, is_cpu = DTYPES[precision], model.device.type == "cpu" and record is None
-        is_packed, is_whole = is_cpu and not compile, is_cpu and compile
-        is_by_parts = compile and not is_cpu and is_large(model)
-        wrap = functools.partial(compiled, device=model.device)
-        self.network: PackedGenerator | Generator | MaskedGenerator
-        self.fused: FusedGenerator | None = None
+        is_cpu = model.device.type == "cpu" and record is None
+        self.is_packed, self.is_whole = is_cpu and not compile, is_cpu and compile
+        self.is_by_parts = compile and not is_cpu and is_large(model)
+        self.wrap: Wrap = functools.partial(compiled, device=model.device)
         self.recordings = SharedRecordings(record or record_cuda_graph) if compile and not is_cpu else None
-        self.wrap = wrap if is_by_parts or is_whole else None
-        if isinstance(model, MaskedGenerator):
-            self.network = packed_copy(model, dtype) if is_packed else typed_copy(model, dtype)
-            if is_whole:
-                self.network.forward = wrap(self.network.forward)  # type: ignore[method-assign]
-            if is_by_parts:
-                compile_blocks(self.network, wrap)
-        else:
-            self.network = PackedGenerator(model, dtype) if is_packed else typed_copy(model, dtype)
-            if is_by_parts and isinstance(self.network, Generator):
-                self.fused = FusedGenerator(self.network, wrap)
-        self.graphs: dict[tuple[object, ...], Advance | GraphReplayer] = {}
+        self._copy(model, DTYPES[precision])
 
-    def sampler(self, config: SampleConfig) -> Sampler | MaskedSampler:
+    def sampler(self, config: SampleConfig) -> CodeSampler:
         """Make a sampler; its config must have this preparation's precision and compilation.
 
         Raises:
-            ValueError: it has others, or settings for the other kind of generator, or a compiler is missing.
+            ValueError: it has others, or settings for another kind of generator, or a compiler is missing.
         """
         config = config.on(self.device.type)
         if (config.precision, config.compile) != (self.precision, self.compile):
             raise ValueError(
                 f"prepared for {self.precision}, compile = {self.compile}: prepare again for other settings"
             )
-        if isinstance(self.network, MaskedGenerator):
-            return MaskedSampler(self.network, config)
+        return self._sampler(config)
+
+    @abstractmethod
+    def _copy(self, model: M, dtype: torch.dtype) -> None:
+        """Copy the weights in the form that suits the device."""
+
+    @abstractmethod
+    def _sampler(self, config: SampleConfig) -> CodeSampler:
+        """Make a sampler of a config with this preparation's settings."""
+
+
+class PreparedAutoregressive(PreparedGenerator[Generator]):
+    """An autoregressive generator prepared for sampling.
+
+    Compiled on CUDA, its step is recorded as a CUDA graph, which takes little time, and the parts between its
+    attentions are compiled if it has more than `LARGE` parameters: sampling from a smaller one takes less time than
+    compiling it.
+    """
+
+    def _copy(self, model: Generator, dtype: torch.dtype) -> None:
+        self.graphs: dict[tuple[object, ...], Advance | GraphReplayer] = {}
+        self.fused: FusedGenerator | None = None
+        self.network: PackedGenerator | Generator
+        if self.is_packed:
+            self.network = PackedGenerator(model, dtype)
+            return
+        self.network = twin = typed_copy(model, dtype)
+        if self.is_by_parts:
+            self.fused = FusedGenerator(twin, self.wrap)
+
+    def _sampler(self, config: SampleConfig) -> Sampler:
         sampler = Sampler(self.network, config)
         if self.compile:
             # One graph serves all guidance scales, which are inputs.
@@ -125,15 +120,32 @@ class PreparedGenerator:
                 sampler.advance = graph
         return sampler
 
-    def _graph(self, sampler: Sampler) -> "Advance | GraphReplayer":
+    def _graph(self, sampler: Sampler) -> Advance | GraphReplayer:
         if self.recordings is None:
-            assert self.wrap is not None
             return self.wrap(sampler.advance)
         ways = {"recorded": sampler.advance}
-        if self.fused is not None and self.wrap is not None:
+        if self.fused is not None:
             pick = self.wrap(pick_of(sampler.network, sampler.config))
             ways = {"compiled": advance_of(self.fused, pick), **ways}
         return GraphReplayer(sampler.network, sampler.config, ways, self.recordings)
+
+
+class PreparedMasked(PreparedGenerator[MaskedGenerator]):
+    """A masked generator prepared for sampling.
+
+    Compiled on CUDA, its blocks are compiled if it has more than `LARGE` parameters. Its few passes are long, so
+    nothing is recorded.
+    """
+
+    def _copy(self, model: MaskedGenerator, dtype: torch.dtype) -> None:
+        self.network = packed_copy(model, dtype) if self.is_packed else typed_copy(model, dtype)
+        if self.is_whole:
+            self.network.forward = self.wrap(self.network.forward)  # type: ignore[method-assign]
+        if self.is_by_parts:
+            compile_blocks(self.network, self.wrap)
+
+    def _sampler(self, config: SampleConfig) -> MaskedSampler:
+        return MaskedSampler(self.network, config)
 
 
 def compile_blocks(network: MaskedGenerator, wrap: Wrap) -> None:

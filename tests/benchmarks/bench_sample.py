@@ -11,8 +11,9 @@ import torch
 
 from generator.autoregressive import CodeSpace, Generator
 from generator.config import GENERATORS, SampleConfig, SamplePrecision
+from generator.kinds import prepare_sampler
 from generator.sampling.autoregressive import Sampler
-from generator.sampling.prepared import DTYPES, prepare_sampler
+from generator.sampling.prepared import DTYPES
 from tests.benchmarks import machine
 from tests.benchmarks.llama import llama_of, llama_tokens
 from tests.benchmarks.table import percent, seconds, show, times

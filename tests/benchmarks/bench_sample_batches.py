@@ -7,11 +7,10 @@ equal chances, as close as draws can be; the toys' weights are six times as larg
 
 import torch
 
-from generator.artifacts import build_generator
 from generator.code_space import CodeSpace
 from generator.config import GENERATORS, MASKED_GENERATORS, GeneratorConfig, MaskedConfig, SampleConfig, SamplePrecision
-from generator.sampling.prepared import prepare_sampler
-from generator.sampling.shards import SampleSpec, share_changed
+from generator.kinds import build_generator, prepare_sampler
+from generator.samples import SampleSpec, share_changed
 from tests.benchmarks import machine
 from tests.benchmarks.table import percent, show
 

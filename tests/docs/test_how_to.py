@@ -9,8 +9,6 @@ import torch
 
 from flows.pipeline.graph import GRAPH
 from flows.stage import Graph
-from generator.autoregressive import Generator
-from generator.masked import MaskedGenerator
 from infra.artifacts.manifest import folder_of, manifest_of, shards_of
 from infra.codes.contract import load_codes, read_codes
 from infra.store.store import Store
@@ -99,15 +97,6 @@ def test_add_a_stage(tmp_path):
     after = stages.index(GRAPH["encode"]) + 1
     order = [stage.name for stage in Graph(*stages[:after], scope["USAGE"], *stages[after:]).order(made.job.recipe)]
     assert order.index("encode") < order.index("usage")
-
-
-def test_the_methods_that_a_generator_offers_are_those_of_both_kinds():
-    text = (DOCS / "how-to/add-a-generator.md").read_text()
-    table = text[text.index("| method |") : text.index("These places tell kinds apart")]
-    names = re.findall(r"`(\w+)`", table)
-    assert len(names) > 5
-    for kind in (Generator, MaskedGenerator):
-        assert [name for name in names if not hasattr(kind, name)] == []
 
 
 @pytest.mark.parametrize("page", sorted((DOCS / "how-to").glob("add-a-*.md")), ids=lambda page: page.stem)

@@ -12,8 +12,9 @@ from flows.recipes.files import load_recipe
 from generator.artifacts import load_generator, save_generator
 from generator.config import GeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
-from generator.sampling.prepared import PackedGenerator, prepare_sampler
-from generator.sampling.shards import SampleJob, generate, plan_shards
+from generator.kinds import prepare_sampler
+from generator.samples import SampleJob, generate, plan_shards
+from generator.sampling.prepared import PackedGenerator
 from generator.train import train_generator
 from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
 from infra.compute.workers import WorkerOptions

@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from generator.artifacts import build_generator
 from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, MaskedConfig
 from generator.flops import forward_flops, training_flops
+from generator.kinds import build_generator
 
 SPACE = CodeSpace(codebook_size=50, num_tokens=7, num_classes=3)
 BATCH = 4

@@ -12,11 +12,11 @@ from torch import Tensor
 from generator.artifacts import load_generator, save_generator
 from generator.autoregressive import CodeSpace
 from generator.config import MASKED_GENERATORS, SampleConfig
+from generator.kinds import prepare_sampler
 from generator.masked import MaskedGenerator
 from generator.objectives import held_out_losses, masked_loss, random_mask
 from generator.sampling.filters import guidance_scales
 from generator.sampling.masked import choose, guided, gumbel, hide, kept_hidden
-from generator.sampling.prepared import prepare_sampler
 from infra.store.store import Store
 from tests.support.plain_sampling import sample_masked
 from tests.support.published_masked import from_published, to_published
@@ -185,7 +185,7 @@ def test_codes_once_given_stay_and_counts_follow_the_schedule() -> None:
     model, seen = masked(space=SPACE._replace(num_tokens=16)), []
 
     class Watched:
-        space, mask_id, device = model.space, model.mask_id, model.device
+        config, space, mask_id, device = model.config, model.space, model.mask_id, model.device
 
         def __call__(self, class_B: Tensor, ids_BN: Tensor) -> Tensor:
             seen.append(ids_BN)

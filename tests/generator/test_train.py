@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import generator.data
-from generator.artifacts import build_generator, load_generator
+from generator.artifacts import load_generator
 from generator.code_space import CodeSpace
 from generator.config import AnnealedOrder, GeneratorConfig, GeneratorTrainingConfig, MaskedConfig, SampleConfig
 from generator.data import CodeData, TrainCodes, space_of
 from generator.flops import training_flops
+from generator.kinds import build_generator
 from generator.objectives import random_mask
-from generator.sampling.shards import SampleJob, generate
+from generator.samples import SampleJob, generate
 from generator.train import VALIDATION_BATCH, held_out_figures, train_generator
 from infra.codes.contract import CodeRows, CodesInfo, read_codes
 from infra.compute.workers import WorkerOptions

@@ -13,7 +13,7 @@ import torch
 
 from generator.autoregressive import Generator
 from generator.config import GENERATORS, SampleConfig
-from generator.sampling.prepared import prepare_sampler
+from generator.kinds import prepare_sampler
 from tests.benchmarks.device.bench import Bench, be_quick
 from tests.benchmarks.device.sample import SCALE, SPACE, TOY_SPACE
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from generator.code_space import CodeSpace
 from generator.config import MASKED_GENERATORS, SampleConfig, SamplePrecision
 from generator.flops import forward_flops
+from generator.kinds import prepare_sampler
 from generator.masked import MaskedGenerator
-from generator.sampling.prepared import prepare_sampler
 from tests.benchmarks.device.bench import Bench, lazily, share_equal
 from tests.benchmarks.device.sample import SCALE, SPACE, TOY_SPACE
 

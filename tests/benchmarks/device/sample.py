@@ -14,9 +14,10 @@ from torch import Tensor
 
 from generator.autoregressive import CodeSpace, Generator
 from generator.config import GENERATORS, GeneratorConfig, SampleConfig, SamplePrecision
+from generator.kinds import prepare_sampler
 from generator.sampling.autoregressive import Sampler
 from generator.sampling.cuda_graph import GraphReplayer, SharedRecordings, record_cuda_graph
-from generator.sampling.prepared import DTYPES, prepare_sampler
+from generator.sampling.prepared import DTYPES
 from tests.benchmarks.device.bench import Bench, share_equal
 
 SPACE, TOY_SPACE = CodeSpace(8192, 64, 1000), CodeSpace(256, 16, 10)

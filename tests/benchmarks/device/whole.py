@@ -11,7 +11,7 @@ from torch import Tensor
 
 from generator.code_space import CodeSpace
 from generator.config import GENERATORS, SampleConfig
-from generator.sampling.prepared import prepare_sampler
+from generator.kinds import prepare_sampler
 from sftok.config import DecodingConfig
 from sftok.metrics.functional import FeatureMoments, to_uint8
 from sftok.metrics.inception.prepared import prepare_inception

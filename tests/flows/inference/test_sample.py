@@ -26,7 +26,7 @@ from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, MaskedConfig, SampleConfig
 from generator.data import space_of
 from generator.masked import MaskedGenerator
-from generator.sampling.shards import SampleJob, generate, plan_shards
+from generator.samples import SampleJob, generate, plan_shards
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import begin_shards
 from infra.artifacts.manifest import MANIFEST, ArtifactRef, Plan, folder_of, manifest_of, publish, ref_of, verify

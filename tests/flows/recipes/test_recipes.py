@@ -12,9 +12,9 @@ from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
 from flows.requests.checks import check_ranks, check_weights
 from flows.stage import Job, plan_of
-from generator.artifacts import build_generator
 from generator.code_space import CodeSpace
 from generator.flops import training_flops
+from generator.kinds import build_generator
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
 from infra.training.learner import decay_matrices
@@ -114,7 +114,7 @@ def test_the_masked_recipe_is_the_published_one() -> None:
     )  # fmt: skip
     assert (sample.num_steps, sample.temperature, sample.cfg_schedule) == (8, 1.0, "constant")
     assert sample.cfg_scale == 4.5 + 1  # the published convention adds to the conditional logits
-    sample.fit("masked")
+    sample.fit(recipe.generator)
 
 
 @pytest.mark.parametrize("name", GENERATORS)

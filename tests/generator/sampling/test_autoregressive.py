@@ -12,10 +12,11 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from generator.autoregressive import CodeSpace, Generator
 from generator.config import SampleConfig
+from generator.kinds import prepare_sampler
 from generator.sampling.autoregressive import Sampler, advance_of, pick_of
 from generator.sampling.compiled import compiled
 from generator.sampling.filters import LIKELIEST, draw, filter_logits, guidance_scales, guide, invert, nucleus_floor
-from generator.sampling.prepared import PreparedGenerator, prepare_sampler, typed_copy
+from generator.sampling.prepared import PreparedAutoregressive, typed_copy
 from infra.compute.compiler import compile_in_place
 from tests.support.plain_sampling import sample
 from tests.support.small_generators import SPACE, autoregressive, masked, uniform
@@ -249,7 +250,7 @@ def test_guidance_of_a_generator_without_classes_costs_nothing() -> None:
 
 
 def test_all_scales_of_guidance_share_a_graph() -> None:
-    prepared = PreparedGenerator(autoregressive(), "bf16", compile=True)
+    prepared = PreparedAutoregressive(autoregressive(), "bf16", compile=True)
 
     def graph(**changes: float) -> object:
         sampler = prepared.sampler(SampleConfig.model_validate({"precision": "bf16", "compile": True, **changes}))

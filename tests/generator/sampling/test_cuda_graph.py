@@ -21,7 +21,7 @@ from generator.sampling.compiled import isolated
 from generator.sampling.cuda_graph import Tick
 from generator.sampling.filters import draw, misfit
 from generator.sampling.fused import FusedGenerator
-from generator.sampling.prepared import PreparedGenerator, compile_blocks, typed_copy
+from generator.sampling.prepared import PreparedAutoregressive, compile_blocks, typed_copy
 from tests.support.plain_sampling import sample
 from tests.support.small_generators import autoregressive, masked, uniform
 
@@ -57,7 +57,7 @@ def sampler_of(
     model: Generator, config: SampleConfig, record: Callable[[Tick, Tick], Tick] | None = recorded
 ) -> Sampler:
     config = config.on(model.device.type)
-    prepared = PreparedGenerator(model, config.arithmetic, compile=True, record=record)
+    prepared = PreparedAutoregressive(model, config.arithmetic, compile=True, record=record)
     sampler = prepared.sampler(config.model_copy(update={"compile": True}))
     assert isinstance(sampler, Sampler)
     return sampler
@@ -125,7 +125,7 @@ def test_a_faulty_recording_is_found_and_said_once(
 ) -> None:
     """Guards against a faulty recording that always draws the first code."""
     model, config = autoregressive(), SampleConfig(cfg_scale=2.0)
-    prepared = PreparedGenerator(model, "fp32", compile=True, record=record)
+    prepared = PreparedAutoregressive(model, "fp32", compile=True, record=record)
     with caplog.at_level(logging.WARNING):
         for temperature in (1.0, 0.9):
             changed = config.model_copy(update={"temperature": temperature, "compile": True})
@@ -173,7 +173,7 @@ def test_memory_that_runs_out_is_no_fault_of_a_recording() -> None:
 
 def test_samplers_of_one_network_share_the_room_of_a_batch() -> None:
     model = autoregressive()
-    prepared = PreparedGenerator(model, "fp32", compile=True, record=recorded)
+    prepared = PreparedAutoregressive(model, "fp32", compile=True, record=recorded)
     configs = [SampleConfig(temperature=t, compile=True) for t in (0.5, 1.0, 1.5)]
     samplers = [prepared.sampler(config) for config in configs]
     for _ in range(2):  # recorded in turns, replayed in turns
@@ -185,7 +185,7 @@ def test_samplers_of_one_network_share_the_room_of_a_batch() -> None:
 
 @pytest.mark.usefixtures("by_parts")
 def test_what_was_prepared_is_freed_when_it_is_dropped() -> None:
-    prepared = PreparedGenerator(autoregressive(), "fp32", compile=True, record=recorded)
+    prepared = PreparedAutoregressive(autoregressive(), "fp32", compile=True, record=recorded)
     prepared.sampler(SampleConfig(compile=True))(CLASSES, uniform(4, 6))
     assert prepared.recordings is not None
     held = [weakref.ref(prepared.network), *(weakref.ref(state) for state in prepared.recordings.states.values())]

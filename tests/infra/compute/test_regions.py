@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from generator.artifacts import build_generator
 from generator.autoregressive import Block
 from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, MaskedConfig
+from generator.kinds import build_generator
 from infra.compute.compiler import compile_in_place
 from infra.compute.regions import REPEATABLE, blocks
 from sftok.model.teacher import ResBlock, Teacher

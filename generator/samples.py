@@ -16,9 +16,8 @@ from generator.artifacts import GeneratorFile, load_generator
 from generator.code_space import CodeSpace
 from generator.config import SampleConfig
 from generator.data import space_of
-from generator.sampling.autoregressive import Sampler
-from generator.sampling.masked import MaskedSampler
-from generator.sampling.prepared import prepare_sampler
+from generator.kinds import prepare_sampler
+from generator.sampling.sampler import CodeSampler
 from infra.artifacts.made_on import begin_shards
 from infra.artifacts.shards import FileEntry, shard_entry, shard_name, write_shard
 from infra.artifacts.weights import load_config
@@ -121,9 +120,7 @@ class ShardSampler:
         return write_shard(self.job.out, shard.name, to_parquet(self.info, rows), len(shard.samples))
 
 
-def draw_samples(
-    sampler: Sampler | MaskedSampler, samples: Sequence[SampleSpec], micro_batch: int, *, seed: int
-) -> Tensor:
+def draw_samples(sampler: CodeSampler, samples: Sequence[SampleSpec], micro_batch: int, *, seed: int) -> Tensor:
     """Draw samples, codes (B, N) int64 on the CPU; each depends only on class, number, seed and `micro_batch`.
 
     Incomplete micro-batches are padded with their last sample: matrix products of other shapes round differently.
@@ -144,7 +141,7 @@ def _uniform(sample: SampleSpec, numbers: tuple[int, ...], seed: int) -> Tensor:
 
 
 def share_changed(
-    sampler: Sampler | MaskedSampler, samples: Sequence[SampleSpec], micro_batches: tuple[int, int], *, seed: int
+    sampler: CodeSampler, samples: Sequence[SampleSpec], micro_batches: tuple[int, int], *, seed: int
 ) -> float:
     """Return the share of samples that change in any code when micro-batches have another size.
 

@@ -11,8 +11,8 @@ from generator.artifacts import save_generator
 from generator.autoregressive import Generator
 from generator.config import GeneratorConfig, SampleConfig
 from generator.data import space_of
-from generator.sampling.prepared import prepare_sampler
-from generator.sampling.shards import SampleJob, SampleSpec, generate, share_changed
+from generator.kinds import prepare_sampler
+from generator.samples import SampleJob, SampleSpec, generate, share_changed
 from infra.artifacts.shards import write_shard
 from infra.codes.contract import CodesInfo, read_codes
 from infra.compute.cluster import session
