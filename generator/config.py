@@ -156,9 +156,9 @@ class SampleConfig(Config):
         1.0, ge=0, le=1000, description="guidance scale; 1 is conditional only, 0 unconditional only"
     )
     cfg_schedule: GuidanceSchedule = Field(
-        "constant", description="schedule by which the scale grows from 1, at the first code or step, to cfg_scale"
+        "constant", description="schedule by which guidance grows from 1, at the first code or step, to cfg_scale"
     )
-    cfg_power: float = Field(1.0, gt=0, description="power of the power-cosine schedule; higher values grow later")
+    cfg_power: float = Field(1.0, gt=0, description="power of power_cosine; the higher, the later guidance grows")
     temperature: float = Field(
         1.0,
         ge=0,
@@ -173,19 +173,19 @@ class SampleConfig(Config):
         description="nucleus sampling: keep the fewest most likely codes with this total probability; "
         "autoregressive only",
     )
-    num_steps: PositiveInt = Field(8, description="decoding steps; masked only")
+    num_steps: PositiveInt = Field(8, description="steps in which a masked generator fills in the codes; masked only")
     annealing: tuple[float, float] | None = Field(
-        None, description="(a, b): divide the logits at step s of S by a + b * (1 - s / S); masked only"
+        None, description="numbers a and b: the logits at step s of S are divided by a + b * (1 - s / S); masked only"
     )
     micro_batch: NonNegativeInt = Field(
         0,
-        description="samples drawn at once; fixed, since matrix products of other shapes round differently; "
+        description="samples drawn, and decoded, at once; fixed, since products of other shapes round differently; "
         "0: 64 on CPUs, 256 on CUDA",
     )
     samples_per_shard: PositiveInt = Field(
         256, description="rows per shard of samples; if not a multiple of micro_batch, the last batch is padded"
     )
-    precision: SamplePrecision | Literal["auto"] = Field(
+    precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="precision of weights and matrix products; auto: fp32 on CPUs, bf16 on CUDA"
     )
     compile: bool | None = Field(
@@ -193,7 +193,7 @@ class SampleConfig(Config):
         description="on CPUs: compile the step as one graph, which takes up to a minute before a worker's first sample "
         "and pays only for autoregressive bf16; on CUDA: record the step of an autoregressive generator as a CUDA "
         "graph, and compile generators of more than 20 million parameters, cached in SFTOK_HOME. "
-        "Null: on CUDA only",
+        "Not given: on CUDA only",
     )
 
     @model_validator(mode="after")

@@ -7,7 +7,17 @@ import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
 from flows.cli.exits import fail_if, one_line_refusals, one_line_termination
-from flows.cli.options import DeviceOption, JsonOption, StoreOption, VerboseOption, device_override
+from flows.cli.options import (
+    DataOption,
+    DeviceOption,
+    GpusPerWorkerOption,
+    JsonOption,
+    RanksOption,
+    StoreOption,
+    VerboseOption,
+    WorkersOption,
+    device_override,
+)
 
 if TYPE_CHECKING:
     from flows.runs.journal import RunRecord
@@ -30,9 +40,7 @@ def ablation(
         str, typer.Argument(help="An ablation; or a recipe or TOML file, on which the paper's arms are trained.")
     ],
     *,
-    data: Annotated[
-        str | None, typer.Option(help="Images, as `sftok run --data` takes them. [default: the recipe's]")
-    ] = None,
+    data: DataOption = None,
     store: StoreOption = None,
     set_: Annotated[
         list[str] | None,
@@ -41,14 +49,9 @@ def ablation(
     seeds: Annotated[
         str | None, typer.Option(help="Every arm is trained with each of them, as in 0,1,2. [default: the ablation's]")
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of a Ray worker. [default: 1 where there are GPUs]")
-    ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Training processes; they share a step.")] = 1,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusPerWorkerOption = None,
+    ranks: RanksOption = 1,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,

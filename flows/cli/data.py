@@ -9,7 +9,7 @@ import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
 from flows.cli.exits import Failed, one_line_refusals
-from flows.cli.options import JsonOption, StoreOption
+from flows.cli.options import JsonOption, RefArgument, StoreOption
 from infra.errors import TransientError
 
 
@@ -51,7 +51,7 @@ def _said_on_stderr() -> Iterator[None]:
 
 
 def files(
-    ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")],
+    ref: RefArgument,
     *,
     split: Annotated[str | None, typer.Option(help="Only the shards of train, val or sample.")] = None,
     store: StoreOption = None,
@@ -67,7 +67,7 @@ def files(
 
 
 def verify(
-    ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")],
+    ref: RefArgument,
     *,
     store: StoreOption = None,
     inputs: Annotated[bool, typer.Option("--inputs", help="Go on through all that it was made of.")] = False,

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli import ablation, encode, report, sample, serve, train_generator, weights, weights_catalogue
+from flows.cli import ablation, encode, report, sample, serve, train_generator, weights
 from flows.cli import data as cli_data
 from flows.cli import store as cli_store
+from flows.cli.config_options import OptionsOf, config_command
 from flows.cli.console import console, logging_on_stderr, print_table, stdout_for_results
 from flows.cli.exits import INTERRUPTED, Refused, fail_if, one_line_refusals, one_line_termination
-from flows.cli.options import AnewOption, DeviceOption, JsonOption, StoreOption, VerboseOption
+from flows.cli.options import AnewOption, JsonOption, RefArgument, StoreOption, VerboseOption
 from infra.compute.threads import limit_spinning
 
 if TYPE_CHECKING:
     from flows.pipeline.dry_run import DryRun
     from flows.runs.journal import RunRecord
+    from flows.runs.run_request import RunArguments
 
 app = typer.Typer(
     name="sftok",
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-@app.command(
+@config_command(
+    app,
     epilog="""\b
 Examples:
   sftok run digits
@@ -53,40 +56,18 @@ Examples:
   sftok run digits --set train_generator.steps=1200 --seed 1
   sftok run imagenet256_sftok_b --data s3://bucket/imagenet --dry-run
   sftok recipes digits --toml > mine.toml && sftok run mine.toml
-"""
+""",
 )
 def run(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a TOML file (sftok recipes NAME --toml).")],
     *,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Images, local or on S3: a folder of class folders, tar shards, Parquet, or an index of paths; "
-            "folder:, webdataset:, parquet: or index: before it says which. [default: recipe's]"
-        ),
-    ] = None,
-    store: StoreOption = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a setting; repeatable.")
-    ] = None,
+    asked: Annotated[
+        "RunArguments",
+        OptionsOf("flows.runs.run_request", names={"recipe": "recipe", "overrides": "--set SECTION.FIELD=VALUE"}),
+    ],
     max_reject_rate: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Share of images that may be rejected, from 1,000 on. [default: the recipe's]"),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Ray workers; 0: none, all in one process. [default: 2 or the cores if fewer]"),
-    ] = None,
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(min=0, help="GPUs of a Ray worker; 0.5 lets two share one. [default: 1 where there are GPUs]"),
-    ] = None,
-    ranks: Annotated[
-        int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
-    ] = 1,
-    device: DeviceOption = None,
-    anew: AnewOption = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what each stage would do and take; nothing is trained or written.")
     ] = False,
@@ -96,23 +77,10 @@ def run(
     """Run the whole pipeline, from images to report; stages that are done already are cached."""
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from flows.requests.checks import check_request
-        from flows.runs.run_request import RunArguments
 
-        overrides = list(set_ or ())
         if max_reject_rate is not None:
-            overrides.append(f"data.max_reject_rate={max_reject_rate}")
-        asked = RunArguments(
-            recipe=recipe,
-            data=data,
-            store=store,
-            overrides=tuple(overrides),
-            workers=workers,
-            gpus_per_worker=gpus_per_worker,
-            ranks=ranks,
-            device=device.value if device else None,
-            seed=seed,
-            anew=anew,
-        )
+            overrides = (*asked.overrides, f"data.max_reject_rate={max_reject_rate}")
+            asked = asked.model_copy(update={"overrides": overrides})
         request = check_request(asked, is_run=not dry_run)
         if dry_run:
             from flows.pipeline.dry_run import dry_run as plan
@@ -189,7 +157,7 @@ Examples:
 """
 )
 def show(
-    ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")],
+    ref: RefArgument,
     *,
     lineage: Annotated[bool, typer.Option("--lineage", help="Also show what was made of it, and on.")] = False,
     store: StoreOption = None,
@@ -232,7 +200,6 @@ def doctor(*, store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 weights.register(app)
 ablation.register(app)
-weights_catalogue.register(app)
 cli_data.register(app)
 encode.register(app)
 train_generator.register(app)

@@ -1,37 +1,28 @@
 """Options that commands share."""
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from flows.wording import ANEW, DEVICE, GPUS_PER_WORKER, RANKS, SEED, STORE, WORKERS, sentence
 
-class DeviceName(StrEnum):
-    """Values of --device."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-StoreOption = Annotated[
-    str | None, typer.Option(help="Folder or s3://bucket/prefix of the artifacts. [default: $SFTOK_STORE, or ./store]")
+RefArgument = Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")]
+StoreOption = Annotated[str | None, typer.Option(help=sentence(STORE))]
+DataOption = Annotated[
+    str | None, typer.Option(help="Images, as `sftok run --data` takes them; not given: the recipe's own.")
 ]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help=sentence(SEED))]
+WorkersOption = Annotated[int | None, typer.Option(min=0, help=sentence(WORKERS))]
+GpusPerWorkerOption = Annotated[float | None, typer.Option(min=0, help=sentence(GPUS_PER_WORKER))]
+RanksOption = Annotated[int, typer.Option(min=1, help=sentence(RANKS))]
 DeviceOption = Annotated[
-    DeviceName | None,
-    typer.Option(
-        help="Where to compute: cpu, cuda, or auto: cuda where this machine, or the Ray cluster, has a GPU. Results of "
-        "the two have digests of their own. [default: auto]"
-    ),
+    Literal["auto", "cpu", "cuda"] | None, typer.Option(help=sentence(f"{DEVICE}; not given: auto, or the recipe's"))
 ]
-AnewOption = Annotated[
-    bool,
-    typer.Option("--anew", help="Give up unfinished shards that another kind of device began, and begin them anew."),
-]
+AnewOption = Annotated[bool, typer.Option("--anew", help=sentence(ANEW))]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show log lines, Prefect's too.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
-def device_override(device: DeviceName | None) -> list[str]:
+def device_override(device: str | None) -> list[str]:
     """Return the option --device as a change of a recipe."""
-    return [] if device is None else [f"compute.device={device.value}"]
+    return [] if device is None else [f"compute.device={device}"]

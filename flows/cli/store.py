@@ -10,7 +10,7 @@ import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
 from flows.cli.exits import one_line_refusals
-from flows.cli.options import JsonOption, StoreOption
+from flows.cli.options import JsonOption, RefArgument, StoreOption
 
 LS_EXAMPLES = """\b
 Examples:
@@ -44,8 +44,6 @@ Examples:
   sftok openlineage 20261125-014226-digits-dc1e
   sftok openlineage 20261125-014226-digits-dc1e | curl -d @- http://catalogue/api/v1/lineage/batch
 """
-
-RefArgument = Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,15 @@ import typer
 
 from flows.cli.console import logging_on_stderr, stdout_for_results
 from flows.cli.exits import fail_if, one_line_refusals, one_line_termination
-from flows.cli.options import DeviceOption, JsonOption, StoreOption, VerboseOption, device_override
+from flows.cli.options import (
+    DeviceOption,
+    JsonOption,
+    RanksOption,
+    SeedOption,
+    StoreOption,
+    VerboseOption,
+    device_override,
+)
 
 if TYPE_CHECKING:
     from flows.runs.journal import RunRecord
@@ -40,11 +48,9 @@ def train_generator(
         str, typer.Option(help="A recipe, or a .toml file, whose generator and its training are meant.")
     ] = "digits",
     store: StoreOption = None,
-    ranks: Annotated[
-        int, typer.Option(min=1, help="Training processes, on a GPU each where Ray has as many; they share a step.")
-    ] = 1,
+    ranks: RanksOption = 1,
     device: DeviceOption = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: the recipe's]")] = None,
+    seed: SeedOption = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(

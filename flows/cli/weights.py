@@ -1,44 +1,28 @@
-"""Commands about weights: published ones in, ours out, and pictures through a tokenizer and back."""
+"""Commands about weights: others' and ours, in and out of the store; and pictures through a tokenizer and back."""
 
 import functools
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flows.cli.config_options import OptionsOf, config_command
 from flows.cli.console import logging_on_stderr, stdout_for_results
 from flows.cli.exits import Failed, one_line_refusals
 from flows.cli.options import JsonOption, StoreOption
 
-
-class WeightsKind(StrEnum):
-    """Kinds of weights in a file."""
-
-    sftok = "sftok"
-    teacher = "teacher"
-
-
-class Layout(StrEnum):
-    """Naming of weights."""
-
-    published = "published"
-    native = "native"
-
-
-class FileFormat(StrEnum):
-    """File format of weights."""
-
-    safetensors = "safetensors"
-    bin = "bin"
+if TYPE_CHECKING:
+    from flows.requests.weights_catalogue import Listed
+    from sftok.config import DecodingConfig
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    app.command("import-weights", epilog=IMPORT_EXAMPLES)(import_weights)
-    app.command("export-weights", epilog=EXPORT_EXAMPLES)(export_weights)
-    app.command("reconstruct", epilog=RECONSTRUCT_EXAMPLES)(reconstruct)
+    app.command(epilog=IMPORT_EXAMPLES)(import_weights)
+    app.command(epilog=EXPORT_EXAMPLES)(export_weights)
+    config_command(app, epilog=RECONSTRUCT_EXAMPLES)(reconstruct)
+    app.add_typer(catalogue, name="weights")
 
 
 IMPORT_EXAMPLES = """\b
@@ -52,7 +36,7 @@ Examples:
 def import_weights(
     file: Annotated[str, typer.Argument(help="A .bin or .safetensors, or a folder of one and perhaps config.json.")],
     *,
-    kind: Annotated[WeightsKind, typer.Option(help="What the file holds.")],
+    kind: Annotated[Literal["sftok", "teacher"], typer.Option(help="What the file holds.")],
     config: Annotated[
         str | None, typer.Option(help="A config.json of the weights. [default: the one in the folder, if any]")
     ] = None,
@@ -63,7 +47,7 @@ def import_weights(
     with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
         from flows.store import weights
 
-        made = weights.import_weights(file, kind=kind.value, store=store, config_json=config)
+        made = weights.import_weights(file, kind=kind, store=store, config_json=config)
     if as_json:
         typer.echo(json.dumps(made.as_json()))
         return
@@ -86,10 +70,12 @@ def export_weights(
     ref: Annotated[str, typer.Argument(help="A tokenizer or a teacher: kind/digest, its beginning, or a full URI.")],
     folder: Annotated[str, typer.Argument(help="Folder for the weights and config.json.")],
     *,
-    layout: Annotated[Layout, typer.Option(help="Names of the published code, or this project's.")] = Layout.published,
+    layout: Annotated[
+        Literal["published", "native"], typer.Option(help="Names of the published code, or this project's.")
+    ] = "published",
     format_: Annotated[
-        FileFormat, typer.Option("--format", help="safetensors, or torch.save's .bin.")
-    ] = FileFormat.safetensors,
+        Literal["safetensors", "bin"], typer.Option("--format", help="safetensors, or torch.save's .bin.")
+    ] = "safetensors",
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -97,7 +83,7 @@ def export_weights(
     with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
         from flows.store import weights
 
-        made = weights.export_weights(ref, folder, layout=layout.value, store=store, format=format_.value)
+        made = weights.export_weights(ref, folder, layout=layout, store=store, format=format_)
     if as_json:
         typer.echo(json.dumps(made.as_json()))
         return
@@ -124,8 +110,9 @@ def reconstruct(
     teacher: Annotated[
         str | None, typer.Option(help="A teacher, for a tokenizer without pixel decoder. [default: the one it names]")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Decoding steps.")] = 8,
-    temperature: Annotated[float, typer.Option(min=0, help="Noise of the first step; 0: none.")] = 0.0,
+    decoding: Annotated[
+        "DecodingConfig", OptionsOf("sftok.config", omit=("precision",), names={"num_steps": "--steps"})
+    ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -135,9 +122,7 @@ def reconstruct(
         from flows.inference.reconstruct import ReconstructRequest
         from flows.inference.reconstruct import reconstruct as run
         from flows.runs.progress import on_stderr
-        from sftok.config import DecodingConfig
 
-        decoding = DecodingConfig(num_steps=steps, temperature=temperature)
         request = ReconstructRequest(images, tokenizer, teacher, Path(out).expanduser(), decoding, seed, store)
         with on_stderr() as display:
             made = run(request, functools.partial(display.update, "reconstruct"))
@@ -153,3 +138,89 @@ def reconstruct(
         typer.echo(f"{image}: {reason}", err=True)
     if made.rejects:
         raise Failed(f"{len(made.rejects)} of {len(made.rejects) + len(made.pairs)} pictures could not be read")
+
+
+# --- what others trained: `sftok weights` -------------------------------------------------------------------------
+
+LIST_EXAMPLES = """\b
+Examples:
+  sftok weights
+  sftok weights add inception-2015 weights-inception-2015-12-05-6726825d.pth
+  sftok weights fetch lpips-vgg16 --store s3://bucket/prefix
+"""
+
+ADD_EXAMPLES = """\b
+Examples:
+  sftok weights add inception-2015 ~/Downloads/weights-inception-2015-12-05-6726825d.pth
+  sftok weights add maskgit-vqgan maskgit-vqgan-imagenet-f16-256.bin --json
+"""
+
+FETCH_EXAMPLES = """\b
+Examples:
+  sftok weights fetch inception-2015
+  sftok weights fetch dino-vits16 --store s3://bucket/prefix
+"""
+
+NameArgument = Annotated[str, typer.Argument(help="A name of `sftok weights`.")]
+
+catalogue = typer.Typer(invoke_without_command=True, epilog=LIST_EXAMPLES, add_completion=False)
+
+
+@catalogue.callback()
+def weights(context: typer.Context, *, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """List weights that others trained and this project can use: for what, from where, and whether they are here."""
+    if context.invoked_subcommand is not None:
+        return
+    with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
+        from flows.requests.weights_catalogue import listed
+
+        found = listed(store)
+    if as_json:
+        typer.echo(json.dumps([one.as_json() for one in found]))
+        return
+    for one in found:
+        entry = one.entry
+        typer.echo(f"{entry.name:<15} {'in the store' if one.record else 'not here'}")
+        typer.echo(f"  for      {entry.use}")
+        typer.echo(f"  from     {entry.source}")
+        typer.echo(f"  licence  {entry.licence}")
+        typer.echo(f"  sha256   {one.as_json()['sha256'] or 'not published; noted when it is added'}")
+        typer.echo(f"  use      {one.as_json()['setting']}")
+
+
+@catalogue.command(epilog=ADD_EXAMPLES)
+def add(
+    name: NameArgument,
+    file: Annotated[str, typer.Argument(help="The file, as its publisher gave it out.")],
+    *,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put a local file into the store, after checking its hash and what it holds; no code in it is run."""
+    with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
+        from flows.requests import weights_catalogue
+
+        made = weights_catalogue.add(name, file, store=store)
+    _show_listed(made, as_json=as_json)
+
+
+@catalogue.command(epilog=FETCH_EXAMPLES)
+def fetch(name: NameArgument, *, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Download a file from its publisher into the store, checked as by `add`."""
+    with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
+        from flows.requests import weights_catalogue
+        from flows.runs.progress import on_stderr
+
+        with on_stderr() as display:
+            made = weights_catalogue.fetch(name, store=store, progress=functools.partial(display.update, "fetch"))
+    _show_listed(made, as_json=as_json)
+
+
+def _show_listed(made: "Listed", *, as_json: bool) -> None:
+    told = made.as_json()
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    typer.echo(f"{told['name']}  sha256 {told['sha256']}")
+    typer.echo(f"uri  {told['uri']}")
+    typer.echo(f"use  {told['setting']}")

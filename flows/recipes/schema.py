@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from flows.results.gate import GateConfig
+from flows.wording import DEVICE
 from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.device import DeviceChoice, NumericsConfig, default_precision
@@ -40,12 +41,14 @@ class EncodeConfig(Config):
         ("center",), description="views of a training image: center, flip, affine-1, affine-2 ..., ten_crop"
     )
     val_variants: tuple[str, ...] = Field(("center",), description="views of a held-out image")
-    assignment: Assignment = "nearest"
+    assignment: Assignment = Field(
+        "nearest", description="assignment of codes; sinkhorn balances within a micro-batch, as published"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="arithmetic of the encoder; bf16 changes some codes; auto: fp32 on CPUs, bf16 on CUDA"
     )
     micro_batch: NonNegativeInt = Field(
-        0, description="images per encoding batch; fixed, the last batch padded; 0: 64 on CPUs, 256 on CUDA"
+        0, description="images encoded at once; fixed, the last batch padded; 0: 64 on CPUs, 256 on CUDA"
     )
     compile: Annotated[bool | None, OmittedAt(None, False)] = Field(
         None,
@@ -101,7 +104,7 @@ class EncodeConfig(Config):
     def _each_view_once(self) -> Self:
         for name, views in (("variants", self.variants), ("val_variants", self.val_variants)):
             if not views:
-                raise ValueError(f"{name} is empty: name one view at least, such as center")
+                raise ValueError(f"{name} = () is empty: name one view at least, such as center")
             if len(set(views)) != len(views):
                 raise ValueError(f"{name} = {', '.join(views)} names a view twice: name each once")
         return self
@@ -189,8 +192,7 @@ class ComputeConfig(NumericsConfig):
 
     device: DeviceChoice = Field(
         "auto",
-        description="cpu, or cuda: a GPU for each worker and rank; auto: cuda if the machine, or the Ray cluster to "
-        "join, has one. Results computed on CUDA have digests of their own",
+        description=DEVICE,
     )
 
     @property

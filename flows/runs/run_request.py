@@ -15,6 +15,7 @@ from flows.recipes.changes import changes_of
 from flows.recipes.files import load_recipe
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
+from flows.wording import ANEW, DATA, DEVICE, GPUS_PER_WORKER, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from infra.artifacts.manifest import ArtifactRef
 from infra.compute.device import DeviceChoice
 from infra.compute.workers import WorkerOptions
@@ -22,12 +23,6 @@ from infra.config import Config
 from infra.provenance import USER_INFO, redact
 from infra.settings import Settings
 from infra.store.store import Store
-
-STORE = "folder or s3://bucket/prefix of the artifacts; empty: SFTOK_STORE where the run is executed, or ./store"
-OVERRIDES = "settings that are changed, as section.field=value"
-WORKERS = "Ray workers; 0: none, all in one process; empty: 2, or the cores if fewer"
-GPUS = "GPUs per Ray worker; 0.5 lets two share one; empty: 1 where there are GPUs"
-ANEW = "give up unfinished shards that another kind of device began"
 
 
 class RunRequest(Config):
@@ -38,7 +33,7 @@ class RunRequest(Config):
     source: str = Field(description="images: a folder, the name of a built-in source, or artifacts instead of images")
     workers: int = Field(0, ge=0, description="Ray workers; 0: none, all in one process")
     gpus_per_worker: float | None = Field(None, ge=0, description="None: 1 on CUDA, 0 on CPUs")
-    ranks: int = Field(1, ge=1, description="training processes, which share a step's micro-batches")
+    ranks: int = Field(1, ge=1, description=RANKS)
     anew: bool = Field(False, description=ANEW)
     last: str | None = Field(None, description="the stage that the run is for; None: all stages")
     given: dict[str, ArtifactRef] = Field({}, description="artifacts to use instead of running the stages named")
@@ -127,15 +122,15 @@ class RunRequest(Config):
 class RunArguments(Config):
     """A run of the whole pipeline as it is asked for; what is left open is filled in where the run begins."""
 
-    recipe: str = Field(description="name of a recipe (sftok recipes), or a TOML file where the run is executed")
+    recipe: str = Field(description="name of a recipe, or a TOML file where it is run (sftok recipes NAME --toml)")
     store: str | None = Field(None, description=STORE)
-    data: str | None = Field(None, description="images, as `sftok run --data` takes them; empty: the recipe's own")
-    seed: int | None = Field(None, ge=0, description="seed of everything random; empty: the recipe's")
+    data: str | None = Field(None, description=DATA)
+    seed: int | None = Field(None, ge=0, description=SEED)
     overrides: tuple[str, ...] = Field((), description=OVERRIDES)
     workers: int | None = Field(None, ge=0, description=WORKERS)
-    gpus_per_worker: float | None = Field(None, ge=0, description=GPUS)
-    ranks: int = Field(1, ge=1, description="training processes, which share a step's micro-batches")
-    device: DeviceChoice | None = Field(None, description="cpu, cuda or auto; empty: the recipe's")
+    gpus_per_worker: float | None = Field(None, ge=0, description=GPUS_PER_WORKER)
+    ranks: int = Field(1, ge=1, description=RANKS)
+    device: DeviceChoice | None = Field(None, description=f"{DEVICE}; not given: the recipe's")
     anew: bool = Field(False, description=ANEW)
 
     def request(self) -> RunRequest:

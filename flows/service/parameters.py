@@ -7,12 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from flows.runs.run_request import GPUS, OVERRIDES, STORE, WORKERS, RunArguments, command_line
+from flows.runs.run_request import RunArguments, command_line
+from flows.wording import GPUS_PER_WORKER, OVERLAP, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from infra.config import Config
 
 Overlap = Literal["wait", "cancel"]
-
-OVERLAP = "what a second run of the same recipe on the same store does while the first is under way"
 
 
 class PipelineParameters(RunArguments):
@@ -25,14 +24,14 @@ class RetokenizeParameters(Config):
     """A dataset through a tokenizer that is there already."""
 
     recipe: str = Field(description="recipe whose data and encode settings are used, and whose last tokenizer")
-    tokenizer: str | None = Field(None, description="kind/digest or its beginning; empty: of the recipe's last run")
-    data: str | None = Field(None, description="images, or images/DIGEST of the store; empty: the recipe's own")
+    tokenizer: str | None = Field(None, description="kind/digest or its beginning; not given: of the recipe's last run")
+    data: str | None = Field(None, description="images, or images/DIGEST of the store; not given: the recipe's own")
     store: str | None = Field(None, description=STORE)
     overrides: tuple[str, ...] = Field(
         (), description=f"{OVERRIDES}, of the sections data, augment, encode and compute"
     )
     workers: int | None = Field(None, ge=0, description=WORKERS)
-    gpus_per_worker: float | None = Field(None, ge=0, description=GPUS)
+    gpus_per_worker: float | None = Field(None, ge=0, description=GPUS_PER_WORKER)
     overlap: Overlap = Field("wait", description=OVERLAP)
 
     def command(self) -> str:
@@ -65,13 +64,39 @@ class BenchmarkParameters(Config):
     """Measurements of a run, and the regression gate."""
 
     store: str | None = Field(None, description=STORE)
-    run: str | None = Field(None, description="the run that is measured; empty: the last one that is done")
-    against: str | None = Field(None, description="the run it is held against; empty: the last good one before it")
+    run: str | None = Field(None, description="the run that is measured; not given: the last one that is done")
+    against: str | None = Field(None, description="the run it is held against; not given: the last good one before it")
     gate: bool = Field(True, description="whether figures that became worse than they may fail the run")
 
     def command(self) -> str:
         """Return the command that does the same by hand."""
         return _deployed("benchmark-report", "nightly")
+
+
+class ServeOptions(Config):
+    """The recipes that are served, and their schedules."""
+
+    recipes: tuple[str, ...] = Field(("digits",), min_length=1, description="recipe with deployments of its own")
+    data: str | None = Field(None, description="images, as `sftok run --data` takes them; not given: the recipes' own")
+    store: str | None = Field(None, description=STORE)
+    overrides: tuple[str, ...] = Field((), description=f"{OVERRIDES}, in all of them")
+    seed: int | None = Field(None, ge=0, description=SEED)
+    workers: int | None = Field(None, ge=0, description=WORKERS)
+    gpus_per_worker: float | None = Field(None, ge=0, description=GPUS_PER_WORKER)
+    ranks: int = Field(1, ge=1, description=RANKS)
+    overlap: Overlap = Field("wait", description=OVERLAP)
+    pipeline_cron: str = Field("0 3 * * 0", description="when the whole pipeline runs, or off")
+    check_cron: str = Field(
+        "0 1 * * *", description="when the data are listed, and encoded if they have changed, or off"
+    )
+    report_cron: str = Field("0 5 * * *", description="when the last run is measured, or off")
+    timezone: str = Field("UTC", description="time zone of the schedules, such as Europe/Berlin")
+    gpus: int | None = Field(None, ge=1, description="GPUs that all runs share; not given: as set before")
+    port: int = Field(4200, ge=1, le=65535, description="port of the server, unless PREFECT_API_URL names one")
+
+    def arguments(self, recipe: str) -> RunArguments:
+        """Return what a run of a recipe is asked for."""
+        return RunArguments(recipe=recipe, **self.model_dump(include=set(RunArguments.model_fields)))
 
 
 Parameters = PipelineParameters | RetokenizeParameters | CheckDataParameters | BenchmarkParameters

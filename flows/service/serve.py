@@ -6,21 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import Field
-
 from flows.prefect_server.permanent import permanent_server
 from flows.prefect_server.temporary import LOOPBACK
 from flows.recipes.files import load_recipe
 from flows.requests.checks import check_home, check_ranks, check_request, check_weights
-from flows.runs.run_request import RunArguments
 from flows.service.parameters import (
     BenchmarkParameters,
     CheckDataParameters,
-    Overlap,
     PipelineParameters,
     RetokenizeParameters,
+    ServeOptions,
 )
-from infra.config import Config
 from infra.settings import Settings
 from infra.store.store import Store
 
@@ -28,31 +24,6 @@ if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
 OFF = "off"
-PORT = 4200
-
-
-class ServeOptions(Config):
-    """The recipes that are served, and their schedules."""
-
-    recipes: tuple[str, ...] = Field(("digits",), min_length=1, description="recipes with deployments of their own")
-    data: str | None = Field(None, description="images of all of them; None: each recipe's own")
-    store: str | None = Field(None, description="folder or s3://bucket/prefix; None: the default")
-    overrides: tuple[str, ...] = Field((), description="section.field=value, for all of them")
-    seed: int | None = Field(None, ge=0)
-    workers: int | None = Field(None, ge=0)
-    gpus_per_worker: float | None = Field(None, ge=0)
-    ranks: int = Field(1, ge=1)
-    overlap: Overlap = Field("wait", description="what a second run does while the first is under way")
-    pipeline_cron: str = Field("0 3 * * 0", description="five fields, or off")
-    check_cron: str = Field("0 1 * * *", description="five fields, or off")
-    report_cron: str = Field("0 5 * * *", description="five fields, or off")
-    timezone: str = Field("UTC", description="of the schedules, such as Europe/Berlin")
-    gpus: int | None = Field(None, ge=1, description="slots of the limit that runs share; None: as it is")
-    port: int = Field(PORT, ge=1, le=65535, description="of the server, if one is started")
-
-    def arguments(self, recipe: str) -> RunArguments:
-        """Return what a run of a recipe is asked for."""
-        return RunArguments(recipe=recipe, **self.model_dump(include=set(RunArguments.model_fields)))
 
 
 class PlannedDeployment(NamedTuple):

@@ -59,7 +59,7 @@ def settings() -> list[tuple[str, tuple[str, ...]]]:
         for name, *rest in in_blocks(page):
             if name == "run" and rest[0] != "mine.toml":
                 made = COMMANDS.commands[name].make_context("sftok run", rest)
-                found.add((made.params["recipe"], tuple(made.params["set_"] or ())))
+                found.add((made.params["recipe"], tuple(made.params["set"] or ())))
     return sorted(found)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import typer
 
-from flows.cli import weights, weights_catalogue
+from flows.cli import weights
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, publish, ref_of
 from infra.store.store import Store
 from sftok.config import TeacherConfig, TransformerConfig
@@ -25,7 +25,6 @@ TOKENIZER = tiny_tokenizer.TOKENIZER.model_copy(update={"encoder": _ONE_HEAD, "d
 def command_line() -> typer.Typer:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     weights.register(app)
-    weights_catalogue.register(app)
     return app
 
 

@@ -195,7 +195,7 @@ def test_masked_generators_and_those_without_classes(store: Store, capsys: pytes
     tokenizer = published(store, a_tokenizer()).digest
     masked = a_generator(store, tokenizer, masked=True)
     assert sample(capsys, masked, store, "--num-steps", 3)["count"] == 12
-    assert "top_k = 5 has no effect on a generator that is masked" in refused(capsys, masked, store, "--top-k", 5)
+    assert "--top-k = 5 has no effect on a generator that is masked" in refused(capsys, masked, store, "--top-k", 5)
     assert sample(capsys, masked, store, "--num-steps", 3, "--annealing", 0.5, 0.8)["state"] == "Completed"
     said = refused(capsys, masked, store, "--annealing", 0, 1)
     assert said == "sftok: --annealing = (0.0, 1.0) divides by 0 or less: give a > 0 and b >= 0"
@@ -287,9 +287,9 @@ def test_what_cannot_be_is_refused_before_anything_is_drawn(
     tokenizers = store.at("artifacts", "tokenizer").folders()
     for ref, arguments, said in [
         (generator, ["--classes", "0-9"], "class ids are 0 to 3"),
-        (generator, ["--top-p", 0], "--top-p 0.0: input should be greater than 0"),
-        (generator, ["--temperature", -1], "--temperature"),
-        (generator, ["--num-steps", 3], "num_steps = 3 has no effect"),
+        (generator, ["--top-p", 0], "--top-p 0: input should be greater than 0"),
+        (generator, ["--temperature", -1], "--temperature -1: input should be greater than or equal to 0"),
+        (generator, ["--num-steps", 3], "--num-steps = 3 has no effect"),
         (generator, ["--grid", taken], f"{taken} exists"),
         (generator, ["--grid", tmp_path / "grid.jpg"], "the name must end in .png"),
         (generator, ["--npz", tmp_path / "all.npy"], "the name must end in .npz"),

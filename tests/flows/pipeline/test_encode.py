@@ -234,5 +234,5 @@ def test_the_command_imports_encodes_and_finds(home, tmp_path, data) -> None:
     assert {stage["state"] for stage in again["stages"].values()} == {"Cached"}
     refused = sftok("encode", "--tokenizer", ref, "--data", str(data), "--variants", "flip,flip")
     assert refused.returncode == 2
-    assert refused.stderr == "sftok: variants = flip, flip names a view twice: name each once\n"
+    assert refused.stderr == "sftok: --variants = flip, flip names a view twice: name each once\n"
     assert refused.stdout == ""

@@ -15,8 +15,8 @@ import pytest
 from flows.recipes.files import load_recipe
 from flows.runs.journal import RunRecord, start_journal
 from flows.runs.run_request import RunRequest
-from flows.service.parameters import CheckDataParameters, PipelineParameters, RetokenizeParameters
-from flows.service.serve import ServeOptions, check_options
+from flows.service.parameters import CheckDataParameters, PipelineParameters, RetokenizeParameters, ServeOptions
+from flows.service.serve import check_options
 from infra.settings import Settings
 from infra.store.store import Store
 from tests.flows.pipeline.test_encode import draw
