@@ -19,7 +19,6 @@ from flows.wording import sentence
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
-    from pydantic_core import ErrorDetails
 
     from infra.config import Config
 
@@ -68,7 +67,8 @@ class _ConfigCommand(TyperCommand):
         del self.params
 
     @functools.cached_property
-    def params(self) -> list[Any]:
+    def params(self) -> list[Any]:  # type: ignore[override]  # it is written to as well
+        assert self.callback is not None
         app = typer.Typer(add_completion=False)
         app.command()(with_options(inspect.unwrap(self.callback)))
         made = typer.main.get_command(app)
@@ -106,14 +106,15 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(asked: OptionsOf, name: str, flag: str, field: "FieldInfo") -> inspect.Parameter:
     """Return what typer makes an option or an argument of; values stay words, which the config checks."""
-    kind, text, given_as = _without_none(field.annotation), field.description or name, str
+    kind, text = _without_none(field.annotation), field.description or name
+    given_as: Any = str
     if kind is bool:
         given_as = bool
     elif get_origin(kind) is tuple and Ellipsis in get_args(kind):
         given_as, text = list[str], f"{text}; repeat it{' or use commas' * (name in asked.commas)} for several"
     elif get_origin(kind) is tuple:
-        given_as = tuple[(str,) * len(get_args(kind))]
-    shown = {"help": f"{sentence(text)}  {_notes(field)}".rstrip(), "show_default": False}
+        given_as = tuple.__class_getitem__((str,) * len(get_args(kind)))
+    shown: dict[str, Any] = {"help": f"{sentence(text)}  {_notes(field)}".rstrip(), "show_default": False}
     if flag.startswith("--"):
         flags = f"{flag}/--no-{flag[2:]}" if kind is bool and field.default is not False else flag
         metavar = asked.names.get(name, "").partition(" ")[2] or _values(kind)
@@ -175,7 +176,7 @@ def _config(config: "type[Config]", asked: OptionsOf, given: dict[str, Any]) -> 
         raise Refused("; ".join(_refusal(problem, flags) for problem in refused.errors())) from refused
 
 
-def _refusal(problem: "ErrorDetails", flags: Mapping[str, str]) -> str:
+def _refusal(problem: Any, flags: Mapping[str, str]) -> str:
     said = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:  # of the whole config: it names the field itself
         return _as_given(said, flags)
