@@ -1,6 +1,5 @@
 """FID and related scores of reconstructions and samples, under the protocol that the recipe names."""
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -142,13 +141,10 @@ class ReferenceFile(NamedTuple):
         Raises:
             ValueError: there is no such file.
         """
-        path, what = (
-            uri if "://" in uri else os.path.abspath(os.path.expanduser(uri)),
-            f"evaluate.scores.reference = {uri!r}",
-        )
-        parent, _, name = path.rpartition("/")
+        what = f"evaluate.scores.reference = {uri!r}"
+        folder, name = Store.beside(uri)
         try:
-            return cls(name, Store(parent or "/").read(name), what)
+            return cls(name, folder.read(name), what)
         except FileNotFoundError as error:
             raise ValueError(f"{what}: there is no such file") from error
 

@@ -1,7 +1,6 @@
 """Pretrained weights: how a recipe names them, and how they are located and checked by their hash."""
 
 import hashlib
-import os
 from typing import Annotated
 
 from pydantic import Field
@@ -53,9 +52,8 @@ def read_pretrained(config: PretrainedConfig, store: Store, what: str) -> bytes:
 
 def _files(uri: str) -> list[tuple[Store, str]]:
     """List the file that `uri` names, or the files of the folder that it names."""
-    path = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-    parent, _, name = path.rstrip("/").rpartition("/")
-    if name and not parent.endswith("/") and Store(parent or "/").exists(name):
-        return [(Store(parent or "/"), name)]
-    folder = Store(path)
-    return [(folder, key) for key in folder.list() if "/" not in key]
+    parent, name = Store.beside(uri)
+    if name and parent.exists(name):
+        return [(parent, name)]
+    folder = Store(uri)
+    return [(folder, info.key) for info in sorted(folder.scan()) if not (info.is_folder or info.problem)]

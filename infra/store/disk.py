@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import BinaryIO
 from infra.store.errors import FULL, name_full_disk
 from infra.store.types import FileInfo, UnfinishedWrite
 
-PARTIAL = ".partial-"  # prefix of temporary names, which are never listed
+PARTIAL = ".partial-"  # prefix of temporary names, which stores never list
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -34,6 +35,12 @@ class Disk:
         """Read a whole file."""
         return self._file(key).read_bytes()
 
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """Read bytes `start` to `end`, the end excluded; fewer if the file ends before."""
+        with self.open(key) as file:
+            file.seek(start)
+            return file.read(end - start)
+
     def write(self, key: str, data: bytes) -> None:
         """Replace a file by rename, so that readers see all of it or none."""
         self._write_atomically(key, lambda partial: _write(partial, data), os.replace)
@@ -54,20 +61,44 @@ class Disk:
         """Copy a file of the store to a local path."""
         shutil.copyfile(self._file(key), path)
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """List keys that start with `prefix`."""
-        top = self.root / prefix.rpartition("/")[0]
-        for folder, _, names in os.walk(top):
-            base = Path(folder).relative_to(self.root)
-            keys = ((base / name).as_posix() for name in names if not name.startswith(PARTIAL))
-            yield from (key for key in keys if key.startswith(prefix))
+    def scan(self, folder: str) -> Iterator[FileInfo]:
+        """List what is directly in a folder, under any name, in no order.
 
-    def list_info(self, prefix: str) -> Iterator[FileInfo]:
-        """List files whose keys start with `prefix`, with sizes and times."""
-        for key in self.keys(prefix):
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                state = (self.root / key).stat()
-                yield FileInfo(key, state.st_size, state.st_mtime)
+        Raises:
+            FileNotFoundError, NotADirectoryError: there is no such folder.
+            ValueError: it may not be read.
+        """
+        path = os.path.join(self.root, folder)
+        try:
+            with os.scandir(path) as found:
+                names = [entry.name for entry in found]
+        except PermissionError as error:
+            raise ValueError(f"folder {path!r} cannot be listed: allow reading it, or remove it") from error
+        for name in names:
+            yield _info(f"{folder}{name}", os.path.join(path, name))
+
+    def walk(self, prefix: str) -> Iterator[FileInfo]:
+        """List files and folders whose keys start with `prefix`, at any depth.
+
+        Links to folders are followed, unless they lead back up: such a folder has a problem.
+        """
+        top = FileInfo(prefix[: prefix.rfind("/") + 1])
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            above = tuple(map(_inode, (self.root / top.key).parents))
+            yield from (info for info in self._walk(top, above) if info.key.startswith(prefix))
+
+    def _walk(self, folder: FileInfo, above: tuple[tuple[int, int], ...]) -> Iterator[FileInfo]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile
+            inode = _inode(self.root / folder.key)
+            if inode in above:
+                yield folder._replace(problem="a symbolic link to a folder above it")
+                return
+            yield folder
+            for info in self.scan(folder.key):
+                if info.is_folder:
+                    yield from self._walk(info, (*above, inode))
+                else:
+                    yield info
 
     def unfinished_writes(self, prefix: str) -> Iterator[UnfinishedWrite]:
         """List temporary files and folders below a prefix."""
@@ -85,12 +116,6 @@ class Disk:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-    def folders(self, prefix: str) -> Iterator[str]:
-        """List names of the folders directly below a prefix."""
-        folder = self.root / prefix
-        if folder.is_dir():
-            yield from (p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(PARTIAL))
 
     def delete(self, key: str) -> None:
         """Remove a file."""
@@ -135,6 +160,28 @@ class Disk:
                 settle(partial, target)
             finally:
                 partial.unlink(missing_ok=True)
+
+
+def _info(key: str, path: str) -> FileInfo:
+    """Describe a file or folder, and what shows to be wrong with it."""
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
+            raise
+        if os.path.islink(path):
+            return FileInfo(key, problem=f"broken symbolic link to {os.readlink(path)!r}")
+        return FileInfo(key, problem="gone while it was listed")
+    if stat.S_ISDIR(state.st_mode):
+        return FileInfo(f"{key}/")
+    if not stat.S_ISREG(state.st_mode):
+        return FileInfo(key, problem="not a regular file")
+    return FileInfo(key, state.st_size, state.st_mtime, str(state.st_mtime_ns))
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_dev, state.st_ino
 
 
 def _write(path: Path, data: bytes) -> None:

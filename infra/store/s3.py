@@ -1,4 +1,4 @@
-"""S3 backend of a store, through s3fs; also reads sources of images."""
+"""S3 backend of a store, through s3fs."""
 
 import errno
 import io
@@ -50,14 +50,14 @@ _responsive: set[str] = set()  # endpoints that have responded to this process
 
 
 class Bucket:
-    """Files below `prefix` of a bucket; endpoint and credentials stay in the environment.
+    """The objects of a bucket; endpoint and credentials stay in the environment.
 
     If an endpoint that has responded before, to this process or to the one that sent this object, is down or
     overloaded, every call retries for `SFTOK_S3_PATIENCE` seconds.
     """
 
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix
+    def __init__(self, bucket: str) -> None:
+        self.bucket = bucket
         self.retry_seconds = Settings().s3_retry_seconds
         self._was_responsive = False
         self._client: S3FileSystem | None = None
@@ -83,7 +83,9 @@ class Bucket:
         return cast(bytes, self._run(key, lambda s3: s3.cat_file(self._path(key))))
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
-        """Read bytes `start` to `end` of an object, the end excluded."""
+        """Read bytes `start` to `end` of an object, the end excluded; fewer if it ends before."""
+        if end <= start:
+            return b""  # S3 has no empty ranges
         return cast(bytes, self._run(key, lambda s3: s3.cat_file(self._path(key), start=start, end=end)))
 
     def write(self, key: str, data: bytes) -> None:
@@ -116,29 +118,29 @@ class Bucket:
         """Copy an object to a local path."""
         self._run(key, lambda s3: s3.get_file(self._path(key), str(path)))
 
-    def keys(self, prefix: str) -> Iterator[str]:
-        """List keys that start with `prefix`; directory markers, which others make, are skipped."""
-        skip = len(self.prefix) + 1 if self.prefix else 0
-        for page in self._pages(prefix):
-            names = (entry["Key"][skip:] for entry in page.get("Contents", ()))
-            yield from (name for name in names if name and not name.endswith("/"))
+    def scan(self, folder: str) -> Iterator[FileInfo]:
+        """List what is directly in a folder."""
+        return self._listed(folder, Delimiter="/")
 
-    def list_info(self, prefix: str) -> Iterator[FileInfo]:
-        """List objects whose keys start with `prefix`, with sizes and times."""
-        skip = len(self.prefix) + 1 if self.prefix else 0
-        for page in self._pages(prefix):
+    def walk(self, prefix: str) -> Iterator[FileInfo]:
+        """List objects whose keys start with `prefix`, at any depth; markers of folders, which others make, too."""
+        return self._listed(prefix)
+
+    def _listed(self, prefix: str, **options: str) -> Iterator[FileInfo]:
+        for page in self._pages(prefix, **options):
+            yield from (FileInfo(entry["Prefix"]) for entry in page.get("CommonPrefixes", ()))
             for entry in page.get("Contents", ()):
-                if not entry["Key"].endswith("/") and entry["Key"][skip:]:
-                    yield FileInfo(entry["Key"][skip:], int(entry["Size"]), entry["LastModified"].timestamp())
+                key, modified = entry["Key"], entry["LastModified"].timestamp()
+                if key != prefix or not key.endswith("/"):  # else the marker of this very folder
+                    yield FileInfo(key, int(entry["Size"]), modified, entry["ETag"].strip('"'))
 
     def unfinished_writes(self, prefix: str) -> Iterator[UnfinishedWrite]:
         """List multipart uploads that were not completed."""
-        skip = len(self.prefix) + 1 if self.prefix else 0
         more: dict[str, str] = {}
         while True:
-            page = self._request("list_multipart_uploads", prefix, Prefix=self._object(prefix), **more)
+            page = self._request("list_multipart_uploads", prefix, Prefix=prefix, **more)
             for entry in page.get("Uploads", ()):
-                yield UnfinishedWrite(entry["Key"][skip:], entry["Initiated"].timestamp(), entry["UploadId"])
+                yield UnfinishedWrite(entry["Key"], entry["Initiated"].timestamp(), entry["UploadId"])
             if not page.get("IsTruncated"):
                 return
             more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
@@ -146,12 +148,7 @@ class Bucket:
     def discard(self, unfinished: UnfinishedWrite) -> None:
         """Abort an upload, which removes its parts."""
         key, upload = unfinished.key, unfinished.upload
-        self._request("abort_multipart_upload", key, Key=self._object(key), UploadId=upload)
-
-    def folders(self, prefix: str) -> Iterator[str]:
-        """List names of the folders directly below a prefix."""
-        for page in self._pages(prefix, Delimiter="/"):
-            yield from (entry["Prefix"].rstrip("/").rpartition("/")[2] for entry in page.get("CommonPrefixes", ()))
+        self._request("abort_multipart_upload", key, Key=key, UploadId=upload)
 
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
@@ -159,9 +156,10 @@ class Bucket:
 
     def delete_tree(self, prefix: str) -> None:
         """Remove all objects below a prefix, those directly in it first: markers must go before what they mark."""
-        keys = sorted(self.keys(prefix), key=lambda key: (key.count("/"), not key.endswith(".json"), key))
+        found = (info.key for info in self.walk(prefix) if not info.is_folder)
+        keys = sorted(found, key=lambda key: (key.count("/"), not key.endswith(".json"), key))
         for start in range(0, len(keys), 1000):
-            objects = [{"Key": self._object(key)} for key in keys[start : start + 1000]]
+            objects = [{"Key": key} for key in keys[start : start + 1000]]
             self._request("delete_objects", prefix, Delete={"Objects": objects})
 
     def open(self, key: str) -> BinaryIO:
@@ -180,19 +178,16 @@ class Bucket:
             return {}
 
     def _no_bucket(self) -> str:
-        return f"there is no bucket {self.bucket!r} at {self._endpoint()}; create it or correct the store's URI"
-
-    def _object(self, key: str) -> str:
-        return f"{self.prefix}/{key}" if self.prefix else key
+        return f"there is no bucket {self.bucket!r} at {self._endpoint()}; create it or correct the URI"
 
     def _path(self, key: str) -> str:
-        return f"{self.bucket}/{self._object(key)}"
+        return f"{self.bucket}/{key}"
 
     def _uri(self, key: str) -> str:
         return f"s3://{self._path(key)}".rstrip("/")
 
     def _call(self, method: str, key: str) -> dict[str, Any]:
-        return self._request(method, key, Key=self._object(key))
+        return self._request(method, key, Key=key)
 
     def _request(self, method: str, key: str, **parameters: Any) -> dict[str, Any]:
         return self._run(key, lambda s3: cast(dict[str, Any], s3.call_s3(method, Bucket=self.bucket, **parameters)))
@@ -200,7 +195,7 @@ class Bucket:
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         more: dict[str, str] = {}
         while True:
-            page = self._request("list_objects_v2", prefix, Prefix=self._object(prefix), **options, **more)
+            page = self._request("list_objects_v2", prefix, Prefix=prefix, **options, **more)
             yield page
             if not page.get("IsTruncated"):
                 return

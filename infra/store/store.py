@@ -5,44 +5,22 @@ concurrent writers win; markers of finished work are made with it. All calls are
 server is unavailable (`infra.store.s3`); a full disk or bucket raises StoreFullError at once.
 """
 
+import contextlib
 import os
-import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
-from urllib.parse import unquote
+from typing import BinaryIO
 
-from infra.store.disk import Disk
+from infra.store.disk import PARTIAL, Disk
+from infra.store.location import parse_location
 from infra.store.s3 import Bucket
 from infra.store.types import FileInfo, UnfinishedWrite
 
-SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
-BUCKET = re.compile(r"^[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]$")
 CHECK = ".check-"
 
+Backend = Disk | Bucket
 Names = list[str]  # `list` is a method below
-
-
-class Backend(Protocol):
-    """Interface of a storage backend; keys are relative to its root and already checked."""
-
-    def reach(self) -> None: ...  # noqa: D102
-    def size(self, key: str) -> int: ...  # noqa: D102
-    def read(self, key: str) -> bytes: ...  # noqa: D102
-    def write(self, key: str, data: bytes) -> None: ...  # noqa: D102
-    def create(self, key: str, data: bytes) -> bool: ...  # noqa: D102
-    def put_file(self, key: str, path: Path) -> None: ...  # noqa: D102
-    def get_file(self, key: str, path: Path) -> None: ...  # noqa: D102
-    def keys(self, prefix: str) -> Iterator[str]: ...  # noqa: D102
-    def list_info(self, prefix: str) -> Iterator[FileInfo]: ...  # noqa: D102
-    def unfinished_writes(self, prefix: str) -> Iterator[UnfinishedWrite]: ...  # noqa: D102
-    def discard(self, unfinished: UnfinishedWrite) -> None: ...  # noqa: D102
-    def folders(self, prefix: str) -> Iterator[str]: ...  # noqa: D102
-    def delete(self, key: str) -> None: ...  # noqa: D102
-    def delete_tree(self, prefix: str) -> None: ...  # noqa: D102
-    def open(self, key: str) -> BinaryIO: ...  # noqa: D102
-    def explain(self, error: OSError) -> str: ...  # noqa: D102
 
 
 class Store:
@@ -57,8 +35,19 @@ class Store:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.uri, self._backend = _open_root(os.fspath(root))
-        self._prefix = ""
+        place = parse_location(os.fspath(root))
+        if place.bucket:
+            prefix = "/".join(part for part in place.path.split("/") if part)
+            place = place._replace(path=_checked(prefix) if prefix else "")
+        self.uri, self._prefix, self._is_root = place.uri, place.prefix, True
+        self._backend: Backend = Bucket(place.bucket) if place.bucket else Disk(Path(place.path))
+
+    @classmethod
+    def beside(cls, file: str) -> "tuple[Store, str]":
+        """Open the folder of a file given by its path or URI; returns the file's name, too, empty for a bucket."""
+        place = parse_location(file, "file", "a path or s3:// URI")
+        folder, _, name = place.path.rpartition("/")
+        return cls(place._replace(path=folder if place.bucket else folder or "/").uri), name
 
     def at(self, *parts: str) -> "Store":
         """Return the folder `parts` below this one; it need not exist.
@@ -69,6 +58,7 @@ class Store:
         below = Store.__new__(Store)
         joined = "/".join(_checked(part) for part in parts)
         below._backend = self._backend
+        below._is_root = self._is_root and not joined
         below._prefix = f"{self._prefix}{joined}/" if joined else self._prefix
         below.uri = f"{self.uri.rstrip('/')}/{joined}" if joined else self.uri
         return below
@@ -124,7 +114,7 @@ class Store:
     def get_file(self, key: str, path: str | os.PathLike[str]) -> None:
         """Copy the file `key` to the local `path`, whose folder must exist."""
         target = Path(path)
-        partial = target.with_name(f".partial-{uuid.uuid4().hex}")
+        partial = target.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
         try:
             self._backend.get_file(self._key(key), partial)
             partial.replace(target)
@@ -136,12 +126,22 @@ class Store:
 
         A listing never shows whether work is finished: that is what markers are for.
         """
-        return sorted(key.removeprefix(self._prefix) for key in self._backend.keys(self._prefix + _start(prefix)))
+        return sorted(info.key for info in self.list_info(prefix))
 
     def list_info(self, prefix: str = "") -> Iterator[FileInfo]:
         """List all files below, as `list` does, with their sizes and times; in arbitrary order."""
-        for info in self._backend.list_info(self._prefix + _start(prefix)):
-            yield info._replace(key=info.key.removeprefix(self._prefix))
+        found = self._shown(self._backend.walk(self._prefix + _start(prefix)))
+        return (info for info in found if not info.is_folder)
+
+    def scan(self) -> Iterator[FileInfo]:
+        """List files and folders directly in this one, which need not exist; in arbitrary order."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            yield from self._shown(self._backend.scan(self._prefix))
+
+    def _shown(self, found: Iterator[FileInfo]) -> Iterator[FileInfo]:
+        """Make keys relative to this folder, and leave out temporary files."""
+        relative = (info._replace(key=info.key.removeprefix(self._prefix)) for info in found)
+        return (info for info in relative if f"/{PARTIAL}" not in f"/{info.key}")
 
     def unfinished_writes(self) -> Iterator[UnfinishedWrite]:
         """List what killed writers left below: partial files on disk, multipart uploads on S3; no reader sees them."""
@@ -153,7 +153,7 @@ class Store:
 
     def folders(self) -> Names:
         """List sorted names of the folders directly below; on S3 an emptied one may still appear for a while."""
-        return sorted(self._backend.folders(self._prefix))
+        return sorted(info.name for info in self.scan() if info.is_folder)
 
     def delete(self, key: str) -> None:
         """Remove the file `key`, if it exists."""
@@ -165,7 +165,7 @@ class Store:
         Raises:
             ValueError: this is the root itself.
         """
-        if not self._prefix:
+        if self._is_root:
             raise ValueError(f"refused to delete everything in {self.uri}: name a folder below it")
         self._backend.delete_tree(self._prefix)
 
@@ -210,48 +210,6 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
-
-
-def _open_root(root: str) -> tuple[str, Backend]:
-    """Return the canonical URI of a root and its backend."""
-    if not root.strip():
-        raise ValueError("store: the location is empty; give a folder or s3://bucket/prefix")
-    match = SCHEME.match(root)
-    scheme = match.group(1).lower() if match else ""
-    if scheme == "s3":
-        return _open_bucket(root)
-    if scheme == "file":
-        host, _, path = root[len("file://") :].partition("/")
-        if host not in ("", "localhost"):
-            raise ValueError(f"store file://{_hidden(host)}/...: a folder on another machine; write file:///folder")
-        root = unquote("/" + path)
-    elif scheme:
-        raise ValueError(f"store {scheme}://...: unknown kind of store; give a folder or s3://bucket/prefix")
-    folder = Path(os.path.abspath(Path(root).expanduser()))
-    return str(folder), Disk(folder)
-
-
-def _open_bucket(root: str) -> tuple[str, Backend]:
-    bucket, _, prefix = root[len("s3://") :].partition("/")
-    if "@" in bucket:
-        raise ValueError(
-            f"store s3://{_hidden(bucket)}: credentials do not belong in a URI; "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
-        )
-    if not BUCKET.match(bucket):
-        raise ValueError(
-            f"store s3://{bucket}: not a bucket name (3 to 63 lowercase letters, digits, dashes); "
-            "write s3://bucket/prefix"
-        )
-    prefix = "/".join(part for part in prefix.split("/") if part)
-    if prefix:
-        _checked(prefix)
-    return f"s3://{bucket}/{prefix}".rstrip("/"), Bucket(bucket, prefix)
-
-
-def _hidden(host: str) -> str:
-    """Strip the credentials before a host or bucket."""
-    return host.rpartition("@")[2]
 
 
 def _checked(key: str) -> str:

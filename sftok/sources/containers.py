@@ -20,8 +20,9 @@ from infra.artifacts.shards import FileEntry, shard_entry, write_shard
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress
 from infra.store.store import Store
+from infra.store.types import FileInfo
 from sftok.config import DataConfig
-from sftok.sources.files import FolderReader, Item, beside, is_litter, locate, open_files
+from sftok.sources.files import FolderReader, is_litter, locate, open_files
 from sftok.sources.folder import check_exists
 from sftok.sources.labels import are_numbers, names_of, no_labels
 from sftok.sources.listing import POSSIBLE, Container, ContainerTask, Entries, Entry, ParquetEntries, Source, Unpacker
@@ -55,30 +56,29 @@ def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Con
         files = open_files(uri)
         check_exists(files)
         root = files.uri
-        items = [item for item in files.walk("") if item.path.lower().endswith(suffixes) and not _is_hidden(item.path)]
+        items = [item for item in files.walk("") if item.key.lower().endswith(suffixes) and not _is_hidden(item.key)]
         if not items:
             raise ValueError(f"source {uri!r} holds no {' or '.join(suffixes)} file: give {POSSIBLE}")
-    splits = splits_of(root, [item.path for item in items])
-    kept = sorted(item for item in items if item.path in splits)
-    broken = Entries.of(
-        Entry(item.path, item.size, item.version, problem=item.problem) for item in kept if item.problem
-    )
+    splits = splits_of(root, [item.key for item in items])
+    kept = sorted(item for item in items if item.key in splits)
+    broken = Entries.of(Entry(item.key, item.size, item.version, problem=item.problem) for item in kept if item.problem)
     good = (item for item in kept if not item.problem)
-    return root, tuple(Container(item.path, item.size, item.version, splits[item.path]) for item in good), broken
+    return root, tuple(Container(item.key, item.size, item.version, splits[item.key]) for item in good), broken
 
 
-def _named_files(uri: str) -> tuple[str, list[Item]]:
+def _named_files(uri: str) -> tuple[str, list[FileInfo]]:
     """List the files that a name or pattern stands for, each of which has to exist."""
     head, _, _ = uri.partition("{")
-    files, start = beside(head)
+    start = head.rpartition("/")[2]
+    files = open_files(head.removesuffix(start) or ".")
     wanted = [name[len(head) - len(start) :] for name in expand(uri)]
-    found: dict[str, Item] = {}
+    found: dict[str, FileInfo] = {}
     for inner in sorted({name.rpartition("/")[0] for name in wanted}):
         try:
-            found |= {item.path: item for item in files.scan(f"{inner}/" if inner else "")}
+            found |= {item.key: item for item in files.scan(f"{inner}/" if inner else "")}
         except FileNotFoundError:
             continue
-    if missing := [name for name in wanted if name not in found or found[name].is_folder]:
+    if missing := [name for name in wanted if name not in found]:
         raise ValueError(
             f"source {uri!r}: {missing[0]!r} does not exist ({len(missing)} of {len(wanted)} files): correct the name"
         )

@@ -1,24 +1,23 @@
 """The files of a source, on disk or S3: listed with a version that changes with them, read whole or by ranges.
 
-Stores allow plain names only; a source's files may have any name, so it is not read through `infra.store.store`.
+Stores allow plain names only; a source's files may have any name, so its files are read past `infra.store.store`.
 """
 
-import errno
 import functools
-import io
 import os
 import posixpath
-import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from infra.errors import TransientError
+from infra.store.disk import Disk
+from infra.store.location import SCHEME, parse_location
 from infra.store.s3 import Bucket
-from infra.store.store import BUCKET
+from infra.store.store import Backend
+from infra.store.types import FileInfo
 from sftok.sources.listing import POSSIBLE, Entry, RejectedEntryError
 
 # Files that operating systems leave behind; everything else in a class folder counts as found.
@@ -26,35 +25,66 @@ _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 _IMAGE_SUFFIXES = frozenset(
     "jpg jpeg jpe jfif png gif bmp dib tif tiff webp ppm pgm pbm pnm jp2 j2k avif".split()  # noqa: SIM905
 )
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
 NOT_UTF8 = "the file's name is not UTF-8"
+FOLDER_AS_IMAGE = "a folder named like an image"
 
 
-class Item(NamedTuple):
-    """A file or folder in a listing."""
-
-    path: str  # relative to the files' root, with /
-    size: int = 0  # bytes
-    version: str = ""  # modification time in ns, or etag
-    problem: str | None = None  # reason why it cannot be read
-    is_folder: bool = False
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self.path.rpartition("/")[2]
-
-
-class Files(Protocol):
+@dataclass(frozen=True)
+class Files:
     """A folder to read from. Paths are relative to it; paths of folders are empty or end with /."""
 
-    @property
-    def uri(self) -> str: ...  # noqa: D102
-    def scan(self, folder: str) -> Iterator[Item]: ...  # noqa: D102
-    def walk(self, folder: str) -> Iterator[Item]: ...  # noqa: D102
-    def read(self, path: str) -> bytes: ...  # noqa: D102
-    def read_range(self, path: str, start: int, end: int) -> bytes: ...  # noqa: D102
-    def open(self, path: str) -> BinaryIO: ...  # noqa: D102
+    uri: str
+    backend: Backend
+    prefix: str  # of the backend's keys
+
+    def scan(self, folder: str) -> Iterator[FileInfo]:
+        """List everything directly in a folder, in no order."""
+        for item in self._listed(self.backend.scan(self.prefix + folder)):
+            yield item if item.is_folder else _in_utf8(item)
+
+    def walk(self, folder: str) -> Iterator[FileInfo]:
+        """List every file below a folder, and folders named like images, with that problem.
+
+        Links are followed, but those that lead back up have a problem.
+        """
+        told: set[str] = set()
+        for item in self._listed(self.backend.walk(self.prefix + folder)):
+            leads_up = item.is_folder and item.problem is not None
+            parts = [] if leads_up else item.key[len(folder) :].split("/")[:-1]
+            for depth, part in enumerate(parts, 1):
+                above = folder + "/".join(parts[:depth])
+                if is_image_name(part) and above not in told:
+                    told.add(above)
+                    yield _in_utf8(FileInfo(above, problem=FOLDER_AS_IMAGE))
+            if leads_up or not (item.is_folder or is_litter(item.name)):
+                yield _in_utf8(item._replace(key=item.key.removesuffix("/")))
+
+    def read(self, path: str) -> bytes:
+        """Read a file."""
+        return self.backend.read(self.prefix + path)
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Read bytes `start` to `end`, the end excluded; fewer if the file ends before."""
+        return self.backend.read_range(self.prefix + path, start, end)
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading."""
+        return self.backend.open(self.prefix + path)
+
+    def _listed(self, found: Iterator[FileInfo]) -> Iterator[FileInfo]:
+        for info in found:
+            item = info._replace(key=info.key[len(self.prefix) :])
+            if isinstance(self.backend, Bucket) and not item.is_folder:
+                parts = item.key.split("/")  # clients resolve them in URLs
+                if {".", ".."} & set(parts) or "" in parts:
+                    item = item._replace(problem="its path has an empty part, '.' or '..'")
+            yield item
+
+
+@functools.lru_cache(maxsize=16)
+def _bucket(name: str) -> Bucket:
+    """Make a client, one per bucket and process; credentials stay in the environment."""
+    return Bucket(name)
 
 
 def open_files(uri: str) -> Files:
@@ -63,35 +93,19 @@ def open_files(uri: str) -> Files:
     Raises:
         ValueError: it is neither, or the URI holds credentials.
     """
-    if uri.startswith("s3://"):
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        if "@" in bucket:
-            raise ValueError(
-                f"source s3://{bucket.rpartition('@')[2]}: credentials do not belong in a URI; "
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE"
-            )
-        if not BUCKET.match(bucket):
-            raise ValueError(f"source s3://{bucket}: not a bucket name; write s3://bucket/prefix")
-        return S3Files(bucket, prefix.strip("/"))
-    if uri.startswith("file://"):
-        uri = unquote(uri.removeprefix("file://"))
-    elif _SCHEME.match(uri):
-        raise ValueError(f"source {uri!r} is neither a local path nor on S3: give {POSSIBLE}")
-    return LocalFiles(os.path.abspath(os.path.expanduser(uri)))
+    place = parse_location(uri, "source", POSSIBLE)
+    return Files(place.uri, _bucket(place.bucket) if place.bucket else Disk(Path(place.path)), place.prefix)
 
 
 def locate(uri: str, path: str) -> tuple[Files, str]:
     """Return the files and the path in them for `path`, which is relative to `uri`, absolute, or a URI itself."""
-    if path.startswith("/") or _SCHEME.match(path):
-        head, _, name = path.rpartition("/")
-        return open_files(head or "/"), unquote(name) if path.startswith("file://") else name
-    return open_files(uri), path
+    return beside(path) if path.startswith("/") or SCHEME.match(path) else (open_files(uri), path)
 
 
 def beside(uri: str) -> tuple[Files, str]:
     """Open the folder of a file; return it and the file's name."""
     folder, slash, name = uri.rpartition("/")
-    return open_files(folder or slash or "."), name
+    return open_files(folder or slash or "."), unquote(name) if uri.startswith("file://") else name
 
 
 @dataclass(frozen=True)
@@ -140,8 +154,8 @@ def is_litter(name: str) -> bool:
     return name in _LITTER or name.startswith("._")
 
 
-def visible(items: Iterator[Item]) -> list[Item]:
-    """Sort items by name, without the hidden ones."""
+def visible(items: Iterator[FileInfo]) -> list[FileInfo]:
+    """Sort items so that the contents of all are in order, without the hidden ones."""
     return sorted(item for item in items if not item.name.startswith(".") and not is_litter(item.name))
 
 
@@ -159,169 +173,6 @@ def escaped(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-# --- disk
-
-
-@dataclass(frozen=True)
-class LocalFiles:
-    """Files below a local folder."""
-
-    uri: str
-
-    def scan(self, folder: str) -> Iterator[Item]:
-        """List everything directly in a folder, in no order."""
-        path = os.path.join(self.uri, folder)
-        try:
-            with os.scandir(path) as found:
-                items = list(found)
-        except PermissionError as error:
-            raise ValueError(f"folder {path!r} cannot be listed: allow reading it, or remove it") from error
-        for item in items:
-            if os.path.isdir(item.path):  # unlike item.is_dir(), it raises no error for a link to itself
-                yield Item(f"{folder}{item.name}", is_folder=True)
-            else:
-                yield _described(f"{folder}{item.name}", item.path)
-
-    def walk(self, folder: str) -> Iterator[Item]:
-        """List every file below a folder; links are followed, but those that lead back up have a problem."""
-        parts = folder.rstrip("/").split("/") if folder else []
-        above = [_inode(os.path.join(self.uri, *parts[:depth])) for depth in range(len(parts))]
-        if folder and _inode(os.path.join(self.uri, folder)) in above:
-            yield Item(folder.rstrip("/"), problem="a symbolic link to a folder above it")
-            return
-        yield from self._walk(folder, tuple(above))
-
-    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Item]:
-        here = (*above, _inode(os.path.join(self.uri, folder)))
-        for item in self.scan(folder):
-            if not item.is_folder:
-                if not is_litter(item.name):
-                    yield item
-                continue
-            if _inode(os.path.join(self.uri, item.path)) in here:
-                yield _named(item.path, problem="a symbolic link to a folder above it")
-                continue
-            if is_image_name(item.name):
-                yield _named(item.path, problem="a folder named like an image")
-            yield from self._walk(f"{item.path}/", here)
-
-    def read(self, path: str) -> bytes:
-        """Read a file."""
-        return Path(self.uri, path).read_bytes()
-
-    def read_range(self, path: str, start: int, end: int) -> bytes:
-        """Read bytes `start` to `end`, the end excluded; fewer if the file ends before."""
-        with open(os.path.join(self.uri, path), "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
-
-    def open(self, path: str) -> BinaryIO:
-        """Open a file for reading."""
-        return open(os.path.join(self.uri, path), "rb")
-
-
-def _described(path: str, where: str) -> Item:
-    """Make the item of a file, with any problem that shows without opening it."""
-    try:
-        info = os.stat(where)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
-            raise
-        if os.path.islink(where):
-            return _named(path, problem=f"broken symbolic link to {escaped(os.readlink(where))!r}")
-        return _named(path, problem="gone while it was listed")
-    if not stat.S_ISREG(info.st_mode):
-        return _named(path, problem="not a regular file")
-    return _named(path, info.st_size, str(info.st_mtime_ns))
-
-
-def _named(path: str, size: int = 0, version: str = "", problem: str | None = None) -> Item:
-    # Parquet strings are UTF-8, so other bytes of the path are escaped.
-    return Item(path, size, version, problem) if is_utf8(path) else Item(escaped(path), size, version, NOT_UTF8)
-
-
-def _inode(path: str) -> tuple[int, int]:
-    info = os.stat(path)
-    return info.st_dev, info.st_ino
-
-
-# --- S3
-
-
-class _ListingBucket(Bucket):
-    """A bucket whose listings include sizes and etags."""
-
-    def contents(self, prefix: str, *, one_level: bool) -> Iterator[dict[str, Any]]:
-        """List pages of objects, and common prefixes if `one_level`."""
-        return self._pages(prefix, **({"Delimiter": "/"} if one_level else {}))
-
-
-@functools.lru_cache(maxsize=16)
-def _bucket(name: str) -> _ListingBucket:
-    """Make a client, one per bucket and process; credentials stay in the environment."""
-    return _ListingBucket(name, "")
-
-
-@dataclass(frozen=True)
-class S3Files:
-    """Files below a prefix of a bucket."""
-
-    bucket: str
-    prefix: str
-
-    @property
-    def uri(self) -> str:
-        """URI of the prefix."""
-        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-
-    def scan(self, folder: str) -> Iterator[Item]:
-        """List everything directly in a folder."""
-        start = self._key(folder)
-        skip = len(start) - len(folder)
-        for page in _bucket(self.bucket).contents(start, one_level=True):
-            for found in page.get("CommonPrefixes", ()):
-                yield Item(found["Prefix"][skip:].rstrip("/"), is_folder=True)
-            for found in page.get("Contents", ()):
-                if not found["Key"].endswith("/"):
-                    yield _listed(found, skip)
-
-    def walk(self, folder: str) -> Iterator[Item]:
-        """List every file below a folder, and prefixes that on a disk would be folders named like images."""
-        start = self._key(folder)
-        skip = len(start) - len(folder)
-        told: set[str] = set()
-        for page in _bucket(self.bucket).contents(start, one_level=False):
-            for found in page.get("Contents", ()):
-                item = _listed(found, skip)
-                parts = item.path[len(folder) :].split("/")
-                for depth, part in enumerate(parts[:-1], 1):
-                    above = folder + "/".join(parts[:depth])
-                    if is_image_name(part) and above not in told:
-                        told.add(above)
-                        yield Item(above, problem="a folder named like an image")
-                if item.name and not is_litter(item.name):
-                    yield item
-
-    def read(self, path: str) -> bytes:
-        """Read an object."""
-        return _bucket(self.bucket).read(self._key(path))
-
-    def read_range(self, path: str, start: int, end: int) -> bytes:
-        """Read bytes `start` to `end`, the end excluded."""
-        return _bucket(self.bucket).read_range(self._key(path), start, end) if end > start else b""
-
-    def open(self, path: str) -> BinaryIO:
-        """Open an object for reading; recent blocks are cached, since tar and Parquet readers step back a little."""
-        opened = _bucket(self.bucket).open(self._key(path))
-        assert isinstance(opened, io.BufferedIOBase)
-        return opened
-
-    def _key(self, path: str) -> str:
-        return f"{self.prefix}/{path}" if self.prefix else path
-
-
-def _listed(found: dict[str, Any], skip: int) -> Item:
-    path = found["Key"][skip:]
-    parts = path.split("/")
-    problem = "its path has an empty part, '.' or '..'" if {".", ".."} & set(parts) or "" in parts[:-1] else None
-    return Item(path, found["Size"], found["ETag"].strip('"'), problem)
+def _in_utf8(item: FileInfo) -> FileInfo:
+    """Escape a path that Parquet cannot hold, which is a problem with the file."""
+    return item if is_utf8(item.key) else item._replace(key=escaped(item.key), problem=NOT_UTF8)

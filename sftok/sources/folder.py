@@ -10,9 +10,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from infra.store.disk import Disk
+from infra.store.types import FileInfo
 from sftok.config import DataConfig
 from sftok.images.contract import SPLITS
-from sftok.sources.files import Files, FolderReader, Item, LocalFiles, is_image_name, is_utf8, open_files, visible
+from sftok.sources.files import FOLDER_AS_IMAGE, Files, FolderReader, is_image_name, is_utf8, open_files, visible
 from sftok.sources.labels import stated_names
 from sftok.sources.listing import POSSIBLE, Entries, Entry, Source, collect
 
@@ -84,7 +86,7 @@ def check_exists(files: Files) -> None:
     Raises:
         ValueError: it is not; says what it is instead.
     """
-    if isinstance(files, LocalFiles):
+    if isinstance(files.backend, Disk):
         if not os.path.isdir(files.uri):
             problem = "is not a folder" if os.path.lexists(files.uri) else "does not exist"
             raise ValueError(f"source {files.uri!r} {problem}: give {POSSIBLE}")
@@ -114,7 +116,7 @@ def _layout(files: Files) -> list[_ClassFolders]:
 
 def _of_classes(files: Files, part: _ClassFolders, config: DataConfig) -> Iterator[Iterable[Entry]]:
     """Yield the entries of each class folder, and of files beside them that are named like images."""
-    for item in _in_order(files.scan(part.prefix)):
+    for item in visible(files.scan(part.prefix)):
         if not item.is_folder:
             if is_image_name(item.name):
                 beside = "not in a class folder" if config.labels == "required" else None
@@ -123,17 +125,17 @@ def _of_classes(files: Files, part: _ClassFolders, config: DataConfig) -> Iterat
             yield _of_class(files, item, part.split)
 
 
-def _of_class(files: Files, item: Item, split: str | None) -> Iterator[Entry]:
-    name = item.name
+def _of_class(files: Files, item: FileInfo, split: str | None) -> Iterator[Entry]:
+    name, path = item.name, item.key.removesuffix("/")
     if not is_utf8(name):
-        raise ValueError(f"the name of class folder {os.fsencode(item.path)!r} is not UTF-8: rename it")
-    inside = iter(files.walk(f"{item.path}/"))
+        raise ValueError(f"the name of class folder {os.fsencode(path)!r} is not UTF-8: rename it")
+    inside = iter(files.walk(item.key))
     first = next(inside, None)
     if first is None and is_image_name(name):
-        yield _entry(item, None, split, "a folder named like an image")
+        yield Entry(path, 0, split=split, problem=FOLDER_AS_IMAGE)
     elif first is None:
-        raise ValueError(f"class folder {item.path!r} is empty: put images into it, or remove it")
-    elif first.path == item.path:
+        raise ValueError(f"class folder {path!r} is empty: put images into it, or remove it")
+    elif first.key == path:
         yield _entry(first, None, split)
     else:
         yield from (_entry(found, name, split) for found in itertools.chain([first], inside))
@@ -141,18 +143,13 @@ def _of_class(files: Files, item: Item, split: str | None) -> Iterator[Entry]:
 
 def _unlabelled(files: Files, part: _ClassFolders) -> Iterator[Iterable[Entry]]:
     """Yield every file at any depth, folder by folder."""
-    for item in _in_order(files.scan(part.prefix)):
-        found: Iterable[Item] = files.walk(f"{item.path}/") if item.is_folder else (item,)
+    for item in visible(files.scan(part.prefix)):
+        found: Iterable[FileInfo] = files.walk(item.key) if item.is_folder else (item,)
         yield (_entry(inside, None, part.split) for inside in found)
 
 
-def _in_order(items: Iterator[Item]) -> list[Item]:
-    """Sort items by the paths of their contents, so that sorted contents of each are sorted over all."""
-    return sorted(visible(items), key=lambda item: f"{item.path}/" if item.is_folder else item.path)
-
-
-def _entry(item: Item, class_name: str | None, split: str | None, problem: str | None = None) -> Entry:
-    return Entry(item.path, item.size, item.version, class_name, split, item.problem or problem)
+def _entry(item: FileInfo, class_name: str | None, split: str | None, problem: str | None = None) -> Entry:
+    return Entry(item.key, item.size, item.version, class_name, split, item.problem or problem)
 
 
 def _empty(uri: str) -> ValueError:

@@ -4,6 +4,7 @@ Paths are relative to the index, absolute, or URIs (s3://...); the image id is t
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -12,8 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
+from infra.store.types import FileInfo
 from sftok.config import DataConfig
-from sftok.sources.files import FolderReader, Item, beside, locate
+from sftok.sources.files import FOLDER_AS_IMAGE, FolderReader, beside, locate
 from sftok.sources.labels import are_numbers, class_of, names_of, no_labels, stated_names
 from sftok.sources.listing import Entries, Entry, RejectedEntryError, Source, collect
 
@@ -80,8 +82,9 @@ def _table(uri: str, config: DataConfig) -> pa.Table:
     files, name = beside(uri)
     try:
         file = files.open(name)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        problem = "is a folder: give the index itself" if isinstance(error, IsADirectoryError) else "does not exist"
+    except FileNotFoundError as error:
+        is_folder = os.path.isdir(os.path.join(files.uri, name))
+        problem = "is a folder: give the index itself" if is_folder else "does not exist"
         raise ValueError(f"source {uri!r} {problem}") from error
     return _read(uri, file, config)
 
@@ -185,10 +188,10 @@ class _Folders:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.listed: dict[str, dict[str, Item]] = {}
+        self.listed: dict[str, dict[str, FileInfo]] = {}
 
-    def find(self, path: str) -> Item:
-        """Return the item of a file; it has a problem if the file does not exist."""
+    def find(self, path: str) -> FileInfo:
+        """Return what is listed of a file; it has a problem if the file does not exist."""
         folder, slash, name = path.rpartition("/")
         if folder not in self.listed:
             if len(self.listed) == _CACHED_FOLDERS:
@@ -196,10 +199,10 @@ class _Folders:
             self.listed[folder] = self._list(folder + slash)
         item = self.listed[folder].get(name)
         if item is None or item.is_folder:
-            return Item(path, problem="there is no such file" if item is None else "a folder named like an image")
+            return FileInfo(path, problem="there is no such file" if item is None else FOLDER_AS_IMAGE)
         return item
 
-    def _list(self, folder: str) -> dict[str, Item]:
+    def _list(self, folder: str) -> dict[str, FileInfo]:
         files, inner = locate(self.root, folder)
         try:
             return {item.name: item for item in files.scan(inner)}

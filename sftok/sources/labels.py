@@ -1,11 +1,10 @@
 """Classes of images: class names from a file, and the meaning of a source's labels (numbers or names)."""
 
-import os
 import re
 from collections.abc import Iterable
 
 from sftok.config import DataConfig
-from sftok.sources.files import locate
+from sftok.sources.files import beside
 from sftok.sources.listing import RejectedEntryError
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0)?")  # pandas writes integers beside missing ones as 3.0
@@ -22,10 +21,10 @@ def stated_names(config: DataConfig) -> tuple[str, ...] | None:
     path = config.class_names_file
     if not path or config.labels == "none":
         return None
-    files, name = locate(".", os.path.expanduser(path))
+    files, name = beside(path)
     try:
         text = files.read(name).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data.class_names_file = {path!r} is no text file that can be read ({type(error).__name__}): "
             "give a file with one class name per line"

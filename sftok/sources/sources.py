@@ -8,9 +8,10 @@ import itertools
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
+from infra.store.types import FileInfo
 from sftok.config import DataConfig
 from sftok.sources.digits import list_digits
-from sftok.sources.files import Files, FolderReader, Item, beside, is_image_name, open_files, visible
+from sftok.sources.files import Files, FolderReader, beside, is_image_name, open_files, visible
 from sftok.sources.folder import check_exists, check_folder, list_folder
 from sftok.sources.index import check_index, is_index, list_index
 from sftok.sources.listing import DIGITS, POSSIBLE, Container, Entries, Entry, RejectedEntryError, Source
@@ -123,11 +124,11 @@ def _kind_of_folder(files: Files) -> str:
     top = visible(files.scan(""))
     items = [item for item in top if not item.is_folder]
     for folder in [item for item in top if item.is_folder][:_LOOKED_INTO]:
-        items += [item for item in itertools.islice(files.scan(f"{folder.path}/"), _SEEN) if not item.is_folder]
+        items += [item for item in itertools.islice(files.scan(folder.key), _SEEN) if not item.is_folder]
     seen = {
         "webdataset": _some(items, ".tar"),
         "parquet": _some(items, ".parquet"),
-        "folder": [item.path for item in items if is_image_name(item.name)],
+        "folder": [item.key for item in items if is_image_name(item.name)],
     }
     kinds = [kind for kind, paths in seen.items() if paths]
     if len(kinds) > 1:
@@ -140,5 +141,5 @@ def _kind_of_folder(files: Files) -> str:
     return kinds[0] if kinds else "folder"
 
 
-def _some(items: list[Item], *suffixes: str) -> list[str]:
-    return [item.path for item in items if item.name.lower().endswith(suffixes)]
+def _some(items: list[FileInfo], *suffixes: str) -> list[str]:
+    return [item.key for item in items if item.name.lower().endswith(suffixes)]

@@ -13,7 +13,16 @@ from typing import Any, BinaryIO
 
 from sftok.config import DataConfig
 from sftok.sources.containers import check_storage, container_problem, list_containers
-from sftok.sources.files import FolderReader, escaped, is_image_name, is_litter, is_utf8, open_files
+from sftok.sources.files import (
+    FOLDER_AS_IMAGE,
+    NOT_UTF8,
+    FolderReader,
+    escaped,
+    is_image_name,
+    is_litter,
+    is_utf8,
+    open_files,
+)
 from sftok.sources.labels import class_of, stated_names
 from sftok.sources.listing import Container, ContainerTask, Entry, RejectedEntryError, Source, Unpacker
 
@@ -133,11 +142,11 @@ def _member_problem(member: tarfile.TarInfo, container: Container) -> str | None
     if member.issym() or member.islnk():
         return f"a link to {escaped(member.linkname)[:200]!r}"
     if member.isdir():
-        return "a folder named like an image"
+        return FOLDER_AS_IMAGE
     if not member.isreg() or member.issparse():
         return "not a regular file"
     if not is_utf8(member.name):
-        return "the file's name is not UTF-8"
+        return NOT_UTF8
     if member.offset_data + member.size > container.size:
         return "truncated: the tar ends before it"
     return None

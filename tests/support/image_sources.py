@@ -43,7 +43,7 @@ def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
 
 def upload(root: Path) -> str:
     """Copy a folder to the S3 server of the environment; the URI of the copy."""
-    bucket, prefix = Bucket("tests", ""), f"sources/{uuid.uuid4().hex}"
+    bucket, prefix = Bucket("tests"), f"sources/{uuid.uuid4().hex}"
     for path in root.rglob("*"):
         if path.is_file():
             bucket.write(f"{prefix}/{path.relative_to(root).as_posix()}", path.read_bytes())

@@ -160,7 +160,7 @@ def test_the_look_beforehand_does_not_grow_with_the_source(tmp_path, monkeypatch
         opened.append(path)
         return real(path)
 
-    monkeypatch.setattr("sftok.sources.files.os.scandir", counted)
+    monkeypatch.setattr(os, "scandir", counted)
     check_source(str(tmp_path / "data"), CONFIG)
     assert len(opened) <= 13
     list_source(str(tmp_path / "data"), CONFIG)

@@ -293,8 +293,8 @@ def test_gc_stops_at_a_damaged_manifest(store_of_runs, capsys: pytest.CaptureFix
 @pytest.mark.s3
 def test_gc_aborts_uploads_on_s3(s3_store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     s3_store.write("artifacts/codes/x", b"x")
-    bucket = s3_store._backend
-    bucket._request("create_multipart_upload", "artifacts/big", Key=bucket._object("artifacts/big"))
+    key = f"{s3_store._prefix}artifacts/big"
+    s3_store._backend._request("create_multipart_upload", key, Key=key)
     assert len(list(s3_store.unfinished_writes())) == 1
     assert collect(capsys, s3_store)["uploads"] == 0, "it may be at work"
     time.sleep(1.1)  # S3 tells times to the second

@@ -27,10 +27,13 @@ def read(store: Store, uri: str, sha256: str = SHA256) -> bytes:
 
 def test_a_file_and_a_folder(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(store, str(folder / "vgg.bin")) == DATA
+    assert read(store, (folder / "vgg.bin").as_uri()) == DATA
     assert read(store, (folder / "vgg.bin").as_uri().replace("%20", " ")) == DATA
+    (folder / "b.bin").symlink_to("nowhere")
     assert read(store, str(folder)) == DATA
     monkeypatch.chdir(folder)
     assert read(store, "vgg.bin") == DATA
+    assert read(store, ".") == DATA
 
 
 def test_the_stores_own(store: Store) -> None:

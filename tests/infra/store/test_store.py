@@ -52,6 +52,34 @@ class TestBothKinds:
         assert place.folders() == ["b"]
         assert place.at("no").folders() == []
 
+    def test_a_listing_tells_sizes_and_versions(self, place: Store) -> None:
+        place.write("a/b", b"1")
+        place.write("c", b"22")
+        place.write("ab/c", b"")
+        began = time.time() - 60
+        found = {info.key: info for info in place.list_info()}
+        assert {key: info.size for key, info in found.items()} == {"a/b": 1, "ab/c": 0, "c": 2}
+        assert all(began < info.modified < began + 120 and info.version for info in found.values())
+        assert [info.key for info in place.list_info("a/")] == ["a/b"]
+        assert sorted(info.key for info in place.scan()) == ["a/", "ab/", "c"]
+        assert [(info.key, info.name) for info in place.at("a").scan()] == [("b", "b")]
+        assert list(place.at("c").scan()) == []
+        place.write("c", b"33")
+        (changed,) = place.list_info("c")
+        assert changed.version != found["c"].version
+
+    def test_a_file_is_found_beside_others(self, place: Store) -> None:
+        place.write("a b/c.bin", b"1")
+        for uri in (f"{place.uri}/a b/c.bin", f"{place.uri}/a b/c.bin/"):
+            folder, name = Store.beside(uri)
+            assert (folder.uri, name, folder.read(name)) == (f"{place.uri}/a b", "c.bin", b"1")
+
+    def test_ranges_are_read_as_far_as_they_go(self, place: Store) -> None:
+        place.write("a", b"0123456789")
+        read = place._backend.read_range
+        ranges = [read(f"{place._prefix}a", *ends) for ends in ((0, 3), (7, 10), (8, 20), (4, 4))]
+        assert ranges == [b"012", b"789", b"89", b""]
+
     def test_folder_is_not_a_file(self, place: Store) -> None:
         place.write("a/b", b"")
         assert place.exists("a/b")
@@ -131,7 +159,8 @@ class TestRoots:
     def test_one_folder_has_one_uri(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         folder = tmp_path / "my store"
-        for root in ("my store", "./x/../my store", str(folder) + "/", folder, f"file://{tmp_path}/my%20store"):
+        uris = (f"file://{tmp_path}/my%20store", f"FILE://localhost{tmp_path}/my store/")
+        for root in ("my store", "./x/../my store", str(folder) + "/", folder, *uris):
             assert Store(root).uri == str(folder)
             assert Store(root).is_local
             assert Store(root).path == folder
@@ -191,6 +220,24 @@ class TestLocal:
             seen.add(len(store.read("file")))
         writer.join()
         assert seen <= set(sizes)
+
+    def test_temporary_names_are_not_listed(self, store: Store) -> None:
+        store.write("a", b"")
+        for name in (".partial-1", ".partial-2/b"):
+            (store.path / name).parent.mkdir(exist_ok=True)
+            (store.path / name).write_bytes(b"")
+        assert (store.list(), store.folders(), [info.key for info in store.scan()]) == (["a"], [], ["a"])
+        assert {write.key for write in store.unfinished_writes()} == {".partial-1", ".partial-2"}
+
+    def test_linked_folders_are_listed_but_not_those_above(self, store: Store, tmp_path: Path) -> None:
+        store.write("a/b", b"")
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere/c").write_bytes(b"")
+        (store.path / "a/up").symlink_to(store.path)
+        (store.path / "a/over").symlink_to(tmp_path, target_is_directory=True)
+        (store.path / "a/link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        assert store.list() == ["a/b", "a/link/c"]
+        assert store.at("a", "up").list() == []
 
     def test_unwritable_folder_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"")

@@ -111,7 +111,7 @@ def test_any_number_of_workers_makes_the_same_files(kind, tmp_path, store):
 def test_the_digest_of_an_s3_source_tells_another_etag(tmp_path, s3_env):
     uri = upload(write_files(tmp_path, {"a/1.png": image_bytes(1), "b/1.png": image_bytes(1)}))
     before = list_source(uri).digest
-    Bucket("tests", uri.removeprefix("s3://tests/")).write("a/1.png", image_bytes(2))
+    Bucket("tests").write(f"{uri.removeprefix('s3://tests/')}/a/1.png", image_bytes(2))
     assert list_source(uri).digest != before
 
 

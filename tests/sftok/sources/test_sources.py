@@ -1,15 +1,17 @@
+import datetime
 import io
 import logging
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from infra.store.s3 import Bucket
 from sftok.images.preprocess import to_rgb
-from sftok.sources import files
 from sftok.sources.sources import RejectedEntryError, Source, list_source
 
 
@@ -135,6 +137,28 @@ def test_what_cannot_be_an_image_is_listed_with_the_reason(tmp_path):
     assert source.class_names == ("a",)
 
 
+def test_odd_names_in_a_bucket_are_listed_with_the_reason(monkeypatch):
+    keys = ["a/1.png", "a//2.png", "a/../3.png", "a/./4.png", "a/folder.png/5.png", "a/marked.png/", "a/._6.png", "a/"]
+    now = datetime.datetime.now(tz=datetime.UTC)
+
+    def pages(_, prefix, **options):
+        found = [key for key in (f"x//y/{key}" for key in keys) if key.startswith(prefix)]
+        whole = [key for key in found if not options or "/" not in key[len(prefix) :]]
+        folders = {prefix + key[len(prefix) :].partition("/")[0] + "/" for key in found if key not in whole}
+        contents = [{"Key": key, "Size": 1, "ETag": f'"{key}"', "LastModified": now} for key in whole]
+        yield {"CommonPrefixes": [{"Prefix": folder} for folder in sorted(folders)], "Contents": contents}
+
+    monkeypatch.setattr(Bucket, "_pages", pages)
+    source = list_source("s3://bucket/x//y/")
+    assert source.uri == "s3://bucket/x//y"
+    assert [entry.image_id for entry in source.entries if not entry.problem] == ["a/1.png", "a/folder.png/5.png"]
+    reason = "its path has an empty part, '.' or '..'"
+    assert problems(source) == {
+        **dict.fromkeys(("a//2.png", "a/../3.png", "a/./4.png"), reason),
+        **dict.fromkeys(("a/folder.png", "a/marked.png"), "a folder named like an image"),
+    }
+
+
 def test_a_linked_class_folder_is_read(tmp_path):
     fill(tmp_path, "elsewhere/1.png")
     (tmp_path / "data").mkdir()
@@ -158,7 +182,7 @@ def test_digest_is_of_paths_sizes_and_times_not_of_order(tmp_path, monkeypatch):
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(files.os, "scandir", Reversed)
+    monkeypatch.setattr(os, "scandir", Reversed)
     assert list_source(str(tmp_path)) == before
     monkeypatch.undo()
 
@@ -207,10 +231,25 @@ def test_empty_class_folders_are_refused(tmp_path):
         list_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["", "https://example.org/data", "sklearn:iris", "gs://bucket/data"])
+@pytest.mark.parametrize("source", ["", "https://me:hunter2@example.org/data", "sklearn:iris", "gs://bucket/data"])
 def test_other_sources_are_refused(source):
-    with pytest.raises(ValueError, match="sklearn:digits"):
+    with pytest.raises(ValueError, match="sklearn:digits") as caught:
         list_source(source)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://key:hunter2@bucket/x", "source s3://bucket: credentials do not belong in a URI; set AWS"),
+        ("s3://B/x", "source s3://B: not a bucket name .* write s3://bucket/prefix"),
+        ("file://me:hunter2@host/x", "source file://host/...: a folder on another machine; write file:///folder"),
+    ],
+)
+def test_places_that_no_source_can_be_at(uri, message):
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        list_source(uri)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_file_that_went_away_is_rejected_and_other_errors_pass(tmp_path, monkeypatch):
@@ -222,6 +261,6 @@ def test_a_file_that_went_away_is_rejected_and_other_errors_pass(tmp_path, monke
     def fail(_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(files.Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(OSError, match="Input/output"):
         source.read(source.entries[0])
