@@ -33,7 +33,8 @@ class Disk:
 
     def read(self, key: str) -> bytes:
         """Read a whole file."""
-        return self._file(key).read_bytes()
+        with self.open(key) as file:
+            return file.read()
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
         """Read bytes `start` to `end`, the end excluded; fewer if the file ends before."""
@@ -82,10 +83,11 @@ class Disk:
 
         Links to folders are followed, unless they lead back up: such a folder has a problem.
         """
-        top = FileInfo(prefix[: prefix.rfind("/") + 1])
+        *parts, _ = prefix.split("/")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            above = tuple(map(_inode, (self.root / top.key).parents))
-            yield from (info for info in self._walk(top, above) if info.key.startswith(prefix))
+            above = tuple(_inode(self.root.joinpath(*parts[:depth])) for depth in range(len(parts)))
+            top = FileInfo("".join(f"{part}/" for part in parts))
+            yield from (info for info in self._walk(top, above) if info.key.startswith(prefix) and info != top)
 
     def _walk(self, folder: FileInfo, above: tuple[tuple[int, int], ...]) -> Iterator[FileInfo]:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile
@@ -132,7 +134,11 @@ class Disk:
 
     def open(self, key: str) -> BinaryIO:
         """Open a file for reading."""
-        return self._file(key).open("rb")
+        path = self.root / key
+        try:
+            return path.open("rb")
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from error
 
     def explain(self, error: OSError) -> str:
         """Describe an error's cause and remedy in one line."""

@@ -130,8 +130,8 @@ class Store:
 
     def list_info(self, prefix: str = "") -> Iterator[FileInfo]:
         """List all files below, as `list` does, with their sizes and times; in arbitrary order."""
-        found = self._shown(self._backend.walk(self._prefix + _start(prefix)))
-        return (info for info in found if not info.is_folder)
+        found = self._backend.walk(self._prefix + _start(prefix))
+        return self._shown(info for info in found if not info.is_folder)
 
     def scan(self) -> Iterator[FileInfo]:
         """List files and folders directly in this one, which need not exist; in arbitrary order."""

@@ -258,9 +258,9 @@ def test_a_file_that_went_away_is_rejected_and_other_errors_pass(tmp_path, monke
     with pytest.raises(RejectedEntryError, match="gone"):
         source.read(source.entries[0])
 
-    def fail(_):
+    def fail(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(OSError, match="Input/output"):
         source.read(source.entries[0])
