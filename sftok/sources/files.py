@@ -56,8 +56,10 @@ class Files:
                 if is_image_name(part) and above not in told:
                     told.add(above)
                     yield _in_utf8(FileInfo(above, problem=FOLDER_AS_IMAGE))
-            if leads_up or not (item.is_folder or is_litter(item.name)):
+            if leads_up:
                 yield _in_utf8(item._replace(key=item.key.removesuffix("/")))
+            elif not (item.is_folder or is_litter(item.name)):
+                yield _in_utf8(item)
 
     def read(self, path: str) -> bytes:
         """Read a file."""
@@ -72,13 +74,14 @@ class Files:
         return self.backend.open(self.prefix + path)
 
     def _listed(self, found: Iterator[FileInfo]) -> Iterator[FileInfo]:
+        """Make keys relative to this folder; objects may have parts that no file can have."""
+        if isinstance(self.backend, Disk):
+            yield from found
+            return
         for info in found:
-            item = info._replace(key=info.key[len(self.prefix) :])
-            if isinstance(self.backend, Bucket) and not item.is_folder:
-                parts = item.key.split("/")  # clients resolve them in URLs
-                if {".", ".."} & set(parts) or "" in parts:
-                    item = item._replace(problem="its path has an empty part, '.' or '..'")
-            yield item
+            path = info.key[len(self.prefix) :]
+            is_odd = not (info.is_folder or {"", ".", ".."}.isdisjoint(path.split("/")))  # clients resolve them in URLs
+            yield info._replace(key=path, problem="its path has an empty part, '.' or '..'" if is_odd else None)
 
 
 @functools.lru_cache(maxsize=16)
