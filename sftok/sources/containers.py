@@ -30,8 +30,6 @@ from sftok.sources.listing import POSSIBLE, Container, ContainerTask, Entries, E
 log = logging.getLogger(__name__)
 
 BYTES = "bytes"  # folder of uncompressed images
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_SPLIT = re.compile(r"(?:^|[-_.])(train|validation|valid|val|test)(?=$|[-_.0-9])")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
 MOST_NAMES = 1_000_000  # of one pattern
@@ -113,32 +111,11 @@ def splits_of(root: str, paths: Sequence[str]) -> dict[str, str | None]:
     Raises:
         ValueError: there is a val split and no train split.
     """
-    named = {path: _split_of(path) for path in paths}
-    if "train" not in named.values():
-        if "val" in named.values():
-            raise ValueError(f"source {root!r} has val files but no train files: add them, or rename {_some(paths)}")
-        if unread := sorted(path for path, split in named.items() if split == "test" and len(set(named.values())) > 1):
-            log.warning("source %s: test files are not read: %s", root, _some(unread))
-        return dict.fromkeys(path for path in paths if path not in unread)
-    if unread := sorted(path for path, split in named.items() if split not in ("train", "val")):
-        log.warning("source %s: only train and val files are read, not %s", root, _some(unread))
-    if "val" in named.values():
-        return {path: split for path, split in named.items() if split in ("train", "val")}
-    log.info("source %s has no val files: a hash of the image ids holds images out", root)
-    return {path: None for path, split in named.items() if split == "train"}
-
-
-def _split_of(path: str) -> str | None:
-    *folders, name = path.lower().split("/")
-    for folder in folders:
-        if folder in _PARTS:
-            return _PARTS[folder]
-    match = _SPLIT.search(name)
-    return _PARTS[match[1]] if match else None
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/")) or is_litter(path.rpartition("/")[2])
+    words = {path: split_word_in(path) for path in paths}
+    splits = splits_by_word(words.values(), root, "files")
+    if unread := sorted(path for path, word in words.items() if word not in splits):
+        log.warning("source %s: not read, since neither train nor val: %s", root, _some(unread))
+    return {path: splits[word] for path, word in words.items() if word in splits}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -18,13 +18,13 @@ from sftok.config import DataConfig
 from sftok.sources.files import FOLDER_AS_IMAGE, FolderReader, beside, locate
 from sftok.sources.labels import are_numbers, class_of, names_of, no_labels, stated_names
 from sftok.sources.listing import Entries, Entry, RejectedEntryError, Source, collect
+from sftok.sources.rules import SPLIT_NAMES, split_word, splits_by_word
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 PATHS = ("path", "file_name", "filename", "filepath", "file", "image", "image_path")
 _LABELS = ("label", "labels", "class", "class_id", "class_name", "target")
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _CACHED_FOLDERS = 8
 
 
@@ -136,20 +136,14 @@ def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
     Raises:
         ValueError: a word is unknown, or there is a val split only.
     """
-    found = pc.unique(table["split"]).to_pylist()
-    words = {word: _SPLITS.get(word.strip().lower()) for word in found if word is not None}
-    if unknown := [word for word, split in words.items() if split is None]:
-        raise ValueError(f"source {uri!r}: split {unknown[0]!r} is none of train, val, test: correct the index")
-    present = set(words.values())
-    if "test" in present:
-        log.warning("source %s: rows of the test split are not read", uri)
-    if "val" in present and "train" not in present:
-        raise ValueError(f"source {uri!r} has val rows but no train rows: add them")
-    by_hash = "val" not in present
-    kept: dict[str | None, str | None] = {
-        word: None if by_hash else split for word, split in words.items() if split != "test"
-    }
-    return kept | {None: None}
+    cells = pc.unique(table["split"]).to_pylist()
+    words = {cell: None if cell is None else split_word(cell) for cell in cells}
+    if unknown := [cell for cell, word in words.items() if cell is not None and word is None]:
+        raise ValueError(f"source {uri!r}: split {unknown[0]!r} is none of {', '.join(SPLIT_NAMES)}: correct the index")
+    splits = splits_by_word(words.values(), uri, "rows")
+    if unread := sorted(word for word in words.values() if word is not None and word not in splits):
+        log.warning("source %s: %s rows are not read", uri, ", ".join(unread))
+    return {cell: splits.get(word) for cell, word in words.items() if word in splits or cell is None}
 
 
 def _entries(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from sftok.config import DataConfig
 from sftok.sources.files import beside
 from sftok.sources.listing import RejectedEntryError
+from sftok.sources.rules import class_name, distinct, ordered, shared_names
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0)?")  # pandas writes integers beside missing ones as 3.0
 MOST_CLASSES = 1_000_000  # larger numbers are no class ids
@@ -16,7 +17,7 @@ def stated_names(config: DataConfig) -> tuple[str, ...] | None:
     """Read the class names of `config.class_names_file`; None if there is none.
 
     Raises:
-        ValueError: it does not exist, is not text, or a name is empty or repeated.
+        ValueError: it does not exist, is not text, or a line is empty.
     """
     path = config.class_names_file
     if not path or config.labels == "none":
@@ -29,14 +30,11 @@ def stated_names(config: DataConfig) -> tuple[str, ...] | None:
             f"data.class_names_file = {path!r} is no text file that can be read ({type(error).__name__}): "
             "give a file with one class name per line"
         ) from error
-    names = tuple(line.strip() for line in text.rstrip().split("\n"))
-    seen: set[str] = set()
-    for number, line in enumerate(names, 1):
-        if not line or line in seen:
-            what = f"{line!r} again" if line else "empty"
-            raise ValueError(f"data.class_names_file = {path!r}: line {number} is {what}; give each class one line")
-        seen.add(line)
-    return names
+    names = tuple(class_name(line.strip()) for line in text.rstrip().split("\n"))
+    if "" in names:
+        line = names.index("") + 1
+        raise ValueError(f"data.class_names_file = {path!r}: line {line} is empty; give each class one line")
+    return distinct(names)
 
 
 def class_of(label: object, names: tuple[str, ...] | None) -> str | None:
@@ -48,8 +46,11 @@ def class_of(label: object, names: tuple[str, ...] | None) -> str | None:
     if isinstance(label, bytes):
         label = _text(label)
     if isinstance(label, str):
-        label = label.strip()
+        label = class_name(label.strip())
         if names is not None and label in names:
+            if shared := shared_names(names).get(label):
+                ids = ", ".join(map(str, shared))
+                raise RejectedEntryError(f"its class {label[:80]!r} is the name of classes {ids}: give the number")
             return label
         if _INTEGER.fullmatch(label):
             label = int(label.partition(".")[0])
@@ -84,7 +85,7 @@ def names_of(found: Iterable[str], uri: str) -> tuple[str, ...] | None:
         )
     if numbers:
         return tuple(map(str, range(max(map(int, numbers)) + 1)))
-    return tuple(sorted(classes)) or None
+    return ordered(classes) or None
 
 
 def are_numbers(names: tuple[str, ...] | None) -> bool:

@@ -24,6 +24,7 @@ from sftok.sources.containers import (
 from sftok.sources.files import FolderReader, open_files
 from sftok.sources.labels import class_of, no_labels, stated_names
 from sftok.sources.listing import Container, ContainerTask, Entry, RejectedEntryError, Source, Unpacker
+from sftok.sources.rules import class_name, distinct
 
 SUFFIXES = (".parquet",)
 PIECE_BYTES = 1 << 26
@@ -106,12 +107,12 @@ class ParquetUnpacker(Unpacker):
         if value is None:
             return entry._replace(problem="no bytes" if name is None else f"no bytes, only the path {name[:200]!r}")
         try:
-            class_name = class_of(values[self.label], self.class_names) if self.label else None
+            found = class_of(values[self.label], self.class_names) if self.label else None
         except RejectedEntryError as error:
             return entry._replace(problem=str(error))
         piece, offset = pieces.add(value)
         is_plain = name is not None and _is_plain(name)
-        return entry._replace(class_name=class_name, file=piece, offset=offset, name=name if is_plain else None)
+        return entry._replace(class_name=found, file=piece, offset=offset, name=name if is_plain else None)
 
     def _check(self, schema: pa.Schema, container: Container) -> None:
         where = f"source {self.uri!r}: {container.path}"
@@ -177,11 +178,11 @@ def hf_features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def class_label_names(features: dict[str, Any], label: str) -> tuple[str, ...] | None:
-    """Return the names of a ClassLabel."""
+    """Return the names of a ClassLabel, equal ones told apart."""
     names = features.get(label, {}).get("names")
     if isinstance(names, dict):  # as YAML writes a list
         names = [names[key] for key in sorted(names, key=int)]
-    return tuple(map(str, names)) if names else None
+    return distinct([class_name(str(name)) for name in names]) if names else None
 
 
 def image_candidates(schema: pa.Schema) -> list[str]:

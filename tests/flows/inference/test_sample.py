@@ -234,6 +234,9 @@ def test_a_shard_of_another_length_is_not_published(
         (["dog, hound"], (1,)),  # a name with a comma
         (["dog, hound", "dove, cat"], (0, 1, 3)),
         (["2"], (2,)),  # a number is an id
+        (["#2", "0"], (0, 2)),
+        (["#0-1,#3"], (0, 1, 3)),
+        (["7"], (2,)),  # or the name of the only class that it can be
     ],
 )
 def test_classes_as_people_write_them(texts: list[str], chosen: tuple[int, ...] | None) -> None:
@@ -244,11 +247,11 @@ def test_classes_as_people_write_them(texts: list[str], chosen: tuple[int, ...] 
     ("text", "said"),
     [
         ("4", "--classes 4: class ids are 0 to 3"),
-        ("7", "--classes 7: class ids are 0 to 3"),  # not the class whose name it is
+        ("#7", "--classes #7: class ids are 0 to 3"),  # not the class whose name it is
         ("2-99999999999999", "class ids are 0 to 3"),
         ("3-1", "ends before it starts: write 1-3"),
         ("cad", "'cad' is not a class of the generator; did you mean cat?"),
-        ("zebra", "give a name or an id from 0 to 3"),
+        ("zebra", "give a name or an id from #0 to #3"),
         ("", "'' is not a class"),
         ("1,,2", "'' is not a class"),
         ("-1", "'-1' is not a class"),
@@ -261,8 +264,23 @@ def test_classes_that_are_not_there(text: str, said: str) -> None:
 
 
 def test_a_name_of_two_classes_is_ambiguous() -> None:
-    with pytest.raises(ValueError, match="classes 0, 2 have this name; give an id"):
+    with pytest.raises(ValueError, match="2 classes have this name; give an id, quoted: #0 or #2"):
         chosen_classes(["crane"], ["crane", "maillot", "crane"], "generator/x")
+
+
+def test_a_number_that_could_be_an_id_or_a_name_is_taken_as_neither() -> None:
+    names = ["0", "1", "10", "11", "2", "3"]  # numbers sorted as text, as older generators have them
+    for text in ("2", "10,2", "1-3", "0-1,2"):
+        with pytest.raises(ValueError, match=r"--classes .* could be .*: write '#") as refusal:
+            chosen_classes([text], names, "generator/x")
+        assert "called" in str(refusal.value)
+    assert chosen_classes(["0", "1", "10"], names, "generator/x") == (0, 1, 2)  # no other reading
+    assert chosen_classes(["#2", "#4-5"], names, "generator/x") == (2, 4, 5)
+    assert chosen_classes(["3-4"], [str(name) for name in range(12)], "generator/x") == (3, 4)
+
+
+def test_names_are_compared_in_unicode_normal_form_c() -> None:
+    assert chosen_classes(["cafe\u0301"], ["bar", "caf\u00e9"], "generator/x") == (1,)
 
 
 @pytest.mark.parametrize(("classes", "said"), [((0, 4), "class id 4"), ((-1,), "class id -1"), ((1, 1), "twice")])

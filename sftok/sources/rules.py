@@ -1,0 +1,151 @@
+"""Rules that all kinds of sources follow: names of splits, hidden files, and the names and order of classes.
+
+The page `docs/reference/sources.md` states them as a table.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+_SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?=$|[-_.0-9])")
+
+HIDDEN_FILE, HIDDEN_FOLDER = "a hidden file", "a hidden folder"
+SYSTEM_FILE, SYSTEM_FOLDER = "a file of the operating system", "a folder of thumbnails or of the operating system"
+STRAY_FILE = "beside the class folders"
+# Reasons of entries that are left out by rule: they are in the ledger, but say nothing about the source's quality.
+LEFT_OUT = frozenset({HIDDEN_FILE, HIDDEN_FOLDER, SYSTEM_FILE, SYSTEM_FOLDER, STRAY_FILE})
+_SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
+_SYSTEM_FOLDERS = frozenset(
+    {"@eaDir", "#recycle", "@Recycle", "@__thumb", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"}
+)
+_NUMBERED = re.compile(r"(.*) \(#([0-9]+)\)'*", re.DOTALL)
+
+
+# --- splits
+
+
+def split_word(name: str) -> str | None:
+    """Return the word of SPLIT_NAMES that a folder's name, or a cell of an index, is; None if it is none."""
+    word = name.strip().lower().removeprefix("partial-")  # the Hugging Face hub's folder of a shortened conversion
+    return word if word in SPLIT_NAMES else None
+
+
+def split_word_in(path: str) -> str | None:
+    """Return the split's word that a folder of a path is, or else one in the file's name, as in `train-0001.tar`."""
+    *folders, name = path.split("/")
+    for folder in folders:
+        if word := split_word(folder):
+            return word
+    match = _SPLIT_IN_NAME.search(name.lower())
+    return match[1] if match else None
+
+
+def splits_by_word(words: Iterable[str | None], uri: str, what: str) -> dict[str | None, str | None]:
+    """Map the words of a source to the splits that are read; what has a word that is not in the map is not read.
+
+    None, for what names no split, is read only where there is no train split. The split is None where a hash of the
+    image ids holds images out.
+
+    Args:
+        words: all that occur, None for what names no split.
+        uri: of the source, for messages.
+        what: of the source bears the words: folders, files or rows.
+
+    Raises:
+        ValueError: there is a val or a test split only, or one split has two names.
+    """
+    present = set(words)
+    named: dict[str, list[str]] = {}
+    for word in sorted(filter(None, present)):
+        named.setdefault(SPLIT_NAMES[word], []).append(word)
+    for split in ("train", "val"):
+        if len(named.get(split, ())) > 1:
+            both = " and ".join(named[split][:2])
+            raise ValueError(f"source {uri!r} has {what} named {both}, which are one split: merge or rename them")
+    if "train" not in named:
+        if "val" in named:
+            raise ValueError(
+                f"source {uri!r} has {named['val'][0]} {what} but no train {what}: add them, or rename these"
+            )
+        return {None: None} if None in present else dict.fromkeys(present)
+    if "val" not in named:
+        return {named["train"][0]: None}
+    return {named[split][0]: split for split in ("train", "val")}
+
+
+# --- hidden files
+
+
+def reason_to_leave_out(name: str, *, is_folder: bool = False) -> str | None:
+    """Return the reason by which a file or folder of this name is never read; None if it is."""
+    if name.startswith("."):
+        return HIDDEN_FOLDER if is_folder else HIDDEN_FILE
+    if is_folder:
+        return SYSTEM_FOLDER if name in _SYSTEM_FOLDERS else None
+    return SYSTEM_FILE if name in _SYSTEM_FILES else None
+
+
+def left_out_part(path: str) -> tuple[str, str] | None:
+    """Return the part of a file's path that is left out, a folder's ending with /, and the reason; None if none is."""
+    *folders, name = path.split("/")
+    for depth, folder in enumerate(folders, 1):
+        if reason := reason_to_leave_out(folder, is_folder=True):
+            return "/".join(folders[:depth]) + "/", reason
+    reason = reason_to_leave_out(name)
+    return (path, reason) if reason else None
+
+
+# --- classes
+
+
+def class_name(name: str) -> str:
+    """Normalise a class name to NFC: file systems and editors write the same letters in two ways."""
+    return unicodedata.normalize("NFC", name)
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort class names in the order of their ids: numbers by value if all are, else as text."""
+    found = set(names)
+    if all(name.isascii() and name.isdigit() for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
+    return tuple(sorted(found))
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of class ids, those of equal ones told apart: crane, crane (#517).
+
+    ImageNet has two classes called crane, and two called maillot.
+    """
+    taken, result = set(names), list[str]()
+    seen: set[str] = set()
+    for class_id, name in enumerate(names):
+        chosen = name
+        if name in seen:
+            chosen = f"{name} (#{class_id})"
+            while chosen in taken:
+                chosen += "'"
+            taken.add(chosen)
+        seen.add(name)
+        result.append(chosen)
+    return tuple(result)
+
+
+@functools.lru_cache(maxsize=8)
+def shared_names(names: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:
+    """Return the names that several classes have, as `distinct` has told them apart, with the ids of these classes."""
+    found: dict[str, list[int]] = {}
+    for class_id, name in enumerate(names):
+        if (match := _NUMBERED.fullmatch(name)) and int(match[2]) == class_id and match[1] in names:
+            found.setdefault(match[1], [names.index(match[1])]).append(class_id)
+    return {name: tuple(ids) for name, ids in found.items()}
