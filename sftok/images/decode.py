@@ -5,6 +5,7 @@ shard.
 """
 
 import io
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ Image.init()  # before it, open() knows only the five most common formats
 # A 1 x 80,000,000 image passes every pixel limit and would be resized to 256 x 20,480,000,000, so it is cut first.
 LONGEST_SIDE = 4
 Pixels = NDArray[np.uint8]
+_PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,6 +49,15 @@ def to_rgb(data: bytes, *, max_pixels: int | None = None, checksums: bool = Fals
     Raises:
         UnreadableImageError: the bytes cannot be decoded.
     """
+    try:
+        return _decoded(data, max_pixels, checksums=checksums)
+    except UnreadableImageError:
+        if (plain := _png_without_metadata(data)) is None:
+            raise
+        return _decoded(plain, max_pixels, checksums=checksums)
+
+
+def _decoded(data: bytes, max_pixels: int | None, *, checksums: bool) -> Image.Image:
     if not data:
         raise UnreadableImageError("empty file")
     try:
@@ -141,9 +152,32 @@ def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
 
 def _check_png(data: bytes) -> None:
     """Verify the checksum of every chunk of a PNG; decoding skips those of the pixels."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(_PNG):
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             image.verify()
+
+
+def _png_without_metadata(data: bytes) -> bytes | None:
+    """Drop what cannot harm the pixels from a PNG: texts, the colour profile and damaged ancillary chunks.
+
+    Pillow refuses a whole file for texts and profiles above 1 MB, and for a wrong checksum in any chunk.
+
+    Returns:
+        the remaining file, or None if there is nothing to drop, or the chunks do not follow each other to the end.
+    """
+    if not data.startswith(_PNG):
+        return None
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        is_ancillary = kind[:1].islower()
+        is_sound = zlib.crc32(data[at + 4 : end - 4]).to_bytes(4, "big") == data[end - 4 : end]
+        if not is_ancillary or (kind not in _PNG_TEXTS and is_sound):
+            kept.append(data[at:end])
+        at = end
+    plain = b"".join(kept)
+    return plain if at == len(data) and len(plain) < len(data) else None
 
 
 def _short(error: Exception) -> str:

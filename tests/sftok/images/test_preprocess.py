@@ -172,6 +172,30 @@ BROKEN = {
 }
 
 
+def with_chunks(*chunks: bytes) -> bytes:
+    """A PNG with more chunks between its header and its pixels."""
+    data = saved(noise())
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+METADATA = {
+    "compressed text above 1 MB": [chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(3_000_000)))],
+    "international text above 1 MB": [chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(3_000_000)))],
+    "colour profile above 1 MB": [chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(3_000_000)))],
+    "64 MB of text": [chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(900_000)))] * 80,
+    "text with a wrong checksum": [flipped(chunk(b"tEXt", b"k\0text"), -1)],
+    "EXIF with a wrong checksum": [flipped(chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\0\0\0\0\0"), -1)],
+}
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata_of_a_png_does_not_make_its_pixels_unreadable(name, checksums):
+    assert to_rgb(with_chunks(*METADATA[name]), checksums=checksums).tobytes() == noise().convert("RGB").tobytes()
+    with pytest.raises(UnreadableImageError, match="cannot be decoded|not an image"):
+        to_rgb(with_chunks(*METADATA[name], flipped(chunk(b"IDAT", b"x"), -1))[:-3], checksums=True)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_images_are_refused_with_a_reason_of_one_line(name):
     make, reason = BROKEN[name]
