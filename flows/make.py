@@ -47,7 +47,7 @@ def make(
     artifact, state = find_or_publish(job.store, plan, call)
     if state == "Completed":
         Checkpoints(artifact.folder.at(CHECKPOINTS)).clear()  # nothing will resume a stage that is done
-    elif stage.accept is not None:
+    if stage.accept is not None:
         stage.accept(job, artifact.manifest)
     return artifact, state
 

@@ -68,13 +68,15 @@ class Job(NamedTuple):
     ranks: int = 1
     listing: Listing | None = None  # shared by the parts of an attempt; without it each lists the source itself
     anew: bool = False  # discard shards that were begun on another kind of device
+    images: str | None = None  # the content digest that its images must have
 
     @classmethod
     def of(cls, request: RunRequest, run: str = "", *, listing: Listing | None = None) -> "Job":
         """Return the job that a request asks for."""
         options = request.options
         store = Store(request.store)
-        return cls(request.recipe, store, request.source, options, run, request.ranks, listing, request.anew)
+        given = request.ranks, listing, request.anew, request.images
+        return cls(request.recipe, store, request.source, options, run, *given)
 
     @property
     def device(self) -> str:
@@ -145,7 +147,7 @@ class Stage(NamedTuple):
     call: Callable[[Work], Result]
     is_trained: bool = False  # by as many ranks as the job has
     is_measured: bool = False  # by one process, placed on a GPU if the job has any
-    accept: Callable[[Job, Manifest], None] | None = None  # rejects a cached artifact that fails this job's checks
+    accept: Callable[[Job, Manifest], None] | None = None  # rejects an artifact that fails this job's checks
     needs: Mapping[str, str] = {}  # name of an input: stage that makes it
     unneeded: Callable[[Recipe], Collection[str]] = _none  # inputs that a recipe does without
 

@@ -19,6 +19,8 @@ def check_ablation_request(
     gpus: float | None = None,
 ) -> RunRequest:
     """Turn what the user asked for into a request that can begin."""
+    from sftok.sources.sources import absolute_source
+
     plan = load_ablation(name, overrides=overrides, seeds=None if seeds is None else parse_seeds(seeds))
     source = data or plan.base.source
     if not source:
@@ -26,7 +28,7 @@ def check_ablation_request(
     asked = RunRequest(
         recipe=plan.base,
         store=store_uri(store),
-        source=source,
+        source=absolute_source(source),
         workers=usual_workers(workers),
         gpus_per_worker=gpus,
         ranks=ranks,

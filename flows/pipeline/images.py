@@ -29,6 +29,11 @@ def _accept_images(job: Job, manifest: Manifest) -> None:
     if job.listing is not None:
         job.listing.drop()
     check_reject_rate(manifest.counts, job.recipe.data, f"images/{manifest.digest}")
+    if job.images is not None and manifest.content_digest != job.images:
+        raise ValueError(
+            f"source {job.source}: its images, their classes or splits are not those of the run that is repeated "
+            f"(content {manifest.content_digest}, then {job.images}): restore them, or use sftok run for the new ones"
+        )
 
 
 def _prepare(work: Work) -> Result:

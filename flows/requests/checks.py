@@ -39,7 +39,9 @@ def check_rerun(run: str, *, store: str | None, anew: bool = False) -> RunReques
     record = read_record(place, run)
     if record.is_partial_of_before:
         raise ValueError(f"run {run} made {', '.join(record.stages)} alone: run the command that made it again")
-    return checked(record.request.changed(store=place.uri, anew=anew or record.anew))
+    prepared = record.stages.get("prepare")
+    images = prepared.ref.content_digest if prepared and prepared.ref else record.images
+    return checked(record.request.changed(store=place.uri, anew=anew or record.anew, images=images))
 
 
 def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str] = NO_FLAGS) -> RunRequest:

@@ -13,6 +13,7 @@ from infra.artifacts.manifest import ROOT
 from infra.artifacts.weights import load_config
 from sftok.config import AugmentConfig
 from sftok.images.views import variant_name
+from sftok.sources.sources import absolute_source
 from sftok.weights.artifacts import TokenizerFile
 
 SECTIONS = ("data", "augment", "compute")  # of a recipe, beside `encode`, that decide codes and are not the tokenizer's
@@ -79,12 +80,12 @@ def request_to_encode(
         ValueError: there is no such artifact, or a setting does not fit.
     """
     found = find_artifact(tokenizer, store, "tokenizer")
-    given = {"fine_tune": found.ref}
+    given, source = {"fine_tune": found.ref}, absolute_source(data)
     recipe = _with_tokenizer(recipe, found, is_augmented=is_augmented)
     if _IMAGES.fullmatch(data.rstrip("/")) or f"/{ROOT}/images/" in data:
         prepared = find_artifact(data, found.store.uri, "images")
-        given["prepare"], recipe = prepared.ref, _with_data_of(recipe, prepared)
-    return RunRequest(recipe=recipe, store=found.store.uri, source=data, last="encode", given=given)
+        given["prepare"], recipe, source = prepared.ref, _with_data_of(recipe, prepared), data
+    return RunRequest(recipe=recipe, store=found.store.uri, source=source, last="encode", given=given)
 
 
 def _with_data_of(recipe: Recipe, images: Artifact) -> Recipe:

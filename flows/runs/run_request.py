@@ -38,6 +38,7 @@ class RunRequest(Config):
     last: str | None = Field(None, description="the stage that the run is for; None: all stages")
     given: dict[str, ArtifactRef] = Field({}, description="artifacts to use instead of running the stages named")
     ablation: Ablation | None = Field(None, description="arms and seeds of an ablation, whose base the recipe is")
+    images: str | None = Field(None, description="content digest of the images of the run that is repeated")
 
     @field_validator("source")
     @classmethod
@@ -141,13 +142,15 @@ class RunArguments(Config):
         """
         device = () if self.device is None else (f"compute.device={self.device}",)
         recipe = load_recipe(self.recipe, overrides=(*self.overrides, *device), seed=self.seed)
+        from sftok.sources.sources import absolute_source
+
         source = self.data or recipe.source
         if not source:
             raise ValueError(f"recipe {recipe.name} has no images of its own: give a folder of them with --data")
         return RunRequest(
             recipe=recipe,
             store=store_uri(self.store),
-            source=source,
+            source=absolute_source(source),
             workers=usual_workers(self.workers),
             gpus_per_worker=self.gpus_per_worker,
             ranks=self.ranks,

@@ -5,6 +5,7 @@ workers. To add a kind of source, add a `list_...` function and a reader. `check
 """
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
@@ -72,6 +73,15 @@ def check_source(source: str, config: DataConfig) -> None:
     if source != DIGITS:
         kind, uri = _kind_and_place(source, config)
         CHECKS[kind](uri, config)
+
+
+def absolute_source(source: str) -> str:
+    """Return the source with an absolute path, so that it names the same images from any current folder."""
+    if not source or source == DIGITS or "://" in source:
+        return source
+    kind, colon, path = source.partition(":")
+    kind, path = (f"{kind}:", path) if colon and kind in KINDS else ("", source)
+    return kind + os.path.abspath(os.path.expanduser(path))
 
 
 def _kind_and_place(source: str, config: DataConfig) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from flows.recipes.schema import EncodeConfig
+from flows.requests.checks import check_rerun
 from flows.requests.encode import encode_request
 from flows.runs.journal import RunRecord, StageFailedError
 from flows.store.verify import verify as verify_command
@@ -83,6 +84,27 @@ def test_prepared_images_need_no_source(retokenize, store) -> None:
         record = retokenize(name, data=data)
         assert list(record.stages) == ["encode"]
         assert record.stages["encode"].ref == first.stages["encode"].ref
+
+
+def test_a_rerun_reads_the_same_images_from_any_folder_and_refuses_others(
+    retokenize, store, tmp_path, monkeypatch, home
+) -> None:
+    from flows.pipeline.full import retokenize as flow
+
+    monkeypatch.setenv("SFTOK_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    first = retokenize("first", data="data")
+    draw(tmp_path / "elsewhere" / "data", range(100, 120))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = check_rerun("first", store=store.uri)
+    assert (again.source, first.source) == (str(tmp_path / "data"), str(tmp_path / "data"))
+    assert {stage.state for stage in flow(again, "again").stages.values()} == {"Cached"}
+    os.utime(tmp_path / "data" / "a" / "00.png")  # read again, but the same image
+    assert flow(check_rerun("again", store=store.uri), "touched").stages["encode"].state == "Cached"
+    draw(tmp_path / "data", range(70, 71))
+    with pytest.raises(StageFailedError, match="are not those of the run that is repeated .*restore them, or use"):
+        flow(check_rerun("first", store=store.uri), "changed")
+    assert retokenize("anew", data=str(tmp_path / "data")).state == "Completed"
 
 
 def test_an_image_more_is_encoded_alone_with_its_shard(retokenize, store, data, tmp_path, tokenizer) -> None:
