@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.artifacts import set_hash
@@ -38,6 +39,7 @@ from sftok.prepare.plan import plan_shards
 from sftok.prepare.shard import REJECTED, ShardResult, ShardWriter
 from sftok.sources.containers import BYTES, name_classes, open_containers
 from sftok.sources.listing import Source, values
+from sftok.sources.rules import LEFT_OUT
 
 __all__ = ["REJECTS", "PrepareResult", "prepare"]
 
@@ -50,9 +52,12 @@ HERE = WorkerOptions()
 
 
 class PrepareResult(NamedTuple):
-    """Files and counts of prepared images: found = accepted + rejected, and accepted = train + val."""
+    """Files and counts of prepared images: found = accepted + rejected, and accepted = train + val.
 
-    counts: dict[str, int]  # found, accepted, rejected, train, val, classes
+    The rejected include what is left out by rule, such as hidden files.
+    """
+
+    counts: dict[str, int]  # found, accepted, rejected, left_out, train, val, classes
     content_digest: str  # of class names, and of the set of [image id, sha256 in hex, label, split]
     files: list[FileEntry]
 
@@ -97,7 +102,8 @@ def prepare(
     accepted = sum(file.rows or 0 for file in files)
     assert accepted + len(rejects) == found, "an entry is neither accepted nor rejected"
     files.append(put(out, REJECTS, _rejects_parquet(rejects), len(rejects)))
-    _check_rate(source, found, rejects, config, out)
+    left_out = sum(reason in LEFT_OUT for reason in values(rejects["reason"]))
+    _check_rate(source, found - left_out, rejects, config, out)
     _check_usable(source, results, rejects)
     out.at(OPENED).delete_tree()
     train = sum(file.rows or 0 for file in files if split_of(file.path) == "train")
@@ -105,6 +111,7 @@ def prepare(
         "found": found,
         "accepted": accepted,
         "rejected": len(rejects),
+        "left_out": left_out,
         "train": train,
         "val": accepted - train,
         "classes": len(source.class_names or ()),
@@ -128,7 +135,8 @@ def check_reject_rate(counts: Mapping[str, int], config: DataConfig, where: str)
     Raises:
         ValueError: the share of rejected entries is higher.
     """
-    found, rejected = counts.get("found", 0), counts.get("rejected", 0)
+    left_out = counts.get("left_out", 0)
+    found, rejected = counts.get("found", 0) - left_out, counts.get("rejected", 0) - left_out
     if found >= RATE_FROM and rejected > config.max_reject_rate * found:
         raise ValueError(
             f"{where}: {rejected:,} of {found:,} entries were rejected, a share of {rejected / found:.3g} above "
@@ -138,13 +146,14 @@ def check_reject_rate(counts: Mapping[str, int], config: DataConfig, where: str)
 
 def _check_rate(source: Source, found: int, rejects: pa.Table, config: DataConfig, out: Store) -> None:
     """Check that a large source has few rejected entries; many suggest a mistake rather than noise."""
-    if found < RATE_FROM or len(rejects) <= config.max_reject_rate * found:
+    reasons = [reason for reason in values(rejects["reason"]) if reason not in LEFT_OUT]
+    if found < RATE_FROM or len(reasons) <= config.max_reject_rate * found:
         return
-    alike = collections.Counter(gist(reason) for reason in values(rejects["reason"]))
+    alike = collections.Counter(map(gist, reasons))
     commonest = "; ".join(f"{count:,} x {gist}" for gist, count in alike.most_common(3))
     raise ValueError(
-        f"source {source.uri!r}: {len(rejects):,} of {found:,} entries are rejected, a share of "
-        f"{len(rejects) / found:.3g} above data.max_reject_rate = {config.max_reject_rate:g} ({commonest}): "
+        f"source {source.uri!r}: {len(reasons):,} of {found:,} entries are rejected, a share of "
+        f"{len(reasons) / found:.3g} above data.max_reject_rate = {config.max_reject_rate:g} ({commonest}): "
         f"see {out.uri}/{REJECTS}; mend the source, or raise data.max_reject_rate"
     )
 
@@ -157,8 +166,8 @@ def gist(reason: str) -> str:
 def _check_usable(source: Source, results: Sequence[ShardResult], rejects: pa.Table) -> None:
     """Check that every split, and every class in train, has a usable image."""
     example = ""
-    if len(rejects):
-        first = rejects.slice(0, 1).to_pylist()[0]
+    is_bad = pc.invert(pc.is_in(rejects["reason"], pa.array(sorted(LEFT_OUT), rejects["reason"].type)))
+    for first in rejects.filter(is_bad).slice(0, 1).to_pylist():
         example = f" (rejected: {first['path']!r}, {first['reason']})"
     for split in SPLITS:
         if not any(result.file.rows for result in results if split_of(result.file.path) == split):

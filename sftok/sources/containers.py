@@ -22,10 +22,11 @@ from infra.progress import Progress
 from infra.store.store import Store
 from infra.store.types import FileInfo
 from sftok.config import DataConfig
-from sftok.sources.files import FolderReader, is_litter, locate, open_files
+from sftok.sources.files import FolderReader, locate, open_files
 from sftok.sources.folder import check_exists
 from sftok.sources.labels import are_numbers, names_of, no_labels
 from sftok.sources.listing import POSSIBLE, Container, ContainerTask, Entries, Entry, ParquetEntries, Source, Unpacker
+from sftok.sources.rules import LEFT_OUT, OTHER_SPLIT, STRAY_FILE, check_one_name_each, split_word_in, splits_by_word
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ MOST_NAMES = 1_000_000  # of one pattern
 
 
 def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Container, ...], Entries]:
-    """List containers: their folder, the containers sorted by path, and entries for those that cannot be read.
+    """List containers: their folder, the containers sorted by path, and entries for what is not read.
 
     Args:
         uri: a folder or prefix, a file, or a pattern such as `s3://bucket/train-{00000..00009}.tar`.
@@ -54,14 +55,20 @@ def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Con
         files = open_files(uri)
         check_exists(files)
         root = files.uri
-        items = [item for item in files.walk("") if item.key.lower().endswith(suffixes) and not _is_hidden(item.key)]
-        if not items:
-            raise ValueError(f"source {uri!r} holds no {' or '.join(suffixes)} file: give {POSSIBLE}")
-    splits = splits_of(root, [item.key for item in items])
-    kept = sorted(item for item in items if item.key in splits)
-    broken = Entries.of(Entry(item.key, item.size, item.version, problem=item.problem) for item in kept if item.problem)
-    good = (item for item in kept if not item.problem)
-    return root, tuple(Container(item.key, item.size, item.version, splits[item.key]) for item in good), broken
+        items = list(files.walk(""))
+    is_named = {item.key: item.problem not in LEFT_OUT and item.key.lower().endswith(suffixes) for item in items}
+    if not any(is_named.values()):
+        raise ValueError(f"source {uri!r} holds no {' or '.join(suffixes)} file: give {POSSIBLE}")
+    splits = splits_of(root, [path for path, is_one in is_named.items() if is_one])
+    containers, others = list[Container](), list[Entry]()
+    for item in sorted(items):
+        problem = item.problem or (None if item.key in splits else OTHER_SPLIT if is_named[item.key] else STRAY_FILE)
+        if problem is None:
+            containers.append(Container(item.key, item.size, item.version, splits[item.key]))
+        else:
+            version = "" if problem in LEFT_OUT else item.version  # what is not read may change
+            others.append(Entry(item.key, item.size, version, problem=problem))
+    return root, tuple(containers), Entries.of(others)
 
 
 def _named_files(uri: str) -> tuple[str, list[FileInfo]]:
@@ -113,8 +120,10 @@ def splits_of(root: str, paths: Sequence[str]) -> dict[str, str | None]:
     """
     words = {path: split_word_in(path) for path in paths}
     splits = splits_by_word(words.values(), root, "files")
+    check_one_name_each({word: word for word in words.values() if word is not None}, root, "files")
     if unread := sorted(path for path, word in words.items() if word not in splits):
-        log.warning("source %s: not read, since neither train nor val: %s", root, _some(unread))
+        kind = "files without a split" if None in splits else "train and val files"
+        log.warning("source %s: only %s are read, not %s", root, kind, _some(unread))
     return {path: splits[word] for path, word in words.items() if word in splits}
 
 

@@ -19,9 +19,8 @@ from infra.store.s3 import Bucket
 from infra.store.store import Backend
 from infra.store.types import FileInfo
 from sftok.sources.listing import POSSIBLE, Entry, RejectedEntryError
+from sftok.sources.rules import left_out_part, reason_to_leave_out
 
-# Files that operating systems leave behind; everything else in a class folder counts as found.
-_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 _IMAGE_SUFFIXES = frozenset(
     "jpg jpeg jpe jfif png gif bmp dib tif tiff webp ppm pgm pbm pnm jp2 j2k avif".split()  # noqa: SIM905
 )
@@ -43,12 +42,18 @@ class Files:
             yield item if item.is_folder else _in_utf8(item)
 
     def walk(self, folder: str) -> Iterator[FileInfo]:
-        """List every file below a folder, and folders named like images, with that problem.
+        """List every file below a folder, and folders that are left out or named like images, with that problem.
 
         Links are followed, but those that lead back up have a problem.
         """
         told: set[str] = set()
         for item in self._listed(self.backend.walk(self.prefix + folder)):
+            if (left_out := left_out_part(item.key[len(folder) :])) is not None:
+                part, reason = folder + left_out[0], left_out[1]
+                if part not in told:
+                    told.add(part)
+                    yield _in_utf8(FileInfo(part, 0 if part.endswith("/") else item.size, problem=reason))
+                continue
             leads_up = item.is_folder and item.problem is not None
             parts = [] if leads_up else item.key[len(folder) :].split("/")[:-1]
             for depth, part in enumerate(parts, 1):
@@ -58,7 +63,7 @@ class Files:
                     yield _in_utf8(FileInfo(above, problem=FOLDER_AS_IMAGE))
             if leads_up:
                 yield _in_utf8(item._replace(key=item.key.removesuffix("/")))
-            elif not (item.is_folder or is_litter(item.name)):
+            elif not item.is_folder:
                 yield _in_utf8(item)
 
     def read(self, path: str) -> bytes:
@@ -152,14 +157,9 @@ def is_image_name(name: str) -> bool:
     return posixpath.splitext(name)[1][1:].lower() in _IMAGE_SUFFIXES
 
 
-def is_litter(name: str) -> bool:
-    """Return whether a file was left behind by an operating system."""
-    return name in _LITTER or name.startswith("._")
-
-
 def visible(items: Iterator[FileInfo]) -> list[FileInfo]:
-    """Sort items so that the contents of all are in order, without the hidden ones."""
-    return sorted(item for item in items if not item.name.startswith(".") and not is_litter(item.name))
+    """Sort items so that the contents of all are in order, without those that are left out."""
+    return sorted(item for item in items if not reason_to_leave_out(item.name, is_folder=item.is_folder))
 
 
 def is_utf8(name: str) -> bool:

@@ -4,10 +4,9 @@ A folder without class folders is more often a wrong path than unlabelled data, 
 is noticed late; hence `data.labels` has to say so.
 """
 
-import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from infra.store.disk import Disk
@@ -17,6 +16,19 @@ from sftok.images.contract import SPLITS
 from sftok.sources.files import FOLDER_AS_IMAGE, Files, FolderReader, is_image_name, is_utf8, open_files, visible
 from sftok.sources.labels import stated_names
 from sftok.sources.listing import POSSIBLE, Entries, Entry, Source, collect
+from sftok.sources.rules import (
+    LEFT_OUT,
+    OTHER_SPLIT,
+    SPLIT_NAMES,
+    STRAY_FILE,
+    check_one_name_each,
+    class_name,
+    ordered,
+    reason_to_leave_out,
+    shared_names,
+    split_word,
+    splits_by_word,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +40,7 @@ class _ClassFolders(NamedTuple):
 
     prefix: str  # "" or ends with /
     split: str | None  # None: by hash
+    unread: frozenset[str] = frozenset()  # names of folders that are another split
 
 
 def list_folder(uri: str, config: DataConfig) -> Source:
@@ -39,21 +52,22 @@ def list_folder(uri: str, config: DataConfig) -> Source:
     files = open_files(uri)
     check_exists(files)
     parts = _layout(files)
-    classes: dict[str, set[str]] = {part.prefix: set() for part in parts}
+    classes: dict[_ClassFolders, set[str]] = {part: set() for part in parts}
+    found = 0
 
     def all_entries() -> Iterator[Entry]:
-        for part in parts:
-            found = _unlabelled(files, part) if config.labels == "none" else _of_classes(files, part, config)
-            for folder in found:
-                for entry in Entries.of(folder).sorted():
-                    if entry.class_name is not None:
-                        classes[part.prefix].add(entry.class_name)
-                    yield entry
+        nonlocal found
+        for part, entries in _entries(files, parts, config):
+            for entry in Entries.of(entries).sorted():
+                if part is not None and entry.class_name is not None:
+                    classes[part].add(entry.class_name)
+                found += entry.problem not in LEFT_OUT
+                yield entry
 
     entries = collect(all_entries())
-    if not len(entries):
+    if not found:
         raise _empty(files.uri)
-    names = None if config.labels == "none" else _check_classes(files.uri, len(entries), classes, config)
+    names = None if config.labels == "none" else _check_classes(files.uri, found, classes, config)
     stated = _check_stated(files.uri, names, config)
     is_stated = stated is not None and names is not None
     return Source(files.uri, entries, stated if is_stated else names, FolderReader(files.uri), is_declared=is_stated)
@@ -72,8 +86,8 @@ def check_folder(uri: str, config: DataConfig) -> None:
         raise _empty(files.uri)
     if config.labels == "none":
         return
-    tops = {part.prefix: visible(files.scan(part.prefix)) for part in parts}
-    folders = {prefix: {item.name for item in top if item.is_folder} for prefix, top in tops.items()}
+    tops = {part: visible(files.scan(part.prefix)) for part in parts}
+    folders = {part: {class_name(item.name) for item in top if item.is_folder} for part, top in tops.items()}
     # A folder named like an image is a class only if it has contents, which only the listing shows.
     if not any(map(is_image_name, set().union(*folders.values()))):
         names = _check_classes(files.uri, sum(map(len, tops.values())), folders, config)
@@ -94,82 +108,137 @@ def check_exists(files: Files) -> None:
         raise ValueError(f"source {files.uri!r} does not exist: there is nothing below that prefix; give {POSSIBLE}")
 
 
+# --- splits
+
+
 def _layout(files: Files) -> list[_ClassFolders]:
-    """Return train and val, or a single folder to be split by hash: train alone, or the root itself.
+    """Return the folders of class folders: those named like splits, or the root itself, which is split by hash.
 
-    A lone `train` that holds files is a class of vehicles, not a split.
+    A single folder called `train` that holds images is a class of vehicles, not a split.
     """
-    folders = {item.name for item in files.scan("") if item.is_folder}
-    present = [split for split in SPLITS if split in folders]
-    is_split = len(present) == 2 or (present and all(item.is_folder for item in visible(files.scan(f"{present[0]}/"))))
-    if not is_split:
+    folders = [item.name for item in visible(files.scan("")) if item.is_folder]
+    words = {name: split_word(name) for name in folders}
+    named = [name for name, word in words.items() if word is not None]
+    if len({SPLIT_NAMES[word] for word in words.values() if word is not None}) < 2:
+        named = [name for name in named if _holds_classes(files, name)]
+    if not named:
         return [_ClassFolders("", None)]
-    if present == ["val"]:
-        raise ValueError(f"source {files.uri!r} has val/CLASS but no train/CLASS: add a train folder")
-    if unread := sorted(name for name in folders - set(present) if not name.startswith(".")):
-        log.warning("source %s: only %s are read, not %s", files.uri, " and ".join(present), ", ".join(unread))
-    if present == ["train"]:
+    splits = splits_by_word(words.values(), files.uri, "folders")
+    read = {name: splits[word] for name, word in words.items() if word in splits}
+    if None in splits:  # class folders beside a test split
+        log.warning("source %s: not read: %s", files.uri, ", ".join(named))
+        return [_ClassFolders("", None, frozenset(named))]
+    check_one_name_each(words, files.uri, "folders")
+    if unread := [name for name in folders if name not in read]:
+        log.warning("source %s: only %s are read, not %s", files.uri, " and ".join(read), ", ".join(unread))
+    if len(read) == 1:
         log.info("source %s has no val folder: a hash of the image ids holds images out", files.uri)
-        return [_ClassFolders("train/", None)]
-    return [_ClassFolders(f"{split}/", split) for split in present]
+    return [_ClassFolders(f"{name}/", split) for name, split in read.items()]
 
 
-def _of_classes(files: Files, part: _ClassFolders, config: DataConfig) -> Iterator[Iterable[Entry]]:
-    """Yield the entries of each class folder, and of files beside them that are named like images."""
-    for item in visible(files.scan(part.prefix)):
-        if not item.is_folder:
-            if is_image_name(item.name):
-                beside = "not in a class folder" if config.labels == "required" else None
-                yield (_entry(item, None, part.split, beside),)
+def _holds_classes(files: Files, folder: str) -> bool:
+    """Return whether a folder holds folders and no images; other files say nothing."""
+    items = visible(files.scan(f"{folder}/"))
+    return any(item.is_folder for item in items) and not any(
+        is_image_name(item.name) for item in items if not item.is_folder
+    )
+
+
+# --- entries
+
+_Listed = Iterator[tuple[_ClassFolders | None, Iterable[Entry]]]
+
+
+def _entries(files: Files, parts: Sequence[_ClassFolders], config: DataConfig) -> _Listed:
+    """Yield the entries of the source, folder by folder and sorted, each with the part that it belongs to."""
+    by_prefix = {part.prefix: part for part in parts}
+    if (root := by_prefix.get("")) is not None:
+        yield from ((root, entries) for entries in _of_part(files, root, config))
+        return
+    for item in sorted(files.scan("")):
+        if (part := by_prefix.get(item.key)) is not None:
+            yield from ((part, entries) for entries in _of_part(files, part, config))
         else:
+            reason = reason_to_leave_out(item.name, is_folder=item.is_folder)
+            reason = reason or (OTHER_SPLIT if item.is_folder else STRAY_FILE)
+            yield None, (_entry(item, None, None, reason),)
+
+
+def _of_part(files: Files, part: _ClassFolders, config: DataConfig) -> Iterator[Iterable[Entry]]:
+    """Yield the entries of each folder in a part, and of the files beside them."""
+    for item in sorted(files.scan(part.prefix)):
+        if reason := reason_to_leave_out(item.name, is_folder=item.is_folder):
+            yield (_entry(item, None, part.split, reason),)
+        elif item.is_folder and item.name in part.unread:
+            yield (_entry(item, None, part.split, OTHER_SPLIT),)
+        elif config.labels == "none":
+            found: Iterable[FileInfo] = files.walk(item.key) if item.is_folder else (item,)
+            yield (_entry(inside, None, part.split) for inside in found)
+        elif item.is_folder:
             yield _of_class(files, item, part.split)
+        elif is_image_name(item.name):
+            yield (_entry(item, None, part.split, "not in a class folder" if config.labels == "required" else None),)
+        else:
+            yield (_entry(item, None, part.split, STRAY_FILE),)
 
 
 def _of_class(files: Files, item: FileInfo, split: str | None) -> Iterator[Entry]:
     name, path = item.name, item.key.removesuffix("/")
     if not is_utf8(name):
         raise ValueError(f"the name of class folder {os.fsencode(path)!r} is not UTF-8: rename it")
-    inside = iter(files.walk(item.key))
-    first = next(inside, None)
-    if first is None and is_image_name(name):
+    is_empty, left_out = True, False
+    for inside in files.walk(item.key):
+        if inside.key == path:  # a link to a folder above it
+            yield _entry(inside, None, split)
+            return
+        is_left_out = inside.problem in LEFT_OUT
+        is_empty, left_out = is_empty and is_left_out, left_out or is_left_out
+        yield _entry(inside, class_name(name), split)
+    if is_empty and not is_image_name(name):
+        holds = "holds only hidden files" if left_out else "is empty"
+        raise ValueError(f"class folder {path!r} {holds}: put images into it, or remove it")
+    if is_empty:
         yield Entry(path, 0, split=split, problem=FOLDER_AS_IMAGE)
-    elif first is None:
-        raise ValueError(f"class folder {path!r} is empty: put images into it, or remove it")
-    elif first.key == path:
-        yield _entry(first, None, split)
-    else:
-        yield from (_entry(found, name, split) for found in itertools.chain([first], inside))
 
 
-def _unlabelled(files: Files, part: _ClassFolders) -> Iterator[Iterable[Entry]]:
-    """Yield every file at any depth, folder by folder."""
-    for item in visible(files.scan(part.prefix)):
-        found: Iterable[FileInfo] = files.walk(item.key) if item.is_folder else (item,)
-        yield (_entry(inside, None, part.split) for inside in found)
-
-
-def _entry(item: FileInfo, class_name: str | None, split: str | None, problem: str | None = None) -> Entry:
-    return Entry(item.key, item.size, item.version, class_name, split, item.problem or problem)
+def _entry(item: FileInfo, found: str | None, split: str | None, problem: str | None = None) -> Entry:
+    problem = item.problem or problem
+    version = "" if problem in LEFT_OUT else item.version  # what is not read may change
+    return Entry(item.key, item.size, version, found, split, problem)
 
 
 def _empty(uri: str) -> ValueError:
     return ValueError(f"source {uri!r} holds no images: put images into DIR/CLASS/, {_UNLABELLED}")
 
 
+# --- classes
+
+
 def _check_stated(uri: str, names: Sequence[str] | None, config: DataConfig) -> tuple[str, ...] | None:
     """Read the class names of the file, and check that they include those of the folders."""
     stated = stated_names(config)
-    if stated is not None and names is not None and (unknown := sorted(set(names) - set(stated))):
+    if stated is None or names is None:
+        return stated
+    file = f"data.class_names_file = {config.class_names_file!r}"
+    if unknown := sorted(set(names) - set(stated)):
         raise ValueError(
-            f"source {uri!r}: class folder {unknown[0]!r} is not in data.class_names_file = "
-            f"{config.class_names_file!r} ({len(unknown)} such): add it to the file, or remove the folder"
+            f"source {uri!r}: class folder {unknown[0]!r} is not in {file} ({len(unknown)} such): add it to the file, "
+            "or remove the folder"
         )
+    for name, ids in shared_names(stated).items():
+        if name in names and (missing := [other for other in map(stated.__getitem__, ids) if other not in names]):
+            raise ValueError(
+                f"source {uri!r}: class folder {name!r} is the name of {len(ids)} classes in {file}: rename the folders "
+                f"to {name!r} and {missing[0]!r}"
+            )
     return stated
 
 
-def _check_classes(uri: str, count: int, classes: dict[str, set[str]], config: DataConfig) -> tuple[str, ...] | None:
+def _check_classes(
+    uri: str, count: int, classes: Mapping[_ClassFolders, set[str]], config: DataConfig
+) -> tuple[str, ...] | None:
     """Return the names of all classes, and check that there are any, and the same ones in both splits."""
-    names = tuple(sorted(set().union(*classes.values())))
+    names = ordered(set().union(*classes.values()))
     if not names:
         if config.labels == "optional":
             return None
@@ -178,14 +247,14 @@ def _check_classes(uri: str, count: int, classes: dict[str, set[str]], config: D
             f"put images into DIR/CLASS/, or into DIR/train/CLASS/ and DIR/val/CLASS/, {_UNLABELLED}"
         )
     if len(classes) == 2:
-        _check_same(uri, classes)
+        _check_same(uri, {part.split: found for part, found in classes.items()})
     return names
 
 
-def _check_same(uri: str, classes: dict[str, set[str]]) -> None:
+def _check_same(uri: str, classes: Mapping[str | None, set[str]]) -> None:
     both: Sequence[tuple[str, str]] = (SPLITS, SPLITS[::-1])
     for one, other in both:
-        if missing := sorted(classes[f"{one}/"] - classes[f"{other}/"]):
+        if missing := sorted(classes[one] - classes[other]):
             raise ValueError(
                 f"source {uri!r}: class {missing[0]!r} is in {one} and not in {other}"
                 f" ({len(missing)} such): both need the same class folders"

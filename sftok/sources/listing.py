@@ -326,8 +326,10 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Hash of the listing and of stated class names; if it is unchanged, nothing has to be read again."""
-        sha256 = hashlib.sha256(json.dumps(self.class_names).encode() if self.is_declared else b"")
+        """Hash of the listing and of class names that do not follow from it; if unchanged, nothing is read again."""
+        names = self.class_names or ()
+        is_text_order = names == tuple(sorted(names))  # digests from before numbers were ordered by value
+        sha256 = hashlib.sha256(b"" if is_text_order and not self.is_declared else json.dumps(self.class_names).encode())
         for entry in self.entries:
             sha256.update(json.dumps(entry[:5]).encode() + b"\n")
         for container in self.containers:

@@ -22,9 +22,10 @@ _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(sorted(SPLIT_NAMES, key=len
 
 HIDDEN_FILE, HIDDEN_FOLDER = "a hidden file", "a hidden folder"
 SYSTEM_FILE, SYSTEM_FOLDER = "a file of the operating system", "a folder of thumbnails or of the operating system"
-STRAY_FILE = "beside the class folders"
+STRAY_FILE = "a file beside the images"
+OTHER_SPLIT = "neither train nor val"
 # Reasons of entries that are left out by rule: they are in the ledger, but say nothing about the source's quality.
-LEFT_OUT = frozenset({HIDDEN_FILE, HIDDEN_FOLDER, SYSTEM_FILE, SYSTEM_FOLDER, STRAY_FILE})
+LEFT_OUT = frozenset({HIDDEN_FILE, HIDDEN_FOLDER, SYSTEM_FILE, SYSTEM_FOLDER, STRAY_FILE, OTHER_SPLIT})
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 _SYSTEM_FOLDERS = frozenset(
     {"@eaDir", "#recycle", "@Recycle", "@__thumb", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"}
@@ -63,25 +64,40 @@ def splits_by_word(words: Iterable[str | None], uri: str, what: str) -> dict[str
         what: of the source bears the words: folders, files or rows.
 
     Raises:
-        ValueError: there is a val or a test split only, or one split has two names.
+        ValueError: there is a val split and no train split.
     """
     present = set(words)
     named: dict[str, list[str]] = {}
     for word in sorted(filter(None, present)):
         named.setdefault(SPLIT_NAMES[word], []).append(word)
-    for split in ("train", "val"):
-        if len(named.get(split, ())) > 1:
-            both = " and ".join(named[split][:2])
-            raise ValueError(f"source {uri!r} has {what} named {both}, which are one split: merge or rename them")
     if "train" not in named:
         if "val" in named:
             raise ValueError(
                 f"source {uri!r} has {named['val'][0]} {what} but no train {what}: add them, or rename these"
             )
         return {None: None} if None in present else dict.fromkeys(present)
-    if "val" not in named:
-        return {named["train"][0]: None}
-    return {named[split][0]: split for split in ("train", "val")}
+    by_hash = "val" not in named
+    return {word: None if by_hash else split for split in ("train", "val") for word in named.get(split, ())}
+
+
+def check_one_name_each(names: Mapping[str, str | None], uri: str, what: str) -> None:
+    """Refuse folders or files of two names for one split: they may be two splits to whoever made them.
+
+    Args:
+        names: the word of each name, as `split_word` found it.
+        uri: of the source, for the message.
+        what: of the source bears the names.
+
+    Raises:
+        ValueError: there are two names for train, or two for val.
+    """
+    first: dict[str, str] = {}
+    for name, word in sorted(names.items()):
+        split = SPLIT_NAMES.get(word or "", "test")
+        if split != "test" and first.setdefault(split, name) != name:
+            raise ValueError(
+                f"source {uri!r} has {what} named {first[split]} and {name}, which are one split: merge or rename them"
+            )
 
 
 # --- hidden files
@@ -89,7 +105,7 @@ def splits_by_word(words: Iterable[str | None], uri: str, what: str) -> dict[str
 
 def reason_to_leave_out(name: str, *, is_folder: bool = False) -> str | None:
     """Return the reason by which a file or folder of this name is never read; None if it is."""
-    if name.startswith("."):
+    if name.startswith(".") and name not in (".", ".."):
         return HIDDEN_FOLDER if is_folder else HIDDEN_FILE
     if is_folder:
         return SYSTEM_FOLDER if name in _SYSTEM_FOLDERS else None
@@ -97,7 +113,7 @@ def reason_to_leave_out(name: str, *, is_folder: bool = False) -> str | None:
 
 
 def left_out_part(path: str) -> tuple[str, str] | None:
-    """Return the part of a file's path that is left out, a folder's ending with /, and the reason; None if none is."""
+    """Return the part of a path that is left out, a folder's ending with /, and the reason; None if none is."""
     *folders, name = path.split("/")
     for depth, folder in enumerate(folders, 1):
         if reason := reason_to_leave_out(folder, is_folder=True):

@@ -19,12 +19,12 @@ from sftok.sources.files import (
     FolderReader,
     escaped,
     is_image_name,
-    is_litter,
     is_utf8,
     open_files,
 )
 from sftok.sources.labels import class_of, stated_names
 from sftok.sources.listing import Container, ContainerTask, Entry, RejectedEntryError, Source, Unpacker
+from sftok.sources.rules import left_out_part
 
 SUFFIXES = (".tar",)
 _LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json
@@ -64,13 +64,14 @@ class TarUnpacker(Unpacker):
         """List an entry per image and per unusable member, and one more for a damaged tar."""
         container = task.container
         samples: dict[str, _Sample] = {}
+        told: set[str] = set()
         damage = None
         with open_files(self.uri).open(container.path) as file:
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     while (member := tar.next()) is not None:
                         tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
-                        yield from self._take(tar, member, samples, container)
+                        yield from self._take(tar, member, samples, told, container)
                     damage = _after(file, tar.offset, container.size)
             except (tarfile.TarError, ValueError, IndexError, OverflowError, EOFError, struct.error) as error:
                 check_storage(error, self, task)  # storage may raise ValueError, too
@@ -81,18 +82,31 @@ class TarUnpacker(Unpacker):
             yield container_problem(container, damage)
 
     def _take(
-        self, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, _Sample], container: Container
+        self,
+        tar: tarfile.TarFile,
+        member: tarfile.TarInfo,
+        samples: dict[str, _Sample],
+        told: set[str],
+        container: Container,
     ) -> Iterator[Entry]:
-        """Add a member to its sample, or yield an entry with the reason why it belongs to none."""
+        """Add a member to its sample, or yield an entry with the reason why it belongs to none; hidden folders once."""
         name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
         folder, _, base = name.rpartition("/")
-        if is_litter(base) or (member.isdir() and not is_image_name(base)):
+        left_out = left_out_part(f"{name}/" if member.isdir() else name)
+        if left_out is not None and not _leads_out(member):
+            part, reason = left_out
+            if part not in told:
+                told.add(part)
+                size = 0 if part.endswith("/") else member.size
+                yield Entry(escaped(f"{container.path}/{part}"), size, split=container.split, problem=reason)
+            return
+        if member.isdir() and not is_image_name(base):
             return
         if (problem := _member_problem(member, container)) is not None:
             shown = escaped(f"{container.path}/{member.name}")
             yield Entry(shown, member.size, split=container.split, problem=problem)
             return
-        key, dot, suffix = base.partition(".") if not base.startswith(".") else (base, "", "")
+        key, dot, suffix = base.partition(".")
         sample = samples.setdefault(f"{folder}/{key}" if folder else key, _Sample())
         suffix = suffix.lower()
         if dot and is_image_name(base):
@@ -136,8 +150,12 @@ class TarUnpacker(Unpacker):
         return None, None
 
 
+def _leads_out(member: tarfile.TarInfo) -> bool:
+    return member.name.startswith("/") or ".." in re.split(r"[/\\]", member.name)
+
+
 def _member_problem(member: tarfile.TarInfo, container: Container) -> str | None:
-    if member.name.startswith("/") or ".." in re.split(r"[/\\]", member.name):
+    if _leads_out(member):
         return "its path leads out of the tar"
     if member.issym() or member.islnk():
         return f"a link to {escaped(member.linkname)[:200]!r}"

@@ -77,7 +77,8 @@ def test_train_alone_is_split_by_hash_and_says_what_is_not_read(tmp_path, caplog
     fill(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png")
     with caplog.at_level(logging.INFO):
         source = list_source(str(tmp_path))
-    assert ids(source) == ["train/a/1.png", "train/b/1.png"]
+    assert ids(source) == ["test/", "train/a/1.png", "train/b/1.png"]
+    assert problems(source) == {"test/": "neither train nor val"}
     assert {entry.split for entry in source.entries} == {None}
     assert "not test" in caplog.text
     assert "no val folder" in caplog.text
@@ -120,6 +121,8 @@ def test_what_cannot_be_an_image_is_listed_with_the_reason(tmp_path):
     os.close(os.open(os.fsencode(folder) + b"/caf\xe9.png", os.O_CREAT | os.O_WRONLY))
     source = list_source(str(tmp_path))
     assert problems(source) == {
+        "a/.DS_Store": "a hidden file",
+        "a/._good.png": "a hidden file",
         "a/broken.png": "broken symbolic link to 'nowhere.png'",
         "a/caf\\xe9.png": "the file's name is not UTF-8",
         "a/folder.png": "a folder named like an image",
@@ -128,6 +131,7 @@ def test_what_cannot_be_an_image_is_listed_with_the_reason(tmp_path):
         "a/up": "a symbolic link to a folder above it",
         "empty.png": "a folder named like an image",
         "loose.PNG": "not in a class folder",
+        "notes.txt": "a file beside the images",
     }
     assert [name for name in ids(source) if name not in problems(source)] == [
         "a/folder.png/inside.png",
@@ -156,6 +160,7 @@ def test_odd_names_in_a_bucket_are_listed_with_the_reason(monkeypatch):
     assert problems(source) == {
         **dict.fromkeys(("a//2.png", "a/../3.png", "a/./4.png"), reason),
         **dict.fromkeys(("a/folder.png", "a/marked.png"), "a folder named like an image"),
+        "a/._6.png": "a hidden file",
     }
 
 
@@ -215,7 +220,7 @@ def test_moved_data_has_the_same_digest(tmp_path):
         (["notes.txt"], "", "holds no images"),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png"], "", "class 'b' is in train and not in val"),
         (["train/a/1.png", "val/a/1.png", "val/c/1.png"], "", "class 'c' is in val and not in train"),
-        (["val/a/1.png"], "", "val/CLASS but no train/CLASS"),
+        (["val/a/1.png"], "", "has val folders but no train folders: add them"),
     ],
 )
 def test_what_is_no_dataset_is_refused_with_a_remedy(tmp_path, paths, source, message):

@@ -43,7 +43,8 @@ def test_hugging_face_images_with_splits_and_names(tmp_path, store, caplog):
     with caplog.at_level(logging.WARNING):
         prepared = run(root, store)
     assert "not data/test-00000" in caplog.text
-    assert prepared.counts == {"found": 30, "accepted": 30, "rejected": 0, "train": 20, "val": 10, "classes": 2}
+    accepted = {"accepted": 30, "train": 20, "val": 10, "classes": 2}
+    assert prepared.counts == {**accepted, "found": 31, "rejected": 1, "left_out": 1}
     for row in rows_of(store, prepared):
         number = int(row["image_id"].removesuffix(".png"))
         assert row["image"]["bytes"] == image_bytes(number)
@@ -58,8 +59,9 @@ def test_what_prepare_wrote_can_be_prepared_again(tmp_path, store):
     first = run(write_files(tmp_path / "data", files), store.at("one"))
     store.at("one").delete("rejects.parquet")
     second = run(store.at("one").path, store.at("two"))
-    assert second == first._replace(files=second.files)
-    assert second.files == first.files
+    assert (second.content_digest, second.counts["accepted"]) == (first.content_digest, first.counts["accepted"])
+    assert set(reasons(store.at("two")).values()) == {"a file beside the images"}
+    assert second.counts["rejected"] == second.counts["left_out"] == len(reasons(store.at("two")))
 
 
 def plain(path, columns: dict[str, pa.Array]) -> object:
@@ -290,7 +292,7 @@ def test_the_digest_of_an_index_tells_labels_and_files(tmp_path):
         ("path,label\n", "names no images"),
         ("where,label\na.png,1\n", "has the columns where, label: name that of paths in data.image_column"),
         ("path,label\na.png,1,2\n", "cannot be read as an index"),
-        ("path,label,split\na.png,1,holdout\n", "split 'holdout' is none of train, val, test"),
+        ("path,label,split\na.png,1,holdout\n", "split 'holdout' is none of train, training, val"),
         ("path,label,split\na.png,1,val\n", "val rows but no train rows"),
     ],
 )
@@ -309,7 +311,11 @@ def test_kinds_are_recognised_or_said(tmp_path):
     write_files(tmp_path / "mixed", {"a/1.png": image_bytes(1), "b/1.png": image_bytes(1)})
     with pytest.raises(ValueError, match=r"holds a.parquet \(parquet:\) and a/1.png \(folder:\): say which"):
         list_source(str(tmp_path / "mixed"))
-    assert len(list_source(f"folder:{tmp_path}/mixed").entries) == 2
+    assert [entry.problem for entry in list_source(f"folder:{tmp_path}/mixed").entries] == [
+        "a file beside the images",
+        None,
+        None,
+    ]
     assert len(list_source(f"parquet:{tmp_path}/mixed").containers) == 1
     with pytest.raises(ValueError, match=r"holds no \.tar file"):
         list_source(f"webdataset:{tmp_path}/mixed")

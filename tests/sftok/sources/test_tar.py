@@ -41,7 +41,7 @@ def test_samples_have_images_classes_and_splits(tmp_path, store):
     assert len(source.entries) == 0
     assert [container.split for container in source.containers] == ["train", "train", "val"]
     prepared = run(root, store)
-    assert prepared.counts == {"found": 26, "accepted": 26, "rejected": 0, "train": 20, "val": 6, "classes": 2}
+    assert prepared.counts == {"found": 26, "accepted": 26, "rejected": 0, "left_out": 0, "train": 20, "val": 6, "classes": 2}
     for row in rows_of(store, prepared):
         tar, _, name = row["image_id"].rpartition("/")
         number = int(name.removesuffix(".png"))
@@ -135,6 +135,8 @@ def test_what_is_odd_in_a_tar_is_told(tmp_path, store):
     prepared = run(root, Store("file://" + str(store.path)))
     told = {path.removeprefix("x.tar/"): reason for path, reason in reasons(store).items()}
     assert told == {
+        "._00010.png": "a hidden file",
+        ".DS_Store": "a hidden file",
         "../escape.png": "its path leads out of the tar",
         "a/../../escape.png": "its path leads out of the tar",
         "/etc/escape.png": "its path leads out of the tar",
