@@ -329,7 +329,9 @@ class Source:
         """Hash of the listing and of class names that do not follow from it; if unchanged, nothing is read again."""
         names = self.class_names or ()
         is_text_order = names == tuple(sorted(names))  # digests from before numbers were ordered by value
-        sha256 = hashlib.sha256(b"" if is_text_order and not self.is_declared else json.dumps(self.class_names).encode())
+        sha256 = hashlib.sha256(
+            b"" if is_text_order and not self.is_declared else json.dumps(self.class_names).encode()
+        )
         for entry in self.entries:
             sha256.update(json.dumps(entry[:5]).encode() + b"\n")
         for container in self.containers:

@@ -28,7 +28,16 @@ OTHER_SPLIT = "neither train nor val"
 LEFT_OUT = frozenset({HIDDEN_FILE, HIDDEN_FOLDER, SYSTEM_FILE, SYSTEM_FOLDER, STRAY_FILE, OTHER_SPLIT})
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
 _SYSTEM_FOLDERS = frozenset(
-    {"@eaDir", "#recycle", "@Recycle", "@__thumb", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"}
+    {
+        "@eaDir",
+        "#recycle",
+        "@Recycle",
+        "@__thumb",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "__MACOSX",
+        "lost+found",
+    }
 )
 _NUMBERED = re.compile(r"(.*) \(#([0-9]+)\)'*", re.DOTALL)
 

@@ -70,7 +70,15 @@ def contents(store: Store) -> dict[str, bytes]:
 
 def test_every_image_is_kept_as_it_was(data, store):
     prepared = run(fill(data, SPLIT_BY_HAND), store)
-    assert prepared.counts == {"found": 24, "accepted": 24, "rejected": 0, "left_out": 0, "train": 12, "val": 12, "classes": 2}
+    assert prepared.counts == {
+        "found": 24,
+        "accepted": 24,
+        "rejected": 0,
+        "left_out": 0,
+        "train": 12,
+        "val": 12,
+        "classes": 2,
+    }
     rows = rows_of(store, prepared)
     assert sorted(row["image_id"] for row in rows) == sorted(SPLIT_BY_HAND)
     for row in rows:

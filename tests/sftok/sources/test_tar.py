@@ -41,7 +41,15 @@ def test_samples_have_images_classes_and_splits(tmp_path, store):
     assert len(source.entries) == 0
     assert [container.split for container in source.containers] == ["train", "train", "val"]
     prepared = run(root, store)
-    assert prepared.counts == {"found": 26, "accepted": 26, "rejected": 0, "left_out": 0, "train": 20, "val": 6, "classes": 2}
+    assert prepared.counts == {
+        "found": 26,
+        "accepted": 26,
+        "rejected": 0,
+        "left_out": 0,
+        "train": 20,
+        "val": 6,
+        "classes": 2,
+    }
     for row in rows_of(store, prepared):
         tar, _, name = row["image_id"].rpartition("/")
         number = int(name.removesuffix(".png"))
