@@ -228,8 +228,8 @@ def _check_stated(uri: str, names: Sequence[str] | None, config: DataConfig) -> 
     for name, ids in shared_names(stated).items():
         if name in names and (missing := [other for other in map(stated.__getitem__, ids) if other not in names]):
             raise ValueError(
-                f"source {uri!r}: class folder {name!r} is the name of {len(ids)} classes in {file}: rename the folders "
-                f"to {name!r} and {missing[0]!r}"
+                f"source {uri!r}: class folder {name!r} is the name of {len(ids)} classes in {file}: rename the "
+                f"folders to {name!r} and {missing[0]!r}"
             )
     return stated
 

@@ -102,7 +102,7 @@ def test_a_rerun_reads_the_same_images_from_any_folder_and_refuses_others(
     os.utime(tmp_path / "data" / "a" / "00.png")  # read again, but the same image
     assert flow(check_rerun("again", store=store.uri), "touched").stages["encode"].state == "Cached"
     draw(tmp_path / "data", range(70, 71))
-    with pytest.raises(StageFailedError, match="are not those of the run that is repeated .*restore them, or use"):
+    with pytest.raises(StageFailedError, match=r"are not those of the run that is repeated .*restore them, or use"):
         flow(check_rerun("first", store=store.uri), "changed")
     assert retokenize("anew", data=str(tmp_path / "data")).state == "Completed"
 
