@@ -81,7 +81,7 @@ def absolute_source(source: str) -> str:
         return source
     kind, colon, path = source.partition(":")
     kind, path = (f"{kind}:", path) if colon and kind in KINDS else ("", source)
-    return kind + os.path.abspath(os.path.expanduser(path))
+    return kind + os.path.abspath(os.path.expanduser(path)) if path else source
 
 
 def _kind_and_place(source: str, config: DataConfig) -> tuple[str, str]:

@@ -193,7 +193,7 @@ def index(text: str) -> Callable[[Path], str]:
         (lambda root: files("x.png")(root) + "/x.png", "is not a folder"),
         (lambda root: root.mkdir() or str(root), "holds no images"),
         (files("1.png", "2.png"), "holds 2 images but no class folders"),
-        (files("val/a/1.png", "val/b/1.png"), "no train/CLASS"),
+        (files("val/a/1.png", "val/b/1.png"), "no train folders"),
         (files("train/a/1.png", "train/b/1.png", "val/a/1.png"), "class 'b' is in train and not in val"),
         (files("a/1.png", "x.tar"), "say which to read"),
         (index("where,label\na.png,1\n"), "name that of paths in data.image_column"),
