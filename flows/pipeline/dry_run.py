@@ -5,7 +5,7 @@ are that arithmetic at an assumed rate, and say so.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
@@ -16,6 +16,9 @@ from flows.runs.run_request import RunRequest
 from flows.stage import Job, Stage, plan_of
 from flows.store.inventory import size_text
 from infra.artifacts.manifest import ArtifactRef, find, folder_of, ref_of
+
+if TYPE_CHECKING:
+    from sftok.sources.summary import SourceSummary
 
 RATE = 125e12  # operations per second of one GPU
 RATE_SOURCE = "125 TFLOP/s a GPU: assumed, 40 % of an A100's 312 in bf16"
@@ -59,6 +62,7 @@ class DryRun(NamedTuple):
     store: str
     source: str
     images: int | None
+    listing: "SourceSummary"
     stages: tuple[PlannedStage, ...]
 
     def as_json(self) -> dict[str, JsonValue]:
@@ -69,6 +73,7 @@ class DryRun(NamedTuple):
             "store": self.store,
             "source": self.source,
             "images": self.images,
+            "listing": self.listing.as_json(),
             "stages": [dict(stage._asdict()) for stage in self.stages],
             "estimates": {"gpu_hours": RATE_SOURCE, "bytes": SIZE_SOURCE},
         }
@@ -77,6 +82,7 @@ class DryRun(NamedTuple):
         """Return the assumptions behind the figures, as lines to print."""
         count = "an unknown number of" if self.images is None else f"{self.images:,}"
         return (
+            *self.listing.lines(),
             f"{count} images; GPU hours of what is still to do: {RATE_SOURCE}; none where a CPU is enough",
             f"sizes: {SIZE_SOURCE}",
         )
@@ -88,10 +94,14 @@ def dry_run(request: RunRequest) -> DryRun:
     Raises:
         ValueError: the source cannot be listed.
     """
+    from sftok.sources.sources import list_source
+    from sftok.sources.summary import summarize
+
     recipe, job = request.recipe, Job.of(request)
     store = job.store
     known: dict[str, ArtifactRef] = {}
     planned: list[PlannedStage] = []
+    listing = summarize(list_source(request.source, recipe.data), recipe.data)
     images: int | None = None
     costs = _costs(recipe)
     for stage in graph.GRAPH.order(recipe):
@@ -103,26 +113,18 @@ def dry_run(request: RunRequest) -> DryRun:
         if plan is not None:
             known[stage.name] = ref_of(store, found) if found else _ref(job, plan.kind, plan.digest)
         if stage is PREPARE:
-            images = found.counts.get("accepted") if found else _listed(job)
+            images = found.counts.get("accepted") if found else listing.images
             if found is None:
                 known.pop(stage.name, None)  # what follows depends on what the images hold
         cost = costs.get(stage.name, _unknown)(images) if found is None else (None, found.num_bytes)
         state = "Cached" if found else "to do" if is_known else FIRST
         resources = _resources(stage, request)
         planned.append(PlannedStage(stage.name, stage.kind, plan.digest if plan else None, state, resources, *cost))
-    return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, tuple(planned))
+    return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, listing, tuple(planned))
 
 
 def _ref(job: Job, kind: str, digest: str) -> ArtifactRef:
     return ArtifactRef(kind=kind, digest=digest, uri=folder_of(job.store, kind, digest).uri)
-
-
-def _listed(job: Job) -> int | None:
-    """Count the images of the source; None where they lie in containers that only prepare opens."""
-    from sftok.sources.sources import list_source
-
-    source = list_source(job.source, job.recipe.data)
-    return None if source.containers else len(source.entries)
 
 
 def _resources(stage: Stage, request: RunRequest) -> str:

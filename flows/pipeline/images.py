@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from flows.runs.progress import display
 from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
 from infra.artifacts.made_on import claim_shards, decisive, describe_kind
 from infra.artifacts.manifest import Manifest
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
 
 def _prepare_what(job: Job) -> dict[str, JsonValue]:
     from sftok.sources.sources import list_source
+    from sftok.sources.summary import summarize
 
     source = list_source(job.source, job.recipe.data)
     digest = source.digest
+    for line in summarize(source, job.recipe.data).lines():
+        display().line(line)
     if job.listing is not None:
         job.listing.put(digest, source)
     return {"data": job.recipe.data.identity(), "listing": digest}
@@ -29,11 +33,23 @@ def _accept_images(job: Job, manifest: Manifest) -> None:
     if job.listing is not None:
         job.listing.drop()
     check_reject_rate(manifest.counts, job.recipe.data, f"images/{manifest.digest}")
+    display().line(_counted(manifest))
     if job.images is not None and manifest.content_digest != job.images:
         raise ValueError(
             f"source {job.source}: its images, their classes or splits are not those of the run that is repeated "
             f"(content {manifest.content_digest}, then {job.images}): restore them, or use sftok run for the new ones"
         )
+
+
+def _counted(manifest: Manifest) -> str:
+    """Say what became of a source's entries."""
+    counts = {"left_out": 0, **manifest.counts}
+    text = f"images/{manifest.digest}: {counts['train']:,} to train on, {counts['val']:,} held out"
+    text += f", {counts['classes']:,} classes" if counts["classes"] else ", no classes"
+    if counts["rejected"]:
+        rejected = counts["rejected"] - counts["left_out"]
+        text += f"; rejected {rejected:,}, left out {counts['left_out']:,}: see its rejects.parquet"
+    return text
 
 
 def _prepare(work: Work) -> Result:

@@ -36,4 +36,5 @@ def list_digits(config: DataConfig) -> Source:
         for index, label in enumerate(labels)
     )
     sized = (entry._replace(size=len(read_digit(entry))) for entry in entries)
-    return Source(DIGITS, Entries.of(sized), tuple(map(str, range(10))) if is_labelled else None, read_digit)
+    names = tuple(map(str, range(10))) if is_labelled else None
+    return Source(DIGITS, Entries.of(sized), names, read_digit, kind="digits")

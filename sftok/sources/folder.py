@@ -70,7 +70,14 @@ def list_folder(uri: str, config: DataConfig) -> Source:
     names = None if config.labels == "none" else _check_classes(files.uri, found, classes, config)
     stated = _check_stated(files.uri, names, config)
     is_stated = stated is not None and names is not None
-    return Source(files.uri, entries, stated if is_stated else names, FolderReader(files.uri), is_declared=is_stated)
+    return Source(
+        files.uri,
+        entries,
+        stated if is_stated else names,
+        FolderReader(files.uri),
+        is_declared=is_stated,
+        remarks=tuple(f"{part.split or 'all images'}: {part.prefix}" for part in parts if part.prefix),
+    )
 
 
 def check_folder(uri: str, config: DataConfig) -> None:

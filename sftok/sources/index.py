@@ -26,6 +26,7 @@ SUFFIXES = (".csv", ".tsv", ".parquet")
 PATHS = ("path", "file_name", "filename", "filepath", "file", "image", "image_path")
 _LABELS = ("label", "labels", "class", "class_id", "class_name", "target")
 _CACHED_FOLDERS = 8
+_TOLD = b"columns"  # metadata of the table: what was read as what
 
 
 def list_index(uri: str, config: DataConfig) -> Source:
@@ -56,7 +57,9 @@ def list_index(uri: str, config: DataConfig) -> Source:
         names = names_of(classes, uri)
         if names is None and config.labels == "required":
             raise no_labels(uri, f"columns {', '.join(table.column_names)}; data.label_column names another one")
-    return Source(uri, entries, names, reader, is_declared=stated is not None or are_numbers(names))
+    is_declared = stated is not None or are_numbers(names)
+    remarks = (table.schema.metadata[_TOLD].decode(),)
+    return Source(uri, entries, names, reader, is_declared=is_declared, remarks=remarks)
 
 
 def check_index(uri: str, config: DataConfig) -> None:
@@ -108,7 +111,8 @@ def _read(uri: str, file: BinaryIO, config: DataConfig) -> pa.Table:
         "label": nulls if label is None else table[label],
         "split": table["split"].cast(pa.string()) if "split" in names else nulls,
     }
-    return pa.table(columns)
+    told = f"paths: column {path}; labels: {f'column {label}' if label else 'none'}"
+    return pa.table(columns).replace_schema_metadata({_TOLD: told})
 
 
 def _read_csv(file: BinaryIO, uri: str) -> pa.Table:

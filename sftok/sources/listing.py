@@ -323,6 +323,8 @@ class Source:
     containers: tuple[Container, ...] = ()
     unpack: Unpacker | None = None
     has_names: bool = False  # entries may have a preferred name
+    kind: str = ""  # folder, webdataset, parquet, index or digits
+    remarks: tuple[str, ...] = ()  # what was guessed, for the user
 
     @property
     def digest(self) -> str:

@@ -57,6 +57,7 @@ def list_parquet(uri: str, config: DataConfig) -> Source:
         is_declared=names is not None and label is not None,
         containers=containers,
         unpack=ParquetUnpacker(root, label is not None, names, image, label, stated is not None),
+        remarks=(f"images: column {image}; labels: {f'column {label}' if label else 'none'}",),
     )
 
 

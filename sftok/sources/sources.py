@@ -4,6 +4,7 @@ A source is listed once, by the driver, without reading pixels; its reader is sm
 workers. To add a kind of source, add a `list_...` function and a reader. `check_source` looks at a source beforehand.
 """
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -59,7 +60,10 @@ def list_source(source: str, config: DataConfig | None = None) -> Source:
     if source == DIGITS:
         return list_digits(config)
     kind, uri = _kind_and_place(source, config)
-    return KINDS[kind](uri, config)
+    listed = KINDS[kind](uri, config)
+    is_guessed = not source.startswith(f"{kind}:")
+    recognised = (f"read as {kind}; write {kind}:{source} to state it",) if is_guessed else ()
+    return dataclasses.replace(listed, kind=kind, remarks=(*recognised, *listed.remarks))
 
 
 def check_source(source: str, config: DataConfig) -> None:
