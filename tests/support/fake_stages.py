@@ -8,6 +8,7 @@ from pathlib import Path
 from flows.stage import Result, Stage, Work
 from infra.artifacts.shards import put
 
+IMAGES = {"found": 1797, "accepted": 1797, "rejected": 0, "train": 1617, "val": 180, "classes": 10}
 METRICS = {"accuracy": 0.93, "psnr_of_a_copy": math.inf}
 
 
@@ -34,4 +35,5 @@ class FakeStages:
         if stage.name == "report":
             files += [put(work.out, "report.html", b"<h1>digits</h1>"), put(work.out, "report.md", b"# digits")]
         content = f"{1:032x}" if stage.name == "prepare" else None
-        return Result(files, {"rows": 1}, METRICS if stage.name == "evaluate" else {}, content)
+        counts = {"rows": 1} | (IMAGES if stage.name == "prepare" else {})
+        return Result(files, counts, METRICS if stage.name == "evaluate" else {}, content)

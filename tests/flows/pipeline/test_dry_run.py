@@ -59,6 +59,11 @@ def test_the_paper_needs_no_weights_to_be_planned(tmp_path: Path, capsys: pytest
     told = json.loads(capsys.readouterr().out)
     assert [stage["stage"] for stage in told["stages"]] == list(graph.GRAPH)
     assert told["estimates"]["gpu_hours"] == RATE_SOURCE
+    assert (told["listing"]["kind"], told["listing"]["images"], told["listing"]["splits"]) == (
+        "folder",
+        22,
+        {"by hash": 22},
+    )
     hours = {stage["stage"]: stage["gpu_hours"] for stage in told["stages"]}
     assert hours["align"] > 4 * hours["warm_up"] > 0, "four times the steps, and the guide's pass"
     assert hours["teacher"] == 0, "it is imported"

@@ -11,8 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from infra.store.s3 import Bucket
+from sftok.config import DataConfig
 from sftok.images.preprocess import to_rgb
 from sftok.sources.sources import RejectedEntryError, Source, list_source
+from sftok.sources.summary import summarize
 
 
 def png(color: int = 0) -> bytes:
@@ -269,3 +271,29 @@ def test_a_file_that_went_away_is_rejected_and_other_errors_pass(tmp_path, monke
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(OSError, match="Input/output"):
         source.read(source.entries[0])
+
+
+def test_a_summary_says_what_was_read_as_what(tmp_path):
+    fill(tmp_path, *(f"Train/{label}/{at}.png" for label in ("dog", "cat") for at in range(3)), "Train/notes.txt")
+    fill(tmp_path, "Val/dog/1.png", "Val/cat/1.png", "Val/cat/.checkpoints/1.png")
+    (tmp_path / "Val/dog/lost.png").symlink_to("nowhere.png")
+    config = DataConfig(image_size=8)
+    summary = summarize(list_source(str(tmp_path), config), config)
+    assert (summary.kind, summary.images, summary.splits) == ("folder", 8, {"train": 6, "val": 2})
+    assert (summary.classes, summary.class_names, summary.empty_classes) == (2, ("cat", "dog"), ())
+    assert summary.left_out == {"a file beside the images": 1, "a hidden folder": 1}
+    assert summary.rejected == {"broken symbolic link to 'nowhere.png'": 1}
+    assert summary.remarks == (f"read as folder; write folder:{tmp_path} to state it", "train: Train/", "val: Val/")
+    assert summary.lines()[:2] == [
+        f"source {tmp_path}: folder, 8 images (train 6, val 2), 2 classes (cat, dog)",
+        "  left out: 1 x a file beside the images; 1 x a hidden folder",
+    ]
+
+
+def test_a_summary_says_that_images_are_held_out_by_hash_and_which_classes_are_empty(tmp_path):
+    fill(tmp_path / "data", *(f"10/{at}.png" for at in range(3)), "9/1.png")
+    (tmp_path / "names").write_text("9\n10\n11\n")
+    config = DataConfig(image_size=8, class_names_file=str(tmp_path / "names"))
+    summary = summarize(list_source(f"folder:{tmp_path}/data", config), config)
+    assert (summary.splits, summary.class_names, summary.empty_classes) == ({"by hash": 4}, ("9", "10", "11"), ("11",))
+    assert summary.remarks == ("no val split: a hash of the image ids holds out 0.1 of them",)
