@@ -47,7 +47,7 @@ def sample(
     generator: Annotated[str, typer.Option(help="A generator: kind/digest, its beginning, or a full URI.")],
     classes: Annotated[
         list[str] | None,
-        typer.Option(help="Names, ids (10, or quoted '#10') or ranges of ids; repeat or use commas. [default: all classes]"),
+        typer.Option(help="Names, ids (10, or '#10') or ranges of ids; repeat or use commas. [default: all classes]"),
     ] = None,
     config: Annotated["SampleConfig", OptionsOf("generator.config", omit=("samples_per_shard",))],
     device: DeviceOption = None,
