@@ -13,7 +13,7 @@ from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import record_device
 from infra.artifacts.manifest import Plan, folder_of, publish
 from infra.compute.device import IEEE, device_facts, use_numerics
-from infra.compute.ranks import ALONE, Ranks, run_ranks
+from infra.compute.ranks import Ranks, run_ranks
 from infra.progress import Progress, silent
 from infra.store.store import Store
 from infra.training.checkpoint import CHECKPOINTS, Checkpoints
@@ -24,9 +24,7 @@ State = Literal["Cached", "Completed"]
 MEASURING = 0.01
 
 
-def make(
-    stage: Stage, job: Job, inputs: Refs, *, progress: Progress = silent, here: bool = False
-) -> tuple[Artifact, State]:
+def make(stage: Stage, job: Job, inputs: Refs, *, progress: Progress = silent) -> tuple[Artifact, State]:
     """Return what a stage makes of its inputs, and whether it was cached; what is published is complete or not there.
 
     Args:
@@ -34,14 +32,11 @@ def make(
         job: where it is read and written, and how wide the stage runs.
         inputs: the artifacts that it is made of, by name.
         progress: called while it is made.
-        here: make it in this process, where the caller is a stage that has a process of its own already.
     """
     job = job.settled()
     plan = plan_of(stage, job, inputs)
 
     def call(out: Store) -> Result:
-        if here:
-            return _in_process(stage, job, plan, out, ALONE, progress)
         return run_stage(stage, Work(job, plan, out, progress))
 
     artifact, state = find_or_publish(job.store, plan, call)

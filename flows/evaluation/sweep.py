@@ -1,11 +1,9 @@
 """Sweep over guidance scales and temperatures: class accuracy of the samples, and seconds per sample.
 
 It covers the generator that drew the run's samples and, side by side, a second one that was trained on the same codes.
-The second one is an artifact like any other: one that another recipe has trained alike is cached, not trained again.
 """
 
 import json
-import logging
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,26 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flows.make import make
 from flows.results.types import SweepPoint, SweepRow
-from flows.stage import Result, Stage, Work
+from flows.stage import Result, Work
 from generator.artifacts import load_generator
 from generator.code_space import CodeSpace
 from generator.config import SampleConfig
 from generator.kinds import prepare
 from generator.samples import SampleSpec, draw_samples
 from generator.sampling.prepared import PreparedGenerator
-from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import put
-from infra.compute.device import IEEE, use_numerics
 from infra.store.store import Store
 from sftok.coding.decode import ImageDecoder
 from sftok.images.lazy import LazyImages
 from sftok.metrics.class_reader import ClassReader, accuracy, thumbnails
 from sftok.weights.artifacts import load_teacher, load_tokenizer
-
-log = logging.getLogger(__name__)
 
 SWEEP = "sweep.json"
 # Beside the artifact, not part of it: an artifact has the same bytes whenever it is made, and times differ.
@@ -54,13 +47,13 @@ class SweepEntry(NamedTuple):
     temperatures: tuple[float, ...]
 
 
-def with_sweep(work: Work, measured: Result, train: Stage) -> Result:
+def with_sweep(work: Work, measured: Result) -> Result:
     """Add the sweep, if the recipe asks for one, to the result of the evaluate stage."""
     if not work.recipe.evaluate.sweep.cfg_scales:
         return measured
     torch.set_num_threads(work.recipe.threads)
     reader, decoder, points, seconds = _reader(work), _decoder(work), [], []
-    for entry in _entries(work, train):
+    for entry in _entries(work):
         for config in _settings(work, entry):
             codes, wanted, taken = _draw(work, entry, config)
             images = decoder(codes, [each.sample_id for each in wanted], work.recipe.decoding).images
@@ -91,36 +84,22 @@ def read_sweep(folder: Store, evaluation: Manifest) -> tuple[SweepRow, ...]:
     )
 
 
-def _entries(work: Work, train: Stage) -> Iterator[SweepEntry]:
+def _entries(work: Work) -> Iterator[SweepEntry]:
     """Yield the run's generator, then the second one if the recipe has one."""
     sweep, sample = work.recipe.evaluate.sweep, work.recipe.sample
-    model, _ = load_generator(work.input("samples").input("generator").folder)
-    first = model.config.kind
-    yield SweepEntry(
-        first, prepare(model.to(work.job.device), sample), model.space, sample, sweep.temperatures_of(first)
-    )
-    if sweep.generator is None:
-        return
-    model, _ = load_generator(_second(work, train).folder)
-    kind = model.config.kind
-    name = kind if kind != first else f"{kind}, the second"
-    config = SampleConfig(precision=sample.precision, compile=sample.compile, micro_batch=sample.micro_batch)
-    yield SweepEntry(name, prepare(model.to(work.job.device), config), model.space, config, sweep.temperatures_of(kind))
-
-
-def _second(work: Work, train: Stage) -> Artifact:
-    """Return the second generator: what the stage `train` makes of these codes with the sweep's settings."""
-    sweep = work.recipe.evaluate.sweep
-    changes = {"generator": sweep.generator, "train_generator": sweep.train_generator}
-    job = work.job._replace(recipe=work.recipe.model_copy(update=changes), ranks=1)
-
-    def call(training: Work) -> Result:
-        log.info("sweep: training the second generator, which the store has none like")
-        return train.call(training)
-
-    second, _ = make(train._replace(call=call), job, {"codes": work.ref("codes")}, here=True)
-    use_numerics(IEEE, work.job.device)  # training sets its own
-    return second
+    generators = [(work.input("samples").input("generator"), sample)]
+    if work.recipe.second is not None:
+        own = SampleConfig(precision=sample.precision, compile=sample.compile, micro_batch=sample.micro_batch)
+        generators.append((work.input("second_generator"), own))
+    first = ""
+    for artifact, config in generators:
+        model, _ = load_generator(artifact.folder)
+        kind = model.config.kind
+        name = kind if kind != first else f"{kind}, the second"
+        first = kind
+        yield SweepEntry(
+            name, prepare(model.to(work.job.device), config), model.space, config, sweep.temperatures_of(kind)
+        )
 
 
 def _settings(work: Work, entry: SweepEntry) -> Iterator[SampleConfig]:

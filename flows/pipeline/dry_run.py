@@ -158,7 +158,7 @@ def _costs(recipe: Recipe) -> Mapping[str, Cost]:
         return lambda images: (None, None) if images is None else (hours(images * operations), int(images * size))
 
     align, fine = recipe.align.training, recipe.fine_tune.training
-    warm, teach, generate = recipe.warm_up.training, recipe.teacher.training, recipe.train_generator
+    warm, teach = recipe.warm_up.training, recipe.teacher.training
     samples = recipe.sample.per_class
     is_imported = recipe.teacher.origin == "imported"
     tokens = recipe.tokenizer.num_latent_tokens
@@ -173,18 +173,32 @@ def _costs(recipe: Recipe) -> Mapping[str, Cost]:
         "align": training("tokenizer", align.steps, align.batch_size, guided),
         "fine_tune": training("tokenizer", fine.steps, fine.batch_size, pixels),
         "encode": scaled(flops["encoder"] * views, CODE_BYTES * tokens * views),
-        "train_generator": training("generator", generate.steps, generate.batch_size, flops["generator"] * 3),
+        "train_generator": _training_of_generator(recipe),
         "sample": lambda _: (None, int(samples * 1000 * CODE_BYTES * tokens)),
+        "train_second_generator": _training_of_generator(recipe.second) if recipe.second else _unknown,
     }
 
 
+def _training_of_generator(recipe: Recipe) -> Cost:
+    import torch
+
+    from generator.code_space import CodeSpace
+    from generator.flops import training_flops
+    from generator.kinds import build_generator
+
+    config, tokenizer = recipe.train_generator, recipe.tokenizer
+    space = CodeSpace(codebook_size=tokenizer.codebook_size, num_tokens=tokenizer.num_latent_tokens, num_classes=1000)
+    operations = config.steps * config.batch_size * training_flops(recipe.generator, space)
+    with torch.device("meta"):
+        size = 4 * sum(p.numel() for p in build_generator(recipe.generator, space).parameters())
+    return lambda _: (operations / RATE / 3600, size)
+
+
 def _arithmetic(recipe: Recipe) -> dict[str, float]:
-    """Count the operations of a forward pass for one image, or one sequence."""
+    """Count the operations of a forward pass for one image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from generator.code_space import CodeSpace
-    from generator.flops import forward_flops
     from sftok.model.decoder import Decoder
     from sftok.model.teacher import Teacher
     from sftok.model.tokenizer import SFTok
@@ -204,15 +218,11 @@ def _arithmetic(recipe: Recipe) -> dict[str, float]:
         codes = torch.zeros(1, positions, dtype=torch.int64)
         latents = torch.empty(1, tokenizer.num_latent_tokens, tokenizer.code_dim)
         assert isinstance(model.decoder, Decoder)
-        space = CodeSpace(
-            codebook_size=tokenizer.codebook_size, num_tokens=tokenizer.num_latent_tokens, num_classes=1000
-        )
         return {
             "encoder": count(lambda: model.encoder(images)),
             "decoder": count(lambda: model.decoder(codes, latents)),
             "teacher_encoder": count(lambda: teacher.encoder(images)),
             "teacher_decoder": count(lambda: teacher.decode(codes)),
-            "generator": float(forward_flops(recipe.generator, space)),
         }
 
 
@@ -220,17 +230,12 @@ def _weights(recipe: Recipe) -> dict[str, int]:
     """Count the bytes of each network's weights, in float32."""
     import torch
 
-    from generator.code_space import CodeSpace
-    from generator.kinds import build_generator
     from sftok.model.teacher import Teacher
     from sftok.model.tokenizer import SFTok
 
-    tokenizer = recipe.tokenizer
-    space = CodeSpace(codebook_size=tokenizer.codebook_size, num_tokens=tokenizer.num_latent_tokens, num_classes=1000)
     with torch.device("meta"):
         made: dict[str, torch.nn.Module] = {
             "teacher": Teacher(recipe.teacher.model),
-            "tokenizer": SFTok(tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True),
-            "generator": build_generator(recipe.generator, space),
+            "tokenizer": SFTok(recipe.tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True),
         }
     return {name: 4 * sum(p.numel() for p in model.parameters()) for name, model in made.items()}

@@ -1,6 +1,7 @@
-"""The stages of the generator: train_generator and sample."""
+"""The stages of the generators: train_generator, train_second_generator and sample."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pydantic import JsonValue
 
@@ -33,6 +34,20 @@ def _train_generator(work: Work) -> Result:
         check_tokenizer(codes.inputs.get("tokenizer"), work.ref("codes"), {"train": info, "val": val_info})
     model, training = recipe.generator, recipe.train_generator
     return Result(*train_generator(CodeData.of(train), CodeData.of(val), info, model, training, run=run))
+
+
+def _second(job: Job) -> Job:
+    """Return the job whose generator is the sweep's second one: a recipe of its own makes the same artifact."""
+    assert job.recipe.second is not None
+    return job._replace(recipe=job.recipe.second)
+
+
+def _train_second_generator_what(job: Job) -> dict[str, JsonValue]:
+    return _train_generator_what(_second(job))
+
+
+def _train_second_generator(work: Work) -> Result:
+    return _train_generator(replace(work, job=_second(work.job)))
 
 
 def check_tokenizer(tokenizer: ArtifactRef | None, codes: ArtifactRef, splits: Mapping[str, CodesInfo]) -> None:
@@ -91,5 +106,8 @@ TRAIN_GENERATOR = Stage(
     _train_generator,
     is_trained=True,
     needs={"codes": "encode"},
+)
+TRAIN_SECOND_GENERATOR = TRAIN_GENERATOR._replace(
+    name="train_second_generator", what=_train_second_generator_what, call=_train_second_generator
 )
 SAMPLE = Stage("sample", "samples", 2, _sample_what, _sample, needs={"generator": "train_generator"})

@@ -4,7 +4,7 @@ A new stage is one object, named in GRAPH: flows, dry runs and reports walk the 
 know the libraries' argument lists; heavy imports happen inside their calls, so that the command line starts fast.
 """
 
-from flows.pipeline.generator import SAMPLE, TRAIN_GENERATOR
+from flows.pipeline.generator import SAMPLE, TRAIN_GENERATOR, TRAIN_SECOND_GENERATOR
 from flows.pipeline.images import ENCODE, PREPARE
 from flows.pipeline.judge import EVALUATE, REPORT
 from flows.pipeline.tokenizer import ALIGN, FINE_TUNE, TEACHER, WARM_UP
@@ -21,7 +21,20 @@ __all__ = [
     "SAMPLE",
     "TEACHER",
     "TRAIN_GENERATOR",
+    "TRAIN_SECOND_GENERATOR",
     "WARM_UP",
 ]
 
-GRAPH = Graph(PREPARE, TEACHER, WARM_UP, ALIGN, FINE_TUNE, ENCODE, TRAIN_GENERATOR, SAMPLE, EVALUATE, REPORT)
+GRAPH = Graph(
+    PREPARE,
+    TEACHER,
+    WARM_UP,
+    ALIGN,
+    FINE_TUNE,
+    ENCODE,
+    TRAIN_GENERATOR,
+    SAMPLE,
+    TRAIN_SECOND_GENERATOR,
+    EVALUATE,
+    REPORT,
+)

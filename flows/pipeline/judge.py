@@ -2,7 +2,7 @@
 
 from pydantic import JsonValue
 
-from flows.pipeline.generator import TRAIN_GENERATOR
+from flows.recipes.schema import Recipe
 from flows.stage import Job, Result, Stage, Work, computed, seeded
 
 
@@ -22,7 +22,11 @@ def _evaluate(work: Work) -> Result:
     from flows.evaluation.inputs import measure
     from flows.evaluation.sweep import with_sweep
 
-    return with_sweep(work, measure(work), TRAIN_GENERATOR)
+    return with_sweep(work, measure(work))
+
+
+def _without_second_generator(recipe: Recipe) -> tuple[str, ...]:
+    return () if recipe.second else ("second_generator",)
 
 
 def _report_what(job: Job) -> dict[str, JsonValue]:
@@ -51,7 +55,9 @@ EVALUATE = Stage(
         "tokenizer": "fine_tune",
         "codes": "encode",
         "samples": "sample",
+        "second_generator": "train_second_generator",
     },
+    unneeded=_without_second_generator,
 )
 # Version 2: the recipe is held whole, without exceptions for settings at their defaults.
 REPORT = Stage("report", "report", 2, _report_what, _report, needs={"evaluation": "evaluate"})

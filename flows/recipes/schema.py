@@ -118,7 +118,7 @@ class SweepConfig(Config):
     masked_temperatures: tuple[PositiveFloat, ...] = Field((1.0, 8.0), description="of a masked generator")
     per_class: PositiveInt = Field(10, description="samples per class at every setting")
     generator: AnyGeneratorConfig | None = Field(
-        None, description="a second generator of the same codes, trained unless the store has it"
+        None, description="a second generator of the same codes, for a stage of its own"
     )
     train_generator: GeneratorTrainingConfig | None = Field(None, description="training of the second one")
 
@@ -226,6 +226,14 @@ class Recipe(Config):
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
+
+    @property
+    def second(self) -> Self | None:
+        """The recipe with the sweep's second generator in place of the first; None if there is no such sweep."""
+        sweep = self.evaluate.sweep
+        if not sweep.cfg_scales or sweep.generator is None:
+            return None
+        return self.model_copy(update={"generator": sweep.generator, "train_generator": sweep.train_generator})
 
     def on(self, device: str) -> Self:
         """Resolve the device, and the settings that depend on it."""

@@ -20,11 +20,12 @@ from infra.artifacts.shards import put
 from infra.store.store import Store
 
 FILES = 20  # listed per artifact
-STAGE_OF_KIND = {
+STAGE_OF_INPUT = {
     "images": "prepare",
     "codes": "encode",
     "generator": "train_generator",
     "samples": "sample",
+    "second_generator": "train_second_generator",
     "evaluation": "evaluate",
 }
 
@@ -55,7 +56,7 @@ def report_data(evaluation: Artifact, run: RunInfo) -> ReportData:
         ValueError: the evaluation was written by another version, or one of its inputs is not in the store.
     """
     store, manifest, folder = evaluation.store, evaluation.manifest, evaluation.folder
-    made = _artifacts(store, lineage(store, manifest))
+    made = _artifacts(store, "evaluation", lineage(store, manifest))
     if "prepare" not in made:
         raise ValueError(f"the images behind {evaluation} are not in {store.uri}: name their store")
     pictures = [file.path for file in manifest.files if file.path.startswith(PICTURES)]
@@ -95,19 +96,18 @@ def read_evaluation(evaluation: Artifact) -> EvaluationReport:
         raise ValueError(f"{evaluation.uri}/{EVALUATION}: {where}: {said['msg']}; evaluate the run again") from error
 
 
-def _artifacts(store: Store, tree: Lineage) -> dict[str, Artifact]:
-    """Return the artifacts behind another one by the stage that made them, each after its inputs."""
+def _artifacts(store: Store, name: str, tree: Lineage) -> dict[str, Artifact]:
+    """Return the artifacts behind an input of this name by the stage that made them, each after its own inputs.
+
+    Tokenizers name the stage in their config.
+    """
     found: dict[str, Artifact] = {}
-    for below in tree.inputs.values():
-        found |= _artifacts(store, below)
+    for needed, below in tree.inputs.items():
+        found |= _artifacts(store, needed, below)
     if tree.manifest is not None:
-        found.setdefault(stage_of(tree.manifest), Artifact(store, tree.manifest))
+        stage = str(tree.manifest.config.get("stage", STAGE_OF_INPUT.get(name, tree.manifest.kind)))
+        found.setdefault(stage, Artifact(store, tree.manifest))
     return found
-
-
-def stage_of(manifest: Manifest) -> str:
-    """Return the name of the stage that made an artifact; tokenizers name it in their config."""
-    return str(manifest.config.get("stage", STAGE_OF_KIND.get(manifest.kind, manifest.kind)))
 
 
 def _row(name: str, manifest: Manifest) -> StageRow:

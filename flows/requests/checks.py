@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from flows.pipeline.graph import GRAPH
+from flows.pipeline.graph import GRAPH, TRAIN_SECOND_GENERATOR
 from flows.prefect_server.temporary import health
 from flows.recipes.schema import Recipe
 from flows.requests.choose_device import choose_device
@@ -205,6 +205,8 @@ def trainings_of(recipe: Recipe, stages: Collection[str]) -> dict[str, TrainingC
             found[stage.name] = section
         elif section is not None and getattr(section, "origin", "trained") == "trained":
             found[f"{stage.name}.training"] = section.training
+    if recipe.second is not None and TRAIN_SECOND_GENERATOR.name in stages:
+        found["evaluate.sweep.train_generator"] = recipe.second.train_generator
     return found
 
 

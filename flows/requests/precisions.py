@@ -33,8 +33,8 @@ def precisions_of(recipe: Recipe, stages: Collection[str] | None = None) -> dict
         "sample.precision": recipe.sample.precision,
         "decoding.precision": recipe.decoding.precision,
     }
-    if evaluate.sweep.cfg_scales and evaluate.sweep.train_generator is not None:
-        found["evaluate.sweep.train_generator.precision"] = evaluate.sweep.train_generator.precision
+    if recipe.second is not None:
+        found["evaluate.sweep.train_generator.precision"] = recipe.second.train_generator.precision
     if evaluate.scores.protocol != "none":
         found["evaluate.scores.precision"] = evaluate.scores.precision
     if stages is None or "evaluate" in stages:

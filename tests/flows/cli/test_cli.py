@@ -21,7 +21,7 @@ from flows.runs.journal import read_record
 from infra.store.store import Store
 
 STAGES = ["prepare", "teacher", "warm_up", "align", "fine_tune", "encode"]
-STAGES += ["train_generator", "sample", "evaluate", "report"]
+STAGES += ["train_generator", "sample", "train_second_generator", "evaluate", "report"]
 
 
 @pytest.fixture

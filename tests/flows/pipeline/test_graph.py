@@ -8,7 +8,7 @@ from pydantic import JsonValue
 from flows.pipeline import graph
 from flows.pipeline.dry_run import dry_run
 from flows.recipes.files import load_recipe
-from flows.report.pages import STAGE_OF_KIND
+from flows.report.pages import STAGE_OF_INPUT
 from flows.requests.checks import check_request
 from flows.runs.history import records
 from flows.runs.journal import RunRecord
@@ -42,6 +42,8 @@ def test_a_run_makes_every_stage_in_the_graphs_order() -> None:
 
 def test_what_nobody_needs_is_left_out() -> None:
     assert names(["align.from_scratch=true"]) == [name for name in graph.GRAPH if name != "warm_up"]
+    without_second = [name for name in graph.GRAPH if name != "train_second_generator"]
+    assert names(["evaluate.sweep.cfg_scales=[]"]) == without_second
     imported = load_recipe("digits", overrides=["teacher.origin=imported"])
     assert graph.TEACHER.inputs(imported) == {}
     assert graph.ALIGN.inputs(imported) == {"images": "prepare", "teacher": "teacher", "tokenizer": "warm_up"}
@@ -66,8 +68,8 @@ def test_a_stage_comes_after_what_it_needs() -> None:
 
 
 def test_the_page_calls_stages_what_the_graph_calls_them() -> None:
-    others = {stage.kind: stage.name for stage in graph.GRAPH.values() if stage.kind not in ("teacher", "tokenizer")}
-    assert others == STAGE_OF_KIND | {"report": "report"}
+    needed = {name: of for stage in graph.GRAPH.values() for name, of in stage.needs.items()}
+    assert {name: of for name, of in needed.items() if name not in ("teacher", "tokenizer")} == STAGE_OF_INPUT
 
 
 def test_a_new_stage_is_one_object(run_pipeline, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

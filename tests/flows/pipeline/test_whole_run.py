@@ -18,6 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from flows.pipeline import graph
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import verify
 from infra.codes.contract import read_codes
@@ -25,7 +26,8 @@ from infra.store.store import Store
 from tests.support.s3_server import S3Server
 
 STAGES = [
-    "prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample", "evaluate", "report",
+    "prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample",
+    "train_second_generator", "evaluate", "report",
 ]  # fmt: skip
 # Long enough to be killed in the middle of it.
 SETTINGS = {
@@ -187,12 +189,14 @@ def test_killed_in_training_and_in_encoding_it_ends_with_the_same_bytes(referenc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["teacher", "warm_up", "fine_tune", "train_generator", "sample"])
+@pytest.mark.parametrize(
+    "stage", ["teacher", "warm_up", "fine_tune", "train_generator", "sample", "train_second_generator"]
+)
 def test_killed_in_any_other_stage_it_ends_with_the_same_bytes(
     stage: str, reference: Reference, tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "store")
-    kind = {"teacher": "teacher", "train_generator": "generator", "sample": "samples"}.get(stage, "tokenizer")
+    kind = graph.GRAPH[stage].kind
     folder = store.at("artifacts", kind, reference.result["stages"][stage]["digest"])
     mark = ".parquet.json" if stage == "sample" else "checkpoint.json"
     kill_when(

@@ -77,6 +77,15 @@ def test_the_schedule_is_the_published_one(name: str) -> None:
         check_ranks(recipe, 3)
 
 
+def test_ranks_share_the_second_generators_batches_too() -> None:
+    parts = [f"{name}.micro_batch=32" for name in ("train_generator", "evaluate.sweep.train_generator")]
+    stages = ("train_generator", "train_second_generator")
+    check_ranks(load_recipe("digits", overrides=parts), 2, stages)
+    with pytest.raises(ValueError, match=r"evaluate\.sweep\.train_generator: 1 micro-batches a step do not divide"):
+        check_ranks(load_recipe("digits", overrides=parts[:1]), 2, stages)
+    check_ranks(load_recipe("digits", overrides=[*parts[:1], "evaluate.sweep.cfg_scales=[]"]), 2, stages)
+
+
 # Millions of parameters before the norms of queries and keys, which are 2 x 64 a block; billions of operations a row.
 GENERATORS = {
     "imagenet256_ar_b": ("autoregressive", 98.3, 12, 35.5),

@@ -88,7 +88,7 @@ def test_a_cluster_counts_the_gpus_that_it_grows_to(monkeypatch: pytest.MonkeyPa
 def digests(name: str, *overrides: str) -> dict[str, str]:
     job = Job(load_recipe(name, overrides=overrides, seed=None), Store("nowhere"), "digits", WorkerOptions())
     # The images' listing decides prepare's; a report holds the whole recipe, and is written anew in a second.
-    stages = [*(stage for stage in GRAPH.values() if stage.name not in ("prepare", "report")), ABLATION_ARM]
+    stages = [*(stage for stage in GRAPH.order(job.recipe) if stage.name not in ("prepare", "report")), ABLATION_ARM]
     return {stage.name: plan_of(stage, job, {}).digest for stage in stages}
 
 
