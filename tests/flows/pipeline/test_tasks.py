@@ -86,7 +86,7 @@ def test_a_stage_that_is_done_shows_as_cached(run_pipeline, fakes):
     assert [stage.ref for stage in second.stages.values()] == [stage.ref for stage in first.stages.values()]
     shown = {name: task_run.state for name, task_run in task_runs("second").items()}
     assert {state.name for state in shown.values()} == {"Cached"}
-    assert len(shown) == 10
+    assert len(shown) == 11
     assert all(state.is_completed() for state in shown.values())
 
 

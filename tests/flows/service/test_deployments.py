@@ -163,7 +163,7 @@ class TestRuns:
         made = fakes.attempts.copy()
         second = run_deployed()
         assert (second.name, second.type.value) == ("Cached", "COMPLETED")
-        assert second.message.startswith("nothing changed: all 10 stages were found; report ")
+        assert second.message.startswith("nothing changed: all 11 stages were found; report ")
         assert fakes.attempts == made
         names = store.at("runs").folders()
         assert len(names) == 2

@@ -146,7 +146,7 @@ def the_flow_is_killed(team: Team) -> None:
     again = team.start_run(1)
     team.ends(again, "Completed")
     states = [stage.state for stage in team.last().stages.values()]
-    assert states == ["Cached"] * 3 + ["Completed"] * 7
+    assert states == ["Cached"] * 3 + ["Completed"] * 8
 
 
 def a_worker_is_killed(team: Team) -> None:

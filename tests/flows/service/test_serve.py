@@ -140,7 +140,7 @@ def test_a_killed_run_is_crashed_told_and_gone_on_with(serving, api, tmp_path, w
         first, second = records(one.store)
         assert (first.state, first.stages["encode"].state) == ("Crashed", "Crashed")  # marked by the second
         assert first.reason.startswith(f"encode: process {child.pid} of ")
-        assert [stage.state for stage in second.stages.values()] == ["Cached"] * 5 + ["Completed"] * 5
+        assert [stage.state for stage in second.stages.values()] == ["Cached"] * 5 + ["Completed"] * 6
 
 
 def test_a_power_loss_is_seen_at_the_next_start(serving, api, tmp_path) -> None:
@@ -159,7 +159,7 @@ def test_a_power_loss_is_seen_at_the_next_start(serving, api, tmp_path) -> None:
         ends(again, "Completed", 150)  # the killed run's lease has to end first
     first, second = records(one.store)
     assert first.state == "Crashed"
-    assert [stage.state for stage in second.stages.values()] == ["Cached"] * 5 + ["Completed"] * 5
+    assert [stage.state for stage in second.stages.values()] == ["Cached"] * 5 + ["Completed"] * 6
 
 
 def test_a_lost_machine_is_seen_by_the_server_alone(serving, api, tmp_path, whole_server) -> None:
