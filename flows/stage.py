@@ -69,6 +69,7 @@ class Job(NamedTuple):
     listing: Listing | None = None  # shared by the parts of an attempt; without it each lists the source itself
     anew: bool = False  # discard shards that were begun on another kind of device
     images: str | None = None  # the content digest that its images must have
+    stages: frozenset[str] = frozenset()  # of the run, which its images must be enough for
 
     @classmethod
     def of(cls, request: RunRequest, run: str = "", *, listing: Listing | None = None) -> "Job":

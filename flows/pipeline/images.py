@@ -1,11 +1,14 @@
 """The stages between images and codes: prepare and encode."""
 
+import shutil
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from flows.recipes.requirements import HELD_OUT, ImageCounts, check_counts
 from flows.runs.progress import display
 from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
+from flows.store.inventory import size_text
 from infra.artifacts.made_on import claim_shards, decisive, describe_kind
 from infra.artifacts.manifest import Manifest
 from infra.errors import TransientError
@@ -22,9 +25,29 @@ def _prepare_what(job: Job) -> dict[str, JsonValue]:
     digest = source.digest
     for line in summarize(source, job.recipe.data).lines():
         display().line(line)
+    _check_expected(job, source)
     if job.listing is not None:
         job.listing.put(digest, source)
     return {"data": job.recipe.data.identity(), "listing": digest}
+
+
+def _check_expected(job: Job, source: "Source") -> None:
+    """Refuse a source whose listing shows that it is not enough for the run."""
+    from sftok.prepare.expected import expected_split
+
+    expected = expected_split(source, job.recipe.data)
+    if expected is None:
+        return
+    if expected.lone_class is not None and not source.is_declared:
+        raise ValueError(
+            f"source {source.uri}: a hash holds out all images of class {expected.lone_class!r}: add images to it, or "
+            "give the source a val split of its own"
+        )
+    counts = ImageCounts(expected.train, expected.val, expected.classes)
+    fraction = expected.fraction_for(HELD_OUT)
+    if fraction is not None:
+        counts = counts._replace(remedy=f"give --set data.val_fraction={fraction:g}")
+    check_counts(job.recipe, counts, job.stages)
 
 
 def _accept_images(job: Job, manifest: Manifest) -> None:
@@ -34,6 +57,8 @@ def _accept_images(job: Job, manifest: Manifest) -> None:
         job.listing.drop()
     check_reject_rate(manifest.counts, job.recipe.data, f"images/{manifest.digest}")
     display().line(_counted(manifest))
+    counts = manifest.counts
+    check_counts(job.recipe, ImageCounts(counts["train"], counts["val"], counts["classes"]), job.stages)
     if job.images is not None and manifest.content_digest != job.images:
         raise ValueError(
             f"source {job.source}: its images, their classes or splits are not those of the run that is repeated "
@@ -55,14 +80,30 @@ def _counted(manifest: Manifest) -> str:
 def _prepare(work: Work) -> Result:
     from sftok.prepare.prepare import prepare
 
+    source = _listed(work)
+    _check_space(source, work)
     made = prepare(
-        _listed(work),
+        source,
         work.recipe.data,
         out=work.out,
         options=work.job.workers,
         progress=work.progress,
     )
     return Result(made.files, made.counts, {}, made.content_digest)
+
+
+def _check_space(source: "Source", work: Work) -> None:
+    """Refuse a store on a disk that has no room for the images; what is resized, or on S3, is not estimated."""
+    if not work.job.store.is_local or work.recipe.data.store_size:
+        return
+    needed = source.num_bytes * (2 if source.unpack is not None and source.unpack.lays_open else 1)
+    folder = work.job.store.path
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if needed > free:
+        raise ValueError(
+            f"store {work.job.store.uri} has {size_text(free)} free, and the images need {size_text(needed)}: free "
+            "some, choose another --store, or keep them resized by --set data.store_size"
+        )
 
 
 def _listed(work: Work) -> "Source":

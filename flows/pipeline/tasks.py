@@ -50,7 +50,10 @@ class RunContext(NamedTuple):
     @classmethod
     def of(cls, request: RunRequest, run: str) -> "RunContext":
         """Begin the run of a request."""
-        return cls(Job.of(request, run, listing=Listing()), start_journal(request, run))
+        stages = {stage.name for stage in graph.GRAPH.order(request.recipe, last=request.last, given=request.given)}
+        stages |= {"ablation_arm"} if request.ablation else set()
+        job = Job.of(request, run, listing=Listing())._replace(stages=frozenset(stages))
+        return cls(job, start_journal(request, run))
 
 
 def is_infrastructure_error(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Check requests before a run starts any server or writes anything: a ValueError is one line for the user."""
 
+import json
 import os
 import socket
 from collections.abc import Collection, Mapping
@@ -13,7 +14,7 @@ from flows.requests.choose_device import choose_device
 from flows.requests.precisions import precisions_of, warn_of_slow
 from flows.runs.journal import read_record
 from flows.runs.run_request import RunArguments, RunRequest
-from infra.artifacts.pretrained import WEIGHTS_ROOT
+from infra.artifacts.pretrained import WEIGHTS_ROOT, PretrainedConfig, check_pretrained
 from infra.settings import Settings
 from infra.store.store import Store
 from infra.training.config import TrainingConfig
@@ -63,6 +64,7 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
         check_weights(request.recipe, stages)
         check_ray(settings.ray_address)  # before it is asked for its GPUs
     check_ranks(request.recipe, request.ranks, stages)
+    check_views(request.recipe, stages)
     compute, gpus = request.recipe.compute, request.gpus_per_worker
     request = request.on(*choose_device(compute, gpus=gpus, settings=settings, ranks=request.ranks, is_run=is_run))
     if is_run:
@@ -73,6 +75,7 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
         store = Store(request.store)
         check_prefect(settings)
         store.check()
+        check_files(request.recipe, store, stages)
         if "evaluate" in stages:
             check_scores(request.recipe, store)
         chosen = precisions_of(request.recipe, stages | ({"decoding"} if request.ablation else set()))
@@ -163,6 +166,48 @@ def check_weights(recipe: Recipe, stages: Collection[str] = GRAPH) -> None:
             )
         if adversarial.weight:
             _check_image_size(name, adversarial, recipe.data.image_size)
+
+
+def check_views(recipe: Recipe, stages: Collection[str] = GRAPH) -> None:
+    """Refuse views of held-out images without the one that is evaluated."""
+    views = recipe.encode.val_variants
+    if "evaluate" in stages and "center" not in views:
+        raise ValueError(
+            f"encode.val_variants = {', '.join(views)} lacks center, the view of held-out images that evaluate "
+            f"compares: give --set 'encode.val_variants={json.dumps(['center', *views])}'"
+        )
+
+
+def check_files(recipe: Recipe, store: Store, stages: Collection[str] = GRAPH) -> None:
+    """Refuse weights and statistics of these stages whose files are not there; their contents are checked at use."""
+    reference = recipe.evaluate.scores.reference
+    if "evaluate" in stages and recipe.evaluate.scores.protocol != "none" and reference:
+        folder, name = Store.beside(reference)
+        if not folder.exists(name):
+            raise ValueError(
+                f"evaluate.scores.reference = {reference!r}: there is no such file; correct it, or leave it empty to "
+                "compare with the training images"
+            )
+    for name, weights in weights_of(recipe, stages).items():
+        check_pretrained(weights, store, name)
+
+
+def weights_of(recipe: Recipe, stages: Collection[str]) -> dict[str, PretrainedConfig]:
+    """Return the pretrained weights that these stages read, by their names in a recipe."""
+    found: dict[str, PretrainedConfig] = {}
+    is_imported = recipe.teacher.origin == "imported"
+    if "teacher" in stages and is_imported:
+        found["teacher.pretrained"] = recipe.teacher.pretrained
+    for name, stage in {"fine_tune": recipe.fine_tune, "teacher": recipe.teacher}.items():
+        if name not in stages or (name == "teacher" and is_imported):
+            continue
+        if stage.perceptual_weight:
+            found[f"{name}.lpips"] = stage.lpips
+        if stage.adversarial.weight and stage.adversarial.kind == "dino":
+            found[f"{name}.adversarial.dino"] = stage.adversarial.dino
+    if "evaluate" in stages and recipe.evaluate.lpips.is_given:
+        found["evaluate.lpips"] = recipe.evaluate.lpips
+    return found
 
 
 def _check_image_size(stage: str, adversarial: AdversarialConfig, image_size: int) -> None:

@@ -50,6 +50,19 @@ def read_pretrained(config: PretrainedConfig, store: Store, what: str) -> bytes:
     raise ValueError(f"{what}: no file of sha256 {config.sha256} in {where}; put it there, or correct uri or sha256")
 
 
+def check_pretrained(config: PretrainedConfig, store: Store, what: str) -> None:
+    """Check that there is a file where `read_pretrained` looks; it is not read.
+
+    Raises:
+        ValueError: there is none; one line with the remedy.
+    """
+    where = config.uri or store.at(WEIGHTS_ROOT, config.sha256).uri
+    if not _files(where):
+        raise ValueError(
+            f"{what}: no file of sha256 {config.sha256} in {where}; put it there, or correct uri or sha256"
+        )
+
+
 def _files(uri: str) -> list[tuple[Store, str]]:
     """List the file that `uri` names, or the files of the folder that it names."""
     parent, name = Store.beside(uri)

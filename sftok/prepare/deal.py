@@ -90,7 +90,7 @@ class Dealer:
             if named is None:
                 return DealResult(is_named=False)
             entries = named
-        hashes, draws = _hashes(entries)
+        hashes, draws = hashes_of(entries)
         bins = (hashes % np.uint64(deal.bins)).astype(np.int64)
         data, ends = _packed(_divided(entries, bins, deal.bins))
         deal.folder.write(deal.file(batch.number), ends.tobytes() + data)
@@ -119,7 +119,7 @@ class Gatherer:
             return BinResult(np.empty(0), np.empty(0), is_unique=False)
         entries = entries.without_repetitions()
         train, val = deal.shards(number)
-        hashes, draws = _hashes(entries)
+        hashes, draws = hashes_of(entries)
         is_val = _is_free(entries) & (draws < deal.config.val_fraction) | _equals(entries, "split", "val")
         if self.held_out is not None:
             is_val |= _is_free(entries) & _equals(entries, "image_id", self.held_out)
@@ -183,7 +183,7 @@ def _named(entries: Entries) -> Entries | None:
     return entries.with_column("image_id", pc.if_else(is_good, names, entries.column("image_id")))
 
 
-def _hashes(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
+def hashes_of(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
     """Hash image ids to two independent draws: an integer for the bucket, and a number in [0, 1) for the split."""
     hashes, draws = np.empty(len(entries), np.uint64), np.empty(len(entries), np.float64)
     for at, image_id in enumerate(values(entries.column("image_id"))):

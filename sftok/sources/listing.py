@@ -327,6 +327,12 @@ class Source:
     remarks: tuple[str, ...] = ()  # what was guessed, for the user
 
     @property
+    def num_bytes(self) -> int:
+        """Sizes of all files, or of the containers."""
+        sizes = (pc.sum(batch.read().column("size")).as_py() or 0 for batch in batches_of(self.entries))
+        return sum(sizes) + sum(container.size for container in self.containers)
+
+    @property
     def digest(self) -> str:
         """Hash of the listing and of class names that do not follow from it; if unchanged, nothing is read again."""
         names = self.class_names or ()
