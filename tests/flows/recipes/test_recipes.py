@@ -129,7 +129,7 @@ def test_the_masked_recipe_is_the_published_one() -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_generators_share_the_stages_up_to_their_codes(name: str, tmp_path: Path) -> None:
     """By digest, each stage's config being the same: the tokenizer is trained once for all of them."""
-    draw_images(tmp_path, 2)
+    draw_images(tmp_path, 22)
     shared, own = (
         Job(RECIPES[each](), Store("store"), str(tmp_path), WorkerOptions()) for each in ("imagenet256_sftok_b", name)
     )
