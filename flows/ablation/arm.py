@@ -34,8 +34,8 @@ def _arm_what(job: Job) -> dict[str, JsonValue]:
 def _arm(work: Work) -> Result:
     import torch
 
+    from sftok.evaluation.alignment import AlignmentMeter
     from sftok.metrics.random_features import RandomFeatures
-    from sftok.training.alignment_meter import AlignmentMeter
     from sftok.weights.artifacts import load_teacher, load_tokenizer
 
     recipe, device = work.recipe, work.job.device

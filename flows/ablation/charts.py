@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from flows.ablation.results import STEP_METRICS, Metric, Results, at_step, thinned
+from flows.ablation.results import STEP_METRICS, Results, step_column, thinned
 from flows.report.charts import Tick, nice_ticks
 
 SMALL, WIDE = (320, 190), (760, 260)
@@ -169,14 +169,11 @@ def quality_charts(results: Results) -> list[ArmChart]:
     places = evenly(len(steps))
     marks = dict(zip(places, map(str, steps), strict=True))
 
-    def values(name: str, metric: Metric, num_steps: int) -> list[float]:
-        return [metric.of(at_step(outcome.figures, num_steps)) for outcome in results.of_arm(name)]
-
     return [
         arm_chart(
             metric.label if metric.unit in ("", "%") else f"{metric.label}, {metric.unit}",
             [
-                Series(name, i, places, [values(name, metric, num_steps) for num_steps in steps])
+                Series(name, i, places, [results.values(name, step_column(metric, num_steps)) for num_steps in steps])
                 for i, name in enumerate(results.names)
             ],
             marks,

@@ -23,7 +23,6 @@ from flows.ablation.charts import (
 from flows.ablation.results import (
     STEP_METRICS,
     Column,
-    Metric,
     Results,
     columns,
     headline,
@@ -35,6 +34,7 @@ from flows.report import published
 from flows.report.render import Report, environment, markdown_text
 from flows.report.script import SCRIPT, SCRIPT_HASH
 from infra.provenance import hardware, versions
+from sftok.evaluation.reconstruction import Figure
 
 # Figure 4a of the paper, 8 decoding steps: KL and top-1 of the ground truth, then of the steps 1 to 7.
 FIGURE_4A_TRUTH = (10.11, 0.09)
@@ -149,7 +149,7 @@ def findings(results: Results) -> dict[str, list[str]]:
     return sentences
 
 
-def _gains(results: Results, metric: Metric, first: int, last: int) -> list[Versus]:
+def _gains(results: Results, metric: Figure, first: int, last: int) -> list[Versus]:
     """Compare every arm at `last` steps with itself at `first`."""
     before, after = step_column(metric, first), step_column(metric, last)
     return [

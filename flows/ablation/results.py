@@ -12,7 +12,8 @@ from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import ArtifactRef
 from infra.config import Config
 from infra.store.store import Store
-from sftok.training.alignment_meter import AlignmentMetrics, StepQuality
+from sftok.evaluation.alignment import AlignmentMetrics, StepQuality
+from sftok.evaluation.reconstruction import FIGURES, Figure
 
 LOSS = "cross_entropy"  # of a tokenizer's training log
 LOG = "log.jsonl"
@@ -41,22 +42,8 @@ class Outcome(Config):
         return sum(self.training.values())
 
 
-class Metric(NamedTuple):
-    """A metric of a tokenizer at a number of decoding steps."""
-
-    key: str
-    label: str
-    better: Literal["higher", "lower", ""]
-    unit: str  # "%": a share
-    of: Callable[[StepQuality], float]
-
-
-STEP_METRICS = (
-    Metric("psnr", "PSNR", "higher", "dB", lambda step: step.psnr),
-    Metric("ssim", "SSIM", "higher", "", lambda step: step.ssim),
-    Metric("fd_random", "FD (random features)", "lower", "", lambda step: step.fd_random),
-    Metric("code_agreement", "Code agreement with the teacher", "higher", "%", lambda step: step.code_agreement),
-)
+STEP_METRICS = tuple(FIGURES[name] for name in ("psnr", "ssim", "fd_random", "code_agreement"))
+"""of reconstructions in a number of decoding steps; `StepQuality` has a field of each name"""
 
 
 class Column(NamedTuple):
@@ -83,14 +70,14 @@ def at_step(figures: AlignmentMetrics, num_steps: int) -> StepQuality:
     return next(step for step in figures.by_steps if step.num_steps == num_steps)
 
 
-def step_column(metric: Metric, num_steps: int) -> Column:
+def step_column(metric: Figure, num_steps: int) -> Column:
     """Return the column of a metric of reconstructions in so many decoding steps."""
     return Column(
-        f"{metric.key}@{num_steps}",
+        f"{metric.name}@{num_steps}",
         f"{metric.label} at {steps_text(num_steps)}",
         metric.better,
         metric.unit,
-        lambda figures: metric.of(at_step(figures, num_steps)),
+        lambda figures: float(getattr(at_step(figures, num_steps), metric.name)),
     )
 
 

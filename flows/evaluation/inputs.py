@@ -10,25 +10,26 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flows.evaluation.evaluate import EvaluationInputs, ProtocolFacts, ReconstructionBatch, evaluate
+from flows.evaluation.evaluate import evaluate
 from flows.evaluation.scores import scorer_of
-from flows.results.types import FinalAgreement
+from flows.evaluation.sweep import sweep
 from flows.stage import CPU, Result, Work
 from infra.artifacts.pretrained import read_pretrained
 from infra.artifacts.shards import put
 from infra.codes.contract import CodeRows, CodesInfo, load_codes, read_codes
 from infra.store.store import Store
-from sftok.coding.decode import ImageDecoder, noise_keys
+from sftok.coding.decode import ImageDecoder
 from sftok.config import DecodingConfig
+from sftok.evaluation.agreement import measure_agreement
+from sftok.evaluation.meters import EvaluationInputs, ProtocolFacts, ReconstructionBatch
 from sftok.images.dataset import ImageRows
 from sftok.images.lazy import LazyImages
 from sftok.images.preprocess import PREPROCESSING, to_float
 from sftok.losses.perceptual import load_lpips
-from sftok.metrics.step_agreement import StepAgreement, decode_logits
+from sftok.metrics.step_agreement import StepAgreement
 from sftok.model.prepared_pixels import AT_ONCE
 from sftok.model.teacher import Teacher
 from sftok.weights.artifacts import load_teacher, load_tokenizer
@@ -78,11 +79,14 @@ class Codes(NamedTuple):
 
 
 def measure(work: Work) -> Result:
-    """Evaluate the artifacts of a run; write evaluation.json and the pictures that it names."""
+    """Evaluate the artifacts of a run; write evaluation.json, the pictures that it names, and the sweep."""
     torch.set_num_threads(work.recipe.threads)
     made = evaluate(_inputs(work), work.recipe.evaluate, seed=work.recipe.seed, progress=work.progress)
     files = [put(work.out, EVALUATION, made.report.model_dump_json(indent=1).encode())]
     files += [put(work.out, PICTURES + name, data) for name, data in sorted(made.images.items())]
+    if work.recipe.evaluate.sweep.cfg_scales:
+        assert made.reader is not None, "a recipe's sweep needs the class reader"
+        files.append(sweep(work, made.reader))
     return Result(files, {"pictures": len(made.images)}, made.report.metrics())
 
 
@@ -128,8 +132,9 @@ def _inputs(work: Work) -> EvaluationInputs:
         for made in decoder.decode_all(given, codes.samples.image_id, recipe.decoding, at_once=_DECODED):
             yield made.images
 
-    def agreement() -> FinalAgreement:
-        return _agreement(work, decoder, codes.val, val_proxy)
+    def agreement() -> StepAgreement:
+        given = torch.from_numpy(codes.val.codes.astype(np.int64))
+        return measure_agreement(decoder, recipe.decoding, given, val.image_ids, val_proxy)
 
     return EvaluationInputs(
         class_names=info.class_names or (),
@@ -150,37 +155,6 @@ def _inputs(work: Work) -> EvaluationInputs:
         scorer=scorer_of(work),
         reader_rows=train.sample(recipe.evaluate.classifier_images, recipe.seed),
         device=device,
-    )
-
-
-@torch.no_grad()
-def _agreement(work: Work, decoder: ImageDecoder, codes: CodeRows, truth_BP: Tensor) -> FinalAgreement:
-    """Measure how closely each decoding step's prediction agrees with the last one's, on held-out images."""
-    prepared, predictor, size = decoder.decoder, decoder.predictor, decoder.micro_batch
-    total: StepAgreement | None = None
-    for at in range(0, len(codes.image_id), size):
-        rows = torch.from_numpy(codes.codes[at : at + size].astype(np.int64))
-        count, ids = len(rows), codes.image_id[at : at + size]
-        if prepared.device.type != CPU:  # it may be compiled there, for batches of one size
-            rows = F.pad(rows, (0, 0, 0, size - count))
-            ids = [*ids, *[""] * (size - count)]
-        given = predictor.given(rows)
-        logits = decode_logits(
-            predictor.step,
-            prepared.model.decoder.all_masked(given),
-            given,
-            num_steps=work.recipe.decoding.num_steps,
-            temperature=work.recipe.decoding.temperature,
-            keys_B=noise_keys(decoder.seed, ids).to(prepared.device),
-        )
-        found = StepAgreement.of([one[:count] for one in logits], truth_BP[at : at + count].to(prepared.device))
-        total = found if total is None else total + found
-    assert total is not None, "`check` refuses an evaluation without held-out images"
-    return FinalAgreement(
-        num_steps=work.recipe.decoding.num_steps,
-        num_images=len(codes.image_id),
-        kl=tuple(total.kl),
-        top1=tuple(total.top1),
     )
 
 

@@ -15,12 +15,12 @@ from flows.evaluation.features import (
     of_reconstructions,
     of_samples,
 )
-from flows.evaluation.meters import FeatureMeter
 from flows.evaluation.reference import real_images
 from flows.recipes.schema import ScoresConfig
-from flows.results.types import Protocol, Score
 from flows.stage import Work
 from infra.store.store import Store
+from sftok.evaluation.meters import FeatureMeter
+from sftok.evaluation.results import Protocol, Score
 from sftok.images.resize import Resize
 from sftok.metrics.inception.prepared import PreparedInception, prepare_inception
 from sftok.metrics.inception.weights import PUBLISHED_SHA256, read_inception

@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flows.results.types import SweepPoint, SweepRow
-from flows.stage import Result, Work
+from flows.stage import Work
 from generator.artifacts import load_generator
 from generator.code_space import CodeSpace
 from generator.config import SampleConfig
@@ -21,18 +20,16 @@ from generator.kinds import prepare
 from generator.samples import SampleSpec, draw_samples
 from generator.sampling.prepared import PreparedGenerator
 from infra.artifacts.manifest import Manifest
-from infra.artifacts.shards import put
+from infra.artifacts.shards import FileEntry, put
 from infra.store.store import Store
 from sftok.coding.decode import ImageDecoder
-from sftok.images.lazy import LazyImages
-from sftok.metrics.class_reader import ClassReader, accuracy, thumbnails
+from sftok.metrics.class_reader import ClassReader, accuracy
 from sftok.weights.artifacts import load_teacher, load_tokenizer
 
 SWEEP = "sweep.json"
 # Beside the artifact, not part of it: an artifact has the same bytes whenever it is made, and times differ.
 SECONDS = "sweep_seconds.json"
 DRAWS = 2  # the first one chooses kernels; the faster one is timed
-_BATCH = 64  # training images in memory at once
 
 
 class SweepEntry(NamedTuple):
@@ -47,12 +44,9 @@ class SweepEntry(NamedTuple):
     temperatures: tuple[float, ...]
 
 
-def with_sweep(work: Work, measured: Result) -> Result:
-    """Add the sweep, if the recipe asks for one, to the result of the evaluate stage."""
-    if not work.recipe.evaluate.sweep.cfg_scales:
-        return measured
-    torch.set_num_threads(work.recipe.threads)
-    reader, decoder, points, seconds = _reader(work), _decoder(work), [], []
+def sweep(work: Work, reader: ClassReader) -> FileEntry:
+    """Sample, decode and read every setting of the sweep; write the points, and beside them the times."""
+    decoder, points, seconds = _decoder(work), [], []
     for entry in _entries(work):
         for config in _settings(work, entry):
             codes, wanted, taken = _draw(work, entry, config)
@@ -70,7 +64,7 @@ def with_sweep(work: Work, measured: Result) -> Result:
             seconds.append(taken / len(wanted))
     text = json.dumps([point.as_json() for point in points], indent=1)
     work.out.write(SECONDS, json.dumps(seconds).encode())
-    return measured._replace(files=[*measured.files, put(work.out, SWEEP, text.encode())])
+    return put(work.out, SWEEP, text.encode())
 
 
 def read_sweep(folder: Store, evaluation: Manifest) -> tuple[SweepRow, ...]:
@@ -133,19 +127,3 @@ def _decoder(work: Work) -> ImageDecoder:
     )
     precision = recipe.decoding.arithmetic
     return ImageDecoder(model, teacher, micro_batch=recipe.encode.micro_batch, seed=recipe.seed, precision=precision)
-
-
-def _reader(work: Work) -> ClassReader:
-    """Fit the evaluation's class reader, on the same images in the same order."""
-    recipe = work.recipe
-    train = LazyImages(work.job.store, work.input("images").rows("train"), recipe.data.image_size)
-    rows = train.sample(recipe.evaluate.classifier_images, recipe.seed)
-    is_kept = torch.zeros(len(train), dtype=torch.bool)
-    is_kept[rows] = True
-    kept, at = [], 0
-    for batch in train.split(_BATCH):
-        if (here := is_kept[at : at + len(batch)]).any():
-            kept.append(thumbnails(batch[here]))
-        at += len(batch)
-    order = torch.argsort(torch.argsort(rows)).numpy()
-    return ClassReader.fit_thumbnails(np.concatenate(kept)[order], train.labels()[rows])

@@ -20,9 +20,8 @@ def _evaluate_what(job: Job) -> dict[str, JsonValue]:
 
 def _evaluate(work: Work) -> Result:
     from flows.evaluation.inputs import measure
-    from flows.evaluation.sweep import with_sweep
 
-    return with_sweep(work, measure(work))
+    return measure(work)
 
 
 def _without_second_generator(recipe: Recipe) -> tuple[str, ...]:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flows.results.types import FinalAgreement, GeneratorFit, Histogram, LossCurve, Score, StepScores, SweepRow
+from flows.results.types import FinalAgreement, GeneratorFit, LossCurve, StepScores, SweepRow
+from sftok.evaluation.results import Histogram, Score
 
 WIDTH, HEIGHT = 260, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 14, 20, 24

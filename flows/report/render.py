@@ -22,7 +22,8 @@ from flows.report.charts import (
     sweep_charts,
 )
 from flows.report.script import SCRIPT, SCRIPT_HASH
-from flows.results.types import ConfusionMatrix, EvaluationReport, Protocol, ReportData, Score
+from flows.results.types import ConfusionMatrix, EvaluationReport, ReportData
+from sftok.evaluation.results import Protocol, Score
 
 TEMPLATES = Path(__file__).parent / "templates"
 MATRIX_LIMIT = 30  # classes up to which the whole confusion matrix is shown

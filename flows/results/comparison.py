@@ -7,7 +7,8 @@ from pydantic import Field, FiniteFloat
 from infra.config import Config
 
 if TYPE_CHECKING:
-    from flows.results.types import EvaluationReport, Protocol, Score
+    from flows.results.types import EvaluationReport
+    from sftok.evaluation.results import Protocol, Score
 
 # Seeds draw another sample of the same thing: a comparison is to show how far a score moves with them.
 CHANCE = frozenset({"seeds"})

@@ -30,6 +30,10 @@ class ImageMeter:
         """Return a metric of all images so far, on the CPU."""
         return torch.cat(self._parts[name]).cpu()
 
+    def mean(self, name: str) -> float:
+        """Return the mean of a metric (n) over all images so far, in float64, summed part by part."""
+        return float(sum(part.double().sum() for part in self._parts[name])) / self.count
+
 
 def pair_metrics(images_BCHW: Tensor, originals_BCHW: Tensor) -> dict[str, Tensor]:
     """Compute PSNR, SSIM, L1 and L2 of images, (B) float64 each, on their device."""

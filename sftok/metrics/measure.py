@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infra.config import Config
 from sftok.metrics.frechet import FeatureRows, Gaussian, frechet, summary
-from sftok.metrics.protocols import BETTER, Score, ScoreProtocol
+from sftok.metrics.protocols import BETTER, ScoreName, ScoreProtocol
 from sftok.metrics.resampling import Interval, extrapolate, interval, spread
 from sftok.metrics.scores import (
     density_coverage,
@@ -105,7 +105,7 @@ class ScoreAtInfinity(Config):
 class ImageScore(Config):
     """A score with its interval and everything that it depends on."""
 
-    name: Score
+    name: ScoreName
     label: str
     value: FiniteFloat
     better: Literal["higher", "lower"]
@@ -170,7 +170,7 @@ ScoreValues = dict[str, tuple[float, Interval]]
 
 
 def _frechet_sides(
-    score: Score, samples: Features, reference: Reference
+    score: ScoreName, samples: Features, reference: Reference
 ) -> tuple[Tensor, Gaussian | FeatureRows] | None:
     if score == "fid":
         return samples.pool, reference.pool
@@ -183,7 +183,7 @@ def _frechet_sides(
     return None
 
 
-def _find_frechet(score: Score, protocol: ScoreProtocol, samples: Features, reference: Reference) -> ScoreValues:
+def _find_frechet(score: ScoreName, protocol: ScoreProtocol, samples: Features, reference: Reference) -> ScoreValues:
     sides = _frechet_sides(score, samples, reference)
     assert sides is not None
     rows, statistics = sides
@@ -192,7 +192,7 @@ def _find_frechet(score: Score, protocol: ScoreProtocol, samples: Features, refe
 
 
 def _at_infinity(
-    protocol: ScoreProtocol, score: Score, samples: Features, reference: Reference
+    protocol: ScoreProtocol, score: ScoreName, samples: Features, reference: Reference
 ) -> ScoreAtInfinity | None:
     sides = _frechet_sides(score, samples, reference)
     if sides is None:
@@ -252,7 +252,7 @@ def _interval(protocol: ScoreProtocol, value: float, of: Callable[[Tensor], floa
     return interval(value, of, count, replicates=protocol.replicates, seed=protocol.seed)
 
 
-_FIND: dict[Score, Callable[[ScoreProtocol, Features, Reference], ScoreValues]] = {
+_FIND: dict[ScoreName, Callable[[ScoreProtocol, Features, Reference], ScoreValues]] = {
     "fid": partial(_find_frechet, "fid"),
     "sfid": partial(_find_frechet, "sfid"),
     "inception_score": _find_inception_score,

@@ -13,8 +13,8 @@ from sftok.metrics.inception.prepared import Precision
 from sftok.metrics.inception.weights import EXTRACTOR, PUBLISHED_SHA256
 from sftok.metrics.resampling import POINTS
 
-Score = Literal["fid", "sfid", "inception_score", "kid", "precision", "recall", "density", "coverage"]
-LABELS: dict[Score, str] = {
+ScoreName = Literal["fid", "sfid", "inception_score", "kid", "precision", "recall", "density", "coverage"]
+LABELS: dict[ScoreName, str] = {
     "fid": "FID",
     "sfid": "sFID",
     "inception_score": "Inception Score",
@@ -25,8 +25,8 @@ LABELS: dict[Score, str] = {
     "coverage": "Coverage",
 }
 # The usual names of some scores imply Inception's features; for other features they have neutral names.
-NEUTRAL: dict[Score, str] = LABELS | {"fid": "FD", "sfid": "spatial FD", "kid": "Kernel distance"}
-BETTER: dict[Score, Literal["higher", "lower"]] = {
+NEUTRAL: dict[ScoreName, str] = LABELS | {"fid": "FD", "sfid": "spatial FD", "kid": "Kernel distance"}
+BETTER: dict[ScoreName, Literal["higher", "lower"]] = {
     score: "lower" if score in ("fid", "sfid", "kid") else "higher" for score in LABELS
 }
 _ROUNDING = "floats clamped to [0, 1], times 255, half to even, uint8"
@@ -36,7 +36,7 @@ class ScoreProtocol(Config):
     """The parameters of scores of images."""
 
     name: str = Field(description="name of the protocol; another N has another name")
-    scores: tuple[Score, ...] = Field(min_length=1, description="in the order in which they are printed")
+    scores: tuple[ScoreName, ...] = Field(min_length=1, description="in the order in which they are printed")
     num_images: int = Field(ge=20, description="N: number of images scored; of more, the first N")
     reference: str = Field(description="the reference, in words")
     num_reference: int = Field(ge=0, description="smallest number of reference images; 0: any, even unknown")
@@ -74,7 +74,7 @@ class ScoreProtocol(Config):
         """Whether scores have their usual names."""
         return not self.features
 
-    def label(self, score: Score) -> str:
+    def label(self, score: ScoreName) -> str:
         """Label a score under this protocol: "FID" for Inception's features only."""
         return LABELS[score] if self.is_inception else f"{NEUTRAL[score]} ({self.features})"
 
@@ -84,7 +84,7 @@ class ScoreProtocol(Config):
         name = f"{self.name.split('/')[0]}/{num_images}"
         return ScoreProtocol.model_validate(dict(self) | fitting | changes | {"name": name, "num_images": num_images})
 
-    def definition(self, score: Score) -> str:
+    def definition(self, score: ScoreName) -> str:
         """State the formula or convention of a score, in words."""
         shuffle = "in order" if self.score_seed is None else f"shuffled with seed {self.score_seed}"
         splits = f"{self.score_splits} equal splits" if self.score_splits else f"splits of {self.score_split_size}"
@@ -103,7 +103,7 @@ class ScoreProtocol(Config):
 
 
 _INCEPTION = {"extractor": EXTRACTOR, "extractor_sha256": PUBLISHED_SHA256, "num_images": 50_000}
-_NEIGHBOURS: tuple[Score, ...] = ("precision", "recall", "density", "coverage")
+_NEIGHBOURS: tuple[ScoreName, ...] = ("precision", "recall", "density", "coverage")
 
 TORCH_FIDELITY = ScoreProtocol(
     **_INCEPTION,

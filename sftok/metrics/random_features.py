@@ -30,7 +30,7 @@ class RandomFeatures:
         if image_size < 8:
             raise ValueError(f"image_size = {image_size} is too small for random features: at least 8")
         bits = np.random.PCG64(seed)
-        self.image_size = image_size
+        self.seed, self.image_size = seed, image_size
         self.weights: list[Tensor] = []
         self._placed: dict[torch.device, list[Tensor]] = {}
         channels = 3
@@ -43,6 +43,11 @@ class RandomFeatures:
     def dimensions(self) -> int:
         """Length of a feature vector."""
         return sum(len(weight) for weight in self.weights)
+
+    @property
+    def description(self) -> str:
+        """Name and length, for the protocol of a score."""
+        return f"{self.name}, {self.dimensions} dimensions"
 
     @property
     def sha256(self) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from flows.evaluation.evaluate import EvaluationInputs, ProtocolFacts, ReconstructionBatch
+from sftok.evaluation.meters import EvaluationInputs, ProtocolFacts, ReconstructionBatch
 
 NUM_TOKENS, CODEBOOK, PROXY, PROXY_CODES = 16, 64, 64, 32
 

@@ -24,7 +24,7 @@ from infra.artifacts.lineage import resolve as resolve_ref
 from infra.artifacts.manifest import manifest_of, verify
 from infra.compute.device import default_device
 from infra.store.store import Store
-from sftok.training.alignment_meter import AlignmentMetrics
+from sftok.evaluation.alignment import AlignmentMetrics
 from tests.flows.report.test_report import Tags as ReportTags
 from tests.support.accessibility import serious_findings
 from tests.support.browser import Page, chromium, find_browser

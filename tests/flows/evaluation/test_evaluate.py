@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from flows.evaluation.evaluate import ReconstructionBatch, evaluate
+from flows.evaluation.evaluate import evaluate
 from flows.evaluation.gallery import png
 from flows.recipes.schema import EvaluateConfig
 from flows.results.types import EvaluationReport
+from sftok.evaluation.meters import ReconstructionBatch
 from sftok.metrics.functional import PSNR_CEILING
 from tests.support.sample_evaluation import digits_inputs
 

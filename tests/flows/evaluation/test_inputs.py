@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flows.evaluation import reconstruction
+from flows.evaluation import evaluate as stage
 from flows.evaluation.evaluate import evaluate
+from flows.evaluation.gallery import samples_shown
 from flows.evaluation.inputs import StoredCodes, images_at_once
-from flows.evaluation.meters import code_batches
-from flows.evaluation.samples import summarize_samples
+from flows.evaluation.sweep import SWEEP
 from flows.make import run_stage
 from flows.pipeline import graph
 from flows.recipes.schema import EvaluateConfig
@@ -26,6 +26,8 @@ from infra.codes.contract import CodeRows, CodesInfo, to_parquet
 from infra.progress import silent
 from infra.store.store import Store
 from sftok.config import DataConfig
+from sftok.evaluation.meters import code_batches
+from sftok.evaluation.samples import summarize_samples
 from sftok.images.dataset import ImageSet
 from sftok.images.lazy import LazyImages
 from sftok.metrics.random_features import RandomFeatures
@@ -176,6 +178,7 @@ def test_the_stage_reads_what_manifests_list(tmp_path) -> None:
     made, refs = made_artifacts(tmp_path)
     plan = plan_of(graph.EVALUATE, made.job, refs)
     first = run_stage(graph.EVALUATE, Work(made.job, plan, made.store.at("first"), silent))
+    assert SWEEP not in {file.path for file in first.files}
     images = folder_of(made.store, "images", refs["images"].digest)
     for name in ("train-00000-of-00001.parquet", "val-00000-of-00001.parquet"):
         images.write(name, b"not finished")
@@ -208,8 +211,8 @@ def is_alone(image: torch.Tensor) -> bool:
 
 
 def test_of_decoded_images_that_pass_only_those_shown_stay(monkeypatch) -> None:
-    inputs, gallery = digits_inputs(), reconstruction.reconstruction_gallery
-    seen = summarize_samples(inputs, RandomFeatures(0, 32), is_read=False, nearest_images=20)
+    inputs, gallery = digits_inputs(), stage.reconstruction_gallery
+    seen = summarize_samples(inputs, RandomFeatures(0, 32), is_read=False, nearest_images=20, shown=samples_shown)
     assert all(map(is_alone, seen.shown.values()))
     shown: list[torch.Tensor] = []
 
@@ -217,7 +220,7 @@ def test_of_decoded_images_that_pass_only_those_shown_stay(monkeypatch) -> None:
         shown.extend(image for images in by_steps.values() for image in images.values())
         return gallery(pictures, originals, by_steps, **facts)
 
-    monkeypatch.setattr(reconstruction, "reconstruction_gallery", drawn)
+    monkeypatch.setattr(stage, "reconstruction_gallery", drawn)
     evaluate(inputs, CONFIG, seed=0)
     assert shown
     assert all(map(is_alone, shown))

@@ -17,14 +17,13 @@ from flows.results.types import (
     FinalAgreement,
     GeneratorFit,
     LossCurve,
-    Protocol,
     Rejects,
     ReportData,
-    Score,
     StageRow,
     SweepRow,
 )
 from infra.artifacts.manifest import Manifest
+from sftok.evaluation.results import Protocol, Score
 from tests.support.accessibility import serious_findings
 from tests.support.browser import chromium, find_browser
 from tests.support.sample_evaluation import digits_inputs
@@ -70,7 +69,7 @@ FIT = GeneratorFit(  # the third position was never hidden
 
 def make_data(**changes) -> ReportData:
     names = changes.pop("class_names", None)
-    report, images = evaluate(digits_inputs(class_names=names), EvaluateConfig(class_reader=True), seed=0)
+    report, images, _ = evaluate(digits_inputs(class_names=names), EvaluateConfig(class_reader=True), seed=0)
     stages = tuple(
         StageRow(
             name=name,

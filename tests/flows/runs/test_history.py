@@ -13,11 +13,12 @@ from flows.recipes.schema import EvaluateConfig
 from flows.report.history import history_page
 from flows.results.comparison import compare, why_not
 from flows.results.gate import GateConfig, judge
-from flows.results.types import EvaluationReport, Score
+from flows.results.types import EvaluationReport
 from flows.runs.history import before, latest, records, trends
 from flows.runs.journal import RunRecord, StageRecord
 from infra.artifacts.manifest import ArtifactRef
 from infra.store.store import Store
+from sftok.evaluation.results import Score
 from tests.support.accessibility import serious_findings
 from tests.support.browser import Page, chromium, find_browser
 from tests.support.sample_evaluation import digits_inputs

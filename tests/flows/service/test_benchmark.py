@@ -10,12 +10,13 @@ from flows.cli.main import main
 from flows.evaluation.evaluate import evaluate
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import EvaluateConfig
-from flows.results.types import EvaluationReport, Score
+from flows.results.types import EvaluationReport
 from flows.runs.history import records
 from flows.runs.journal import RunRecord, StageFailedError, StageRecord
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, publish, ref_of
 from infra.artifacts.shards import put
 from infra.store.store import Store
+from sftok.evaluation.results import Score
 from tests.support.sample_evaluation import digits_inputs
 
 PSNR = "reconstruction.psnr@4"

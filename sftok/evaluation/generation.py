@@ -1,54 +1,44 @@
 """Scores of generated images: distance to real images, class agreement, and signs of memorization."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from flows.evaluation.gallery import neighbour_gallery, sample_gallery
-from flows.evaluation.meters import Meters, as_codes, code_batches, rows_of
-from flows.evaluation.samples import SampleSummary
-from flows.results.types import ConfusionMatrix, GenerationReport, Histogram, Score
+from sftok.evaluation.meters import Meters, as_codes, code_batches, rows_of
+from sftok.evaluation.results import Histogram, Score
+from sftok.evaluation.samples import SampleSummary
 from sftok.metrics import functional
-from sftok.metrics.class_reader import confusion_matrix
 from sftok.metrics.frechet import frechet_distance
 
 _BINS = 32
 
 
-def measure_generation(meters: Meters, samples: SampleSummary) -> GenerationReport:
+class GenerationOutcome(NamedTuple):
+    """Scores of the samples, and what is shown beside them."""
+
+    scores: tuple[Score, ...]
+    predicted: Tensor | None
+    """class that the reader sees in each sample, (n) int64; None without a reader."""
+    distances: Histogram
+
+
+def measure_generation(meters: Meters, samples: SampleSummary) -> GenerationOutcome:
     """Score the samples against real images: as distributions, by class, and image by image."""
-    inputs, classes = meters.inputs, samples.classes
-    names = inputs.class_names
+    inputs, predicted = meters.inputs, None
     nearest, nearest_real = meters.nearest
-    predicted = None
     if meters.reader is not None and samples.thumbnails is not None:
         predicted = meters.reader.read_thumbnails(samples.thumbnails.numpy())
     scores = (
         *_distance_scores(meters, samples.features),
-        *_class_scores(meters, predicted, classes),
+        *_class_scores(meters, predicted, samples.classes),
         *_memory_scores(meters, nearest.distances, nearest_real.distances),
     )
     if inputs.scorer is not None and samples.scored is not None:
         facts = {**meters.sampling(), "seeds": meters.seeds}
         scores += inputs.scorer.generation(samples.scored, facts)
-    confusion = None
-    if predicted is not None:
-        counts = confusion_matrix(predicted, classes, len(names))
-        confusion = ConfusionMatrix(counts=tuple(tuple(row) for row in counts.tolist()))
-    return GenerationReport(
-        measures=scores,
-        gallery=sample_gallery(meters.pictures, samples.shown, class_ids=classes, class_names=names),
-        neighbours=neighbour_gallery(
-            meters.pictures,
-            dict(zip(samples.looked.tolist(), samples.near, strict=True)),
-            nearest=nearest,
-            train=inputs.train_images,
-            class_ids=classes[samples.looked],
-            class_names=names,
-        ),
-        distances=_histogram(nearest.distances, nearest_real.distances),
-        confusion=confusion,
-    )
+    return GenerationOutcome(scores, predicted, _histogram(nearest.distances, nearest_real.distances))
 
 
 def _distance_scores(meters: Meters, features_ND: Tensor) -> tuple[Score, ...]:

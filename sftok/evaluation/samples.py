@@ -1,12 +1,12 @@
 """One pass over the samples: decoded in batches, given to every meter, and only a few images kept."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flows.evaluation.gallery import samples_shown
-from flows.evaluation.meters import EvaluationInputs, FeatureMeter, as_codes
+from sftok.evaluation.meters import EvaluationInputs, FeatureMeter, as_codes
 from sftok.metrics import functional
 from sftok.metrics.class_reader import thumbnail_rows
 from sftok.metrics.image_meter import ImageMeter
@@ -36,22 +36,27 @@ class SampleSummary:
 
 
 def summarize_samples(
-    inputs: EvaluationInputs, features: RandomFeatures, *, is_read: bool, nearest_images: int
+    inputs: EvaluationInputs,
+    features: RandomFeatures,
+    *,
+    is_read: bool,
+    nearest_images: int,
+    shown: Callable[[Tensor], Collection[int]],
 ) -> SampleSummary:
-    """Decode all samples once, and collect what the scores need.
+    """Decode all samples once, and collect what the scores need, and the images that `shown` selects by their classes.
 
     Raises:
         ValueError: there are more or fewer samples than classes.
     """
     classes, meter = as_codes(inputs.sample_classes), ImageMeter()
     looked = evenly(len(classes), nearest_images)
-    wanted, shown = set(looked.tolist()) | (chosen := set(samples_shown(classes))), {}
+    wanted, kept = set(looked.tolist()) | (chosen := set(shown(classes))), {}
     scored = inputs.scorer.meter() if inputs.scorer else None
     for part in inputs.decode_samples():
         images = functional.to_uint8(part)
         for index in range(meter.count, meter.count + len(images)):
             if index in wanted:
-                shown[index] = images[index - meter.count].to("cpu", copy=True)  # and not the whole batch
+                kept[index] = images[index - meter.count].to("cpu", copy=True)  # and not the whole batch
         read = {"thumbnails": thumbnail_rows(images)} if is_read else {}
         meter.add(features=features(images), **read)
         if scored is not None:
@@ -63,8 +68,8 @@ def summarize_samples(
         features=meter["features"],
         thumbnails=meter["thumbnails"] if is_read else None,
         looked=looked,
-        near=torch.stack([shown[index] for index in looked.tolist()]),
-        shown={index: image for index, image in shown.items() if index in chosen},
+        near=torch.stack([kept[index] for index in looked.tolist()]),
+        shown={index: image for index, image in kept.items() if index in chosen},
         scored=scored,
     )
 

@@ -1,7 +1,7 @@
 """Metrics of a tokenizer before fine-tuning on held-out images, decoded to pixels by the teacher.
 
-Images stream through in micro-batches, of which only sums are kept. Batches have one fixed size, the last one padded,
-and all randomness is seeded by the image's id, so no metric depends on batch mates.
+Images stream through in micro-batches; sums are kept, and a few numbers of each image. Batches have one fixed size, the
+last one padded, and all randomness is seeded by the image's id, so no metric depends on batch mates.
 
 Shapes: B images, N latent tokens, P proxy positions, V proxy codes, D channels of a code.
 """
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from infra.config import Config
 from infra.training.loop import generator_of
-from sftok.coding.decode import ImageDecoder, noise_keys
+from sftok.coding.decode import ImageDecoder
 from sftok.config import DecodingConfig
+from sftok.evaluation.agreement import measure_agreement
+from sftok.evaluation.reconstruction import figures_of
 from sftok.images.preprocess import to_float
 from sftok.metrics import functional
 from sftok.metrics.frechet import frechet_distance
 from sftok.metrics.functional import FeatureMoments
+from sftok.metrics.image_meter import ImageMeter
 from sftok.metrics.random_features import RandomFeatures
-from sftok.metrics.step_agreement import StepAgreement, decode_logits
+from sftok.metrics.step_agreement import StepAgreement
 from sftok.model.decoder import decode_steps, random_mask
 from sftok.model.prepared import prepare_encoder
 from sftok.model.teacher import Teacher
@@ -74,25 +77,21 @@ class AlignmentMetrics(Config):
     steps: tuple[Agreement, ...] = Field(description="steps 1 to agreement_steps - 1")
 
 
-class _PixelSums:
-    """Sums over reconstructed images, on their device."""
+class _Reconstructions:
+    """Figures of reconstructed images, and the moments of their features."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.psnr, self.ssim = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    def __init__(self, features: RandomFeatures) -> None:
+        self.features, self.figures = features, ImageMeter()
         self.moments: FeatureMoments | None = None
 
-    def add(self, images: Tensor, originals: Tensor, features: RandomFeatures) -> None:
-        self.count += len(images)
-        self.psnr = functional.psnr(images, originals).sum() + self.psnr.to(images.device)
-        self.ssim = functional.ssim(images, originals).sum() + self.ssim.to(images.device)
-        self.moments = _merged(self.moments, FeatureMoments.of(features(images)))
+    def add(self, images: Tensor, originals: Tensor, codes: Tensor, teacher_codes: Tensor) -> None:
+        self.figures.add(**figures_of(images, originals, codes, teacher_codes))
+        self.moments = _merged(self.moments, FeatureMoments.of(self.features(images)))
 
     def quality(self, reference: FeatureMoments) -> ImageQuality:
         assert self.moments is not None
-        distance = frechet_distance(self.moments, reference)
-        psnr, ssim = self.psnr.item() / self.count, self.ssim.item() / self.count
-        return ImageQuality(psnr=psnr, ssim=ssim, fd_random=distance)
+        psnr, ssim = self.figures.mean("psnr"), self.figures.mean("ssim")
+        return ImageQuality(psnr=psnr, ssim=ssim, fd_random=frechet_distance(self.moments, reference))
 
 
 class _RunningMean:
@@ -132,9 +131,8 @@ class AlignmentMeter:
         precision = decoding.on(self.device.type).arithmetic
         self._decode = ImageDecoder(model, teacher, micro_batch=micro_batch, seed=seed, precision=precision)
         self._originals: FeatureMoments | None = None
-        self._count, self._ceiling = 0, _PixelSums()
-        self._pixels = {num_steps: _PixelSums() for num_steps in self.steps}
-        self._right = {num_steps: _RunningMean() for num_steps in self.steps}
+        self._count, self._ceiling = 0, _Reconstructions(features)
+        self._made = {num_steps: _Reconstructions(features) for num_steps in self.steps}
         self._entropy = {name: _RunningMean() for name in CrossEntropies.model_fields}
         self._agreement: StepAgreement | None = None
 
@@ -154,13 +152,12 @@ class AlignmentMeter:
         truth_BP, codes_BN = self.teacher.encode(pixels), self._encode(pixels)
         self._count += count
         self._originals = _merged(self._originals, FeatureMoments.of(self.features(images)))
-        taught = functional.to_uint8(self.teacher.decode(truth_BP)[:count])
-        self._ceiling.add(taught, images, self.features)
+        taught, truth = functional.to_uint8(self.teacher.decode(truth_BP)[:count]), truth_BP[:count]
+        self._ceiling.add(taught, images, truth, truth)
         for num_steps in self.steps:
             decoding = self.decoding.model_copy(update={"num_steps": num_steps})
             made = self._decode.decode(codes_BN[:count], image_ids, decoding)
-            self._pixels[num_steps].add(made.images, images, self.features)
-            self._right[num_steps].add(functional.code_agreement(made.proxy_codes, truth_BP[:count]))
+            self._made[num_steps].add(made.images, images, made.proxy_codes, truth)
         self._predictions(truth_BP, codes_BN, image_ids)
 
     def _predictions(self, truth_BP: Tensor, codes_BN: Tensor, image_ids: Sequence[str]) -> None:
@@ -179,15 +176,7 @@ class AlignmentMeter:
         ):
             logits_BPV, asked_BP = step(ids_BP, given)[:count], (ids_BP == decoder.mask_id)[:count]
             self._entropy[name].add(F.cross_entropy(logits_BPV[asked_BP], truth_BP[:count][asked_BP], reduction="none"))
-        logits = decode_logits(
-            step,
-            first_BP,
-            given,
-            num_steps=self.decoding.num_steps,
-            temperature=self.decoding.temperature,
-            keys_B=noise_keys(self.seed, names).to(self.device),
-        )
-        found = StepAgreement.of([one[:count] for one in logits], truth_BP[:count])
+        found = measure_agreement(self._decode, self.decoding, codes_BN, names, truth_BP[:count])
         self._agreement = found if self._agreement is None else self._agreement + found
 
     def metrics(self) -> AlignmentMetrics:
@@ -198,19 +187,20 @@ class AlignmentMeter:
         """
         if self._originals is None or self._agreement is None or self._count < 2:
             raise ValueError(f"{self._count} held-out images are too few to measure: hold out at least 2")
-        truth, *steps = map(_agreement, self._agreement.kl, self._agreement.top1)
+        pairs = zip(self._agreement.kl, self._agreement.top1, strict=True)
+        truth, *steps = [Agreement(kl=kl, top1=top1) for kl, top1 in pairs]
         by_steps = [
             StepQuality(
                 num_steps=num_steps,
-                code_agreement=self._right[num_steps].value,
-                **self._pixels[num_steps].quality(self._originals).model_dump(),
+                code_agreement=made.figures.mean("code_agreement"),
+                **made.quality(self._originals).model_dump(),
             )
-            for num_steps in self.steps
+            for num_steps, made in self._made.items()
         ]
         return AlignmentMetrics(
             num_images=self._count,
             temperature=self.decoding.temperature,
-            extractor=f"{self.features.name}, {self.features.dimensions} dimensions",
+            extractor=self.features.description,
             extractor_sha256=self.features.sha256,
             teacher=self._ceiling.quality(self._originals),
             by_steps=tuple(by_steps),
@@ -219,10 +209,6 @@ class AlignmentMeter:
             truth=truth,
             steps=tuple(steps),
         )
-
-
-def _agreement(kl: float, top1: float) -> Agreement:
-    return Agreement(kl=kl, top1=top1)
 
 
 def _merged(total: FeatureMoments | None, more: FeatureMoments) -> FeatureMoments:

@@ -1,7 +1,7 @@
 """Inputs of an evaluation, and the meters that are set up on its real images and shared by all scores."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, runtime_checkable
 from typing import Protocol as Interface
 
@@ -11,18 +11,18 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 from torch import Tensor
 
-from flows.evaluation.gallery import Pictures
-from flows.recipes.schema import EvaluateConfig
-from flows.results.types import FinalAgreement, Protocol, Score
 from infra.config import Config
+from sftok.evaluation.results import Protocol, Score
 from sftok.metrics import functional
 from sftok.metrics.class_reader import ClassReader, accuracy, thumbnails
 from sftok.metrics.frechet import frechet_distance
 from sftok.metrics.measure import Features
 from sftok.metrics.nearest import NearestResult, NearestSearch
 from sftok.metrics.random_features import RandomFeatures
+from sftok.metrics.step_agreement import StepAgreement
 
 _BATCH = 64  # real images per batch
+FD_RANDOM = "Fréchet distance of Gaussians fitted to random features; not FID, other scale"
 ROUNDING = "clamp to [0, 1], times 255, round half to even, uint8"
 
 
@@ -107,7 +107,7 @@ class EvaluationInputs:
     sample_classes: ArrayLike
     decode_samples: Callable[[], Iterable[Tensor]]  # all of them, in batches
     facts: ProtocolFacts
-    agreement: Callable[[], FinalAgreement] | None = None  # of each decoding step with the last
+    agreement: Callable[[], StepAgreement] | None = None  # of each decoding step with the last
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None  # of uint8 images and their originals, (n)
     scorer: ImageScorer | None = None  # None: random features only
     reader_rows: Tensor | None = None  # training images that train the class reader, by index; None: all
@@ -116,7 +116,7 @@ class EvaluationInputs:
 
 @dataclass(frozen=True)
 class Meters:
-    """State shared by all scores: the inputs, what was set up on the real images, and the pictures."""
+    """State shared by all scores: the inputs, and what was set up on the real images."""
 
     inputs: EvaluationInputs
     features: RandomFeatures
@@ -127,21 +127,20 @@ class Meters:
     seeds: dict[str, int]
     nearest: list[NearestResult]
     """nearest training images of each set of queries."""
-    pictures: Pictures = field(default_factory=Pictures)
 
     @classmethod
     def of(
         cls,
         inputs: EvaluationInputs,
-        config: EvaluateConfig,
-        seed: int,
         *,
+        seed: int,
         features: RandomFeatures,
         queries: Sequence[Tensor],
+        is_read: bool,
     ) -> "Meters":
         """Set up on the real images of `inputs`, and find the nearest training images of `queries` in the same pass."""
         search = NearestSearch(queries, inputs.device)
-        train_moments, reader = _pass_training_images(inputs, features, search, is_read=config.class_reader)
+        train_moments, reader = _pass_training_images(inputs, features, search, is_read=is_read)
         val_features = [features(part.to(inputs.device)) for part in inputs.val_images.split(_BATCH)]
         return cls(
             inputs=inputs,
@@ -150,7 +149,7 @@ class Meters:
             val_moments=functional.FeatureMoments.of(torch.cat(val_features)),
             reader=reader,
             random=np.random.Generator(np.random.PCG64(seed)),
-            seeds={"evaluate": seed, "features": config.feature_seed, **inputs.facts.seeds},
+            seeds={"evaluate": seed, "features": features.seed, **inputs.facts.seeds},
             nearest=search.found(),
         )
 
@@ -177,10 +176,10 @@ class Meters:
             num_images,
             reference=reference,
             num_reference=num_reference,
-            extractor=f"{self.features.name}, {self.features.dimensions} dimensions",
+            extractor=self.features.description,
             extractor_sha256=self.features.sha256,
             dtype="float32 features, float64 moments and distance",
-            definition="Fréchet distance of Gaussians fitted to random features; not FID, other scale",
+            definition=FD_RANDOM,
             **facts,
         )
 
