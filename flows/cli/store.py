@@ -114,7 +114,7 @@ def gc(
 ) -> None:
     """Remove old runs and what only they stood on, and what killed runs left; never what a kept run stands on."""
     with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
-        from flows.store.inventory import collect_garbage
+        from flows.store.garbage import collect_garbage
 
         made = collect_garbage(
             store=store,

@@ -7,16 +7,18 @@ import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
 
 Section = dict[str, Any]
+SHOWN = 3  # problems of a recipe named at once
 
 
 def load_recipe(name: str, *, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
@@ -36,7 +38,7 @@ def load_recipe(name: str, *, overrides: Sequence[str] = (), seed: int | None = 
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(f"{where}: {'; '.join(_problems(error))}") from None
+        raise ValueError(f"{where}: {_problems(error, settings)}") from None
 
 
 def _named(name: str) -> Section:
@@ -81,33 +83,57 @@ def _parse(text: str) -> Any:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        *sections, field = problem["loc"] or ("",)
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            model = _model_at(sections)
-            yield f"{where}: unknown field{_did_you_mean(str(field), model.model_fields if model else ())}"
-        elif problem["type"] == "missing":
-            yield f"{where}: missing"
-        elif problem["type"] == "value_error":  # from our validators, which name field and value themselves
-            message = problem["msg"].removeprefix("Value error, ")
-            yield f"{where}: {message}" if where else message
-        else:
-            yield f"{where} = {_short(problem['input'])}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+def _problems(error: ValidationError, settings: Section) -> str:
+    """Describe the first problems in one line, by the names that a recipe has."""
+    problems = list(dict.fromkeys(_told(problem, settings) for problem in error.errors(include_url=False)))
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return "; ".join(problems[:SHOWN]) + more
 
 
-def _model_at(sections: Sequence[int | str]) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = Recipe
-    for section in sections:
-        field = model.model_fields.get(str(section)) if model else None
-        model = _section_model(field) if field else None
-    return model
+def _told(problem: ErrorDetails, settings: Section) -> str:
+    where = ".".join(_written(problem["loc"], settings))
+    if problem["type"] == "extra_forbidden":
+        *sections, field = problem["loc"]
+        return f"{where}: unknown field{_did_you_mean(str(field), _fields_at(sections))}"
+    if problem["type"] == "missing":
+        return f"{where}: missing"
+    if problem["type"] == "value_error":  # from our validators, which name field and value themselves
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{where}: {message}" if where else message
+    if problem["type"] == "union_tag_invalid":
+        return f"{where}.kind = {problem['ctx']['tag']!r}: give {problem['ctx']['expected_tags'].replace(', ', ' or ')}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where} = {_short(problem['input'])}: give a section with a kind, {where}.kind"
+    return f"{where} = {_short(problem['input'])}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
-def _section_model(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
-    return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) else None
+def _written(place: Sequence[int | str], settings: Section) -> Iterator[str]:
+    """Yield the parts of a place that are written in a recipe; others say which kind of section was tried."""
+    here: Any = settings
+    for at, part in enumerate(place):
+        if isinstance(here, dict) and part not in here and at + 1 < len(place):
+            continue
+        yield str(part)
+        is_there = isinstance(here, list) or (isinstance(here, dict) and part in here)
+        here = here[part] if is_there else None
+
+
+def _fields_at(place: Sequence[int | str]) -> set[str]:
+    """Return the names of the fields of the section at a place."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in place:
+        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        of_kind = [model for model in models if (kind := model.model_fields.get("kind")) and kind.default == part]
+        models = [inner for field in fields for inner in _models_in(field.annotation)] if fields else of_kind
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """Yield the models that a field can hold."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from infra.artifacts.inventory import Key, key_of_ref
 from infra.artifacts.manifest import ArtifactRef
 from infra.config import Config
 from infra.store.store import Store
@@ -105,6 +106,11 @@ def records(store: Store, runs: Iterable[str] = ()) -> list[PastRun]:
     return sorted(
         (record for record in found if record is not None), key=lambda record: (record.started_at, record.run)
     )
+
+
+def keys_of(runs: Iterable[PastRun]) -> set[Key]:
+    """Return the artifacts that runs made, or found made."""
+    return {key_of_ref(stage.ref) for run in runs for stage in run.stages.values() if stage.ref is not None}
 
 
 def latest(found: Sequence[PastRun], recipe: str | None = None) -> PastRun | None:

@@ -192,3 +192,21 @@ def test_images_that_a_discriminator_cannot_take_are_refused_before_the_run() ->
 def test_a_discriminator_that_never_begins_is_refused() -> None:
     with pytest.raises(ValueError, match=r"start_step = 20000 is not below training\.steps = 350"):
         load_recipe("digits", overrides=["fine_tune.adversarial.weight=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["generator.widht=3"], "generator.widht: unknown field, did you mean width?"),
+        (
+            ["generator.order.kind=fixed", "generator.order.sed=3"],
+            "generator.order.sed: unknown field, did you mean seed?",
+        ),
+        (["generator.kind=nope"], "generator.kind = 'nope': give 'autoregressive' or 'masked'"),
+        (["generator=3"], "generator = 3: give a section with a kind, generator.kind"),
+        (["a=1", "b=2", "c=3", "d=4", "e=5"], "a: unknown field; b: unknown field; c: unknown field; and 2 more"),
+    ],
+)
+def test_problems_are_named_as_a_recipe_writes_them_and_not_all_at_once(overrides: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(f'recipe digits: {said}')}$"):
+        load_recipe("digits", overrides=overrides)

@@ -13,7 +13,8 @@ from flows.cli.main import main
 from flows.pipeline import graph
 from flows.recipes.registry import RECIPES
 from flows.runs.journal import RunRecord, StageRecord
-from flows.store.inventory import kept_keys, size_text
+from flows.store.garbage import kept_keys
+from flows.store.inventory import size_text
 from infra.artifacts.inventory import descendants, key_of_ref, manifests, pins, with_ancestors
 from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, manifest_of, publish, verify
 from infra.artifacts.shards import put
