@@ -29,8 +29,8 @@ from infra.compute.workers import map_shards
 from infra.store.store import Store
 from sftok.config import DecodingConfig
 from sftok.images.lazy import LazyImages
-from sftok.images.resize import Resize
 from sftok.metrics.inception.prepared import PreparedInception, prepare_inception
+from sftok.metrics.inception.resize import Resize
 from sftok.metrics.inception.weights import read_inception
 from sftok.metrics.measure import Features
 from sftok.metrics.protocols import ScoreProtocol

@@ -21,8 +21,8 @@ from flows.stage import Work
 from infra.store.store import Store
 from sftok.evaluation.meters import FeatureMeter
 from sftok.evaluation.results import Protocol, Score
-from sftok.images.resize import Resize
 from sftok.metrics.inception.prepared import PreparedInception, prepare_inception
+from sftok.metrics.inception.resize import Resize
 from sftok.metrics.inception.weights import PUBLISHED_SHA256, read_inception
 from sftok.metrics.measure import Features, ImageScore, Reference, measure
 from sftok.metrics.protocols import PROTOCOLS, ScoreProtocol

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.recipes.requirements import HELD_OUT, ImageCounts, check_counts
+from flows.pipeline.image_counts import HELD_OUT, ImageCounts, check_counts
 from flows.runs.progress import display
 from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
 from flows.store.inventory import size_text

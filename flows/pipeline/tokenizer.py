@@ -54,7 +54,7 @@ def _teacher(work: Work) -> Result:
 
     config = work.recipe.teacher
     if config.origin == "imported":
-        from sftok.weights.imported import import_teacher
+        from sftok.weights.import_teacher import import_teacher
 
         data = read_pretrained(config.pretrained, work.job.store, "teacher.pretrained")
         return Result(*import_teacher(data, config.model, work.out))

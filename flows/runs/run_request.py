@@ -15,6 +15,7 @@ from flows.recipes.changes import changes_of
 from flows.recipes.files import load_recipe
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
+from flows.runs.command_line import command_line
 from flows.wording import ANEW, DATA, DEVICE, GPUS_PER_WORKER, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from infra.artifacts.manifest import ArtifactRef
 from infra.compute.device import DeviceChoice
@@ -181,22 +182,3 @@ def store_uri(store: str | None) -> str:
 def usual_workers(workers: int | None) -> int:
     """Return the number of workers; 2, or the cores if fewer, if it is left open."""
     return min(2, os.cpu_count() or 1) if workers is None else workers
-
-
-def command_line(words: list[str], **options: str | float | bool | tuple[str, ...] | None) -> str:
-    """Return a command line to copy, without credentials; options that are None, False or empty are left out."""
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            words = [*words, flag]
-        elif value is not None and value is not False:
-            values = value if isinstance(value, tuple) else (value,)
-            words = [*words, *(word for one in values for word in (flag, _word(one)))]
-    return redact(words)
-
-
-def _word(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)

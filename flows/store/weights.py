@@ -30,7 +30,7 @@ from sftok.weights.convert import (
     save_tensors,
     to_published,
 )
-from sftok.weights.layout import size_name
+from sftok.weights.published_names import size_name
 
 ExportLayout = Literal["published", "native"]
 

@@ -8,8 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from infra.config import Config
-from sftok.images.resize import Resize
 from sftok.metrics.inception.prepared import Precision
+from sftok.metrics.inception.resize import Resize
 from sftok.metrics.inception.weights import EXTRACTOR, PUBLISHED_SHA256
 from sftok.metrics.resampling import POINTS
 

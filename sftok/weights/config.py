@@ -13,7 +13,7 @@ from pydantic import JsonValue, ValidationError
 
 from sftok.config import BASE, LARGE, SMALL, TeacherConfig
 from sftok.weights.artifacts import TeacherFile, TokenizerFile
-from sftok.weights.layout import HEAD_CHANNELS, Shapes, norm_groups, teacher_sizes, tokenizer_sizes
+from sftok.weights.published_names import HEAD_CHANNELS, Shapes, norm_groups, teacher_sizes, tokenizer_sizes
 
 Kind = Literal["sftok", "teacher"]
 Fields = dict[str, JsonValue]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
-from sftok.weights import layout as published_layout
+from sftok.weights import published_names
 from sftok.weights.artifacts import TeacherFile, TokenizerFile
 from sftok.weights.config import KINDS, Kind, model_config, read_config
-from sftok.weights.layout import HEAD_CHANNELS, INDEX_OFFSET, NORM_GROUPS, PROXY_POSITIONS
+from sftok.weights.published_names import HEAD_CHANNELS, INDEX_OFFSET, NORM_GROUPS, PROXY_POSITIONS
 
 Layout = Literal["stage_1_2", "stage_3", "teacher"]
 Format = Literal["safetensors", "bin"]
@@ -73,9 +73,9 @@ def open_published(
     file, beside = _find(Path(path).expanduser())
     config_file = Path(config_json).expanduser() if config_json else beside
     read = read_tensors(file)
-    names = published_layout.common_names(list(read))
+    names = published_names.common_names(list(read))
     tensors = {names[name]: tensor for name, tensor in read.items()}
-    found = published_layout.kind_of(tensors)
+    found = published_names.kind_of(tensors)
     if found is None:
         native = any(".transformer.blocks." in name or name.startswith("encoder.levels.") for name in tensors)
         what = "this project's own layout, which needs no conversion" if native else "neither SFTok nor its teacher"
@@ -98,7 +98,7 @@ def build(published: PublishedFile) -> SFTok | Teacher:
         ValueError: weights are not finite.
     """
     model = _empty(published.config)
-    slots, shapes = published_layout.slots(model), {name: t.shape for name, t in model.state_dict().items()}
+    slots, shapes = published_names.slots(model), {name: t.shape for name, t in model.state_dict().items()}
     weights = {ours: _copied(published.tensors[slot.name]).view(shapes[ours]) for ours, slot in slots.items()}
     wrong = sorted(slots[ours].name for ours, tensor in weights.items() if not _is_finite(tensor))
     if wrong:
@@ -113,7 +113,7 @@ def to_published(model: SFTok | Teacher) -> dict[str, Tensor]:
     state = model.state_dict()
     tensors = {
         slot.name: state[ours].detach().cpu().reshape(slot.shape).contiguous()
-        for ours, slot in published_layout.slots(model).items()
+        for ours, slot in published_names.slots(model).items()
     }
     return tensors if isinstance(model, Teacher) else {**tensors, INDEX_OFFSET: torch.zeros(1, dtype=torch.int64)}
 
@@ -154,10 +154,10 @@ def _check_keys(config: TokenizerFile | TeacherFile, tensors: Mapping[str, Tenso
                 f"{given} proxy positions of a {config.image_size} px image do not fit a teacher that divides the side "
                 f"by {factor}; give a config.json that describes the teacher"
             )
-    expected = {slot.name: slot.shape for slot in published_layout.slots(_empty(config)).values()}
+    expected = {slot.name: slot.shape for slot in published_names.slots(_empty(config)).values()}
     if isinstance(config, TokenizerFile):
         expected[INDEX_OFFSET] = (1,)
-    wrong = published_layout.differences(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    wrong = published_names.differences(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if wrong:
         raise ValueError(f"{wrong} of {len(expected)} keys")
     for name, tensor in tensors.items():

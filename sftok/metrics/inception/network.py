@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sftok.images.resize import SIDE
+from sftok.metrics.inception.resize import SIDE
 
 POOL, CLASSES = 2048, 1008
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17

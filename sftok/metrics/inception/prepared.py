@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infra.compute.packed import can_pack
-from sftok.images.resize import Resize, resize
 from sftok.metrics.inception.cpu import PackedConv
 from sftok.metrics.inception.network import (
     POOLS,
@@ -31,6 +30,7 @@ from sftok.metrics.inception.network import (
     shrink,
     spatial_features,
 )
+from sftok.metrics.inception.resize import Resize, resize
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

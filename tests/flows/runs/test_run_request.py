@@ -16,8 +16,9 @@ from flows.recipes.ablations import load_ablation
 from flows.recipes.files import load_recipe, to_toml
 from flows.recipes.registry import RECIPES
 from flows.requests import checks
+from flows.runs.command_line import command_line
 from flows.runs.journal import RunRecord, read_record, start_journal
-from flows.runs.run_request import RunArguments, RunRequest, command_line
+from flows.runs.run_request import RunArguments, RunRequest
 from infra.artifacts.manifest import ArtifactRef
 from infra.store.store import Store
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.store.store import Store
-from sftok.images.resize import resize
 from sftok.metrics.inception.network import SPATIAL, Inception
 from sftok.metrics.inception.prepared import CPU, PreparedInception, prepare_inception
+from sftok.metrics.inception.resize import resize
 from sftok.metrics.inception.weights import load_inception, read_inception
 from tests.support.random_inception import RandomInception, pictures
 

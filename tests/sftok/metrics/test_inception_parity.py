@@ -23,10 +23,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from sftok.images.resize import Resize
 from sftok.metrics.frechet import FeatureRows, frechet
 from sftok.metrics.inception.network import InceptionOutputs
 from sftok.metrics.inception.prepared import PreparedInception, prepare_inception
+from sftok.metrics.inception.resize import Resize
 from sftok.metrics.inception.weights import load_inception
 from sftok.metrics.scores import equal_splits, inception_score, kernel_distance, precision_recall
 from tests.support.random_inception import RandomInception, pictures

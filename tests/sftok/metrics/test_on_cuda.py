@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from sftok.images.resize import pillow_bicubic_products, resize
 from sftok.metrics import functional, nearest
 from sftok.metrics.class_reader import thumbnails
 from sftok.metrics.frechet import Gaussian, distance
 from sftok.metrics.functional import FeatureMoments
 from sftok.metrics.image_meter import ImageMeter, pair_metrics
 from sftok.metrics.inception.prepared import prepare_inception
+from sftok.metrics.inception.resize import pillow_bicubic_products, resize
 from sftok.metrics.measure import Features, Reference, measure
 from sftok.metrics.protocols import TORCH_FIDELITY, ScoreProtocol
 from sftok.metrics.random_features import RandomFeatures

@@ -20,7 +20,7 @@ from sftok.model.quantizer import SINKHORN_SHARPNESS, sinkhorn
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
 from sftok.weights.convert import load_published, save_tensors, to_published
-from sftok.weights.layout import size_name
+from sftok.weights.published_names import size_name
 from tests.golden import rule
 from tests.support import ROOT
 

@@ -22,7 +22,7 @@ from sftok.weights.convert import (
     save_tensors,
     to_published,
 )
-from sftok.weights.layout import OLD_NAMES, norm_groups, size_name, slots
+from sftok.weights.published_names import OLD_NAMES, norm_groups, size_name, slots
 
 TEACHER = TeacherConfig(
     base_channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=2, latent_channels=8, codebook_size=32, norm_groups=8

@@ -10,7 +10,7 @@ from infra.store.store import Store
 from sftok.model.teacher import Teacher
 from sftok.weights.artifacts import load_teacher
 from sftok.weights.convert import to_published
-from sftok.weights.imported import import_teacher
+from sftok.weights.import_teacher import import_teacher
 from tests.support.tiny_tokenizer import TEACHER
 
 

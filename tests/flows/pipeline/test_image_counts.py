@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flows.pipeline.image_counts import ImageCounts, check_counts
 from flows.pipeline.images import PREPARE
 from flows.recipes.files import load_recipe
-from flows.recipes.requirements import ImageCounts, check_counts
 from flows.recipes.schema import Recipe
 from flows.requests.checks import check_files, check_views
 from flows.stage import Job, plan_of
