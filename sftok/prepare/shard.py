@@ -22,6 +22,7 @@ from sftok.images.contract import METADATA_KEY
 from sftok.images.decode import UnreadableImageError, resized, to_rgb
 from sftok.prepare.plan import ShardJob
 from sftok.sources.listing import Entry, RejectedEntryError, Source
+from sftok.sources.rules import class_name
 
 _REJECTS_KEY = b"sftok.rejects"
 ROWS_A_GROUP = 256  # 28 MB of ImageNet's JPEGs: one request to S3, and a bound on a reader's memory
@@ -118,7 +119,7 @@ class _Rows:
         return {
             "image_id": entry.image_id,
             "image": {"bytes": data, "path": entry.image_id},
-            "label": None if entry.class_name is None else self.class_ids[entry.class_name],
+            "label": None if entry.class_name is None else self.class_ids[class_name(entry.class_name)],
             "width": image.width,
             "height": image.height,
             "sha256": hashlib.sha256(data).hexdigest(),

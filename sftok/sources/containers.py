@@ -9,9 +9,7 @@ shards, would write containers x shards pieces: for ImageNet as many as images.
 import dataclasses
 import functools
 import io
-import itertools
 import logging
-import re
 from collections.abc import Iterable, Sequence
 
 import pyarrow.parquet as pq
@@ -20,20 +18,27 @@ from infra.artifacts.shards import FileEntry, shard_entry, write_shard
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress
 from infra.store.store import Store
-from infra.store.types import FileInfo
 from sftok.config import DataConfig
-from sftok.sources.files import FolderReader, locate, open_files
-from sftok.sources.folder import check_exists
-from sftok.sources.labels import are_numbers, names_of, no_labels
+from sftok.sources.files import FolderReader, is_of_storage, locate, open_files
+from sftok.sources.labels import are_numbers, names_of, nothing_labelled
 from sftok.sources.listing import POSSIBLE, Container, ContainerTask, Entries, Entry, ParquetEntries, Source, Unpacker
-from sftok.sources.rules import LEFT_OUT, OTHER_SPLIT, STRAY_FILE, check_one_name_each, split_word_in, splits_by_word
+from sftok.sources.patterns import find_files
+from sftok.sources.rules import (
+    LEFT_OUT,
+    OTHER_SPLIT,
+    SPLIT_NAMES,
+    STRAY_FILE,
+    check_one_name_each,
+    shown,
+    split_word_in,
+    splits_by_word,
+    unicode_remarks,
+)
 
 log = logging.getLogger(__name__)
 
 BYTES = "bytes"  # folder of uncompressed images
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
-MOST_NAMES = 1_000_000  # of one pattern
+PIECE_BYTES = 1 << 26
 
 
 # --- containers
@@ -49,17 +54,15 @@ def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Con
     Raises:
         ValueError: there are none, a file of the pattern is missing, or there is only a val split.
     """
-    if "{" in uri or uri.lower().endswith(suffixes):
-        root, items = _named_files(uri)
-    else:
-        files = open_files(uri)
-        check_exists(files)
-        root = files.uri
-        items = list(files.walk(""))
+    files = open_files(uri)
+    is_folder = files.exists()
+    root, items = (files.uri, list(files.walk(""))) if is_folder else find_files(uri)
     is_named = {item.key: item.problem not in LEFT_OUT and item.key.lower().endswith(suffixes) for item in items}
     if not any(is_named.values()):
-        raise ValueError(f"source {uri!r} holds no {' or '.join(suffixes)} file: give {POSSIBLE}")
+        raise ValueError(f"source {uri!r} holds no {suffixes[0]} file: give {POSSIBLE}")
     splits = splits_of(root, [path for path, is_one in is_named.items() if is_one])
+    if is_folder:
+        _check_one_dataset(root, splits)
     containers, others = list[Container](), list[Entry]()
     for item in sorted(items):
         problem = item.problem or (None if item.key in splits else OTHER_SPLIT if is_named[item.key] else STRAY_FILE)
@@ -71,60 +74,32 @@ def list_containers(uri: str, suffixes: tuple[str, ...]) -> tuple[str, tuple[Con
     return root, tuple(containers), Entries.of(others)
 
 
-def _named_files(uri: str) -> tuple[str, list[FileInfo]]:
-    """List the files that a name or pattern stands for, each of which has to exist."""
-    head, _, _ = uri.partition("{")
-    start = head.rpartition("/")[2]
-    files = open_files(head.removesuffix(start) or ".")
-    wanted = [name[len(head) - len(start) :] for name in expand(uri)]
-    found: dict[str, FileInfo] = {}
-    for inner in sorted({name.rpartition("/")[0] for name in wanted}):
-        try:
-            found |= {item.key: item for item in files.scan(f"{inner}/" if inner else "")}
-        except FileNotFoundError:
-            continue
-    if missing := [name for name in wanted if name not in found]:
-        raise ValueError(
-            f"source {uri!r}: {missing[0]!r} does not exist ({len(missing)} of {len(wanted)} files): correct the name"
-        )
-    return files.uri, [found[name] for name in dict.fromkeys(wanted)]
-
-
-def expand(pattern: str) -> list[str]:
-    """Expand a pattern with {00..12} and {a,b} to all names, as a shell does.
-
-    Raises:
-        ValueError: braces hold neither a range nor a list, or there are too many names.
-    """
-    parts: list[Sequence[str]] = []
-    for position, text in enumerate(_BRACES.split(pattern)):
-        if position % 2 == 0:
-            parts.append([text])
-        elif match := _RANGE.fullmatch(text):
-            width, numbers = len(match[1]), range(int(match[1]), int(match[2]) + 1)
-            if len(numbers) > MOST_NAMES:
-                raise ValueError(f"source {pattern!r}: {{{text}}} stands for {len(numbers)} files; give a narrower one")
-            parts.append([f"{number:0{width}d}" for number in numbers])
-        else:
-            parts.append(text.split(",") if "," in text else [])
-        if not parts[-1]:
-            raise ValueError(f"source {pattern!r}: {{{text}}} is no range such as {{00000..00009}} or list {{a,b}}")
-    return ["".join(name) for name in itertools.product(*parts)]
-
-
 def splits_of(root: str, paths: Sequence[str]) -> dict[str, str | None]:
     """Return the split of each path to read, by the name of a folder or its own; None for all: split by hash.
 
     Raises:
         ValueError: there is a val split and no train split.
     """
-    words = {path: split_word_in(path) for path in paths}
+    words = {path: split_word_in(path)[0] for path in paths}
     splits = splits_by_word(words.values(), root, "files")
     check_one_name_each({word: word for word in words.values() if word is not None}, root, "files")
     if unread := sorted(path for path, word in words.items() if word not in splits):
         kind = "files without a split" if None in splits else "train and val files"
         log.warning("source %s: only %s are read, not %s", root, kind, _some(unread))
     return {path: splits[word] for path, word in words.items() if word in splits}
+
+
+def _check_one_dataset(root: str, paths: Iterable[str]) -> None:
+    """Refuse folders that each have a split of one name, such as the configurations of a Hugging Face dataset."""
+    first: dict[str, tuple[str, str]] = {}
+    for path in sorted(paths):
+        word, folder = split_word_in(path)
+        other, other_folder = first.setdefault(SPLIT_NAMES[word], (path, folder)) if word else (path, folder)
+        if other_folder != folder:
+            raise ValueError(
+                f"source {root!r} holds several datasets, {shown(other)} and {shown(path)}: name one of their folders, "
+                f"such as {root}/{other_folder or folder}, or the files of several by a pattern"
+            )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -150,7 +125,6 @@ def open_containers(source: Source, *, folder: Store, options: WorkerOptions, pr
         read=FolderReader(root),
         containers=(),
         unpack=None,
-        has_names=source.unpack.lays_open,
     )
 
 
@@ -160,11 +134,13 @@ def name_classes(source: Source, found: Iterable[str], config: DataConfig) -> So
     Raises:
         ValueError: labels are required and there are none, or they are both numbers and names.
     """
-    names = source.class_names
+    names, written = source.class_names, frozenset(found)
+    for remark in unicode_remarks(written):
+        log.warning("source %s: %s", source.uri, remark)
     if names is None and config.labels != "none":
-        names = names_of(found, source.uri)
+        names = names_of(written, source.uri)
         if names is None and config.labels == "required":
-            raise no_labels(source.uri, f"none of its {len(source.entries)} entries has one")
+            raise nothing_labelled(source.uri, source.entries)
     return dataclasses.replace(source, class_names=names, is_declared=source.is_declared or are_numbers(names))
 
 
@@ -195,12 +171,33 @@ def container_problem(container: Container, reason: str) -> Entry:
 
 def check_storage(error: Exception, unpack: Unpacker, task: ContainerTask) -> None:
     """Raise the error if storage failed rather than the container, since a rejection is permanent."""
-    if isinstance(error, OSError) and (isinstance(error, ConnectionError) or error.errno is not None):
+    if is_of_storage(error):
         raise error
     files, path = locate(unpack.uri, task.container.path)
     files.read_range(path, 0, min(1, task.container.size))
 
 
-def stored_range(task: ContainerTask, piece: int) -> str:
-    """Name a file of uncompressed images."""
-    return f"{task.number:06d}-{piece:04d}.bin"
+class Pieces:
+    """Concatenates images into files of at most PIECE_BYTES, each held in memory until it is full."""
+
+    def __init__(self, task: ContainerTask) -> None:
+        self.task, self.folder = task, task.folder.at(BYTES)
+        self.number, self.size, self.held = 0, 0, list[bytes]()
+
+    def add(self, data: bytes) -> tuple[str, int]:
+        """Append an image and return its file and offset."""
+        if self.held and self.size + len(data) > PIECE_BYTES:
+            self.flush()
+        at, self.size = self.size, self.size + len(data)
+        self.held.append(data)
+        return self._file(), at
+
+    def flush(self) -> None:
+        """Write the images held."""
+        if self.held:
+            self.folder.write(self._file(), b"".join(self.held))
+        self.number, self.size = self.number + 1, 0
+        self.held.clear()
+
+    def _file(self) -> str:
+        return f"{self.task.number:06d}-{self.number:04d}.bin"

@@ -66,6 +66,12 @@ class Files:
             elif not item.is_folder:
                 yield _in_utf8(item)
 
+    def exists(self) -> bool:
+        """Return whether this is a folder, or a prefix with anything below it."""
+        if isinstance(self.backend, Disk):
+            return os.path.isdir(self.uri)
+        return next(self.scan(""), None) is not None
+
     def read(self, path: str) -> bytes:
         """Read a file."""
         return self.backend.read(self.prefix + path)
@@ -150,6 +156,11 @@ def _as_listed(entry: Entry, data: bytes) -> bytes:
             "listed again"
         )
     return data
+
+
+def is_of_storage(error: Exception) -> bool:
+    """Return whether an error is of storage; for damaged files pyarrow and gzip raise OSError without a number."""
+    return isinstance(error, OSError) and (isinstance(error, ConnectionError) or error.errno is not None)
 
 
 def is_image_name(name: str) -> bool:

@@ -28,6 +28,7 @@ from sftok.sources.rules import (
     shared_names,
     split_word,
     splits_by_word,
+    unicode_remarks,
 )
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,10 @@ def list_folder(uri: str, config: DataConfig) -> Source:
         stated if is_stated else names,
         FolderReader(files.uri),
         is_declared=is_stated,
-        remarks=tuple(f"{part.split or 'all images'}: {part.prefix}" for part in parts if part.prefix),
+        remarks=(
+            *(f"{part.split or 'all images'}: {part.prefix}" for part in parts if part.prefix),
+            *(unicode_remarks(_class_folders(files, parts)) if names else ()),
+        ),
     )
 
 
@@ -107,12 +111,12 @@ def check_exists(files: Files) -> None:
     Raises:
         ValueError: it is not; says what it is instead.
     """
+    if files.exists():
+        return
     if isinstance(files.backend, Disk):
-        if not os.path.isdir(files.uri):
-            problem = "is not a folder" if os.path.lexists(files.uri) else "does not exist"
-            raise ValueError(f"source {files.uri!r} {problem}: give {POSSIBLE}")
-    elif next(files.scan(""), None) is None:
-        raise ValueError(f"source {files.uri!r} does not exist: there is nothing below that prefix; give {POSSIBLE}")
+        problem = "is not a folder" if os.path.lexists(files.uri) else "does not exist"
+        raise ValueError(f"source {files.uri!r} {problem}: give {POSSIBLE}")
+    raise ValueError(f"source {files.uri!r} does not exist: there is nothing below that prefix; give {POSSIBLE}")
 
 
 # --- splits
@@ -149,6 +153,11 @@ def _holds_classes(files: Files, folder: str) -> bool:
     return any(item.is_folder for item in items) and not any(
         is_image_name(item.name) for item in items if not item.is_folder
     )
+
+
+def _class_folders(files: Files, parts: Sequence[_ClassFolders]) -> Iterator[str]:
+    for part in parts:
+        yield from (item.name for item in visible(files.scan(part.prefix)) if item.is_folder)
 
 
 # --- entries

@@ -1,10 +1,14 @@
 """An index of images: a CSV or Parquet table of paths and labels, and optionally splits.
 
-Paths are relative to the index, absolute, or URIs (s3://...); the image id is the path as the index writes it.
+Paths are relative to the index, absolute, or URIs (s3://...); the image id is the path as the index writes it. A file
+is also found without blanks around its path, and under the other form of Unicode.
 """
 
+import csv
 import logging
-import os
+import posixpath
+import re
+import unicodedata
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -13,19 +17,42 @@ import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
+from infra.store.location import SCHEME, parse_location
 from infra.store.types import FileInfo
 from sftok.config import DataConfig
-from sftok.sources.files import FOLDER_AS_IMAGE, FolderReader, beside, locate
-from sftok.sources.labels import are_numbers, class_of, names_of, no_labels, stated_names
-from sftok.sources.listing import Entries, Entry, RejectedEntryError, Source, collect
-from sftok.sources.rules import SPLIT_NAMES, split_word, splits_by_word
+from sftok.sources.columns import (
+    LABELS,
+    PATHS,
+    as_text,
+    check_label_type,
+    choose,
+    image_of_text,
+    labels_of,
+    plain,
+    remark,
+)
+from sftok.sources.files import FOLDER_AS_IMAGE, FolderReader, beside, is_of_storage, locate, open_files
+from sftok.sources.labels import are_numbers, class_of, names_of, no_labels, nothing_labelled, stated_names
+from sftok.sources.listing import REPEATED, Entries, Entry, RejectedEntryError, Source, collect
+from sftok.sources.rules import (
+    SPLIT_NAMES,
+    class_name,
+    listed,
+    shown,
+    split_word,
+    splits_by_word,
+    unicode_remarks,
+)
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-PATHS = ("path", "file_name", "filename", "filepath", "file", "image", "image_path")
-_LABELS = ("label", "labels", "class", "class_id", "class_name", "target")
+_DELIMITERS = (",", ";", "\t", "|")
+_BLOCK = 1 << 25  # bytes of a CSV read at once, the most that a row may have
+_LONGEST_HEADER = 1 << 16  # bytes
 _CACHED_FOLDERS = 8
+_LONGEST_PART, _LONGEST_KEY = 255, 1024  # bytes of a name in file systems, and of a whole path on S3
+_DOTS = re.compile(r"(^|/)\.{1,2}/|//")  # the same file has other paths
 _TOLD = b"columns"  # metadata of the table: what was read as what
 
 
@@ -39,12 +66,13 @@ def list_index(uri: str, config: DataConfig) -> Source:
     reader = FolderReader(beside(uri)[0].uri)
     stated = stated_names(config)
     splits = _splits(uri, table)
-    classes: set[str] = set()
+    written: set[str] = set()
 
     def all_entries() -> Iterator[Entry]:
         for entry in _entries(reader.root, table, splits, stated):
             if entry.class_name is not None:
-                classes.add(entry.class_name)
+                written.add(entry.class_name)
+                entry = entry._replace(class_name=class_name(entry.class_name))
             yield entry
 
     entries = collect(all_entries())
@@ -54,11 +82,11 @@ def list_index(uri: str, config: DataConfig) -> Source:
         raise ValueError(f"source {uri!r} names no images: add rows")
     names = stated
     if names is None and config.labels != "none":
-        names = names_of(classes, uri)
+        names = names_of(written, uri)
         if names is None and config.labels == "required":
-            raise no_labels(uri, f"columns {', '.join(table.column_names)}; data.label_column names another one")
+            raise nothing_labelled(uri, entries)
     is_declared = stated is not None or are_numbers(names)
-    remarks = (table.schema.metadata[_TOLD].decode(),)
+    remarks = (table.schema.metadata[_TOLD].decode(), *unicode_remarks(written))
     return Source(uri, entries, names, reader, is_declared=is_declared, remarks=remarks)
 
 
@@ -75,63 +103,81 @@ def check_index(uri: str, config: DataConfig) -> None:
     _splits(uri, table)
 
 
-def is_index(schema: pa.Schema, config: DataConfig) -> bool:
+def is_index(schema: pa.Schema, config: DataConfig, uri: str) -> bool:
     """Return whether a Parquet file has the columns of an index."""
-    return _choose(schema.names, config.image_column, PATHS) is not None
+    return choose(schema.names, PATHS, config.image_column, "data.image_column", uri) is not None
 
 
 def _table(uri: str, config: DataConfig) -> pa.Table:
-    """Open and read the index at `uri`; see `_read`."""
+    """Read the index at `uri`: columns path, label (null without labels) and split (null where there is none)."""
     files, name = beside(uri)
     try:
         file = files.open(name)
     except FileNotFoundError as error:
-        is_folder = os.path.isdir(os.path.join(files.uri, name))
-        problem = "is a folder: give the index itself" if is_folder else "does not exist"
+        problem = "is a folder: give the index itself" if open_files(uri).exists() else "does not exist"
         raise ValueError(f"source {uri!r} {problem}") from error
-    return _read(uri, file, config)
-
-
-def _read(uri: str, file: BinaryIO, config: DataConfig) -> pa.Table:
-    """Read an index: columns path, label (null without labels) and split (null where there is none), as text."""
     with file:
         try:
-            table = pq.read_table(file) if uri.lower().endswith(".parquet") else _read_csv(file, uri)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"source {uri!r} cannot be read as an index: {reason}") from error
+            table = pq.read_table(file) if uri.lower().endswith(".parquet") else _read_csv(file, uri, config)
+        except (pa.ArrowException, OSError) as error:
+            if is_of_storage(error):
+                raise
+            reason = " ".join(str(error).split())[:150]
+            remedy = "save it as UTF-8 text" if "UTF8" in reason else "give a table of one row per image"
+            raise ValueError(f"source {uri!r} cannot be read as an index: {reason}; {remedy}") from error
     names = table.column_names
-    path = _choose(names, config.image_column, PATHS)
+    path = choose(names, PATHS, config.image_column, "data.image_column", uri)
     if path is None:
-        raise ValueError(f"source {uri!r} has the columns {', '.join(names)}: name that of paths in data.image_column")
-    label = None if config.labels == "none" else _choose(names, config.label_column, _LABELS)
+        raise ValueError(f"source {uri!r} has the columns {listed(names)}: name that of paths in data.image_column")
+    label = None if config.labels == "none" else choose(names, LABELS, config.label_column, "data.label_column", uri)
+    if label is None and config.labels == "required":
+        raise no_labels(uri, f"columns {listed(names)}; data.label_column names another one")
+    if label is not None:
+        check_label_type(table.field(label), uri)
+    split = choose(names, ("split",), "", "", uri)
     nulls = pa.nulls(len(table), pa.string())
     columns = {
-        "path": table[path].cast(pa.string()),
-        "label": nulls if label is None else table[label],
-        "split": table["split"].cast(pa.string()) if "split" in names else nulls,
+        "path": as_text(table[path], table.field(path), uri, "data.image_column"),
+        "label": nulls if label is None else labels_of(table[label]),
+        "split": nulls if split is None else as_text(table[split], table.field(split), uri, ""),
     }
-    told = f"paths: column {path}; labels: {f'column {label}' if label else 'none'}"
-    return pa.table(columns).replace_schema_metadata({_TOLD: told})
+    _check_paths(columns["path"], path, uri)
+    told = [
+        remark("paths", path, names, PATHS, "data.image_column"),
+        remark("labels", label, names, LABELS, "data.label_column"),
+    ]
+    return pa.table(columns).replace_schema_metadata({_TOLD: "; ".join(told)})
 
 
-def _read_csv(file: BinaryIO, uri: str) -> pa.Table:
-    """Read all columns as text: "007" is a name, not the number 7."""
-    delimiter = "\t" if uri.lower().endswith(".tsv") else ","
-    parse = pc_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pc_csv.open_csv(file, parse_options=parse) as reader:
+def _check_paths(paths: pa.ChunkedArray, column: str, uri: str) -> None:
+    """Refuse images in place of paths."""
+    first = paths.drop_null()[:1].to_pylist()
+    if first and image_of_text(first[0]) is not None:
+        raise ValueError(
+            f"source {uri!r}: column {shown(column, 40)} holds images as base64 text, not paths: save the table as "
+            "Parquet, where they are read"
+        )
+
+
+def _read_csv(file: BinaryIO, uri: str, config: DataConfig) -> pa.Table:
+    """Read all columns as text: "007" is a name, not the number 7. The delimiter is the one that shows the paths."""
+    start = file.readline(_LONGEST_HEADER)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise pa.ArrowInvalid("it is UTF-16, not UTF8")
+    file.seek(0)
+    header = [start.decode("utf-8-sig", "replace")]
+    wanted = {plain(config.image_column)} if config.image_column else set(PATHS)
+    usual = ("\t", *_DELIMITERS) if uri.lower().endswith(".tsv") else _DELIMITERS
+    fitting = (one for one in usual if not wanted.isdisjoint(map(plain, next(csv.reader(header, delimiter=one), ()))))
+    parse = pc_csv.ParseOptions(delimiter=next(fitting, usual[0]), newlines_in_values=True)
+    read = pc_csv.ReadOptions(block_size=_BLOCK)
+    with pc_csv.open_csv(file, read_options=read, parse_options=parse) as reader:
         names = reader.schema.names
     file.seek(0)
     convert = pc_csv.ConvertOptions(
         column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=True, null_values=[""]
     )
-    return pc_csv.read_csv(file, parse_options=parse, convert_options=convert)
-
-
-def _choose(names: list[str], wanted: str, usual: tuple[str, ...]) -> str | None:
-    if wanted:
-        return wanted if wanted in names else None
-    return next((name for name in usual if name in names), None)
+    return pc_csv.read_csv(file, read_options=read, parse_options=parse, convert_options=convert)
 
 
 def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
@@ -143,7 +189,9 @@ def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
     cells = pc.unique(table["split"]).to_pylist()
     words = {cell: None if cell is None else split_word(cell) for cell in cells}
     if unknown := [cell for cell, word in words.items() if cell is not None and word is None]:
-        raise ValueError(f"source {uri!r}: split {unknown[0]!r} is none of {', '.join(SPLIT_NAMES)}: correct the index")
+        raise ValueError(
+            f"source {uri!r}: split {shown(unknown[0])} is none of {', '.join(SPLIT_NAMES)}: correct the index"
+        )
     splits = splits_by_word(words.values(), uri, "rows")
     if unread := sorted(word for word in words.values() if word is not None and word not in splits):
         log.warning("source %s: %s rows are not read", uri, ", ".join(unread))
@@ -157,6 +205,8 @@ def _entries(
     order = pc.sort_indices(table["path"])
     ordered = table.take(order).append_column("row", order)
     folders = _Folders(root)
+    dotted = table["path"].filter(pc.match_substring_regex(table["path"], _DOTS.pattern))
+    several, told = set(map(posixpath.normpath, dotted.to_pylist())), set[str]()  # paths of one file
     for batch in ordered.to_batches(max_chunksize=1 << 14):
         for path, label, split, row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             if split not in splits:
@@ -164,21 +214,22 @@ def _entries(
             if path is None or path == "":
                 yield Entry(f"row {row}", 0, problem="the index has no path here")
                 continue
-            item, problem = folders.find(path), None
             try:
-                class_name = class_of(label, names)
+                place, item = folders.find(path)
             except RejectedEntryError as error:
-                class_name, problem = None, str(error)
-            is_elsewhere = path.startswith("/") or "://" in path
-            yield Entry(
-                path,
-                item.size,
-                item.version,
-                class_name,
-                splits[split],
-                item.problem or problem,
-                file=path if is_elsewhere else "",
-            )
+                yield Entry(f"row {row}: {shown(path.rpartition('@')[2])}", 0, problem=str(error))
+                continue
+            problem = item.problem
+            if problem is None and (same := posixpath.normpath(path)) in several:
+                problem = REPEATED if same in told else None
+                told.add(same)
+            try:
+                found = class_of(label, names)
+            except RejectedEntryError as error:
+                found, problem = None, problem or str(error)
+            is_elsewhere = place != path or path.startswith("/")
+            file = place if is_elsewhere else ""
+            yield Entry(path, item.size, item.version, found, splits[split], problem, file=file)
 
 
 class _Folders:
@@ -188,17 +239,24 @@ class _Folders:
         self.root = root
         self.listed: dict[str, dict[str, FileInfo]] = {}
 
-    def find(self, path: str) -> FileInfo:
-        """Return what is listed of a file; it has a problem if the file does not exist."""
-        folder, slash, name = path.rpartition("/")
-        if folder not in self.listed:
-            if len(self.listed) == _CACHED_FOLDERS:
-                del self.listed[next(iter(self.listed))]
-            self.listed[folder] = self._list(folder + slash)
-        item = self.listed[folder].get(name)
-        if item is None or item.is_folder:
-            return FileInfo(path, problem="there is no such file" if item is None else FOLDER_AS_IMAGE)
-        return item
+    def find(self, path: str) -> tuple[str, FileInfo]:
+        """Return where a path leads and what is listed there, which has a problem if the file does not exist.
+
+        Raises:
+            RejectedEntryError: no file can have the path.
+        """
+        place = _place(self.root, path)
+        bare = path.strip()
+        for form in dict.fromkeys((path, bare, *(unicodedata.normalize(name, bare) for name in ("NFC", "NFD")))):
+            folder, slash, name = _place(self.root, form).rpartition("/")
+            if folder not in self.listed:
+                if len(self.listed) == _CACHED_FOLDERS:
+                    del self.listed[next(iter(self.listed))]
+                self.listed[folder] = self._list(folder + slash)
+            if (item := self.listed[folder].get(name)) is not None:
+                item = FileInfo(path, problem=FOLDER_AS_IMAGE) if item.is_folder else item
+                return folder + slash + name, item
+        return place, FileInfo(path, problem="there is no such file")
 
     def _list(self, folder: str) -> dict[str, FileInfo]:
         files, inner = locate(self.root, folder)
@@ -206,3 +264,33 @@ class _Folders:
             return {item.name: item for item in files.scan(inner)}
         except (FileNotFoundError, NotADirectoryError):
             return {}
+
+
+def _place(root: str, path: str) -> str:
+    """Return where a path leads: relative to `root`, absolute, or on S3, whose keys mean '.' and '..' literally.
+
+    Raises:
+        RejectedEntryError: it leads out of its bucket, or no file can have it.
+    """
+    if "\0" in path:
+        raise RejectedEntryError("its path holds a NUL character")
+    if len(path) > _LONGEST_PART and image_of_text(path) is not None:
+        raise RejectedEntryError("its path is an image in base64: of text, images are read in Parquet only")
+    if SCHEME.match(path):
+        try:
+            path = parse_location(path, "its path", "a path or s3:// URI").uri
+        except ValueError as error:
+            raise RejectedEntryError(str(error)) from error
+    full = path if path.startswith(("/", "s3://")) else f"{root}/{path}"
+    if not full.startswith("s3://"):
+        longest = max(len(part.encode()) for part in path.split("/"))
+        if longest > _LONGEST_PART:
+            raise RejectedEntryError(f"a part of its path has {longest} bytes, more than {_LONGEST_PART}")
+        return path
+    bucket, _, key = full.removeprefix("s3://").partition("/")
+    key = posixpath.normpath(key)
+    if key.split("/")[0] == "..":
+        raise RejectedEntryError("its path leads out of the bucket")
+    if len(key.encode()) > _LONGEST_KEY:
+        raise RejectedEntryError(f"its path has {len(key.encode())} bytes, more than {_LONGEST_KEY}")
+    return f"s3://{bucket}/{key}".removeprefix(f"{root}/")

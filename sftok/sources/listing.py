@@ -22,6 +22,7 @@ from infra.store.store import Store
 
 DIGITS = "sklearn:digits"
 POSSIBLE = f"a folder of images, WebDataset tars, Parquet, an index of paths (.csv, .parquet), or {DIGITS}"
+REPEATED = "another entry has the same name"
 _TEXT = pa.large_string()  # offsets of 64 bits: a hundred million paths are more than 2 GB
 _SCHEMA = pa.schema(
     [
@@ -48,7 +49,7 @@ class Entry(NamedTuple):
     image_id: str  # path within the source, with /
     size: int  # bytes
     version: str = ""  # of the file, as known from a listing: modification time or etag
-    class_name: str | None = None
+    class_name: str | None = None  # as the source writes it; `rules.class_name` normalises it
     split: str | None = None  # None: by hash of the image id
     problem: str | None = None  # reason to reject it without reading it
     file: str = ""  # file of the bytes, if it is not the one that the image id names
@@ -118,9 +119,7 @@ class Entries(Sequence[Entry]):
         repeated = ordered.repeated()
         if not pc.any(repeated).as_py():
             return ordered
-        return ordered.with_column(
-            "problem", pc.if_else(repeated, "another entry has the same name", ordered.column("problem"))
-        )
+        return ordered.with_column("problem", pc.if_else(repeated, REPEATED, ordered.column("problem")))
 
     def __len__(self) -> int:
         return self.table.num_rows

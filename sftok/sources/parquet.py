@@ -4,7 +4,6 @@ A single image cannot be read from Parquet, since its column is compressed in pa
 in small batches, and its images are copied to files of at most PIECE_BYTES, uncompressed, from which ranges are read.
 """
 
-import json
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,23 +13,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sftok.config import DataConfig
-from sftok.sources.containers import (
-    BYTES,
-    check_storage,
-    container_problem,
-    list_containers,
-    stored_range,
+from sftok.sources.columns import (
+    LABELS,
+    class_label_names,
+    hf_features,
+    holds_images,
+    image_column,
+    image_of_text,
+    is_text,
+    label_column,
+    remark,
 )
-from sftok.sources.files import FolderReader, open_files
+from sftok.sources.containers import Pieces, check_storage, container_problem, list_containers
+from sftok.sources.files import FolderReader, is_of_storage, open_files
 from sftok.sources.labels import class_of, no_labels, stated_names
 from sftok.sources.listing import Container, ContainerTask, Entry, RejectedEntryError, Source, Unpacker
-from sftok.sources.rules import class_name, distinct
+from sftok.sources.rules import listed, shown
 
 SUFFIXES = (".parquet",)
-PIECE_BYTES = 1 << 26
 _ROWS = 64  # decoded at once
 _BUFFER = 1 << 23  # bytes read at once, instead of whole columns of a row group
-_LABELS = ("label", "labels", "class", "cls", "class_id", "class_name", "target")
+_LONGEST_NAME = 1000  # characters of a path that serves as an image id
 _DAMAGE = (pa.ArrowException, OSError, ValueError)  # pyarrow raises OSError for corrupt pages too
 
 
@@ -41,14 +44,14 @@ def list_parquet(uri: str, config: DataConfig) -> Source:
         ValueError: the columns of images or of labels cannot be recognised.
     """
     root, containers, broken = list_containers(uri, SUFFIXES)
-    schema = schema_of(root, containers)
+    schema, candidates = look_into(root, containers, config.image_column)
     features = hf_features(schema)
-    image = image_column(schema, features, config, root)
-    label = None if config.labels == "none" else label_column(schema, features, config)
+    image = image_column(schema, candidates, features, config, root)
+    label = None if config.labels == "none" else label_column(schema, features, config, root)
     stated = stated_names(config)
     names = stated or (None if label is None else class_label_names(features, label))
     if label is None and config.labels == "required":
-        raise no_labels(root, f"columns {', '.join(schema.names)}; data.label_column names another one")
+        raise no_labels(root, f"columns {listed(schema.names)}; data.label_column names another one")
     return Source(
         uri=root,
         entries=broken,
@@ -57,7 +60,8 @@ def list_parquet(uri: str, config: DataConfig) -> Source:
         is_declared=names is not None and label is not None,
         containers=containers,
         unpack=ParquetUnpacker(root, label is not None, names, image, label, stated is not None),
-        remarks=(f"images: column {image}; labels: {f'column {label}' if label else 'none'}",),
+        has_names=True,
+        remarks=(f"images: column {image}; {remark('labels', label, schema.names, LABELS, 'data.label_column')}",),
     )
 
 
@@ -78,7 +82,7 @@ class ParquetUnpacker(Unpacker):
             ValueError: the columns or class names differ from those of the first file.
         """
         container, row = task.container, 0
-        pieces = _Pieces(task)
+        pieces = Pieces(task)
         with open_files(self.uri).open(container.path) as file:
             try:
                 parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER)
@@ -101,12 +105,17 @@ class ParquetUnpacker(Unpacker):
                 yield Entry(f"{container.path}#{lost}", 0, split=container.split, problem=damage)
         pieces.flush()
 
-    def _entry(self, values: dict[str, Any], row: int, container: Container, pieces: "_Pieces") -> Entry:
+    def _entry(self, values: dict[str, Any], row: int, container: Container, pieces: "Pieces") -> Entry:
         held = values[self.image]
         value, name = (held.get("bytes"), held.get("path")) if isinstance(held, dict) else (held, None)
         entry = Entry(f"{container.path}#{row}", len(value or b""), split=container.split)
+        if isinstance(value, str):
+            value = image_of_text(value)
+            if value is None:
+                return entry._replace(problem="its text is no image in base64")
+            entry = entry._replace(size=len(value))
         if value is None:
-            return entry._replace(problem="no bytes" if name is None else f"no bytes, only the path {name[:200]!r}")
+            return entry._replace(problem="no bytes" if name is None else f"no bytes, only the path {shown(name)}")
         try:
             found = class_of(values[self.label], self.class_names) if self.label else None
         except RejectedEntryError as error:
@@ -120,120 +129,55 @@ class ParquetUnpacker(Unpacker):
         for column in filter(None, (self.image, self.label)):
             if column not in schema.names:
                 raise ValueError(f"{where} has no column {column!r}, as the first file has: give files of one kind")
+        kind = schema.field(self.image).type
+        if not holds_images(kind) and not is_text(kind):
+            raise ValueError(f"{where} has no images in column {self.image!r}: give files of one kind")
         if self.label and not self.is_stated:
             own = class_label_names(hf_features(schema), self.label)
             if own is not None and own != self.class_names:
                 raise ValueError(f"{where} has other class names than the first file: give files of one dataset")
 
 
-class _Pieces:
-    """Concatenates images into files, each held in memory until it is full."""
-
-    def __init__(self, task: ContainerTask) -> None:
-        self.task, self.folder = task, task.folder.at(BYTES)
-        self.number, self.size, self.held = 0, 0, list[bytes]()
-
-    def add(self, data: bytes) -> tuple[str, int]:
-        """Append an image and return its file and offset."""
-        if self.held and self.size + len(data) > PIECE_BYTES:
-            self.flush()
-        at, self.size = self.size, self.size + len(data)
-        self.held.append(data)
-        return stored_range(self.task, self.number), at
-
-    def flush(self) -> None:
-        """Write the images held."""
-        if self.held:
-            self.folder.write(stored_range(self.task, self.number), b"".join(self.held))
-        self.number, self.size = self.number + 1, 0
-        self.held.clear()
-
-
 # --- which columns
 
 
-def schema_of(root: str, containers: Sequence[Container]) -> pa.Schema:
-    """Read the schema of the first readable file.
+def look_into(root: str, containers: Sequence[Container], stated: str) -> tuple[pa.Schema, list[str]]:
+    """Read the schema of the first readable file, and list the columns that can hold images.
+
+    Those are the columns of bytes; if there are none, or another column is stated, also those of text whose first
+    value is an image in base64.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no file can be read.
     """
     for container in containers:
         with open_files(root).open(container.path) as file:
             try:
-                return pq.read_schema(file)
+                parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER)
+                schema = parquet.schema_arrow
+                found = [field.name for field in schema if holds_images(field.type)]
+                if not found or (stated and stated not in found):
+                    found += _images_in_text(parquet)
+                return schema, found
             except _DAMAGE as error:
-                if isinstance(error, ConnectionError) or getattr(error, "errno", None) is not None:
+                if is_of_storage(error):
                     raise
                 trouble = f"{container.path}: {_short(error)}"
     raise ValueError(f"source {root!r}: no Parquet file can be read ({trouble if containers else 'there is none'})")
 
 
-def hf_features(schema: pa.Schema) -> dict[str, Any]:
-    """Read the features of the columns from Hugging Face's metadata."""
-    try:
-        features = dict(json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"])
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return {name: kind for name, kind in features.items() if isinstance(kind, dict)}
-
-
-def class_label_names(features: dict[str, Any], label: str) -> tuple[str, ...] | None:
-    """Return the names of a ClassLabel, equal ones told apart."""
-    names = features.get(label, {}).get("names")
-    if isinstance(names, dict):  # as YAML writes a list
-        names = [names[key] for key in sorted(names, key=int)]
-    return distinct([class_name(str(name)) for name in names]) if names else None
-
-
-def image_candidates(schema: pa.Schema) -> list[str]:
-    """List the columns that can hold images: bytes, or a struct with bytes."""
-    return [field.name for field in schema if _holds_images(field.type)]
-
-
-def image_column(schema: pa.Schema, features: dict[str, Any], config: DataConfig, uri: str) -> str:
-    """Choose the column of images: the named one, the one declared as images, or the only one with bytes."""
-    candidates = image_candidates(schema)
-    if config.image_column:
-        if config.image_column not in candidates:
-            raise ValueError(
-                f"data.image_column = {config.image_column!r} is no column of bytes of {uri!r}: choose from "
-                f"{', '.join(candidates) or 'none'}"
-            )
-        return config.image_column
-    declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
-    for choice in (declared, candidates):
-        if len(choice) == 1:
-            return choice[0]
-    raise ValueError(
-        f"source {uri!r}: {len(candidates)} of the columns {', '.join(schema.names)} can hold images"
-        f"{f' ({chr(44).join(candidates)})' if candidates else ''}: name one in data.image_column"
-    )
-
-
-def label_column(schema: pa.Schema, features: dict[str, Any], config: DataConfig) -> str | None:
-    """Choose the column of labels: the named one, the only ClassLabel, or the one with a usual name."""
-    if config.label_column:
-        if config.label_column not in schema.names:
-            raise ValueError(
-                f"data.label_column = {config.label_column!r} is no column: choose from {', '.join(schema.names)}"
-            )
-        return config.label_column
-    declared = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    if len(declared) == 1:
-        return declared[0]
-    return next((name for name in _LABELS if name in schema.names), None)
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" and _holds_images(kind.field(i).type) for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+def _images_in_text(parquet: pq.ParquetFile) -> list[str]:
+    columns = [field.name for field in parquet.schema_arrow if is_text(field.type)]
+    for batch in parquet.iter_batches(_ROWS, columns=columns) if columns else ():
+        firsts = {field.name: batch.column(at).drop_null()[:1].to_pylist() for at, field in enumerate(batch.schema)}
+        return [name for name, values in firsts.items() if values and image_of_text(values[0]) is not None]
+    return []
 
 
 def _is_plain(name: str) -> bool:
     """Return whether a path can be an image id: relative, and inside its root."""
-    return bool(name) and not posixpath.isabs(name) and ".." not in name.split("/")
+    is_short = 0 < len(name) <= _LONGEST_NAME and "\0" not in name
+    return is_short and not posixpath.isabs(name) and ".." not in name.split("/")
 
 
 def _short(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Rules that all kinds of sources follow: names of splits, hidden files, and the names and order of classes.
+"""Rules that all kinds of sources follow: names of splits, hidden files, names and order of classes, and messages.
 
 The page `docs/reference/sources.md` states them as a table.
 """
@@ -22,23 +22,16 @@ _SPLIT_IN_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(sorted(SPLIT_NAMES, key=len
 
 HIDDEN_FILE, HIDDEN_FOLDER = "a hidden file", "a hidden folder"
 SYSTEM_FILE, SYSTEM_FOLDER = "a file of the operating system", "a folder of thumbnails or of the operating system"
+SPARK_FOLDER = "a folder that Spark keeps for itself"
 STRAY_FILE = "a file beside the images"
 OTHER_SPLIT = "neither train nor val"
 # Reasons of entries that are left out by rule: they are in the ledger, but say nothing about the source's quality.
-LEFT_OUT = frozenset({HIDDEN_FILE, HIDDEN_FOLDER, SYSTEM_FILE, SYSTEM_FOLDER, STRAY_FILE, OTHER_SPLIT})
+LEFT_OUT = frozenset({HIDDEN_FILE, HIDDEN_FOLDER, SYSTEM_FILE, SYSTEM_FOLDER, SPARK_FOLDER, STRAY_FILE, OTHER_SPLIT})
 _SYSTEM_FILES = frozenset({"Thumbs.db", "desktop.ini"})
-_SYSTEM_FOLDERS = frozenset(
-    {
-        "@eaDir",
-        "#recycle",
-        "@Recycle",
-        "@__thumb",
-        "$RECYCLE.BIN",
-        "System Volume Information",
-        "__MACOSX",
-        "lost+found",
-    }
+_SYSTEM_FOLDERS = {"System Volume Information": SYSTEM_FOLDER} | dict.fromkeys(
+    ("@eaDir", "@Recycle", "@__thumb", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"), SYSTEM_FOLDER
 )
+_SYSTEM_FOLDERS |= dict.fromkeys(("_temporary", "_delta_log", "_spark_metadata"), SPARK_FOLDER)
 _NUMBERED = re.compile(r"(.*) \(#([0-9]+)\)'*", re.DOTALL)
 
 
@@ -51,14 +44,17 @@ def split_word(name: str) -> str | None:
     return word if word in SPLIT_NAMES else None
 
 
-def split_word_in(path: str) -> str | None:
-    """Return the split's word that a folder of a path is, or else one in the file's name, as in `train-0001.tar`."""
+def split_word_in(path: str) -> tuple[str | None, str]:
+    """Return the split's word that a folder of a path is, or else one in the file's name, as in `train-0001.tar`.
+
+    Also returns the folder that holds the split's folder or file.
+    """
     *folders, name = path.split("/")
-    for folder in folders:
+    for depth, folder in enumerate(folders):
         if word := split_word(folder):
-            return word
+            return word, "/".join(folders[:depth])
     match = _SPLIT_IN_NAME.search(name.lower())
-    return match[1] if match else None
+    return match[1] if match else None, "/".join(folders)
 
 
 def splits_by_word(words: Iterable[str | None], uri: str, what: str) -> dict[str | None, str | None]:
@@ -117,7 +113,7 @@ def reason_to_leave_out(name: str, *, is_folder: bool = False) -> str | None:
     if name.startswith(".") and name not in (".", ".."):
         return HIDDEN_FOLDER if is_folder else HIDDEN_FILE
     if is_folder:
-        return SYSTEM_FOLDER if name in _SYSTEM_FOLDERS else None
+        return _SYSTEM_FOLDERS.get(name)
     return SYSTEM_FILE if name in _SYSTEM_FILES else None
 
 
@@ -137,6 +133,16 @@ def left_out_part(path: str) -> tuple[str, str] | None:
 def class_name(name: str) -> str:
     """Normalise a class name to NFC: file systems and editors write the same letters in two ways."""
     return unicodedata.normalize("NFC", name)
+
+
+def unicode_remarks(names: Iterable[str]) -> tuple[str, ...]:
+    """Tell of class names, as they are written, that are not in NFC."""
+    other = sorted(name for name in set(names) if class_name(name) != name)
+    if not other:
+        return ()
+    count = f"{len(other):,} class names, such as" if len(other) > 1 else "the class name"
+    are = "are" if len(other) > 1 else "is"
+    return (f"{count} {shown(class_name(other[0]))} {are} written in decomposed Unicode: taken for the composed form",)
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
@@ -174,3 +180,22 @@ def shared_names(names: tuple[str, ...]) -> Mapping[str, tuple[int, ...]]:
         if (match := _NUMBERED.fullmatch(name)) and int(match[2]) == class_id and match[1] in names:
             found.setdefault(match[1], [names.index(match[1])]).append(class_id)
     return {name: tuple(ids) for name, ids in found.items()}
+
+
+# --- messages
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Quote a value of a source for a message; of a long one the beginning and the length."""
+    text = str(value)
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text):,} characters)"
+
+
+def listed(names: Iterable[object], most: int = 160) -> str:
+    """List names of columns or classes for a message, as many as fit; each is cut after 40 characters."""
+    texts = [text if len(text) <= 40 else f"{text[:37]}..." for text in map(str, names)]
+    for count in range(len(texts), 0, -1):
+        line = ", ".join(texts[:count])
+        if len(line) <= most:
+            return line + (f" and {len(texts) - count} more" if count < len(texts) else "")
+    return "none"

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable
-from pathlib import PurePosixPath
 
 from infra.store.types import FileInfo
 from sftok.config import DataConfig
@@ -17,7 +16,10 @@ from sftok.sources.files import Files, FolderReader, beside, is_image_name, open
 from sftok.sources.folder import check_exists, check_folder, list_folder
 from sftok.sources.index import check_index, is_index, list_index
 from sftok.sources.listing import DIGITS, POSSIBLE, Container, Entries, Entry, RejectedEntryError, Source
-from sftok.sources.parquet import image_candidates, list_parquet, schema_of
+from sftok.sources.parquet import list_parquet, look_into
+from sftok.sources.patterns import is_pattern
+from sftok.sources.rules import listed
+from sftok.sources.tar import SUFFIXES as TARS
 from sftok.sources.tar import list_tars
 
 __all__ = [
@@ -39,7 +41,9 @@ KINDS: dict[str, Callable[[str, DataConfig], Source]] = {
 }
 # Checks beforehand; tars and Parquet files are few compared with the images in them, and are listed.
 CHECKS: dict[str, Callable[[str, DataConfig], object]] = {**KINDS, "folder": check_folder, "index": check_index}
-_BY_SUFFIX = {".tar": "webdataset", ".csv": "index", ".tsv": "index"}
+_BY_SUFFIX = {**dict.fromkeys(TARS, "webdataset"), ".parquet": "parquet", ".csv": "index", ".tsv": "index"}
+_ARCHIVES = (".zip", ".7z", ".rar", ".tar.bz2", ".tar.xz", ".tar.zst")
+_LEVELS = 4  # of folders, and on each
 _LOOKED_INTO = 8  # folders looked into to recognise the kind
 _SEEN = 1000  # files of a folder looked at to recognise the kind
 
@@ -49,8 +53,8 @@ def list_source(source: str, config: DataConfig | None = None) -> Source:
 
     Args:
         source: `sklearn:digits`, or a path or s3:// URI of a folder of images, of tars or Parquet files (a folder, one
-            file, or a pattern such as `train-{000..999}.tar`), or of an index; optionally with the prefix `folder:`,
-            `webdataset:`, `parquet:` or `index:`.
+            file, or a pattern such as `train-{000..999}.tar` or `*.tar`), or of an index; optionally with the prefix
+            `folder:`, `webdataset:`, `parquet:` or `index:`.
         config: labels and columns; None for the defaults.
 
     Raises:
@@ -101,58 +105,73 @@ def _kind_and_place(source: str, config: DataConfig) -> tuple[str, str]:
 
 
 def _recognised(uri: str, config: DataConfig) -> str:
-    """Recognise the kind of a source by its name or its contents."""
-    suffix = PurePosixPath(uri).suffix.lower()
-    if suffix in _BY_SUFFIX:
-        return _BY_SUFFIX[suffix]
-    if suffix == ".parquet":
-        return "parquet" if "{" in uri else _kind_of_table(uri, config)
-    if "{" in uri:
-        raise ValueError(
-            f"source {uri!r} is a pattern of neither .tar nor .parquet files: say which, as webdataset:..."
-        )
+    """Recognise the kind of a source by its contents, if it is a folder, or by its name."""
     files = open_files(uri)
-    check_exists(files)
-    return _kind_of_folder(files)
+    if files.exists():
+        return _kind_of_folder(files)
+    name = uri.lower()
+    kind = next((kind for suffix, kind in _BY_SUFFIX.items() if name.endswith(suffix)), None)
+    if kind == "parquet":
+        return _kind_of_table(uri, config)
+    if kind is None and name.endswith(_ARCHIVES):
+        raise ValueError(f"source {uri!r} is an archive of a kind that is not read: unpack it, and name the folder")
+    if kind is None and is_pattern(uri):
+        raise ValueError(
+            f"source {uri!r} is a pattern of neither .tar nor .parquet files: say which, as webdataset:..., or name "
+            "the folder"
+        )
+    if kind is None:
+        check_exists(files)
+    return kind or "folder"
 
 
 def _kind_of_table(uri: str, config: DataConfig) -> str:
     """Recognise whether a Parquet file holds images or lists them."""
     files, name = beside(uri)
     try:
-        schema = schema_of(files.uri, [Container(name, 0, "", None)])
+        schema, images = look_into(files.uri, [Container(name, 0, "", None)], config.image_column)
     except FileNotFoundError as error:
+        if is_pattern(uri):
+            return "parquet"
         raise ValueError(f"source {uri!r} does not exist: give {POSSIBLE}") from error
-    if image_candidates(schema):
+    stated = config.image_column
+    if images and (not stated or stated in images or stated not in schema.names):
         return "parquet"
-    if is_index(schema, config):
+    if is_index(schema, config, uri):
         return "index"
     raise ValueError(
-        f"source {uri!r} has the columns {', '.join(schema.names)}, of which none holds images or paths: "
+        f"source {uri!r} has the columns {listed(schema.names)}, of which none holds images or paths: "
         "name the column in data.image_column"
     )
 
 
 def _kind_of_folder(files: Files) -> str:
     """Recognise whether a folder holds tars, Parquet files or images, by its top and its first folders."""
-    top = visible(files.scan(""))
-    items = [item for item in top if not item.is_folder]
-    for folder in [item for item in top if item.is_folder][:_LOOKED_INTO]:
-        items += [item for item in itertools.islice(files.scan(folder.key), _SEEN) if not item.is_folder]
-    seen = {
-        "webdataset": _some(items, ".tar"),
-        "parquet": _some(items, ".parquet"),
-        "folder": [item.key for item in items if is_image_name(item.name)],
-    }
-    kinds = [kind for kind, paths in seen.items() if paths]
+    items, folders = list[FileInfo](), [""]
+    for depth in range(_LEVELS):
+        found = [item for folder in folders for item in _first_items(files, folder, whole=not depth)]
+        items += [item for item in found if not item.is_folder]
+        folders = [item.key for item in found if item.is_folder][:_LOOKED_INTO]
+        seen = {
+            "webdataset": _some(items, *TARS),
+            "parquet": _some(items, ".parquet"),
+            "folder": [item.key for item in items if is_image_name(item.name)],
+        }
+        kinds = [kind for kind, paths in seen.items() if paths]
+        if depth and kinds:
+            break
     if len(kinds) > 1:
-        shown = " and ".join(f"{min(seen[kind])} ({kind}:)" for kind in kinds)
-        raise ValueError(f"source {files.uri!r} holds {shown}: say which to read, as {kinds[0]}:{files.uri}")
-    if not kinds and (tables := _some(items, ".csv", ".tsv", ".tar.gz", ".tgz", ".zip")):
+        paths = " and ".join(f"{min(seen[kind])} ({kind}:)" for kind in kinds)
+        raise ValueError(f"source {files.uri!r} holds {paths}: say which to read, as {kinds[0]}:{files.uri}")
+    if not kinds and (tables := _some(items, ".csv", ".tsv", *_ARCHIVES)):
         raise ValueError(
             f"source {files.uri!r} holds {min(tables)} but no images: name an index itself, unpack archives"
         )
     return kinds[0] if kinds else "folder"
+
+
+def _first_items(files: Files, folder: str, *, whole: bool) -> list[FileInfo]:
+    return visible(itertools.islice(files.scan(folder), None if whole else _SEEN))
 
 
 def _some(items: list[FileInfo], *suffixes: str) -> list[str]:

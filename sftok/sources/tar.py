@@ -1,18 +1,22 @@
-"""WebDataset: tar files of samples, the members KEY.jpg (or .png ...), KEY.cls and KEY.json.
+"""WebDataset: tar files of samples, the members KEY.jpg (or .png ...), KEY.cls and KEY.json; KEY ends at the first dot.
 
-Nothing is extracted: only headers and labels of a tar are read, and an image is a range of the tar's bytes.
+Nothing is extracted: only headers and labels of a tar are read, and an image is a range of the tar's bytes. Tars that
+are compressed by gzip are read as a whole, and their images are copied to files of ranges, as those of Parquet are.
 """
 
+import gzip
 import json
 import re
 import struct
+import sys
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from sftok.config import DataConfig
-from sftok.sources.containers import check_storage, container_problem, list_containers
+from sftok.sources.containers import Pieces, check_storage, container_problem, list_containers
 from sftok.sources.files import (
     FOLDER_AS_IMAGE,
     NOT_UTF8,
@@ -24,12 +28,16 @@ from sftok.sources.files import (
 )
 from sftok.sources.labels import class_of, stated_names
 from sftok.sources.listing import Container, ContainerTask, Entry, RejectedEntryError, Source, Unpacker
-from sftok.sources.rules import left_out_part
+from sftok.sources.rules import left_out_part, listed
 
-SUFFIXES = (".tar",)
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_LABELS = ("label", "class")  # fields of a .json
 _LARGEST_LABEL = 1 << 20  # bytes of a .cls or .json
+_LARGEST_COPIED = 1 << 30  # bytes of an image that is held in memory
 _BLOCK = 512
 _GZIP = b"\x1f\x8b"
+_DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
+_DAMAGE = (tarfile.TarError, ValueError, IndexError, OverflowError, struct.error, *_DAMAGED_GZIP)
 
 
 def list_tars(uri: str, config: DataConfig) -> Source:
@@ -43,7 +51,13 @@ def list_tars(uri: str, config: DataConfig) -> Source:
         read=FolderReader(root),
         is_declared=names is not None,
         containers=containers,
-        unpack=TarUnpacker(root, config.labels != "none", names),
+        unpack=TarUnpacker(
+            root,
+            config.labels != "none",
+            names,
+            lays_open=not all(container.path.lower().endswith(".tar") for container in containers),
+            is_required=config.labels == "required",
+        ),
     )
 
 
@@ -51,7 +65,7 @@ def list_tars(uri: str, config: DataConfig) -> Source:
 class _Sample:
     """The members of one key."""
 
-    images: list[tuple[str, int, int]] = field(default_factory=list)  # name, offset, size
+    images: list[tuple[str, str, int, int]] = field(default_factory=list)  # name, file, offset, size
     labels: dict[str, bytes | str] = field(default_factory=dict)  # of .cls and .json; a string is a problem
     others: list[str] = field(default_factory=list)  # suffixes
 
@@ -60,26 +74,38 @@ class _Sample:
 class TarUnpacker(Unpacker):
     """Lists the images of a tar file; picklable."""
 
+    lays_open: bool = False  # some tars are compressed, so images are copied
+    is_required: bool = False  # an image without a label is rejected
+
     def __call__(self, task: ContainerTask) -> Iterator[Entry]:
         """List an entry per image and per unusable member, and one more for a damaged tar."""
         container = task.container
         samples: dict[str, _Sample] = {}
         told: set[str] = set()
-        damage = None
-        with open_files(self.uri).open(container.path) as file:
+        damage, pieces = None, Pieces(task) if self.lays_open else None
+        with open_files(self.uri).open(container.path) as stored:
+            is_compressed = stored.read(2) == _GZIP
+            stored.seek(0)
+            file = stored
+            if is_compressed and self.lays_open:
+                file, container = cast(BinaryIO, gzip.GzipFile(fileobj=stored)), container._replace(size=sys.maxsize)
             try:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     while (member := tar.next()) is not None:
                         tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members
-                        yield from self._take(tar, member, samples, told, container)
+                        yield from self._take(tar, member, samples, told, container, pieces)
                     damage = _after(file, tar.offset, container.size)
-            except (tarfile.TarError, ValueError, IndexError, OverflowError, EOFError, struct.error) as error:
+            except _DAMAGE as error:
                 check_storage(error, self, task)  # storage may raise ValueError, too
-                damage = _reason(file, error)
+                damage = f"the tar is damaged: {' '.join(str(error).split())[:200] or type(error).__name__}"
+                if is_compressed and not self.lays_open:
+                    damage = "the tar is compressed: rename it to .tar.gz"
+        if pieces is not None:
+            pieces.flush()
         for key, sample in samples.items():
             yield from self._entries(key, sample, container)
         if damage is not None:
-            yield container_problem(container, damage)
+            yield container_problem(task.container, damage)
 
     def _take(
         self,
@@ -88,6 +114,7 @@ class TarUnpacker(Unpacker):
         samples: dict[str, _Sample],
         told: set[str],
         container: Container,
+        pieces: Pieces | None,
     ) -> Iterator[Entry]:
         """Add a member to its sample, or yield an entry with the reason why it belongs to none; hidden folders once."""
         name = "/".join(part for part in member.name.split("/") if part not in ("", "."))
@@ -102,7 +129,10 @@ class TarUnpacker(Unpacker):
             return
         if member.isdir() and not is_image_name(base):
             return
-        if (problem := _member_problem(member, container)) is not None:
+        problem = _member_problem(member, container)
+        if pieces is not None and member.size > _LARGEST_COPIED:
+            problem = f"it has {member.size} bytes, too many to copy from a compressed tar"
+        if problem is not None:
             shown = escaped(f"{container.path}/{member.name}")
             yield Entry(shown, member.size, split=container.split, problem=problem)
             return
@@ -110,7 +140,8 @@ class TarUnpacker(Unpacker):
         sample = samples.setdefault(f"{folder}/{key}" if folder else key, _Sample())
         suffix = suffix.lower()
         if dot and is_image_name(base):
-            sample.images.append((name, member.offset_data, member.size))
+            place = (container.path, member.offset_data) if pieces is None else pieces.add(_content(tar, member))
+            sample.images.append((name, *place, member.size))
         elif suffix in ("cls", "json") and suffix not in sample.labels:
             sample.labels[suffix] = _label(tar, member) if self.is_labelled else ""
         else:
@@ -119,16 +150,16 @@ class TarUnpacker(Unpacker):
     def _entries(self, key: str, sample: _Sample, container: Container) -> Iterator[Entry]:
         """Yield the image of a sample, and its other images as rejected."""
         if not sample.images:
-            members = ", ".join(sorted({*sample.labels, *sample.others} - {""})) or "no suffix"
-            problem = f"no image among its members ({members})"
+            members = listed(sorted({*sample.labels, *sample.others} - {""}) or ["no suffix"])
+            problem = f"no image among its members ({members}): name images .jpg, .png or the like"
             yield Entry(f"{container.path}/{key}", 0, split=container.split, problem=problem)
             return
         # KEY.jpg is preferred to KEY.seg.png, which holds something else about the same image.
         taken = next((image for image in sample.images if image[0].count(".") == key.count(".") + 1), sample.images[0])
         class_name, unlabelled = self._class(sample)
         for image in sample.images:
-            name, offset, size = image
-            entry = Entry(f"{container.path}/{name}", size, split=container.split, file=container.path, offset=offset)
+            name, file, offset, size = image
+            entry = Entry(f"{container.path}/{name}", size, split=container.split, file=file, offset=offset)
             if image is taken:
                 yield entry._replace(class_name=class_name, problem=unlabelled)
             elif name == taken[0]:
@@ -137,17 +168,27 @@ class TarUnpacker(Unpacker):
                 yield entry._replace(problem="a second image of one key")
 
     def _class(self, sample: _Sample) -> tuple[str | None, str | None]:
-        """Return the class of a sample, or the problem with it; .cls precedes .json, and "label" precedes "class"."""
-        if not self.is_labelled:
-            return None, None
+        """Return the class of a sample, or the problem with it."""
         try:
-            if "cls" in sample.labels:
-                return class_of(_checked(sample.labels["cls"]), self.class_names), None
-            if "json" in sample.labels:
-                return class_of(_of_json(_checked(sample.labels["json"])), self.class_names), None
+            return class_of(self._label(sample) if self.is_labelled else None, self.class_names), None
         except RejectedEntryError as error:
             return None, str(error)
-        return None, None
+
+    def _label(self, sample: _Sample) -> object:
+        """Return the label of a sample; .cls precedes .json, and "label" precedes "class"."""
+        if "cls" in sample.labels:
+            return _checked(sample.labels["cls"])
+        fields = _fields(_checked(sample.labels["json"])) if "json" in sample.labels else {}
+        for name in _LABELS:
+            if fields.get(name) is not None:
+                return fields[name]
+        if self.is_required and fields.keys().isdisjoint(_LABELS) and (sample.labels or sample.others):
+            suffixes = {image[0].rpartition("/")[2].partition(".")[2] for image in sample.images}
+            json_fields = f"; .json has {listed(fields)}" if fields else ""
+            dots = "; a key ends at its first dot" if any("." in suffix for suffix in sample.others) else ""
+            members = listed(sorted(suffixes.union(sample.labels, sample.others)))
+            raise RejectedEntryError(f"no label among its members ({members}{json_fields}{dots})")
+        return None
 
 
 def _leads_out(member: tarfile.TarInfo) -> bool:
@@ -174,6 +215,10 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
     """Read a small member's bytes; return a string with the reason if it is too large."""
     if member.size > _LARGEST_LABEL:
         return f"its label has {member.size} bytes"
+    return _content(tar, member)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)  # reads in memory; nothing is written
     assert file is not None
     return file.read()
@@ -185,17 +230,14 @@ def _checked(label: bytes | str) -> bytes:
     return label
 
 
-def _of_json(text: bytes) -> object:
+def _fields(text: bytes) -> dict[str, Any]:
     try:
         fields: Any = json.loads(text)
     except ValueError as error:  # also UnicodeDecodeError
         raise RejectedEntryError("its .json cannot be read") from error
     except RecursionError as error:
         raise RejectedEntryError("its .json is nested too deeply") from error
-    if not isinstance(fields, dict):
-        return None
-    label = fields.get("label")
-    return fields.get("class") if label is None else label
+    return fields if isinstance(fields, dict) else {}
 
 
 def _after(file: BinaryIO, offset: int, size: int) -> str | None:
@@ -204,16 +246,11 @@ def _after(file: BinaryIO, offset: int, size: int) -> str | None:
         return f"the tar has no end mark: it may be truncated at byte {size}"
     file.seek(offset)
     block = file.read(_BLOCK)
+    if not block:
+        return f"the tar has no end mark: it may be truncated at byte {offset}"
     if any(block):
         return f"the tar is damaged at byte {offset}: what follows is not read"
     while more := file.read(1 << 20):
         if any(more):
             return f"the tar goes on after its end mark at byte {offset}: that is not read"
     return None
-
-
-def _reason(file: BinaryIO, error: Exception) -> str:
-    file.seek(0)
-    if file.read(2) == _GZIP:
-        return "the tar is compressed: unpack it with gunzip"
-    return f"the tar is damaged: {' '.join(str(error).split())[:200] or type(error).__name__}"

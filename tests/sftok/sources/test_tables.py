@@ -11,7 +11,7 @@ import pytest
 
 from infra.store.store import Store
 from sftok.prepare.prepare import PrepareResult, prepare
-from sftok.sources import parquet
+from sftok.sources import containers
 from sftok.sources.sources import list_source
 from tests.support.image_sources import (
     CONFIG,
@@ -180,7 +180,7 @@ def test_files_of_other_datasets_are_refused(tmp_path, store):
 
 
 def test_images_are_laid_open_in_bounded_pieces(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(parquet, "PIECE_BYTES", 700)
+    monkeypatch.setattr(containers, "PIECE_BYTES", 700)
     sizes = []
     write = Store.write
 
@@ -322,8 +322,8 @@ def test_kinds_are_recognised_or_said(tmp_path):
     plain(tmp_path / "numbers.parquet", {"x": pa.array([1])})
     with pytest.raises(ValueError, match="has the columns x, of which none holds images or paths"):
         list_source(str(tmp_path / "numbers.parquet"))
-    write_files(tmp_path / "archives", {"x.tar.gz": b"1"})
-    with pytest.raises(ValueError, match=r"holds x.tar.gz but no images"):
+    write_files(tmp_path / "archives", {"x.tar.xz": b"1"})
+    with pytest.raises(ValueError, match=r"holds x.tar.xz but no images"):
         list_source(str(tmp_path / "archives"))
     for missing in ("x.parquet", "x.tar", "x.csv", "x-{0..3}.tar", "webdataset:y", "index:y", "parquet:y", "folder:y"):
         with pytest.raises(ValueError, match="does not exist"):

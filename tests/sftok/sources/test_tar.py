@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from infra.store.store import Store
 from sftok.prepare.prepare import PrepareResult, prepare
-from sftok.sources.containers import expand
 from sftok.sources.listing import ContainerTask
+from sftok.sources.patterns import expand
 from sftok.sources.sources import list_source
 from tests.support.image_sources import CONFIG, image_bytes, reasons, rows_of, samples, tar_bytes, write_files
 
@@ -156,7 +156,7 @@ def test_what_is_odd_in_a_tar_is_told(tmp_path, store):
         "twice.png": "the tar holds a member of this name before",
         "two.jpg": "a second image of one key",
         "masked.seg.png": "a second image of one key",
-        "text": "no image among its members (cls, txt)",
+        "text": "no image among its members (cls, txt): name images .jpg, .png or the like",
         "unlabelled.png": "it has no label",
         "none.png": "it has no label",
         "far.png": "its label 999999999999 is not between 0 and 999999",
@@ -200,7 +200,7 @@ MEMBER = 1024  # header and one block of data
     [
         (b"", "the tar is damaged: empty file", 0),
         (b"no tar at all" * 100, "the tar is damaged: ", 0),
-        (b"\x1f\x8b" + bytes(600), "the tar is compressed: unpack it", 0),
+        (b"\x1f\x8b" + bytes(600), "the tar is compressed: rename it to .tar.gz", 0),
         (cut(8 * MEMBER + 100), "the tar is damaged", 4),
         (cut(8 * MEMBER), "the tar has no end mark: it may be truncated at byte 8192", 4),
         (cut(8 * MEMBER + 550), "the tar is damaged", 4),
