@@ -185,7 +185,7 @@ def image_column(
             raise _odd(uri, schema.field(stated), f"images are bytes{others}", "data.image_column")
         return stated
     declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
-    for choice in (declared, candidates):
+    for choice in (declared, [name for name in candidates if plain(name) not in LABELS], candidates):
         if len(choice) == 1:
             return choose(schema.names, (), choice[0], "data.image_column", uri) or choice[0]
     if not candidates:

@@ -165,7 +165,7 @@ def _read_csv(file: BinaryIO, uri: str, config: DataConfig) -> pa.Table:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise pa.ArrowInvalid("it is UTF-16, not UTF8")
     file.seek(0)
-    header = [start.decode("utf-8-sig", "replace")]
+    header = re.split("[\r\n]", start.decode("utf-8-sig", "replace"))[:1]
     wanted = {plain(config.image_column)} if config.image_column else set(PATHS)
     usual = ("\t", *_DELIMITERS) if uri.lower().endswith(".tsv") else _DELIMITERS
     fitting = (one for one in usual if not wanted.isdisjoint(map(plain, next(csv.reader(header, delimiter=one), ()))))
