@@ -104,6 +104,12 @@ def labels_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(kind).cast(pa.string()) if _is_text(kind) else column.cast(kind)
 
 
+def image_candidates(schema: pa.Schema, stated: str) -> list[str]:
+    """List the columns of bytes, which can hold images; those called like labels only if stated."""
+    kept = (field for field in schema if field.name == stated or plain(field.name) not in LABELS)
+    return [field.name for field in kept if holds_images(field.type)]
+
+
 def holds_images(kind: pa.DataType) -> bool:
     """Return whether a type can hold images: bytes, or a struct with bytes."""
     if pa.types.is_struct(kind):
@@ -185,7 +191,7 @@ def image_column(
             raise _odd(uri, schema.field(stated), f"images are bytes{others}", "data.image_column")
         return stated
     declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
-    for choice in (declared, [name for name in candidates if plain(name) not in LABELS], candidates):
+    for choice in (declared, candidates):
         if len(choice) == 1:
             return choose(schema.names, (), choice[0], "data.image_column", uri) or choice[0]
     if not candidates:

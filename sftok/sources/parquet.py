@@ -18,6 +18,7 @@ from sftok.sources.columns import (
     class_label_names,
     hf_features,
     holds_images,
+    image_candidates,
     image_column,
     image_of_text,
     is_text,
@@ -155,7 +156,7 @@ def look_into(root: str, containers: Sequence[Container], stated: str) -> tuple[
             try:
                 parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER)
                 schema = parquet.schema_arrow
-                found = [field.name for field in schema if holds_images(field.type)]
+                found = image_candidates(schema, stated)
                 if not found or (stated and stated not in found):
                     found += _images_in_text(parquet)
                 return schema, found

@@ -159,6 +159,25 @@ def test_types_that_are_no_labels_are_refused(refusal, tmp_path, of, column, kin
     ) in refusal(tmp_path / of)
 
 
+@pytest.mark.parametrize("images", [{"image": IMAGES}, {"path": PATHS}])
+@pytest.mark.parametrize(
+    ("column", "seen"),
+    [
+        (pa.nulls(COUNT), r"none of its 8 entries has one, such as '[^']*[#/]0[^']*'"),
+        (pa.array([-1] * COUNT), r"none of its 8 entries has one, such as '[^']*[#/]0[^']*'"),
+        (
+            pa.array([0.5] * COUNT),
+            r"8 of 8 entries are rejected, such as '[^']*[#/]0[^']*': its label '0.5' is neither .*",
+        ),
+    ],
+)
+def test_columns_without_a_usable_label_say_so(tmp_path, store, images, column, seen):
+    path = table(pictures(tmp_path) / "x.parquet", **images, label=column)
+    with pytest.raises(ValueError, match=rf"has no labels \({seen}\): add them, or set data.labels = none"):
+        run(path, store)
+    assert run(path, store.at("none"), labels="none").counts["accepted"] == COUNT
+
+
 def padded(size: int) -> pa.Array:
     return pa.array([image.ljust(size, b"\0") for image in IMAGES], pa.binary(size))
 
@@ -300,6 +319,6 @@ def test_paths_on_s3_mean_what_they_mean_on_disk(tmp_path, store, s3_env):
     path = "../../../../x.png"
     told[f"row 11: {path!r}"] = told.pop(path).replace("there is no such file", "its path leads out of the bucket")
     assert rows_and_reasons(f"{upload(tmp_path / 'a/b/c/d')}/i.parquet", store.at("s3")) == (rows, told)
-    table(tmp_path / "a/b/i.parquet", path=["../b/c/d/img/0.png", "./c/d/img/1.png"], label=["a", "a"])
+    table(tmp_path / "a/b/i.parquet", path=[f"../b/c/d/{path}" for path in PATHS], label=LABELS)
     rows, _ = rows_and_reasons(f"{upload(tmp_path / 'a')}/b/i.parquet", store.at("inside"))
-    assert rows == {"../b/c/d/img/0.png": IMAGES[0], "./c/d/img/1.png": IMAGES[1]}
+    assert rows == {f"../b/c/d/{path}": image for path, image in zip(PATHS, IMAGES, strict=True)}

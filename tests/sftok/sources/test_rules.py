@@ -171,3 +171,18 @@ def test_each_kind_follows_each_rule(rule, kind, place, tmp_path, store, request
 def classes_of(store: Store) -> tuple[str, ...]:
     schema = pq.read_schema(io.BytesIO(store.read("train-00000-of-00003.parquet")))
     return tuple(json.loads(schema.metadata[b"sftok"])["class_names"])
+
+
+@pytest.mark.parametrize("form", [NFC, NFD])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stated_names_match_in_either_form_of_unicode(kind, form, tmp_path, store, caplog):
+    rule = Rule("", [f"train/{NFC}/1.png", "train/b/2.png", f"val/{NFD}/3.png", "val/b/4.png"], FOUR)
+    uri = f"{tmp_path}/data{build(kind, tmp_path / 'data', rule)}"
+    (tmp_path / "names").write_text(f"{form}\nb\n")
+    config = CONFIG.model_copy(update={"class_names_file": str(tmp_path / "names")})
+    source = list_source(uri, config)
+    prepared = prepare(source, config, out=store)
+    labels = {row["image_id"].rpartition("/")[2]: row["label"] for row in rows_of(store, prepared)}
+    assert (labels, classes_of(store)) == ({"1.png": 0, "2.png": 1, "3.png": 0, "4.png": 1}, (NFC, "b"))
+    (told,) = [text for text in (*source.remarks, *caplog.messages) if "Unicode" in text]
+    assert f"the class name {NFC!r} is written in decomposed Unicode: taken for the composed form" in told

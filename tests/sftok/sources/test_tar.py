@@ -287,6 +287,56 @@ def test_unlabelled_only_where_asked(tmp_path, store):
     assert {row["label"] for row in rows_of(store.at("c"), prepared)} == {None, 3}
 
 
+LABELLED = "add them, or set data.labels = none to go without classes"
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (("json", b'{"label": [1]}'), r"its label '\[1\]' is neither a number nor a name"),
+        (("json", b'{"label": 1.5}'), r"its label '1.5' is neither a number nor a name"),
+        (("json", b'{"caption": "x", "id": 1}'), r"no label among its members \(json, png; .json has caption, id\)"),
+        (("txt", b"cat"), r"no label among its members \(png, txt\)"),
+        (("b.cls", b"1"), r"no label among its members \(b.cls, png; a key ends at its first dot\)"),
+    ],
+)
+def test_what_is_no_label_is_said_with_an_example(tmp_path, store, label, reason):
+    members = [part for n in "12" for part in ((f"{n}.png", image_bytes(1)), (f"{n}.{label[0]}", label[1]))]
+    root = write_files(tmp_path / "d", {"x.tar": tar_bytes(members)})
+    with pytest.raises(
+        ValueError, match=rf"no labels \(2 of 2 entries are rejected, such as 'x.tar/1.png': {reason}\): {LABELLED}"
+    ) as told:
+        run(root, store)
+    assert len(str(told.value)) <= 400
+    assert run(root, store.at("none"), labels="none").counts["accepted"] == 2, "the remedy"
+
+
+@pytest.mark.parametrize(("text", "label"), [(b"true", 1), (b"1.0", 1), (b'"1"', 1), (b"false", 0)])
+def test_labels_in_json_are_whole_numbers_of_any_kind(tmp_path, store, text, label):
+    members = [part for n in "12" for part in ((f"{n}.png", image_bytes(1)), (f"{n}.json", b'{"label": %s}' % text))]
+    prepared = run(write_files(tmp_path / "d", {"x.tar": tar_bytes(members)}), store)
+    assert {row["label"] for row in rows_of(store, prepared)} == {label}
+
+
+def test_a_source_without_images_says_what_it_has_instead(tmp_path, store):
+    members = [part for n in "12" for part in ((n, image_bytes(1)), (f"{n}.cls", b"1"))]
+    reason = r"such as 'x.tar/1': no image among its members \(cls\): name images .jpg, .png or the like"
+    with pytest.raises(ValueError, match=rf"has no usable image \(2 of 2 entries are rejected, {reason}\): mend"):
+        run(write_files(tmp_path / "d", {"x.tar": tar_bytes(members)}), store)
+
+
+def test_keys_end_at_the_first_dot_of_a_name(tmp_path, store):
+    """As in the library webdataset: a.seg.png is the field seg.png of sample a, and v1.0/a.png is sample v1.0/a."""
+    members = [
+        (f"v1.0/{n}.{end}", data)
+        for n in "123"
+        for end, data in (("seg.png", b"x"), ("png", image_bytes(1)), ("cls", b"0"))
+    ]
+    prepared = run(write_files(tmp_path / "d", {"x.tar": tar_bytes(members)}), store)
+    assert {row["image_id"] for row in rows_of(store, prepared)} == {f"x.tar/v1.0/{n}.png" for n in "123"}
+    assert reasons(store) == {f"x.tar/v1.0/{n}.seg.png": "a second image of one key" for n in "123"}
+
+
 def test_numbers_and_names_do_not_mix(tmp_path, store):
     members = [*samples(range(4)), ("5.png", image_bytes(5)), ("5.cls", b"dog")]
     with pytest.raises(ValueError, match=r"numbers \(0\) and names \('dog'\)"):
