@@ -39,7 +39,7 @@ from sftok.prepare.plan import plan_shards
 from sftok.prepare.shard import REJECTED, ShardResult, ShardWriter
 from sftok.sources.containers import BYTES, name_classes, open_containers
 from sftok.sources.listing import Source, values
-from sftok.sources.rules import LEFT_OUT
+from sftok.sources.rules import LEFT_OUT, shown
 
 __all__ = ["REJECTS", "PrepareResult", "prepare"]
 
@@ -168,7 +168,7 @@ def _check_usable(source: Source, results: Sequence[ShardResult], rejects: pa.Ta
     example = ""
     is_bad = pc.invert(pc.is_in(rejects["reason"], pa.array(sorted(LEFT_OUT), rejects["reason"].type)))
     for first in rejects.filter(is_bad).slice(0, 1).to_pylist():
-        example = f" (rejected: {first['path']!r}, {first['reason']})"
+        example = f" (rejected: {shown(first['path'])}, {first['reason'][:200]})"
     for split in SPLITS:
         if not any(result.file.rows for result in results if split_of(result.file.path) == split):
             raise ValueError(f"source {source.uri!r} has no usable image in {split}{example}: add images")
@@ -180,7 +180,7 @@ def _check_usable(source: Source, results: Sequence[ShardResult], rejects: pa.Ta
         log.warning("source %s: %d of %d classes have no image in train", source.uri, len(missing), len(names))
     elif missing:
         raise ValueError(
-            f"source {source.uri!r}: class {missing[0]!r} has no usable image in train{example}:"
+            f"source {source.uri!r}: class {shown(missing[0])} has no usable image in train{example}:"
             " add images to it, remove it, or lower data.val_fraction"
         )
 

@@ -94,7 +94,7 @@ def as_text(column: pa.ChunkedArray, field: pa.Field, uri: str, option: str) -> 
         raise _odd(uri, field, "one image as bytes, or one path as text, is read per row", option)
     try:
         return column.cast(kind).cast(pa.string())
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise _odd(uri, field, "its bytes are not UTF-8", option) from error
 
 

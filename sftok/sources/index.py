@@ -118,7 +118,8 @@ def _table(uri: str, config: DataConfig) -> pa.Table:
         raise ValueError(f"source {uri!r} {problem}") from error
     with file:
         try:
-            table = pq.read_table(file) if uri.lower().endswith(".parquet") else _read_csv(file, uri, config)
+            is_parquet = uri.lower().endswith(".parquet")
+            table = pq.ParquetFile(file).read() if is_parquet else _read_csv(file, uri, config)
         except (pa.ArrowException, OSError) as error:
             if is_of_storage(error):
                 raise
@@ -227,9 +228,8 @@ def _entries(
                 found = class_of(label, names)
             except RejectedEntryError as error:
                 found, problem = None, problem or str(error)
-            is_elsewhere = place != path or path.startswith("/")
-            file = place if is_elsewhere else ""
-            yield Entry(path, item.size, item.version, found, splits[split], problem, file=file)
+            is_elsewhere = place != path or path.startswith("/") or "://" in path
+            yield Entry(path, item.size, item.version, found, splits[split], problem, place if is_elsewhere else "")
 
 
 class _Folders:
@@ -245,18 +245,22 @@ class _Folders:
         Raises:
             RejectedEntryError: no file can have the path.
         """
-        place = _place(self.root, path)
-        bare = path.strip()
-        for form in dict.fromkeys((path, bare, *(unicodedata.normalize(name, bare) for name in ("NFC", "NFD")))):
-            folder, slash, name = _place(self.root, form).rpartition("/")
+        for place in self._places(path):
+            folder, slash, name = place.rpartition("/")
             if folder not in self.listed:
                 if len(self.listed) == _CACHED_FOLDERS:
                     del self.listed[next(iter(self.listed))]
                 self.listed[folder] = self._list(folder + slash)
             if (item := self.listed[folder].get(name)) is not None:
-                item = FileInfo(path, problem=FOLDER_AS_IMAGE) if item.is_folder else item
-                return folder + slash + name, item
-        return place, FileInfo(path, problem="there is no such file")
+                return place, FileInfo(path, problem=FOLDER_AS_IMAGE) if item.is_folder else item
+        return path, FileInfo(path, problem="there is no such file")
+
+    def _places(self, path: str) -> Iterator[str]:
+        """Yield where a path leads as it is written, and then without blanks around it and in the forms of Unicode."""
+        yield _place(self.root, path)
+        bare = path.strip()
+        others = (bare, *(unicodedata.normalize(form, bare) for form in ("NFC", "NFD")))
+        yield from (_place(self.root, other) for other in dict.fromkeys(others) if other != path)
 
     def _list(self, folder: str) -> dict[str, FileInfo]:
         files, inner = locate(self.root, folder)
@@ -283,7 +287,7 @@ def _place(root: str, path: str) -> str:
             raise RejectedEntryError(str(error)) from error
     full = path if path.startswith(("/", "s3://")) else f"{root}/{path}"
     if not full.startswith("s3://"):
-        longest = max(len(part.encode()) for part in path.split("/"))
+        longest = max(len(part.encode()) for part in path.split("/")) if 4 * len(path) > _LONGEST_PART else 0
         if longest > _LONGEST_PART:
             raise RejectedEntryError(f"a part of its path has {longest} bytes, more than {_LONGEST_PART}")
         return path

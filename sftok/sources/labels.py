@@ -14,6 +14,7 @@ from sftok.sources.listing import Entries, Entry, RejectedEntryError, batches_of
 from sftok.sources.rules import LEFT_OUT, class_name, distinct, ordered, shared_names, shown
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0)?")  # pandas writes integers beside missing ones as 3.0
+LONGEST_NAME = 500  # characters
 MOST_CLASSES = 1_000_000  # larger numbers are no class ids
 NO_CLASS = -1  # marks a missing label in Hugging Face's test splits
 LABEL_PROBLEMS = ("its label", "its class", "its .json", "no label")  # how reasons begin that data.labels = none ends
@@ -67,6 +68,8 @@ def class_of(label: object, names: tuple[str, ...] | None) -> str | None:
     if isinstance(label, str):
         if names is not None:
             raise RejectedEntryError(f"its class {shown(label)} is none of the {len(names)} class names")
+        if len(label) > LONGEST_NAME:
+            raise RejectedEntryError(f"its label {shown(label)} is too long for the name of a class")
         return label
     if not isinstance(label, int):
         raise RejectedEntryError(f"its label {shown(label)} is neither a number nor a name")

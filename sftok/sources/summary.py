@@ -8,7 +8,7 @@ from pydantic import Field
 from infra.config import Config
 from sftok.config import DataConfig
 from sftok.sources.listing import Source, batches_of
-from sftok.sources.rules import LEFT_OUT
+from sftok.sources.rules import LEFT_OUT, listed
 
 SHOWN = 5  # class names and reasons on a line
 BY_HASH = "by hash"
@@ -85,4 +85,4 @@ def summarize(source: Source, config: DataConfig) -> SourceSummary:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:SHOWN]) + (" ..." if len(names) >= SHOWN else "")
+    return listed(names[:SHOWN]) + (" ..." if len(names) >= SHOWN else "")

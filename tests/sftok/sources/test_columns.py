@@ -117,7 +117,10 @@ def test_parquet_that_leaves_a_choice_is_refused(refusal, tmp_path, columns, opt
 def test_two_columns_of_one_name_in_parquet_are_refused(refusal, tmp_path):
     repeated = pa.Table.from_arrays([pa.array(IMAGES), pa.array(LABELS), pa.array(LABELS)], ["image", "label", "label"])
     pq.write_table(repeated, tmp_path / "x.parquet")
-    assert "has 2 columns 'label' ('label', 'label'): rename or remove all but one" in refusal(tmp_path / "x.parquet")
+    message = "has 2 columns 'label' ('label', 'label'): rename or remove all but one"
+    assert message in refusal(tmp_path / "x.parquet")
+    pq.write_table(repeated.set_column(0, "path", pa.array(PATHS)), tmp_path / "i.parquet")
+    assert message in refusal(tmp_path / "i.parquet")
 
 
 # --- types
@@ -138,7 +141,13 @@ KINDS_OF_LABELS = {
 def test_types_of_labels_that_are_read(tmp_path, store, kind):
     column, expected = KINDS_OF_LABELS[kind]
     assert labels(table(tmp_path / "x.parquet", image=IMAGES, label=column), store.at("images")) == expected * 4
-    assert labels(table(pictures(tmp_path) / "i.parquet", path=PATHS, label=column), store.at("index")) == expected * 4
+    assert (
+        labels(
+            table(pictures(tmp_path) / "i.parquet", path=pa.array(PATHS).dictionary_encode(), label=column),
+            store.at("index"),
+        )
+        == expected * 4
+    )
 
 
 @pytest.mark.parametrize("of", ["x.parquet", "i.parquet"])
@@ -165,6 +174,10 @@ def test_types_that_are_no_labels_are_refused(refusal, tmp_path, of, column, kin
     [
         (pa.nulls(COUNT), r"none of its 8 entries has one, such as '[^']*[#/]0[^']*'"),
         (pa.array([-1] * COUNT), r"none of its 8 entries has one, such as '[^']*[#/]0[^']*'"),
+        (
+            pa.array([TEXTS[0] * 9] * COUNT),
+            r"8 of 8 entries are rejected, such as .*: its label .* \([0-9,]+ characters\) is too long for the name .*",
+        ),
         (
             pa.array([0.5] * COUNT),
             r"8 of 8 entries are rejected, such as '[^']*[#/]0[^']*': its label '0.5' is neither .*",
@@ -319,6 +332,11 @@ def test_paths_on_s3_mean_what_they_mean_on_disk(tmp_path, store, s3_env):
     path = "../../../../x.png"
     told[f"row 11: {path!r}"] = told.pop(path).replace("there is no such file", "its path leads out of the bucket")
     assert rows_and_reasons(f"{upload(tmp_path / 'a/b/c/d')}/i.parquet", store.at("s3")) == (rows, told)
+    root = upload(tmp_path / "a")
+    far = [f"{root}/b/c/d/{path}" for path in PATHS[:4]]
+    table(tmp_path / "a/b/c/d/i.parquet", path=[*far, *PATHS[4:]], label=LABELS)
+    rows, _ = rows_and_reasons(tmp_path / "a/b/c/d/i.parquet", store.at("far"))
+    assert rows == dict(zip([*far, *PATHS[4:]], IMAGES, strict=True))
     table(tmp_path / "a/b/i.parquet", path=[f"../b/c/d/{path}" for path in PATHS], label=LABELS)
     rows, _ = rows_and_reasons(f"{upload(tmp_path / 'a')}/b/i.parquet", store.at("inside"))
     assert rows == {f"../b/c/d/{path}": image for path, image in zip(PATHS, IMAGES, strict=True)}
