@@ -40,6 +40,7 @@ An error is one line on stderr. Exit codes:
 | 1 | a stage failed, or a check found something wrong |
 | 2 | rejected: nothing was begun |
 | 3 | `sftok report --gate`: a figure got worse than its threshold allows |
+| 129 | the terminal was closed; the same command resumes |
 | 130 | interrupted; the same command resumes |
 | 143 | terminated; the same command resumes |
 """

@@ -1,10 +1,11 @@
 """End commands: exit codes, and one line of error instead of a traceback.
 
-0: done. 1: tried, and did not work. 2: refused before work began. 3: the regression gate failed. 130: interrupted.
-143: terminated.
+0: done. 1: tried, and did not work. 2: refused before work began. 3: the regression gate failed. 129: the terminal was
+closed. 130: interrupted. 143: terminated.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from infra.store.errors import StoreFullError
 FAILED = 1
 REFUSED = 2
 GATE_FAILED = 3
+HUNG_UP = 128 + signal.SIGHUP
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM  # as a shell reports it
 
@@ -68,7 +70,7 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def one_line_termination() -> Iterator[None]:
-    """End by SIGTERM as by Ctrl-C: what was started is stopped, and one line says how to resume.
+    """End by SIGTERM, or by a closed terminal's SIGHUP, as by Ctrl-C: what was started is stopped, and one line says how to resume.
 
     Prefect turns the signal into an exception of its own while a flow runs, and sends it again after the flow: by then
     the record is written, and the system's default would leave the rest to chance.
@@ -76,14 +78,24 @@ def one_line_termination() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # of somebody's own program
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    hung_up: list[int] = []
+
+    def hang_up(number: int, _: object) -> None:
+        """End as by SIGTERM, which Prefect and Ray know."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        hung_up.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, _terminate), signal.signal(signal.SIGHUP, hang_up)
     try:
         yield
     except _Terminated:
-        typer.echo("sftok: terminated; the same command resumes from here", err=True)
-        raise typer.Exit(TERMINATED) from None
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            typer.echo("sftok: terminated; the same command resumes from here", err=True)
+        raise typer.Exit(HUNG_UP if hung_up else TERMINATED) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGHUP, before[1])
 
 
 def _terminate(*_: object) -> NoReturn:
