@@ -70,7 +70,7 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def one_line_termination() -> Iterator[None]:
-    """End by SIGTERM, or by a closed terminal's SIGHUP, as by Ctrl-C: what was started is stopped, and one line says how to resume.
+    """End by SIGTERM, or by a closed terminal, as by Ctrl-C: what was started is stopped; one line says how to resume.
 
     Prefect turns the signal into an exception of its own while a flow runs, and sends it again after the flow: by then
     the record is written, and the system's default would leave the rest to chance.
