@@ -7,24 +7,14 @@ SFTOK_HOME, listens on loopback only, and ends with the process that started it.
 import contextlib
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.prefect_server import temporary as server_file
-from flows.prefect_server.temporary import LOOPBACK, Server, configure, prefect_server
+from flows.prefect_server.temporary import LOOPBACK, Server, configure, prefect_server, start_process
 
 SERVICES = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-    "PREFECT_LOGGING_TO_API_ENABLED": "false",
-    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "20",  # a new schedule takes effect within this time
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONWARNINGS": "ignore",
 }
 
 
@@ -49,9 +39,6 @@ def start_permanent_server(home: Path, port: int) -> Server:
     Raises:
         ValueError: the port is taken.
     """
-    folder = home.expanduser().resolve() / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "serve.log"
     try:
         listener = socket.create_server((LOOPBACK, port))
     except OSError as error:
@@ -59,26 +46,6 @@ def start_permanent_server(home: Path, port: int) -> Server:
             f"--port {port}: {os.strerror(error.errno or 0)}; name another port, or join the server there with "
             "PREFECT_API_URL"
         ) from None
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     given = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_SERVER_")}
-    environment = {
-        **inherited,
-        **SERVICES,
-        **given,
-        "PREFECT_HOME": str(folder),
-        "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
-        "PREFECT_SERVER_API_HOST": LOOPBACK,
-        "PREFECT_SERVER_API_PORT": str(port),
-    }
-    with listener, log.open("ab") as lines:
-        process = subprocess.Popen(
-            [sys.executable, "-P", server_file.__file__, str(listener.fileno()), str(os.getpid())],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=lines,
-            stderr=subprocess.STDOUT,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-        )
-    return Server(f"http://{LOOPBACK}:{port}/api", process, log)
+    with listener:
+        return start_process(home, listener, {**SERVICES, **given}, log="serve.log")

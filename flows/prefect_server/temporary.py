@@ -1,23 +1,23 @@
 """A temporary Prefect server that lives exactly as long as the run that started it.
 
-`prefect_server` runs in the run's process, `_serve` in the server's own. The latter is started as a plain file, so this
-module imports nothing of ours.
+This is the run's side; `flows.prefect_server.process` is the server's own.
 """
 
 import contextlib
-import ctypes
-import fcntl
 import http.client
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from flows.prefect_server import process as process_file
+from flows.prefect_server.database import set_damaged_aside
+from flows.prefect_server.environment import readable_proxies
+from flows.prefect_server.process import database_of
 
 START_SECONDS = 180.0  # a first start migrates a database: about 12 s on two idle cores
 STOP_SECONDS = 5.0
@@ -25,11 +25,16 @@ LOG_BYTES = 5_000_000
 LOOPBACK = "127.0.0.1"
 
 QUIET = {
+    "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",  # the server's own lines belong in its log file
     "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",  # the memo outlives a deleted database
-    # A run without deployments has nothing to schedule, trigger or notify.
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+# A run without deployments has nothing to schedule, trigger or notify.
+NO_SERVICES = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
     "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
@@ -122,7 +127,7 @@ def configure(url: str, *, home: Path | None, verbose: bool = False) -> None:
         PREFECT_CLI_PROMPT="false",
     )
     if home is not None:
-        os.environ["PREFECT_HOME"] = str(_prefect_home(home))
+        os.environ.update(readable_proxies(), PREFECT_HOME=str(_prefect_home(home)))
         for name in ("NO_PROXY", "no_proxy"):  # a proxy cannot reach our loopback
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), LOOPBACK]))
     if "prefect" in sys.modules:  # imported before, by a library user or a test: its settings are stale
@@ -166,120 +171,39 @@ def _prefect_home(home: Path) -> Path:
 
 def start_server(home: Path) -> Server:
     """Start a server of our own under `home`, without waiting until it answers; the caller stops it."""
-    folder = _prefect_home(home)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "server.log"
-    if log.exists() and log.stat().st_size > LOG_BYTES:
-        log.replace(folder / "server.log.1")
     # Bound here and inherited, so that no other process can take the port in between.
-    with socket.create_server((LOOPBACK, 0)) as listener, log.open("ab") as lines:
-        port = listener.getsockname()[1]
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        return start_process(home, listener, NO_SERVICES, log="server.log")
+
+
+def start_process(home: Path, listener: socket.socket, options: Mapping[str, str], *, log: str) -> Server:
+    """Start the process of a server that listens at a socket, with Prefect's settings in `options` and no others."""
+    folder, port = _prefect_home(home), listener.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    set_damaged_aside(database_of(folder))
+    file, url = folder / log, f"http://{LOOPBACK}:{port}/api"
+    if file.exists() and file.stat().st_size > LOG_BYTES:
+        file.replace(folder / f"{log}.1")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {
+        **inherited,
+        **readable_proxies(),
+        **QUIET,
+        **options,
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_API_HOST": LOOPBACK,
+        "PREFECT_SERVER_API_PORT": str(port),
+    }
+    with file.open("ab") as lines:
         process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(listener.fileno()), str(os.getpid())],
-            cwd=folder,  # a prefect.toml or .env in the current folder is not meant for this server
-            env=_server_environment(folder, port),
+            [sys.executable, "-P", process_file.__file__, str(listener.fileno()), str(os.getpid())],
+            cwd=folder,  # where its database is, and no prefect.toml or .env that is not meant for it
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=lines,
             stderr=subprocess.STDOUT,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # the run handles Ctrl-C, and stops the server after a last flush
         )
-    return Server(f"http://{LOOPBACK}:{port}/api", process, log)
-
-
-def _server_environment(folder: Path, port: int) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    return {
-        **inherited,
-        **QUIET,
-        "DO_NOT_TRACK": "1",
-        "PREFECT_HOME": str(folder),
-        "PREFECT_API_URL": f"http://{LOOPBACK}:{port}/api",
-        "PREFECT_SERVER_API_HOST": LOOPBACK,
-        "PREFECT_SERVER_API_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-
-
-# --- in the server's process -----------------------------------------------------------------------------------------
-
-
-def _serve(listener: int, parent: int) -> None:
-    _exit_with_parent(parent)
-    home = Path(os.environ["PREFECT_HOME"])
-    if _migrate(home):
-        # Prefect keeps the first database it opens; execv keeps pid, socket and death signal.
-        os.execv(sys.executable, [sys.executable, "-P", __file__, str(listener), str(parent)])
-    os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = _url(_database(home))
-    os.environ["PREFECT_SERVER_DATABASE_MIGRATE_ON_START"] = "false"
-    os.environ["PREFECT_SERVER_REGISTER_BLOCKS_ON_START"] = "false"
-
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    uvicorn.run(create_app(final=True), fd=listener, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-
-
-def _exit_with_parent(parent: int) -> None:
-    """Make this process end with the run's process, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before the call
-            sys.exit(1)
-    else:
-        threading.Thread(target=_exit_after_parent, args=[parent], daemon=True).start()
-
-
-def _exit_after_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _database(home: Path) -> Path:
-    """Return the database file of this Prefect version; if it exists, its migrations are complete."""
-    from importlib.metadata import version
-
-    return home / f"prefect-{version('prefect')}.db"
-
-
-def _url(database: Path) -> str:
-    return f"sqlite+aiosqlite:///{database}"
-
-
-def _migrate(home: Path) -> bool:
-    """Create the database under a temporary name, one process at a time; return whether this process did."""
-    database = _database(home)
-    with (home / "database.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system if we are killed
-        if database.exists():
-            return False
-        new = database.with_suffix(".new")
-        for leftover in home.glob(f"{new.name}*"):
-            leftover.unlink()
-        os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = _url(new)
-
-        import asyncio
-        import sqlite3
-
-        asyncio.run(_create_database())
-        with contextlib.closing(sqlite3.connect(new)) as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        new.rename(database)
-        return True
-
-
-async def _create_database() -> None:
-    from prefect.server.database import provide_database_interface
-    from prefect.server.models.block_registration import run_block_auto_registration
-
-    database = provide_database_interface()
-    await database.create_db()
-    async with await database.session() as session:  # not safe for two servers at once either
-        await run_block_auto_registration(session=session)
-        await session.commit()
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+    return Server(url, process, file)
