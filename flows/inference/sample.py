@@ -27,7 +27,6 @@ from flows.make import find_or_publish
 from flows.outputs import new_files
 from flows.pipeline.generator import SAMPLE, samples_result
 from flows.recipes.schema import ComputeConfig
-from flows.requests.checks import check_ray
 from flows.requests.choose_device import choose_device
 from flows.requests.precisions import warn_of_slow
 from flows.runs.run_request import usual_workers
@@ -41,7 +40,7 @@ from infra.artifacts.lineage import find_artifact
 from infra.artifacts.manifest import ArtifactRef, Plan, find
 from infra.artifacts.weights import load_config
 from infra.codes.contract import CodesInfo, read_codes
-from infra.compute.cluster import session
+from infra.compute.cluster import check_reachable, session
 from infra.compute.workers import WorkerOptions
 from infra.progress import Progress
 from infra.settings import Settings
@@ -185,7 +184,7 @@ def check(arguments: SampleArguments) -> SampleRequest:
     if any(arguments.outputs) or arguments.choice != Choice():
         decoding_models(generator, arguments.choice)
     if find(generator.store, request.plan) is None:
-        check_ray(settings.ray_address)
+        check_reachable(settings.ray_address)
         generator.store.check()
         warn_of_slow({"--precision": arguments.config.arithmetic}, settings, device)
     new_files(_files(request))

@@ -2,12 +2,13 @@
 
 import json
 import os
-import socket
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from flows.pipeline.graph import GRAPH, TRAIN_SECOND_GENERATOR
+from flows.prefect_server.environment import check_environment
 from flows.prefect_server.temporary import health
 from flows.recipes.schema import Recipe
 from flows.requests.choose_device import choose_device
@@ -15,12 +16,14 @@ from flows.requests.precisions import precisions_of, warn_of_slow
 from flows.runs.journal import read_record
 from flows.runs.run_request import RunArguments, RunRequest
 from infra.artifacts.pretrained import WEIGHTS_ROOT, PretrainedConfig, check_pretrained
+from infra.compute.cluster import check_reachable
+from infra.environment import named
 from infra.settings import Settings
 from infra.store.store import Store
 from infra.training.config import TrainingConfig
 from sftok.config import AdversarialConfig
 
-CONNECT_SECONDS = 5.0
+ROOM_BYTES = 2**23  # a new database and what is written while it is made
 NO_FLAGS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -62,7 +65,7 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
     stages = {stage.name for stage in GRAPH.order(request.recipe, last=request.last, given=request.given)}
     if is_run:
         check_weights(request.recipe, stages)
-        check_ray(settings.ray_address)  # before it is asked for its GPUs
+        check_reachable(settings.ray_address)  # before it is asked for its GPUs
     check_ranks(request.recipe, request.ranks, stages)
     check_views(request.recipe, stages)
     compute, gpus = request.recipe.compute, request.gpus_per_worker
@@ -84,14 +87,15 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
 
 
 def check_prefect(settings: Settings) -> None:
-    """Refuse a home that cannot be written to, and a Prefect server that is named and does not answer.
+    """Refuse a home that cannot be written to, what Prefect cannot read, and a named server that does not answer.
 
     Raises:
         ValueError: saying which, and the remedy.
     """
     check_home(settings.home)
+    check_environment(settings.prefect_api_url)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
-        raise ValueError(f"PREFECT_API_URL = {settings.prefect_api_url}: {trouble}; start that server, or unset it")
+        raise ValueError(f"{named('PREFECT_API_URL')}: {trouble}; start that server, or unset it")
 
 
 def compiles_steps(recipe: Recipe) -> bool:
@@ -265,24 +269,11 @@ def check_share(name: str, config: TrainingConfig, ranks: int) -> None:
 
 
 def check_home(home: Path) -> None:
-    """Refuse a home that cannot be written to."""
-    folder = home.expanduser()
+    """Refuse a home that the files of a Prefect server cannot be written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home) as file:
+            file.write(bytes(ROOM_BYTES))
     except OSError as error:
-        raise ValueError(f"SFTOK_HOME = {home}: {error.strerror}; name a folder that can be written to") from None
-    if not writable:
-        raise ValueError(f"SFTOK_HOME = {home}: permission denied; name a folder that can be written to")
-
-
-def check_ray(address: str | None) -> None:
-    """Refuse a Ray address that nobody listens at; `auto` and `local` are Ray's to find."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"Ray address {address}: {reason}; start that cluster, or unset it for a local one") from None
+        remedy = "a folder that can be written to, on a disk with some space"
+        raise ValueError(f"SFTOK_HOME = {home}: {os.strerror(error.errno or 0).lower()}; name {remedy}") from None

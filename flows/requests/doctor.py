@@ -8,10 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import Field
 
+from flows.prefect_server.environment import check_environment
 from flows.prefect_server.temporary import ServerError, prefect_server
-from flows.requests.checks import check_home, check_ray
+from flows.requests.checks import check_home
 from flows.requests.precisions import HALF
 from flows.runs.journal import one_line
+from infra.compute.cluster import check_reachable, session
 from infra.config import Config
 from infra.settings import Settings
 from infra.store.store import Store
@@ -66,7 +68,8 @@ def _tried(name: str, look: Callable[[], str]) -> Check:
     except Trouble as trouble:
         ok, detail, remedy = False, trouble.detail, trouble.remedy
     except ValueError as error:  # our own name the remedy themselves
-        ok, detail, remedy = False, one_line(error), "see left"
+        detail, _, remedy = one_line(error).partition("; ")
+        ok, remedy = False, remedy or "see left"
     except Exception as error:  # the doctor's very purpose: whatever breaks is a finding
         ok, detail, remedy = False, one_line(error), REINSTALL
     return Check(name=name, ok=ok, detail=detail, remedy=remedy, seconds=round(time.monotonic() - began, 2))
@@ -130,6 +133,7 @@ def _store(uri: str) -> str:
 def _prefect(settings: Settings) -> str:
     """Start the server that a run would use, and read every kind of object: a health check alone sees too little."""
     check_home(settings.home)
+    check_environment(settings.prefect_api_url)
     with prefect_server(settings.home, api_url=settings.prefect_api_url) as server:
         from prefect.client.orchestration import get_client
         from prefect.exceptions import PrefectHTTPStatusError
@@ -149,8 +153,7 @@ def _prefect(settings: Settings) -> str:
 
 
 def _ray(settings: Settings) -> str:
-    check_ray(settings.ray_address)
-    from infra.compute.cluster import session
+    check_reachable(settings.ray_address)
     from infra.compute.workers import WorkerOptions, map_shards
 
     with session(settings.ray_address, 1):

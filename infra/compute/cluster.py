@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 2**20  # shards are named, not sent: only names and small results pass through
 
 CONNECT_SECONDS = 5.0
-RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks for one), or unset it"
+RAY_VARIABLES = ("SFTOK_RAY_ADDRESS", "RAY_ADDRESS")
+RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS or RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks for one), or unset it"
+SOCKET = "ray/session_2026-01-31_12-00-00_000000_1234567/sockets/plasma_store"
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a socket's path, at most
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -57,8 +60,7 @@ class Session:
     def _connect(self, cores: int) -> Any:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        if self.address:
-            _check_reachable(self.address)
+        check_reachable(self.address)
         import ray
 
         if ray.is_initialized():
@@ -70,15 +72,14 @@ class Session:
             try:
                 ray.init(address=self.address, **quiet)
             except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(
-                    f"the Ray cluster at {self.address} cannot be joined ({one_line(error)}); {RAY_REMEDY}"
-                ) from error
+                raise ValueError(f"{_named(self.address)} cannot be joined ({one_line(error)}); {RAY_REMEDY}") from error
             return ray
         cpus = self.num_cpus or max(os.cpu_count() or 1, cores)
         local: dict[str, Any] = {
             "num_cpus": cpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": _short_folder(),
         }
         try:
             with _python_path():
@@ -184,17 +185,46 @@ def _restore_sigterm_handler() -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _check_reachable(address: str) -> None:
-    """Reject an address at which nothing listens; Ray would retry for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():
-        return  # "auto" and the like
+def check_reachable(address: str | None) -> None:
+    """Reject an address at which no cluster listens, or that is none; Ray would retry for minutes.
+
+    Raises:
+        ValueError: one line that names the variable, its value and the remedy.
+    """
+    if address in (None, "auto", "local"):
+        return
+    scheme, _, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme in ("http", "https"):
+        raise ValueError(f"{_named(address)} is a dashboard's address; give the head's, as HOST:6379 or ray://HOST:10001")
+    if not host or not port.isdigit():
+        raise ValueError(f"{_named(address)} is no address; write host:port, ray://host:port or auto")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ValueError(
-            f"the Ray cluster at {address} cannot be reached ({error.strerror or error}); {RAY_REMEDY}"
-        ) from error
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{_named(address)} cannot be reached ({reason}); {RAY_REMEDY}") from error
+
+
+def _named(address: str) -> str:
+    """Name the variable that an address was read from, if one was."""
+    names = [name for name in RAY_VARIABLES if os.environ.get(name) == address]
+    return f"{names[0]} = {address}" if names else f"the Ray cluster at {address}"
+
+
+def _short_folder() -> str | None:
+    """Return a folder for a local cluster's files if TMPDIR, Ray's own choice, is too long for the paths of sockets.
+
+    Raises:
+        ValueError: nor can the usual one, /tmp, be written to.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "")
+    if len(os.fsencode(os.path.join(folder, SOCKET))) <= SOCKET_BYTES:
+        return None
+    if not os.access("/tmp", os.W_OK | os.X_OK):
+        raise ValueError(f"{name} = {folder} is too long for Ray's sockets; set it to a shorter folder, or --workers 0")
+    return "/tmp/ray"
 
 
 def _log_worker_lines(data: dict[str, Any], *_: Any, **__: Any) -> None:
