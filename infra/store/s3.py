@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import os
 import threading
 import time
 import uuid
@@ -10,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
 
+from infra.environment import named
 from infra.errors import TransientError
 from infra.settings import Settings
 from infra.store.errors import StoreFullError
 from infra.store.retry import retry
+from infra.store.s3_environment import ENDPOINTS, blamed, check_environment, proxy_of
 from infra.store.types import FileInfo, UnfinishedWrite
 
 if TYPE_CHECKING:
@@ -33,9 +36,9 @@ READ_AHEAD = 1 << 20  # bytes
 WRITER = "writer"  # metadata key of created objects: identifies the call that created them
 CONFLICTS = 8  # attempts at a create while the server reports conflicting concurrent writes
 DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
-NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 UNREACHABLE = {"EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "HTTPClientError", "SSLError"}
-UNREACHABLE |= {"ConnectionClosedError", "ResponseStreamingError", "IncompleteReadError"}
+UNREACHABLE |= {"ConnectionClosedError", "ResponseStreamingError", "IncompleteReadError", "ProxyConnectionError"}
 UNREACHABLE |= {"ClientPayloadError", "ClientOSError", "ResponseParserError"}  # a truncated response
 PASSING = {"SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "IncompleteBody", "BadDigest"}
 PASSING |= {
@@ -210,6 +213,8 @@ class Bucket:
         import aiohttp
         from botocore.exceptions import BotoCoreError, ClientError
 
+        if self._client is None:
+            check_environment(self._uri(key))
         try:
             result = call(self._connected())
         except (OSError, BotoCoreError, ClientError, aiohttp.ClientError, ValueError) as error:
@@ -228,7 +233,9 @@ class Bucket:
 
     def _remedy(self) -> str:
         if not self._is_responsive():
-            return "start the server or correct AWS_ENDPOINT_URL"
+            is_named = any(map(os.environ.get, ENDPOINTS))
+            away = "start the server or correct" if is_named else "check the network and AWS_DEFAULT_REGION, or set"
+            return f"{away} AWS_ENDPOINT_URL"
         return f"check the server and its disk, or retry for longer than SFTOK_S3_PATIENCE = {self.retry_seconds:g} s"
 
     def _connected(self) -> "S3FileSystem":
@@ -259,12 +266,14 @@ class Bucket:
         if name in NO_CREDENTIALS:
             return ValueError(f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE")
         if isinstance(error, TimeoutError | ConnectionError) or name in UNREACHABLE:
-            return TransientError(f"{uri}: {self._endpoint()} does not answer ({name})")
+            proxy = proxy_of(self._endpoint())
+            through = f" through the proxy {named(proxy)}" if proxy else ""
+            return TransientError(f"{uri}: {self._endpoint()} does not answer{through} ({name})")
         if isinstance(error, FileNotFoundError):
             return FileNotFoundError(errno.ENOENT, "no such file", uri)
         if isinstance(error, OSError):
             return error
-        return ValueError(f"{uri}: {type(error).__name__}; check the AWS settings")
+        return ValueError(f"{uri}: {blamed(error)}")
 
 
 def _of_response(response: dict[str, Any], uri: str, bucket: Bucket) -> Exception:
