@@ -1,6 +1,7 @@
 """Route output: results to stdout, everything else to stderr, log lines above the bars instead of across them."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -13,6 +14,69 @@ if TYPE_CHECKING:
     from flows.runs.progress import Display
 
 ROOMS = ("flows", "sftok", "generator", "infra")
+
+
+def speak_utf8() -> None:
+    """Begin this program again in Python's UTF-8 mode if the locale has another encoding, which misreads file names."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # of child processes, too
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+class StdoutError(Exception):
+    """Standard output cannot be written to. No OSError, which libraries handle in ways of their own."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class _Stdout(io.TextIOWrapper):
+    """Standard output whose errors cannot be taken for those of other files."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise self._give_up(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise self._give_up(error) from error
+
+    def _give_up(self, error: OSError) -> StdoutError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())  # for what is still flushed at the end
+        return StdoutError(error)
+
+
+class _Stderr(io.TextIOWrapper):
+    """Standard error that nobody may read any more: work goes on without a word."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+STREAMS = {"stdout": _Stdout, "stderr": _Stderr}
+
+
+def prepare_streams() -> None:
+    """Let closed standard streams lead nowhere, and show a question mark where stdout cannot show a character."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif type(stream) is io.TextIOWrapper and name in STREAMS:  # not what a test puts in its place
+            errors = "replace" if stream.errors == "strict" else stream.errors
+            is_flushed = stream.line_buffering or stream.isatty()
+            setattr(sys, name, STREAMS[name](stream.buffer, stream.encoding, errors, line_buffering=is_flushed))
 
 
 @contextlib.contextmanager

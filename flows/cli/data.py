@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.console import logging_on_stderr, stdout_for_results
+from flows.cli.console import console, logging_on_stderr, stdout_for_results
 from flows.cli.exits import Failed, one_line_refusals
 from flows.cli.options import JsonOption, RefArgument, StoreOption
 from infra.errors import TransientError
@@ -127,6 +127,4 @@ def diff(
     if as_json:
         typer.echo(json.dumps(made.as_json(), allow_nan=False))
     else:
-        from rich.console import Console
-
-        Console(width=None if typer.get_text_stream("stdout").isatty() else 200).print(made.as_rich())
+        console().print(made.as_rich())

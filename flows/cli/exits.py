@@ -1,7 +1,7 @@
 """End commands: exit codes, and one line of error instead of a traceback.
 
 0: done. 1: tried, and did not work. 2: refused before work began. 3: the regression gate failed. 129: the terminal was
-closed. 130: interrupted. 143: terminated.
+closed. 130: interrupted. 141: the reader of a pipe has closed it. 143: terminated.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from infra.store.errors import StoreFullError
 FAILED = 1
 REFUSED = 2
 GATE_FAILED = 3
-HUNG_UP = 128 + signal.SIGHUP
+HUNG_UP = 128 + signal.SIGHUP  # as a shell reports it
 INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM  # as a shell reports it
+PIPE_CLOSED = 128 + signal.SIGPIPE
+TERMINATED = 128 + signal.SIGTERM
 
 
 class Refused(typer.TyperException):
@@ -47,15 +48,45 @@ def one_line_refusals() -> Iterator[None]:
         raise Failed(str(error)) from error
 
 
+def check_folder() -> None:
+    """Refuse to work in a folder that has been deleted, where libraries fail in ways of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise Refused("the current folder has been deleted; change to one that exists") from None
+
+
+def end_by(error: OSError, file: str | None) -> int:
+    """Say in one line what the machine did not do, and return the exit code."""
+    typer.echo(f"sftok: {f'{file}: ' if file else ''}{error.strerror or error}", err=True)
+    return FAILED
+
+
 @contextlib.contextmanager
 def server_failures() -> Iterator[None]:
-    """Turn a Prefect server that does not start or answer into a failure of one line."""
+    """Turn a Prefect server that does not start, or fails, into a failure of one line."""
+    import httpx
+
     from flows.prefect_server.temporary import ServerError
 
     try:
         yield
     except ServerError as error:
-        raise Failed(str(error)) from error
+        raise Failed(_space_or(str(error))) from error
+    except httpx.HTTPError as error:
+        raise Failed(_space_or(f"the Prefect server failed: {error}; the same command resumes from here")) from error
+
+
+def _space_or(trouble: str) -> str:
+    """Return what is wrong with a server's home, if anything is: a server without space cannot say so itself."""
+    from flows.requests.checks import check_home
+    from infra.settings import Settings
+
+    try:
+        check_home(Settings().home)
+    except ValueError as error:
+        return str(error)
+    return trouble
 
 
 def fail_if(error: str | None) -> None:

@@ -11,8 +11,25 @@ from flows.cli import ablation, encode, report, sample, serve, train_generator, 
 from flows.cli import data as cli_data
 from flows.cli import store as cli_store
 from flows.cli.config_options import OptionsOf, config_command
-from flows.cli.console import console, logging_on_stderr, print_table, stdout_for_results
-from flows.cli.exits import INTERRUPTED, Refused, fail_if, one_line_refusals, one_line_termination
+from flows.cli.console import (
+    StdoutError,
+    console,
+    logging_on_stderr,
+    prepare_streams,
+    print_table,
+    speak_utf8,
+    stdout_for_results,
+)
+from flows.cli.exits import (
+    INTERRUPTED,
+    PIPE_CLOSED,
+    Refused,
+    check_folder,
+    end_by,
+    fail_if,
+    one_line_refusals,
+    one_line_termination,
+)
 from flows.cli.options import AnewOption, JsonOption, RefArgument, StoreOption, VerboseOption
 from infra.compute.threads import limit_spinning
 
@@ -33,10 +50,20 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with a code of `flows.cli.exits`; an error is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:
+        speak_utf8()
+        arguments = sys.argv[1:]
+    prepare_streams()
     limit_spinning()
     try:
-        code = app(args=arguments or ["--help"], prog_name="sftok", standalone_mode=False)
+        check_folder()
+        code = app(args=list(arguments) or ["--help"], prog_name="sftok", standalone_mode=False)
+        sys.stdout.flush()
+    except StdoutError as error:
+        is_pipe = isinstance(error.cause, BrokenPipeError)  # whose reader wants no more, as of `| head`
+        code = PIPE_CLOSED if is_pipe else end_by(error.cause, "standard output")
+    except OSError as error:
+        code = end_by(error, error.filename)
     except typer.TyperException as error:
         typer.echo(f"sftok: {' '.join(error.format_message().split())}", err=True)
         code = error.exit_code

@@ -1,6 +1,7 @@
 """The flows: the whole pipeline, from images to report, and the parts of it that start from artifacts."""
 
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import httpx
@@ -51,7 +52,7 @@ def _show_in_prefect(store: Store, record: RunRecord, report: ArtifactRef) -> No
         create_table_artifact(table, key=f"{key}-stages", description=f"Stages of {record.run}")
         create_table_artifact([{"metric": k, "value": v} for k, v in record.metrics.items()], key=f"{key}-metrics")
         if record.report is not None:
-            link = record.report if "://" in record.report else f"file://{record.report}"
+            link = record.report if "://" in record.report else Path(record.report).as_uri()
             create_link_artifact(link, link_text="report page", key=f"{key}-page")
         if page.exists("report.md"):
             create_markdown_artifact(page.read("report.md").decode(), key=f"{key}-text")

@@ -20,8 +20,8 @@ def check_environment(api_url: str | None) -> None:
     check_certificates("SSL_CERT_FILE")
     for name in readable_proxies() if api_url else ():
         raise ValueError(f"{named(name)}: Prefect's client reads it for any server, and cannot; {_remedy(name)}")
-    if any(name.startswith("PREFECT_") and name not in HARMLESS for name in os.environ):  # loading Prefect takes seconds
-        _check_settings()
+    if any(name.startswith("PREFECT_") and name not in HARMLESS for name in os.environ):
+        _check_settings()  # takes seconds, as it loads Prefect
 
 
 def readable_proxies() -> dict[str, str]:

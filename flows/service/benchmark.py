@@ -1,6 +1,7 @@
 """The benchmark flow: evaluate what is not evaluated yet, write the report beside the last good run, ask the gate."""
 
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import httpx
@@ -113,7 +114,7 @@ def _show_in_prefect(store: Store, made: ReportResult) -> None:
 
 
 def _link(name: str) -> str:
-    return name if "://" in name else f"file://{name}"
+    return name if "://" in name else Path(name).absolute().as_uri()
 
 
 def _text(store: Store, name: str) -> str:

@@ -37,6 +37,7 @@ from flows.runs.journal import RunRecord, Writer, one_line, this_process
 from flows.service import notify
 from infra.store.store import Store
 
+FLOWS = (*notify.MODELS, "train-generator", "ablation")  # the last two are started by hand only
 SILENT_SECONDS = 600.0  # more than three signs of life of whoever gives one at Prefect's default of 180 s
 READERS = 16
 RECENT = 200  # runs whose records are looked at: names begin with the time, and what is older was seen before
@@ -175,7 +176,7 @@ def mark_flow_runs(dead: Mapping[str, CrashedRun]) -> list[str]:
 
 
 def _running_flow_runs(client: SyncPrefectClient) -> Iterator[tuple[FlowRun, str]]:
-    for flow in notify.MODELS:
+    for flow in FLOWS:
         found = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=[flow])),
             flow_run_filter=FlowRunFilter(

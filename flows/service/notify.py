@@ -118,16 +118,16 @@ def crashed(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
 
 def command_of(flow: str, parameters: Mapping[str, Any]) -> str:
     """Return the command that resumes a flow run."""
-    given = parameters.get("parameters")
-    model = MODELS.get(flow)
-    if "request" in parameters:  # of a run that was started by hand
-        return RunRequest.model_validate(parameters["request"]).command(str(parameters["run"]))
-    if model is None or given is None:
-        return "start the run again: what is done is found"
+    given, model = parameters.get("parameters"), MODELS.get(flow)
     try:
-        return (given if isinstance(given, model) else model.model_validate(given)).command()
-    except ValidationError:
-        return f"prefect deployment run {flow}/NAME"
+        if "request" in parameters:  # of a run that was started by hand
+            return RunRequest.model_validate(parameters["request"]).command(str(parameters["run"]))
+        if model is not None and given is not None:
+            return (given if isinstance(given, model) else model.model_validate(given)).command()
+    except ValidationError:  # of another version
+        if model is not None and given is not None:
+            return f"prefect deployment run {flow}/NAME"
+    return "start the run again: what is done is found"
 
 
 def without_secrets(text: str) -> str:

@@ -20,7 +20,7 @@ OBJECT_STORE_BYTES = 128 * 2**20  # shards are named, not sent: only names and s
 
 CONNECT_SECONDS = 5.0
 RAY_VARIABLES = ("SFTOK_RAY_ADDRESS", "RAY_ADDRESS")
-RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS or RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks for one), or unset it"
+RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS or RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks so), or unset it"
 SOCKET = "ray/session_2026-01-31_12-00-00_000000_1234567/sockets/plasma_store"
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # of a socket's path, at most
 
@@ -72,7 +72,8 @@ class Session:
             try:
                 ray.init(address=self.address, **quiet)
             except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{_named(self.address)} cannot be joined ({one_line(error)}); {RAY_REMEDY}") from error
+                place = _named(self.address)
+                raise ValueError(f"{place} cannot be joined ({one_line(error)}); {RAY_REMEDY}") from error
             return ray
         cpus = self.num_cpus or max(os.cpu_count() or 1, cores)
         local: dict[str, Any] = {
@@ -196,7 +197,9 @@ def check_reachable(address: str | None) -> None:
     scheme, _, place = address.rpartition("://")
     host, _, port = place.rpartition(":")
     if scheme in ("http", "https"):
-        raise ValueError(f"{_named(address)} is a dashboard's address; give the head's, as HOST:6379 or ray://HOST:10001")
+        raise ValueError(
+            f"{_named(address)} is a dashboard's address; give the head's, as HOST:6379 or ray://HOST:10001"
+        )
     if not host or not port.isdigit():
         raise ValueError(f"{_named(address)} is no address; write host:port, ray://host:port or auto")
     try:

@@ -30,8 +30,8 @@ def check_environment(uri: str) -> None:
         check_certificates("AWS_CA_BUNDLE")
         for name in filter(os.environ.get, FILES):
             _check_file(name)
-        if (name := proxy_of(endpoint)) and not PROXY.fullmatch(os.environ[name]):
-            raise ValueError(f"{named(name)}: S3's client has no such proxies; write http://host:port, or unset it")
+        if (proxy := proxy_of(endpoint)) and not PROXY.fullmatch(os.environ[proxy]):
+            raise ValueError(f"{named(proxy)}: S3's client has no such proxies; write http://host:port, or unset it")
     except ValueError as error:
         raise ValueError(f"{uri}: {error}") from None
 
