@@ -75,10 +75,9 @@ def report(
     """Write the report of a run as one HTML page, Markdown and JSON, and the page of all runs beside it."""
     with stdout_for_results(), logging_on_stderr(verbose=False), one_line_refusals():
         from flows.report.benchmark import gate_of, write_report
-        from infra.settings import Settings
         from infra.store.store import Store
 
-        place, made = Store(store or Settings().store), []
+        place, made = Store.usual(store), []
         chosen: list[str | None] = [*run] if run else [None]
         for name in chosen:
             folder = f"{out}/{name}" if out and run and len(run) > 1 else out

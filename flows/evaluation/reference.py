@@ -10,7 +10,6 @@ from flows.recipes.schema import ScoresConfig
 from flows.stage import CPU, Work
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import resolve
-from infra.settings import Settings
 from infra.store.store import Store
 from sftok.metrics.frechet import Gaussian
 from sftok.metrics.functional import FeatureMoments
@@ -47,7 +46,7 @@ def export_statistics(text: str, file: str, *, store: str | None) -> int:
     Raises:
         ValueError: there is no such artifact, it is of another kind, or the file is there or cannot be written.
     """
-    place, path = Store(store or Settings().store), Path(file).expanduser()
+    place, path = Store.usual(store), Path(file).expanduser()
     made = Artifact(place, resolve(place, text))
     if made.manifest.kind != "features":
         raise ValueError(f"{text!r} is {made}, but features are needed: see `sftok ls`")

@@ -39,7 +39,7 @@ def check_rerun(run: str, *, store: str | None, anew: bool = False) -> RunReques
         ValueError: there is no such run, its record does not say what it was asked for, or something that it needs is
             missing now.
     """
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     record = read_record(place, run)
     if record.is_partial_of_before:
         raise ValueError(f"run {run} made {', '.join(record.stages)} alone: run the command that made it again")

@@ -55,7 +55,7 @@ def examine(store: str | None = None) -> Iterator[Check]:
         yield Check(name="settings", ok=False, detail=one_line(error), remedy="correct that environment variable")
         return
     yield _tried("home", lambda: _home(settings))
-    yield _tried("store", lambda: _store(store or settings.store))
+    yield _tried("store", lambda: _store(store))
     yield _tried("prefect", lambda: _prefect(settings))
     yield _tried("ray", lambda: _ray(settings))
 
@@ -124,8 +124,8 @@ def _home(settings: Settings) -> str:
     return str(settings.home)
 
 
-def _store(uri: str) -> str:
-    store = Store(uri)
+def _store(uri: str | None) -> str:
+    store = Store.usual(uri)
     store.check()
     return f"{store.uri}: written, read, deleted"
 

@@ -19,7 +19,6 @@ from infra.artifacts.pretrained import WEIGHTS_ROOT
 from infra.artifacts.shards import read_record
 from infra.config import Config
 from infra.progress import Progress, silent
-from infra.settings import Settings
 from infra.store.store import Store
 from sftok.config import INCEPTION_SHA256
 
@@ -180,7 +179,7 @@ CATALOGUE = {
 
 def listed(store: str | None) -> list[Listed]:
     """List all weights that can be used, and which of them the store has."""
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     found = []
     for entry in CATALOGUE.values():
         record = record_of(place, entry.name)
@@ -212,7 +211,7 @@ def add(name: str, file: str, *, store: str | None, added_from: str = "a local f
             "another file; get it again"
         )
     entry.check(path)
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     place.check()
     record = Record(name=name, file=entry.file, sha256=sha256, size=path.stat().st_size, added_from=added_from)
     before = record_of(place, name)

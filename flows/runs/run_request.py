@@ -22,7 +22,6 @@ from infra.compute.device import DeviceChoice
 from infra.compute.workers import WorkerOptions
 from infra.config import Config
 from infra.provenance import USER_INFO, redact
-from infra.settings import Settings
 from infra.store.store import Store
 
 
@@ -176,7 +175,7 @@ class RunArguments(Config):
 
 def store_uri(store: str | None) -> str:
     """Return the URI of a store; of the usual one if none is named."""
-    return Store(store or Settings().store).uri
+    return Store.usual(store).uri
 
 
 def usual_workers(workers: int | None) -> int:

@@ -38,7 +38,6 @@ from flows.service.parameters import (
     RetokenizeParameters,
     plain,
 )
-from infra.settings import Settings
 from infra.store.store import Store
 
 
@@ -86,7 +85,7 @@ def _execute(request: RunRequest, overlap: Overlap, *, limit: str | None = None)
 @flow(name="check-data", flow_run_name=_named("check-data"), **HOOKS)
 def check_data(parameters: CheckDataParameters) -> State[Any]:
     """List the images once, and start a re-tokenization if they have changed since they were encoded."""
-    place = Store(parameters.retokenize.store or Settings().store)
+    place = Store.usual(parameters.retokenize.store)
     _begin(place)
     recipe = parameters.retokenize.recipe
     if parameters.retokenize.tokenizer is None and data_watch.last_tokenizer(place, recipe) is None:
@@ -118,7 +117,7 @@ def benchmark_report(parameters: BenchmarkParameters) -> State[Any]:
     """
     from flows.service import benchmark
 
-    place = Store(parameters.store or Settings().store)
+    place = Store.usual(parameters.store)
     _begin(place)
     found = records(place)
     whole = [one for one in found if one.is_whole]

@@ -88,7 +88,7 @@ def plan(options: ServeOptions) -> list[PlannedDeployment]:
     """Plan the deployments, every path absolute: a scheduled run may begin anywhere."""
     from flows.service import deployments
 
-    store = Store(options.store or Settings().store).uri
+    store = Store.usual(options.store).uri
     planned = []
     for given in options.recipes:
         name = load_recipe(given, overrides=options.overrides, seed=options.seed).name
@@ -186,7 +186,7 @@ def serve(options: ServeOptions, *, say: Callable[[str], None], verbose: bool = 
             concurrency.set_gpus(options.gpus)
         planned = plan(options)
         deployments = [deployment_of(one, options) for one in planned]
-        marked = liveness.mark([Store(options.store or settings.store)])
+        marked = liveness.mark([Store.usual(options.store)])
         for name in sorted({*marked.records, *marked.flow_runs}):
             say(f"run {name} had crashed; what it has done is found by the next one")
         lines = [

@@ -87,7 +87,7 @@ def collect_garbage(
     Raises:
         ValueError: a manifest or a pin is damaged: its inputs are unknown, so nothing is removed.
     """
-    place, now = Store(store or Settings().store), datetime.now(UTC)
+    place, now = Store.usual(store), datetime.now(UTC)
     found = manifests(place)
     garbage = find_garbage(
         found, records(place), pins(place), keep_last=keep_last, before=(now - older_than).isoformat()

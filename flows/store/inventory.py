@@ -74,7 +74,7 @@ def list_artifacts(*, store: str | None, kind: str | None = None, run: str | Non
     Raises:
         ValueError: there is no such run, or a manifest is damaged.
     """
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     found = manifests(place, kind)
     if run is not None:
         wanted = keys_of(records(place, [run]))
@@ -92,7 +92,7 @@ def pin(text: str, *, store: str | None, reason: str = "") -> Pin:
     Raises:
         ValueError: there is no such artifact, or more than one.
     """
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     return inventory.pin(place, resolve(place, text), reason)
 
 
@@ -102,7 +102,7 @@ def unpin(text: str, *, store: str | None) -> str:
     Raises:
         ValueError: there is no such artifact, more than one, or it is not pinned.
     """
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     manifest = resolve(place, text)
     if not inventory.unpin(place, manifest):
         raise ValueError(f"{manifest.kind}/{manifest.digest} is not pinned; `sftok ls` shows what is")
@@ -117,7 +117,7 @@ def copy(
     Raises:
         ValueError: there is no such artifact, more than one, a file is damaged, or the target cannot be used.
     """
-    place, other = Store(store or Settings().store), Store(target)
+    place, other = Store.usual(store), Store(target)
     if place == other:
         raise ValueError(f"{place.uri} is the store to copy from: name another one")
     manifest = resolve(place, text)

@@ -11,7 +11,6 @@ from pydantic import JsonValue
 
 from flows.runs.history import PastRun, records
 from infra.artifacts.manifest import ArtifactRef, Manifest, manifest_of
-from infra.settings import Settings
 from infra.store.store import Store
 
 SPEC = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
@@ -27,7 +26,7 @@ def events(run: str, *, store: str | None) -> list[dict[str, JsonValue]]:
     Raises:
         ValueError: there is no such run, or its record or a manifest is damaged.
     """
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     (record,) = records(place, [run])
     parent = _run_id(record.run)
     listed: list[dict[str, JsonValue]] = []

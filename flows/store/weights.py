@@ -14,7 +14,6 @@ from flows.stage import Result
 from infra.artifacts.lineage import find_artifact
 from infra.artifacts.manifest import ArtifactRef, Plan, verify
 from infra.artifacts.weights import CONFIG
-from infra.settings import Settings
 from infra.store.store import Store
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
@@ -80,7 +79,7 @@ def import_weights(path: str, *, kind: Kind, store: str | None, config_json: str
     Raises:
         ValueError: `sftok.weights.convert` rejects the file, or the store cannot be used.
     """
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     opened = open_published(path, config_json, kind=kind)
     place.check()
 

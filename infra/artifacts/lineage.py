@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import MANIFEST, ROOT, ArtifactRef, Manifest, folder_of, read_manifest, ref_of, some
-from infra.settings import Settings
 from infra.store.store import Store
 
 
@@ -21,7 +20,7 @@ def store_of(text: str, store: str | None) -> Store:
     """Open the given store, else that of an artifact's full URI, else the default one."""
     if store is None and f"/{ROOT}/" in text:
         store = text.rpartition(f"/{ROOT}/")[0]
-    return Store(store or Settings().store)
+    return Store.usual(store)
 
 
 def resolve(store: Store, text: str) -> Manifest:

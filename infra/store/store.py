@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from infra.settings import Settings
 from infra.store.disk import PARTIAL, Disk
 from infra.store.location import parse_location
 from infra.store.s3 import Bucket
@@ -41,6 +42,21 @@ class Store:
             place = place._replace(path=_checked(prefix) if prefix else "")
         self.uri, self._prefix, self._is_root = place.uri, place.prefix, True
         self._backend: Backend = Bucket(place.bucket) if place.bucket else Disk(Path(place.path))
+
+    @classmethod
+    def usual(cls, root: str | None) -> "Store":
+        """Open a store, or that of SFTOK_STORE if none is named.
+
+        Raises:
+            ValueError: as of `Store`; names the variable if it is the reason.
+        """
+        if root:
+            return cls(root)
+        default = Settings().store
+        try:
+            return cls(default)
+        except ValueError as error:
+            raise ValueError(f"SFTOK_STORE: {error}") from None
 
     @classmethod
     def beside(cls, file: str) -> "tuple[Store, str]":

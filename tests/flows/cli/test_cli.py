@@ -179,7 +179,7 @@ def test_refusal_is_one_line_and_writes_nothing(sftok, tmp_path, home, monkeypat
     ("variable", "value", "said"),
     [
         ("PREFECT_API_URL", "http://127.0.0.1:9/api", "PREFECT_API_URL = http://127.0.0.1:9/api"),
-        ("RAY_ADDRESS", "127.0.0.1:9", "Ray address 127.0.0.1:9"),
+        ("RAY_ADDRESS", "127.0.0.1:9", "RAY_ADDRESS = 127.0.0.1:9 cannot be reached (Connection refused)"),
         ("SFTOK_HOME", "/proc/nobody", "SFTOK_HOME = /proc/nobody"),
     ],
 )
