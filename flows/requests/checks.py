@@ -95,7 +95,7 @@ def check_prefect(settings: Settings) -> None:
     check_home(settings.home)
     check_environment(settings.prefect_api_url)
     if settings.prefect_api_url and (trouble := health(settings.prefect_api_url)) is not None:
-        raise ValueError(f"{named('PREFECT_API_URL')}: {trouble}; start that server, or unset it")
+        raise ValueError(f"{named('PREFECT_API_URL')}: {trouble}; start that server, correct the URL, or unset it")
 
 
 def compiles_steps(recipe: Recipe) -> bool:

@@ -56,7 +56,7 @@ class Store:
         try:
             return cls(default)
         except ValueError as error:
-            raise ValueError(f"SFTOK_STORE: {error}") from None
+            raise ValueError(f"SFTOK_STORE = {str(error).removeprefix('store ')}") from None
 
     @classmethod
     def beside(cls, file: str) -> "tuple[Store, str]":
