@@ -12,8 +12,8 @@ from tests.support.fake_stages import FakeStages
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The servers' home, in which a killed migration has left its unfinished database."""
-    home = tmp_path_factory.mktemp("home")
+    """The servers' home, in which a killed migration has left its unfinished database; its name is no part of a URL."""
+    home = tmp_path_factory.mktemp("home ?#%41")
     (home / "prefect").mkdir()
     (home / "prefect" / f"prefect-{importlib.metadata.version('prefect')}.new").write_bytes(b"half a database")
     return home

@@ -267,7 +267,8 @@ def test_rerun_does_what_the_record_says(sftok, environment, servers, fakes):
 
 
 def test_stopped_runs_leave_no_process_and_the_next_goes_on(environment, tmp_path):
-    """kill -9 in one stage, then Ctrl-C in the next, both on temporary servers of their own."""
+    """kill -9 in one stage, then Ctrl-C in the next, both on temporary servers of their own, which need no proxies."""
+    environment |= {"ALL_PROXY": "socks5://127.0.0.1:9", "http_proxy": ":::", "NO_PROXY": "localhost,[::1]"}
     killed = tmp_path / "killed"
     with start(environment, "run", "digits", "--workers", "0", FAKE_WAIT=f"teacher:{killed}") as run:
         wait_for(killed, run)

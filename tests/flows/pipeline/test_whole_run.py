@@ -208,7 +208,7 @@ def test_killed_in_any_other_stage_it_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 def test_own_images_run_and_what_is_no_image_is_listed(tmp_path: Path) -> None:
-    """Three classes with awkward names, no splits, and a file that only looks like an image."""
+    """Three classes with awkward names, no splits, a file that only looks like an image; the locale is not UTF-8."""
     data, random = tmp_path / "my images", np.random.default_rng(0)
     for label, name in enumerate(("<b>cats</b>", "hôtel & co", "日本")):
         (data / name).mkdir(parents=True)
@@ -217,7 +217,9 @@ def test_own_images_run_and_what_is_no_image_is_listed(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(data / name / f"{number}.png")
     (data / "日本" / "broken.jpg").write_bytes(b"no image at all")
     runner = Runner(tmp_path)
-    result = runner.run(str(tmp_path / "store"), "--data", str(data), "--workers", "1", "--set", "evaluate.steps=[1]")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = ("--data", str(data), "--workers", "1", "--set", "evaluate.steps=[1]")
+    result = runner.run(str(tmp_path / "store"), *arguments, **locale)
     assert {stage["state"] for stage in result["stages"].values()} == {"Completed"}
     counts = resolve(Store(tmp_path / "store"), result["stages"]["prepare"]["digest"]).counts
     assert counts["found"] == 73
