@@ -2,21 +2,25 @@
 
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import psutil
 import pytest
 
+from flows.prefect_server.database import set_damaged_aside
 from flows.prefect_server.temporary import ServerError, health, prefect_server, start_server
 
 
-def test_two_servers_started_at_once_on_a_new_home_both_answer(servers):
+def test_two_servers_started_at_once_on_a_new_home_both_answer(servers, home):
     """Guards against the race of two migrations of one SQLite file, and against the leftovers of a killed one."""
     one, other = servers
     assert one.pid != other.pid
     assert [health(one.url), health(other.url)] == [None, None]
+    assert len(list((home / "prefect").glob("prefect-*.db"))) == 1, "the database is elsewhere"
 
 
 def test_every_kind_of_object_can_be_read(prefect_api):
@@ -72,6 +76,29 @@ def test_server_that_cannot_start_says_where_to_look(tmp_path):
     server = start_server(home)
     with pytest.raises(ServerError, match=r"ended with code 1: IsADirectoryError.*server\.log"):
         server.wait()
+
+
+@pytest.mark.parametrize("left", [0, 50, 4096, 100_000, None])
+def test_damaged_database_is_set_aside_and_a_sound_one_is_kept(servers, home, tmp_path, caplog, left):
+    (sound,) = (home / "prefect").glob("prefect-*.db")
+    copy = tmp_path / "a ?#%41" / sound.name
+    copy.parent.mkdir()
+    with closing(sqlite3.connect(sound)) as connection, closing(sqlite3.connect(copy)) as target:
+        connection.backup(target)
+    copy.write_bytes(copy.read_bytes()[:left])
+    copy.with_name(f"{copy.name}.damaged-1").touch()
+    set_damaged_aside(copy)
+    assert copy.exists() == (left is None)
+    aside = copy.with_name(f"{copy.name}.damaged-2")
+    assert [f"is kept as {aside.name}, and" in line for line in caplog.messages] == ([] if left is None else [True])
+    assert aside.exists() == (left is not None)
+
+
+def test_text_in_place_of_a_database_is_set_aside(tmp_path):
+    database = tmp_path / "prefect.db"
+    database.write_text("no database " * 1000)
+    set_damaged_aside(database)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["database.lock", "prefect.db.damaged-1"]
 
 
 def test_settings_are_given_back(servers, monkeypatch):

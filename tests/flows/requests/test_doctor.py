@@ -9,6 +9,7 @@ from flows.cli.main import main
 from flows.requests import doctor
 from flows.requests.doctor import examine
 from infra.compute import precision
+from infra.settings import Settings
 
 
 def test_everything_works_here(prefect_api, tmp_path, monkeypatch, capfd, home):
@@ -43,6 +44,16 @@ def test_what_is_broken_is_said_with_its_remedy(tmp_path, monkeypatch, capsys):
     assert "constraints" in found["packages"].remedy
     assert "PREFECT_API_URL" in found["prefect"].remedy
     assert all(found[name].detail and found[name].remedy for name in broken)
+
+
+def test_variable_that_prefect_cannot_read_is_named(monkeypatch, tmp_path):
+    """Guards against the advice to install everything again."""
+    monkeypatch.setenv("SFTOK_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setenv("HTTP_PROXY", ":::")
+    found = doctor._tried("prefect", lambda: doctor._prefect(Settings()))
+    assert found.detail.startswith("HTTP_PROXY = :::: ")
+    assert found.remedy == "write http://host:port, or unset it"
 
 
 @pytest.mark.parametrize(
