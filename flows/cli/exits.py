@@ -117,7 +117,9 @@ def one_line_termination() -> Iterator[None]:
         hung_up.append(number)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, _terminate), signal.signal(signal.SIGHUP, hang_up)
+    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    on_hangup = signal.SIG_IGN if is_nohup else hang_up
+    before = signal.signal(signal.SIGTERM, _terminate), signal.signal(signal.SIGHUP, on_hangup)
     try:
         yield
     except _Terminated:

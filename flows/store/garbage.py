@@ -11,7 +11,6 @@ from flows.store.inventory import size_text
 from infra.artifacts.collect import CollectResult, collect
 from infra.artifacts.inventory import Key, manifests, pins, with_ancestors
 from infra.artifacts.manifest import Manifest
-from infra.settings import Settings
 from infra.store.store import Store
 
 

@@ -12,7 +12,6 @@ from infra.artifacts.inventory import Key, Pin, descendants, key_of_ref, manifes
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import Manifest, ref_of
 from infra.progress import Progress, silent
-from infra.settings import Settings
 from infra.store.store import Store
 
 if TYPE_CHECKING:

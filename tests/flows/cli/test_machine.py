@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli.exits import one_line_termination
 from tests.flows.cli.test_cli import environment, sftok, start, wait_for
 
 __all__ = ["environment", "sftok"]
@@ -232,6 +234,16 @@ def test_names_are_read_as_utf8_in_any_locale(environment, tmp_path):
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "AT": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "['katze \\xfc']\n"
+
+
+def test_nohup_is_kept():
+    """Guards against a handler that ends a run of `nohup sftok run` with its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with one_line_termination():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
