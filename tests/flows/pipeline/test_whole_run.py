@@ -71,9 +71,9 @@ class Runner:
         return result
 
 
-def left_behind(session: int) -> list[psutil.Process]:
+def left_behind(session: int, seconds: float = 15) -> list[psutil.Process]:
     """Processes of a session that outlive it; what Ray and Prefect start may take a moment to go."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         alive = [p for p in psutil.process_iter() if _session_of(p) == session and p.status() != psutil.STATUS_ZOMBIE]
         if not alive:
