@@ -1,7 +1,7 @@
 """The flow that trains one recipe in several ways, with several seeds, and compares the results on a page."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import httpx
@@ -14,6 +14,7 @@ from flows.pipeline import tasks
 from flows.pipeline.graph import PREPARE
 from flows.pipeline.tasks import RunContext
 from flows.recipes.ablations import Ablation, ResolvedArm
+from flows.results.types import Finding
 from flows.runs.journal import Journal, RunRecord, StageRecord, State
 from flows.runs.run_request import RunRequest
 from flows.stage import Job, Result, Stage, Work
@@ -93,6 +94,11 @@ class _Part(Journal):
     ) -> StageRecord:
         """Note how a stage ended."""
         return self._whole.end(f"{self._name}: {stage}", state, ref=ref, reason=reason)
+
+    def note_findings(self, stage: str, findings: Sequence[Finding]) -> None:
+        """Note what was found in the figures of a training."""
+        name = f"{self._name}: {stage}"
+        self._whole.note_findings(name, [one.model_copy(update={"stage": name}) for one in findings])
 
 
 def _show_in_prefect(store: Store, plan: Ablation, report: ArtifactRef) -> None:

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import typer
+
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flows.results.types import Finding
     from flows.runs.progress import Display
 
 ROOMS = ("flows", "sftok", "generator", "infra")
@@ -149,6 +152,17 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell, overflow="fold") for cell in row))
     console().print(table)
+
+
+def print_findings(found: "Sequence[Finding] | None") -> None:
+    """Print what to look at first in the figures of a run, or that there is nothing; None: they were not judged."""
+    if found is None:
+        return
+    typer.echo(f"to look at first: {'' if found else 'nothing; no rule found anything in the figures'}".rstrip())
+    for one in found:
+        typer.echo(f"  {one.severity}: {one.sentence}\n    {one.facts}")
+        for remedy in one.remedies:
+            typer.echo(f"    try: {remedy}")
 
 
 def console() -> "Console":

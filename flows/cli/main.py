@@ -16,6 +16,7 @@ from flows.cli.console import (
     console,
     logging_on_stderr,
     prepare_streams,
+    print_findings,
     print_table,
     speak_utf8,
     stdout_for_results,
@@ -30,7 +31,7 @@ from flows.cli.exits import (
     one_line_refusals,
     one_line_termination,
 )
-from flows.cli.options import AnewOption, JsonOption, RefArgument, StoreOption, VerboseOption
+from flows.cli.options import AnewOption, JsonOption, StoreOption, VerboseOption
 from infra.compute.threads import limit_spinning
 
 if TYPE_CHECKING:
@@ -180,20 +181,25 @@ def recipes(
 Examples:
   sftok show codes/1f2e
   sftok show images/1f2e --lineage
+  sftok show 20261125-014226-digits-dc1e
   sftok show 1f2e3d --store s3://bucket/prefix --json
 """
 )
 def show(
-    ref: RefArgument,
+    ref: Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, a full URI, or a run.")],
     *,
     lineage: Annotated[bool, typer.Option("--lineage", help="Also show what was made of it, and on.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show an artifact's manifest, and what it was made of."""
+    """Show an artifact's manifest and what it was made of, or a run: its stages, its figures, what to look at first."""
     with one_line_refusals():
+        from flows.runs.journal import find_record
         from flows.store.lineage import describe
 
+        if (record := find_record(ref, store)) is not None:
+            _show_past(record, as_json=as_json)
+            return
         shown = describe(ref, store=store, forward=lineage)
     if as_json:
         typer.echo(json.dumps(shown.as_json(), allow_nan=False))
@@ -244,7 +250,8 @@ def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
 
     result: dict[str, Any] = {"run": record.run, "recipe": record.recipe.name, "stages": stages_as_json(record)}
     # Infinity becomes a string, as in the record: JSON has no such number.
-    result |= {"metrics": json.loads(record.model_dump_json())["metrics"], "report": record.report}
+    plain = json.loads(record.model_dump_json())
+    result |= {"metrics": plain["metrics"], "report": record.report, "findings": plain["findings"]}
     return result | {"error": error} if error else result
 
 
@@ -254,6 +261,14 @@ def _show_run(record: "RunRecord", error: str | None, *, as_json: bool) -> None:
     else:
         _show_record(record)
     fail_if(error)
+
+
+def _show_past(record: "RunRecord", *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"state": record.state, **_as_json(record, record.reason)}, allow_nan=False))
+        return
+    _show_record(record)
+    typer.echo(f"{record.state}, begun {record.started_at}{f': {record.reason}' if record.reason else ''}")
 
 
 def _show_plan(planned: "DryRun", *, as_json: bool) -> None:
@@ -276,3 +291,4 @@ def _show_record(record: "RunRecord") -> None:
         print_table(("metric", "value"), [(name, f"{value:.4g}") for name, value in record.metrics.items()])
     if record.report:
         typer.echo(f"report: {record.report}")
+    print_findings(record.findings)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.console import logging_on_stderr, print_table, stdout_for_results
+from flows.cli.console import logging_on_stderr, print_findings, print_table, stdout_for_results
 from flows.cli.exits import GATE_FAILED, one_line_refusals
 from flows.cli.options import JsonOption, StoreOption
 
@@ -102,6 +102,7 @@ def _show(made: "ReportResult") -> None:
             for row in made.comparison.rows
         ]
         print_table(("figure", made.run, made.against or "", ""), rows)
+    print_findings(made.findings)
     for name in made.files:
         typer.echo(name)
 

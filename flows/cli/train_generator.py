@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.console import logging_on_stderr, stdout_for_results
+from flows.cli.console import logging_on_stderr, print_findings, stdout_for_results
 from flows.cli.exits import fail_if, one_line_refusals, one_line_termination
 from flows.cli.options import (
     DeviceOption,
@@ -73,6 +73,7 @@ def train_generator(
         typer.echo(json.dumps(shown, allow_nan=False))
     else:
         _show(shown)
+        print_findings(record.findings)
     fail_if(error)
 
 
@@ -86,6 +87,7 @@ def _as_json(record: "RunRecord", error: str | None) -> dict[str, Any]:
     result |= {"seconds": stage.seconds if stage else 0.0}
     result |= {"generator": str(ref) if ref else None, "uri": ref.uri if ref else None}
     result["metrics"] = dict(manifest_of(Store(record.store), ref).metrics) if ref else None
+    result["findings"] = [one.as_json() for one in record.findings or ()]
     return result | {"error": error} if error else result
 
 

@@ -21,6 +21,7 @@ from prefect.tasks import Task, exponential_backoff
 
 from flows.make import make
 from flows.pipeline import graph
+from flows.pipeline.watch import Watch
 from flows.runs import progress
 from flows.runs.journal import Journal, one_line, start_journal
 from flows.runs.run_request import RunRequest
@@ -135,8 +136,9 @@ def timeout_of(stage: str) -> float | None:
 def find_or_make(stage: Stage, run: RunContext, inputs: Mapping[str, ArtifactRef]) -> State[ArtifactRef]:
     """Attempt a stage and journal how it went; what it publishes is complete or not there."""
     run.journal.begin(stage.name)
+    watch = Watch(stage, run.job, inputs, run.journal)
     try:
-        with progress.of_stage(stage.name) as listen:
+        with progress.of_stage(stage.name, watch) as listen:
             artifact, state = make(stage, run.job, inputs, progress=listen)
     except Exception as error:
         with contextlib.suppress(OSError):  # a store that is full or away takes no record of it either
@@ -147,5 +149,6 @@ def find_or_make(stage: Stage, run: RunContext, inputs: Mapping[str, ArtifactRef
         raise
     ref = artifact.ref
     record = run.journal.end(stage.name, state, ref=ref)
+    watch.end(artifact, is_new=state == "Completed")
     progress.display().line(f"{stage.name}: {state} in {record.seconds:.1f} s")
     return Completed(name=state, message=str(ref), data=ref)

@@ -11,6 +11,7 @@ from flows.report.pages import RunInfo, read_evaluation, report_data
 from flows.report.render import Report, build_report
 from flows.results.comparison import Comparison, GateResult, compare
 from flows.results.gate import GateConfig, Threshold, judge
+from flows.results.types import Finding
 from flows.runs.history import PastRun, before, is_evaluated, latest, records, ref_of
 from flows.runs.journal import REPORT_FILES
 from infra.artifacts.artifact import Artifact
@@ -29,6 +30,7 @@ class ReportResult(NamedTuple):
     gate: GateResult | None
     files: tuple[str, ...]
     metrics: dict[str, float]
+    findings: tuple[Finding, ...]
     picture: str | None
     """an image of reconstructions, if the tokenizer's training left one."""
 
@@ -47,6 +49,7 @@ class ReportResult(NamedTuple):
             "changes": {row.name: row.change for row in rows if not row.why_not},
             "verdicts": {row.name: "not comparable" if row.why_not else row.verdict for row in rows},
             "gate": self.gate.as_json() if self.gate else None,
+            "findings": [one.as_json() for one in self.findings],
             "files": list(self.files),
         }
 
@@ -109,7 +112,8 @@ def write_report(
     data = data.model_copy(update={"comparison": comparison, "gate": judged})
     files = _write(store, chosen, build_report(data), found, out)
     against_run = other.run if other else None
-    return ReportResult(chosen.run, against_run, comparison, judged, files, now.metrics(), _picture(evaluation))
+    metrics, picture = now.metrics(), _picture(evaluation)
+    return ReportResult(chosen.run, against_run, comparison, judged, files, metrics, data.findings, picture)
 
 
 def gate_of(store: Store, run: str | None, thresholds: Sequence[str]) -> GateConfig:

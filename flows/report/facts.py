@@ -1,16 +1,15 @@
 """Facts about a run from its artifacts: losses, held-out NLL, throughput, and rejected entries."""
 
-import json
 from collections.abc import Mapping
 
 import pyarrow.parquet as pq
 
+from flows.results.figures import Training
 from flows.results.types import GeneratorFit, LossCurve, Rejects
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import Manifest
 from sftok.prepare.prepare import REJECTS, gist
 
-LOG = "log.jsonl"
 VAL_NLL = "val_nll/"  # followed by a position
 POINTS = 160  # per drawn curve
 REASONS = 8  # of rejection that are listed
@@ -24,18 +23,15 @@ DONE = {  # count of a stage's work, and its unit
 }
 
 
-def loss_curves(made: Mapping[str, Artifact]) -> tuple[LossCurve, ...]:
-    """Read the loss of each training stage, thinned out evenly."""
+def loss_curves(trainings: Mapping[str, Training]) -> tuple[LossCurve, ...]:
+    """Return the loss of each training, thinned out evenly."""
     curves = []
-    for stage, artifact in made.items():
-        if not any(entry.path == LOG for entry in artifact.manifest.files):
-            continue
-        lines = artifact.folder.read(LOG).decode().splitlines()
-        rows = [row for row in map(json.loads, lines) if "loss" in row]
+    for stage, training in trainings.items():
+        rows = training.logged("loss")
         step = max(1, len(rows) // POINTS)
         kept = [*rows[::step], *([rows[-1]] if rows and (len(rows) - 1) % step else [])]
         if kept:
-            steps, losses = tuple(int(row["step"]) for row in kept), tuple(float(row["loss"]) for row in kept)
+            steps, losses = zip(*kept, strict=True)
             curves.append(LossCurve(stage=stage, steps=steps, losses=losses))
     return tuple(curves)
 

@@ -7,8 +7,11 @@ from pydantic import JsonValue, ValidationError
 
 from flows.evaluation.inputs import EVALUATION, PICTURES
 from flows.evaluation.sweep import read_sweep
+from flows.recipes.schema import Recipe
 from flows.report.facts import fit_of, loss_curves, rate_of, rejects_of
+from flows.report.figures import figures_of, training_of
 from flows.report.render import build_report
+from flows.results.health import findings
 from flows.results.types import EvaluationReport, ReportData, StageRow
 from flows.runs.journal import REPORT_FILES
 from flows.stage import Result, Work
@@ -59,6 +62,13 @@ def report_data(evaluation: Artifact, run: RunInfo) -> ReportData:
     made = _artifacts(store, "evaluation", lineage(store, manifest))
     if "prepare" not in made:
         raise ValueError(f"the images behind {evaluation} are not in {store.uri}: name their store")
+    report, sweep, recipe = read_evaluation(evaluation), read_sweep(folder, manifest), _recipe(run.config)
+    counts = made["prepare"].manifest.counts
+    trainings = {
+        stage: training
+        for stage, artifact in made.items()
+        if (training := training_of(stage, artifact, recipe, counts.get("val", 0)))
+    }
     pictures = [file.path for file in manifest.files if file.path.startswith(PICTURES)]
     return ReportData(
         run_id=run.run,
@@ -67,14 +77,15 @@ def report_data(evaluation: Artifact, run: RunInfo) -> ReportData:
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         source=run.source,
         command=manifest.command,
-        counts=made["prepare"].manifest.counts,
+        counts=counts,
         stages=tuple(_row(name, one.manifest) for name, one in made.items()),
-        evaluation=read_evaluation(evaluation),
-        sweep=read_sweep(folder, manifest),
+        evaluation=report,
+        sweep=sweep,
         images={path.removeprefix(PICTURES): folder.read(path) for path in pictures},
-        losses=loss_curves(made),
+        losses=loss_curves(trainings),
         fit=fit_of(made["train_generator"].manifest) if "train_generator" in made else None,
         rejects=rejects_of(made["prepare"]),
+        findings=findings(figures_of(trainings, report, sweep, recipe)),
         config=run.config,
         versions=manifest.versions,
         hardware=manifest.hardware,
@@ -94,6 +105,14 @@ def read_evaluation(evaluation: Artifact) -> EvaluationReport:
         said = error.errors()[0]
         where = ".".join(map(str, said["loc"]))
         raise ValueError(f"{evaluation.uri}/{EVALUATION}: {where}: {said['msg']}; evaluate the run again") from error
+
+
+def _recipe(config: dict[str, JsonValue]) -> Recipe | None:
+    """Read a recipe; None if another version wrote it and this one cannot."""
+    try:
+        return Recipe.model_validate(config)
+    except ValidationError:
+        return None
 
 
 def _artifacts(store: Store, name: str, tree: Lineage) -> dict[str, Artifact]:

@@ -80,6 +80,7 @@ class GenerationReport(Config):
     neighbours: Gallery = Field(description="samples beside their nearest training images")
     distances: Histogram = Field(description="distances to the nearest training image")
     confusion: ConfusionMatrix | None = None
+    real_confusion: ConfusionMatrix | None = Field(default=None, description="of real held-out images")
 
 
 class EvaluationReport(Config):
@@ -181,6 +182,41 @@ class StageRow(Config):
     files: tuple[str, ...] = Field(default=(), description="name, size and SHA-256 of its first files")
 
 
+class Evidence(Config):
+    """A figure that a finding rests on."""
+
+    label: str
+    value: FiniteFloat
+    unit: Literal["", "dB", "nats", "%", "codes"] = Field("", description='"%": the value is a share in [0, 1]')
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.text}"
+
+    @property
+    def text(self) -> str:
+        """The value with its unit."""
+        return f"{100 * self.value:.3g} %" if self.unit == "%" else f"{round(self.value, 3):g} {self.unit}".rstrip()
+
+
+class Finding(Config):
+    """What a rule of `flows.results.health` found in the figures of a run."""
+
+    rule: str
+    severity: Literal["serious", "minor"]
+    stage: str = Field("", description="the training that it is about; empty: the run")
+    sentence: str
+    evidence: tuple[Evidence, ...]
+    remedies: tuple[str, ...] = Field(description="what to try, the likeliest first; Markdown")
+
+    @property
+    def facts(self) -> str:
+        """The evidence in one line."""
+        return ", ".join(map(str, self.evidence))
+
+    def __str__(self) -> str:
+        return f"{self.sentence} Try: {self.remedies[0]}"
+
+
 class ReportData(Config):
     """Everything that the pages of a run show."""
 
@@ -204,6 +240,7 @@ class ReportData(Config):
     images: dict[str, bytes] = Field(
         default_factory=dict, description="PNG of each picture; left out of the JSON form", repr=False
     )
+    findings: tuple[Finding, ...] = Field(default=(), description="what to look at first")
     config: dict[str, JsonValue] = Field(default_factory=dict, description="the whole configuration")
     versions: dict[str, str] = Field(default_factory=dict, description="Python, torch, this project ...")
     hardware: dict[str, str] = Field(default_factory=dict, description="processor, cores, memory, devices")

@@ -1,6 +1,7 @@
 """The record of a run in the store: `runs/{run}/run.json`, rewritten whenever a stage ends."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -14,16 +15,18 @@ from typing import Literal
 import psutil
 from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
+from flows.results.types import Finding
 from flows.runs.history import records
 from flows.runs.run_request import RunRequest
 from infra.artifacts.manifest import DIGEST_CHARS, ArtifactRef, Manifest
 from infra.config import Config
+from infra.settings import Settings
 from infra.store.store import Store
 
 State = Literal["Running", "Completed", "Cached", "Failed", "Cancelled", "Crashed"]
 
 SHOWN_CHARS = 12  # of a digest's 32, in tables that have to fit a terminal
-REPORT_FILES = ("report.html", "report.md", "report.json")
+REPORT_FILES = ("report.html", "report.md", DATA := "report.json")
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,9 @@ class RunRecord(RunRequest):
     stages: dict[str, StageRecord] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     report: str | None = Field(None, description="URI of the report page")
+    findings: tuple[Finding, ...] | None = Field(
+        None, description="what to look at first, serious findings before minor ones; None: nothing was judged"
+    )
     gate: Literal["passed", "failed"] | None = Field(None, description="what the regression gate said, if it was asked")
     reason: str | None = None
     writer: Writer | None = Field(None, description="the process that writes this; None in records of before")
@@ -116,13 +122,20 @@ class Journal:
         seconds = round(time.monotonic() - self._stage_began[stage], 3)
         return self._note(stage, StageRecord(state=state, seconds=seconds, ref=ref, reason=reason))
 
+    def note_findings(self, stage: str, findings: Sequence[Finding]) -> None:
+        """Note what was found in the figures of a training, in place of what was found in it before."""
+        others = [one for one in self.record.findings or () if one.stage != stage]
+        self._update(findings=(*others, *findings))
+
     def publish_report(self, evaluation: Manifest, report: ArtifactRef) -> None:
-        """Copy the report beside the record, and take over the metrics."""
-        source = self._store.at("artifacts", report.kind, report.digest)
+        """Copy the report beside the record, and take over the metrics and what was found in them."""
+        source, changes = self._store.at("artifacts", report.kind, report.digest), {}
         for name in REPORT_FILES:
             if source.exists(name):
-                self._folder.write(name, source.read(name))
-        self._update(metrics=evaluation.metrics, report=f"{self._folder.uri}/{REPORT_FILES[0]}")
+                self._folder.write(name, text := source.read(name))
+                if name == DATA and "findings" in (data := json.loads(text)):
+                    changes["findings"] = tuple(map(Finding.model_validate, data["findings"]))
+        self._update(metrics=evaluation.metrics, report=f"{self._folder.uri}/{REPORT_FILES[0]}", **changes)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -189,6 +202,17 @@ def read_record(store: Store, run: str) -> RunRecord:
         raise ValueError(
             f"run {run} was written by another version ({where} differs) and cannot be resumed; run its recipe again"
         ) from error
+
+
+def find_record(text: str, store: str | None) -> RunRecord | None:
+    """Read the record of the run that `text` names, in the given store or the default one; None if it is no run.
+
+    Raises:
+        ValueError: another version wrote the record.
+    """
+    place = Store(store or Settings().store)
+    is_run = "/" not in text and place.exists(f"runs/{text}/run.json")
+    return read_record(place, text) if is_run else None
 
 
 def this_process() -> Writer:

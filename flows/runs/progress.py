@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from infra.progress import Progress
+from infra.progress import Progress, silent
 
 LINE_SECONDS = 5.0
 ARTIFACT_SECONDS = 3.0  # one is a request of about 20 ms in the middle of a training step
@@ -128,14 +128,15 @@ def display() -> Display:
 
 
 @contextlib.contextmanager
-def of_stage(stage: str) -> Iterator[Progress]:
-    """Return the callback that a stage reports progress to: the display, and an artifact of the Prefect task run."""
+def of_stage(stage: str, watch: Progress = silent) -> Iterator[Progress]:
+    """Return the callback that a stage reports progress to: the display, an artifact of its Prefect task, `watch`."""
     shown = display()
     artifact = _Artifact(stage)
 
     def listen(done: int, total: int, figures: Mapping[str, float]) -> None:
         shown.update(stage, done, total, figures)
         artifact.update(done, total, figures)
+        watch(done, total, figures)
 
     try:
         yield listen

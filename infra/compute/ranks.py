@@ -125,10 +125,10 @@ class _LostRankError(Exception):
 
 
 class _Rank:
-    """Actor of one rank; Ray can call `latest_progress` while `run` is running."""
+    """Actor of one rank; Ray can call `take_progress` while `run` is running."""
 
     def __init__(self) -> None:
-        self._progress: Report | None = None
+        self._progress: list[Report] = []
         self._store: Any = None
 
     def open_store(self) -> tuple[str, int]:
@@ -147,12 +147,13 @@ class _Rank:
             result = work(ranks, self._record_progress if ranks.is_first else silent)
         return result if ranks.is_first else None
 
-    def latest_progress(self) -> Report | None:
-        """Return the latest progress report."""
-        return self._progress
+    def take_progress(self) -> list[Report]:
+        """Return the progress reports since the last call."""
+        taken, self._progress = self._progress, []
+        return taken
 
     def _record_progress(self, done: int, total: int, figures: Mapping[str, float]) -> None:
-        self._progress = done, total, dict(figures)
+        self._progress.append((done, total, dict(figures)))
 
 
 @contextmanager
@@ -201,24 +202,23 @@ class _Group:
         count = len(self.actors)
         place = None if count == 1 else self._get(self.actors[0].open_store.remote())
         calls = [a.run.remote(self.work, Ranks(rank, count), place, self.backend) for rank, a in enumerate(self.actors)]
-        pending, last = list(calls), None
+        pending = list(calls)
         while pending:
             with interruptible():
                 ready, pending = self.ray.wait(pending, num_returns=1, timeout=WAIT_SECONDS)
-            if pending and (report := self._latest_progress()) is not None and report != last:
-                last = report
+            for report in self._new_progress() if pending else ():
                 progress(*report)
             if any(self._error(call) is not None for call in ready):
                 self._fail(calls)
         return self._get(calls[0])
 
-    def _latest_progress(self) -> Report | None:
+    def _new_progress(self) -> list[Report]:
         try:
             with interruptible():
-                report: Report | None = self.ray.get(self.actors[0].latest_progress.remote(), timeout=WAIT_SECONDS)
+                reports: list[Report] = self.ray.get(self.actors[0].take_progress.remote(), timeout=WAIT_SECONDS)
         except (self.ray.exceptions.RayError, TimeoutError):
-            return None  # if the rank is lost, its call to `run` raises
-        return report
+            return []  # if the rank is lost, its call to `run` raises
+        return reports
 
     def _fail(self, calls: list[Any]) -> None:
         """Raise the root cause: a lost process, else an error of the work; not an error that followed from it."""

@@ -1,0 +1,220 @@
+"""Rules that say that a run learnt nothing, or less than it could: limits and remedies as data, in one table.
+
+`findings` walks `RULES`, whose order is that of causes: what comes first may be why the rest is as it is. A rule whose
+figures were not measured says nothing. Limits were held against the runs in `tests/flows/results/runs`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+from flows.results import symptoms
+from flows.results.figures import Figures
+from flows.results.symptoms import Case, Limits
+from flows.results.types import Finding
+
+SETTINGS = {  # where a recipe holds each training
+    "teacher": "teacher.training",
+    "warm_up": "warm_up.training",
+    "align": "align.training",
+    "fine_tune": "fine_tune.training",
+    "train_generator": "train_generator",
+    "train_second_generator": "evaluate.sweep.train_generator",
+}
+LONGER = {"serious": 4, "minor": 2}  # times the steps that a training had
+
+
+class Limit(NamedTuple):
+    """A threshold of a rule."""
+
+    value: float
+    meaning: str
+    source: str
+    """where the value comes from: measured runs, or reasoning."""
+
+
+class Rule(NamedTuple):
+    """A rule: what it says, from which limits on, and what to try."""
+
+    name: str
+    severity: Literal["serious", "minor"]
+    says: str
+    limits: dict[str, Limit]
+    judge: Callable[[Figures, Limits], Iterator[Case]]
+    remedies: tuple[str, ...]
+    """Markdown; {longer}: the settings of more steps; {section}: where the training's settings are; {best}: its best step; {fewer}: a quarter of the
+    codes."""
+    live_from: float | None = None
+    """share of a training from which on its validations are judged; None: only once it has ended."""
+
+
+
+_CODES = Limit(
+    0.25,
+    "of the codes that equally likely ones would use",
+    "two bits less in every code; TODO",
+)
+_GAIN = Limit(1.0, "dB of PSNR above the mean image", "a fifth of the mean image's error; TODO")
+_SHOWN = Limit(0.25, "of the way from guessing to the accuracy on real images", "TODO")
+
+RULES = (
+    Rule(
+        "teacher-codebook",
+        "serious",
+        "The teacher uses few of its codes.",
+        {"share": _CODES},
+        symptoms.teacher_codes,
+        ("train the teacher longer with `{longer}`", "replace unused codes more often with `--set teacher.restart_every=20`"),
+        live_from=0.5,
+    ),
+    Rule(
+        "teacher-blind",
+        "serious",
+        "The teacher's reconstructions hardly depend on the image.",
+        {"gain": _GAIN},
+        symptoms.blind_teacher,
+        ("train the teacher longer with `{longer}`", "look at the pictures beside the teacher's log: reconstructions.png"),
+    ),
+    Rule(
+        "codebook",
+        "serious",
+        "The tokenizer uses few of its codes.",
+        {"share": _CODES},
+        symptoms.codes,
+        (
+            "train the tokenizer longer with `{longer}`",
+            "take fewer codes with `--set tokenizer.codebook_size={fewer}`",
+            "start narrow transformers from larger weights with `--set tokenizer.encoder.init_std=0.08`",
+        ),
+        live_from=0.5,
+    ),
+    Rule(
+        "reconstructions-blind",
+        "serious",
+        "Reconstructions hardly depend on the image.",
+        {"gain": _GAIN},
+        symptoms.blind,
+        ("train the tokenizer longer with `{longer}`", "see to the findings before this one first, if there are any"),
+    ),
+    Rule(
+        "behind-teacher",
+        "minor",
+        "The tokenizer keeps little of what its teacher gains over the mean image.",
+        {"kept": Limit(0.5, "of the teacher's gain in dB over the mean image", "TODO")},
+        symptoms.behind_teacher,
+        ("align longer with `{longer}`", "give an image more codes with `--set tokenizer.num_latent_tokens=64`"),
+    ),
+    Rule(
+        "still-falling",
+        "minor",
+        "A loss is still falling when its training ends.",
+        {
+            "part": Limit(0.25, "of the log is its last part", "the learning rate is low there: most of the fall is over"),
+            "speed": Limit(0.4, "of the loss's mean speed over the whole log", "TODO"),
+            "noise": Limit(3.0, "standard errors of that fall", "TODO"),
+        },
+        symptoms.still_falling,
+        ("train longer with `{longer}`",),
+    ),
+    Rule(
+        "over-fitting",
+        "minor",
+        "Held-out images got worse while the training's loss fell.",
+        {
+            "dB": Limit(0.5, "dB of PSNR", "what the gate of digits allows"),
+            "%": Limit(0.02, "of the codes that agree with the teacher's", "what the gate of digits allows of a share"),
+            "nats": Limit(0.05, "nats a code", "5 % of the perplexity; TODO"),
+        },
+        symptoms.over_fitted,
+        (
+            "keep the best weights with `--set {section}.keep=best`",
+            "stop there with `--set {section}.steps={best}`",
+            "show the generator more views of an image with `--set 'encode.variants=[\"center\",\"flip\"]'`",
+        ),
+        live_from=0.0,
+    ),
+    Rule(
+        "generator-blind",
+        "serious",
+        "A generator predicts held-out codes no better than class-and-position frequencies.",
+        {"margin": Limit(0.02, "nats a code below the frequencies", "TODO")},
+        symptoms.no_better_than_frequencies,
+        ("train the generator longer with `{longer}`", "see to the findings before this one first, if there are any"),
+    ),
+    Rule(
+        "copies",
+        "serious",
+        "Samples repeat the codes of training images.",
+        {"share": Limit(0.05, "of the samples", "TODO")},
+        symptoms.copies,
+        (
+            "see to the findings before this one first, if there are any",
+            "train on more images, or show the generator more views with `--set 'encode.variants=[\"center\",\"flip\"]'`",
+            "train the generator for fewer steps, or with `--set generator.dropout=0.2`",
+        ),
+    ),
+    Rule(
+        "classes-ignored",
+        "serious",
+        "Samples hardly show the class that is meant.",
+        {"shown": _SHOWN},
+        symptoms.classes_ignored,
+        ("train the generator longer with `{longer}`", "guide more strongly with `--set sample.cfg_scale=4`"),
+    ),
+    Rule(
+        "guidance",
+        "minor",
+        "Guidance does not make samples more accurate.",
+        {"noise": Limit(2.0, "standard errors of the accuracy's gain over a sweep, with room for twice that", "TODO")},
+        symptoms.guidance_without_effect,
+        (
+            "let the generator see more rows without a class with `--set {section}.class_dropout=0.2`",
+            "train the generator longer with `{longer}`",
+        ),
+    ),
+    Rule(
+        "classes-missing",
+        "minor",
+        "Some classes are never drawn right, though the class reader knows them on real images.",
+        {
+            "right": Limit(0.05, "of a class's samples read as that class", "TODO"),
+            "fewest": Limit(5, "samples of a class", "of a class that is right half of the time, none of 5 is 3 % likely"),
+            "shown": _SHOWN,
+        },
+        symptoms.classes_missing,
+        ("guide more strongly with `--set sample.cfg_scale=4`", "train the generator longer with `{longer}`"),
+    ),
+)
+
+
+def findings(figures: Figures, *, done: float | None = None) -> tuple[Finding, ...]:
+    """Judge figures by all rules, or those of a training that has `done` a share of its steps by the live ones.
+
+    Returns:
+        Serious findings before minor ones, each in the order of the rules.
+    """
+    rules = [rule for rule in RULES if done is None or (rule.live_from is not None and done >= rule.live_from)]
+    found = [_finding(rule, case, figures) for rule in rules for case in judged(rule, figures)]
+    return tuple(sorted(found, key=lambda one: one.severity != "serious"))
+
+
+def judged(rule: Rule, figures: Figures) -> Iterator[Case]:
+    """Yield what a rule finds in figures."""
+    return rule.judge(figures, {name: limit.value for name, limit in rule.limits.items()})
+
+
+def _finding(rule: Rule, case: Case, figures: Figures) -> Finding:
+    fewer = max(figures.codebook_size // 4, 2)
+    words = {"section": SETTINGS.get(case.stage, "SECTION"), "best": case.best, "fewer": fewer}
+    words["longer"] = " ".join(
+        f"--set {SETTINGS[stage]}.steps={LONGER[rule.severity] * figures.trainings[stage].steps}"
+        for stage in case.longer
+        if stage in figures.trainings
+    )
+    return Finding(
+        rule=rule.name,
+        severity=rule.severity,
+        stage=case.stage,
+        sentence=case.sentence,
+        evidence=case.evidence,
+        remedies=tuple(text.format(**words) for text in rule.remedies if words["longer"] or "{longer}" not in text),
+    )
