@@ -1,7 +1,7 @@
 """Generate reference pages from the code: `python -m docs.generate`.
 
-The command line comes from typer, the configuration and the environment variables from pydantic, the packages from
-their docstrings. A test compares the files with what this makes.
+The command line comes from typer, the configuration and the environment variables from pydantic, what runs are judged
+by from its table of rules, the packages from their docstrings. A test compares the files with what this makes.
 """
 
 import ast
@@ -257,6 +257,42 @@ def environment() -> str:
     return f"{HEADER}# Environment variables\n\nAn empty variable counts as unset.\n\n{table}\n\n{AWS}"
 
 
+# --- findings --------------------------------------------------------------------------------------------------------
+
+
+def findings() -> str:
+    """Return the page of the rules that the figures of a run are judged by."""
+    from flows.results.health import RULES
+
+    parts = [f"# What to look at first\n\n{FINDINGS_TEXT}"]
+    for rule in RULES:
+        words = {"longer": "--set SECTION.steps=N", "section": "SECTION", "best": "N", "fewer": "N"}
+        limits = "\n".join(
+            f"| {limit.value:g} | {cell(limit.meaning)} | {cell(limit.source)} |" for limit in rule.limits.values()
+        )
+        remedies = "\n".join(f"- {text.format(**words)}" for text in rule.remedies)
+        live = "" if rule.live_from is None else f" Judged while it trains{LIVE[rule.live_from > 0]}, too."
+        parts.append(
+            f"## {rule.name}\n\n{rule.says} This is {rule.severity}.{live}\n\n"
+            f"| limit | of what | where it comes from |\n|---|---|---|\n{limits}\n\nTry to:\n\n{remedies}\n"
+        )
+    return HEADER + "\n".join(parts)
+
+
+LIVE = ("", ", from half of the steps on")
+FINDINGS_TEXT = """\
+Rules judge the figures of every run. What they find stands at the top of its [report](../how-to/reports.md), at the end
+of what `sftok run`, `sftok show RUN` and `sftok report` print, under `findings` of their `--json` and of `run.json`.
+Trainings are judged when they end, and those named below also while they go on: a warning in the log, and so in
+Prefect. A figure that was not measured, such as the accuracy of classes without `evaluate.class_reader`, is not judged.
+
+The order is that of causes: what comes first may be why the rest is as it is. No limit fails a run; for that there is
+the gate, `sftok report --gate`. Limits were held against these runs, whose figures are in `tests/flows/results/runs`:
+`digits` and `digits_maskgit`, in which no rule finds anything; `digits` with a third and with a tenth of its steps;
+`digits_tiny`, of 4 steps a stage; and `small64` with 40 to 60 steps a stage on 400 cuttings of two photographs.
+"""
+
+
 # --- packages --------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +315,7 @@ PAGES = {
     "command-line.md": command_line,
     "configuration.md": configuration,
     "environment.md": environment,
+    "findings.md": findings,
     "packages.md": packages,
 }
 
