@@ -3,9 +3,11 @@
 Composes evaluators over plain arrays and callables; independent of models and of storage.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from flows.evaluation.gallery import (
     Pictures,
@@ -128,10 +130,7 @@ def _extremes(inputs: EvaluationInputs, num_steps: int, outcome: StepOutcome, pi
 
 def _generation(meters: Meters, samples: SampleSummary, pictures: Pictures) -> GenerationReport:
     inputs, classes, names = meters.inputs, samples.classes, meters.inputs.class_names
-    outcome, confusion = measure_generation(meters, samples), None
-    if outcome.predicted is not None:
-        counts = confusion_matrix(outcome.predicted, classes, len(names))
-        confusion = ConfusionMatrix(counts=tuple(tuple(row) for row in counts.tolist()))
+    outcome = measure_generation(meters, samples)
     return GenerationReport(
         measures=outcome.scores,
         gallery=sample_gallery(pictures, samples.shown, class_ids=classes, class_names=names),
@@ -144,5 +143,15 @@ def _generation(meters: Meters, samples: SampleSummary, pictures: Pictures) -> G
             class_names=names,
         ),
         distances=outcome.distances,
-        confusion=confusion,
+        confusion=_confusion(outcome.predicted, classes, names),
+        real_confusion=_confusion(outcome.predicted_real, inputs.val_labels, names),
     )
+
+
+def _confusion(predicted: Tensor | None, classes: Tensor, names: Sequence[str]) -> ConfusionMatrix | None:
+    """Count the classes that are read in images of each class; images without a class do not count."""
+    if predicted is None:
+        return None
+    has_class = classes >= 0
+    counts = confusion_matrix(predicted[has_class], classes[has_class], len(names))
+    return ConfusionMatrix(counts=tuple(tuple(row) for row in counts.tolist()))

@@ -133,7 +133,8 @@ def tiles(report: EvaluationReport) -> list[Tile]:
          (("real held-out", "real.class_agreement"),)),
         ("FD (random features), samples", "generation.fd_random_same_n",
          (("real held-out", "real.fd_random"),)),
-        ("PSNR, reconstructions", f"reconstruction.psnr@{last}", (("SSIM", f"reconstruction.ssim@{last}"),)),
+        ("PSNR, reconstructions", f"reconstruction.psnr@{last}",
+         (("SSIM", f"reconstruction.ssim@{last}"), ("mean image", "real.psnr_mean_image"))),
         ("Codebook usage", "codebook.usage_held_out", (("perplexity", "codebook.perplexity_held_out"),)),
         ("Samples with verbatim codes", "generation.verbatim_share", (("real held-out", "real.verbatim_share"),)),
     )  # fmt: skip

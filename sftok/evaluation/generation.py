@@ -21,24 +21,28 @@ class GenerationOutcome(NamedTuple):
     scores: tuple[Score, ...]
     predicted: Tensor | None
     """class that the reader sees in each sample, (n) int64; None without a reader."""
+    predicted_real: Tensor | None
+    """class that it sees in each held-out image."""
     distances: Histogram
 
 
 def measure_generation(meters: Meters, samples: SampleSummary) -> GenerationOutcome:
     """Score the samples against real images: as distributions, by class, and image by image."""
     inputs, predicted = meters.inputs, None
+    predicted_real = meters.reader.read(inputs.val_images) if meters.reader else None
     nearest, nearest_real = meters.nearest
     if meters.reader is not None and samples.thumbnails is not None:
         predicted = meters.reader.read_thumbnails(samples.thumbnails.numpy())
     scores = (
         *_distance_scores(meters, samples.features),
-        *_class_scores(meters, predicted, samples.classes),
+        _mean_image_score(meters),
+        *_class_scores(meters, predicted, predicted_real, samples.classes),
         *_memory_scores(meters, nearest.distances, nearest_real.distances),
     )
     if inputs.scorer is not None and samples.scored is not None:
         facts = {**meters.sampling(), "seeds": meters.seeds}
         scores += inputs.scorer.generation(samples.scored, facts)
-    return GenerationOutcome(scores, predicted, _histogram(nearest.distances, nearest_real.distances))
+    return GenerationOutcome(scores, predicted, predicted_real, _histogram(nearest.distances, nearest_real.distances))
 
 
 def _distance_scores(meters: Meters, features_ND: Tensor) -> tuple[Score, ...]:
@@ -70,7 +74,26 @@ def _distance_scores(meters: Meters, features_ND: Tensor) -> tuple[Score, ...]:
     )
 
 
-def _class_scores(meters: Meters, predicted: Tensor | None, classes: Tensor) -> tuple[Score, ...]:
+def _mean_image_score(meters: Meters) -> Score:
+    """Score the mean training image as a reconstruction of every held-out image: what needs no codes at all."""
+    images = meters.inputs.val_images
+    return Score(
+        name="real.psnr_mean_image",
+        label="PSNR of the mean training image (floor of reconstructions)",
+        unit="dB",
+        value=functional.psnr(meters.mean_image.expand_as(images), images).mean().item(),
+        protocol=meters.protocol(
+            len(images),
+            reference="real training images",
+            num_reference=len(meters.inputs.train_images),
+            definition="mean over held-out images of the PSNR of the mean training image",
+        ),
+    )
+
+
+def _class_scores(
+    meters: Meters, predicted: Tensor | None, predicted_real: Tensor | None, classes: Tensor
+) -> tuple[Score, ...]:
     """Score class agreement of samples, of real held-out images, and of samples with shuffled labels (control)."""
     shuffled = classes[torch.from_numpy(meters.random.permutation(len(classes)))]
     scores = (
@@ -80,7 +103,7 @@ def _class_scores(meters: Meters, predicted: Tensor | None, classes: Tensor) -> 
         meters.class_agreement(
             "real.class_agreement",
             "Class agreement, real held-out images",
-            meters.reader.read(meters.inputs.val_images) if meters.reader else None,
+            predicted_real,
             meters.inputs.val_labels,
         ),
         meters.class_agreement(

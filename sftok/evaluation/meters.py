@@ -122,6 +122,8 @@ class Meters:
     features: RandomFeatures
     train_moments: functional.FeatureMoments
     val_moments: functional.FeatureMoments
+    mean_image: Tensor
+    """mean of the training images, uint8 (3, S, S)."""
     reader: ClassReader | None
     random: np.random.Generator
     seeds: dict[str, int]
@@ -140,13 +142,14 @@ class Meters:
     ) -> "Meters":
         """Set up on the real images of `inputs`, and find the nearest training images of `queries` in the same pass."""
         search = NearestSearch(queries, inputs.device)
-        train_moments, reader = _pass_training_images(inputs, features, search, is_read=is_read)
+        train_moments, mean_image, reader = _pass_training_images(inputs, features, search, is_read=is_read)
         val_features = [features(part.to(inputs.device)) for part in inputs.val_images.split(_BATCH)]
         return cls(
             inputs=inputs,
             features=features,
             train_moments=train_moments,
             val_moments=functional.FeatureMoments.of(torch.cat(val_features)),
+            mean_image=mean_image,
             reader=reader,
             random=np.random.Generator(np.random.PCG64(seed)),
             seeds={"evaluate": seed, "features": features.seed, **inputs.facts.seeds},
@@ -216,27 +219,30 @@ class Meters:
 
 def _pass_training_images(
     inputs: EvaluationInputs, features: RandomFeatures, search: NearestSearch, *, is_read: bool
-) -> tuple[functional.FeatureMoments, ClassReader | None]:
-    """Pass once over the training images: moments of their features, and a class reader trained on thumbnails."""
+) -> tuple[functional.FeatureMoments, Tensor, ClassReader | None]:
+    """Pass once over the training images: moments of their features, their mean, and a class reader of thumbnails."""
     rows = inputs.reader_rows if inputs.reader_rows is not None else torch.arange(len(inputs.train_images))
     is_kept = torch.zeros(len(inputs.train_images), dtype=torch.bool)
     is_kept[rows if is_read else rows[:0]] = True
     total: functional.FeatureMoments | None = None
+    pixels = torch.zeros((), dtype=torch.float64, device=inputs.device)
     kept, at = [], 0
     for batch in inputs.train_images.split(_BATCH):
         there = batch.to(inputs.device)
         search.add(there)
+        pixels = pixels + there.sum(0, dtype=torch.float64)
         moments = functional.FeatureMoments.of(features(there))
         total = moments if total is None else total + moments
         if (here := is_kept[at : at + len(batch)]).any():
             kept.append(thumbnails(batch[here]))
         at += len(batch)
     assert total is not None, "`check` refuses an empty training set"
+    mean_image = functional.to_uint8(pixels / at / 255).cpu()
     if not is_read:
-        return total, None
+        return total, mean_image, None
     # They came by index; the reader is trained in the order of `rows`.
     order = torch.argsort(torch.argsort(rows)).numpy()
-    return total, ClassReader.fit_thumbnails(np.concatenate(kept)[order], inputs.train_labels[rows])
+    return total, mean_image, ClassReader.fit_thumbnails(np.concatenate(kept)[order], inputs.train_labels[rows])
 
 
 def code_batches(values: ArrayLike | CodeBatches) -> Iterator[Tensor]:
