@@ -262,7 +262,7 @@ def environment() -> str:
 
 def findings() -> str:
     """Return the page of the rules that the figures of a run are judged by."""
-    from flows.results.health import RULES
+    from flows.results.health.rules import RULES
 
     parts = [f"# What to look at first\n\n{FINDINGS_TEXT}"]
     for rule in RULES:

@@ -51,8 +51,9 @@ def _show_in_prefect(store: Store, record: RunRecord, report: ArtifactRef) -> No
     try:
         create_table_artifact(table, key=f"{key}-stages", description=f"Stages of {record.run}")
         create_table_artifact([{"metric": k, "value": v} for k, v in record.metrics.items()], key=f"{key}-metrics")
-        found = [{"finding": one.sentence, "evidence": one.facts, "try": "; ".join(one.remedies)} for one in record.findings or ()]
-        create_table_artifact(found, key=f"{key}-findings", description="What to look at first")
+        if record.findings:
+            table = [{"finding": one.sentence, "figures": one.facts, "try": one.remedies[0]} for one in record.findings]
+            create_table_artifact(table, key=f"{key}-findings", description="What to look at first")
         if record.report is not None:
             link = record.report if "://" in record.report else Path(record.report).as_uri()
             create_link_artifact(link, link_text="report page", key=f"{key}-page")

@@ -1,12 +1,12 @@
-"""Judge a training by the rules of `flows.results.health`: while its figures come, and when it has ended."""
+"""Judge a training by the rules of `flows.results.health.rules`: while its figures come, and when it has ended."""
 
 import functools
 import logging
 from collections.abc import Mapping
 
 from flows.report.figures import seen_at_best, training_of
-from flows.results.figures import Figures, Training
-from flows.results.health import SETTINGS, findings
+from flows.results.health.figures import Figures, Training
+from flows.results.health.rules import SETTINGS, findings
 from flows.runs.journal import Journal
 from flows.stage import Job, Refs, Stage
 from infra.artifacts.artifact import Artifact
@@ -31,7 +31,7 @@ class Watch:
         self._lines.append({**figures, "step": float(done)})
         if any(name.startswith("val_") for name in figures):
             at_best = seen_at_best(self._stage, self._recipe, self._held_out)
-            self._judge(Training(lines=tuple(self._lines), reachable=at_best), done=done / total)
+            self._judge(Training(lines=tuple(self._lines), steps=total, reachable=at_best), done=done / total)
 
     def end(self, artifact: Artifact, *, is_new: bool) -> None:
         """Judge the whole training; what is found in one of an earlier run is noted, but not said."""

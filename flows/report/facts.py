@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pyarrow.parquet as pq
 
-from flows.results.figures import Training
+from flows.results.health.figures import Training
 from flows.results.types import GeneratorFit, LossCurve, Rejects
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import Manifest

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from flows.recipes.schema import Recipe
-from flows.results.figures import Figures, Training, reachable
+from flows.results.health.figures import Figures, Training, reachable
 from flows.results.types import EvaluationReport, SweepPoint
 from infra.artifacts.artifact import Artifact
 
@@ -22,8 +22,10 @@ def training_of(stage: str, artifact: Artifact, recipe: Recipe | None, held_out:
     """
     if not any(entry.path == LOG for entry in artifact.manifest.files):
         return None
+    lines = tuple(map(json.loads, artifact.folder.read(LOG).decode().splitlines()))
     return Training(
-        lines=tuple(map(json.loads, artifact.folder.read(LOG).decode().splitlines())),
+        lines=lines,
+        steps=int(lines[-1]["step"]),
         metrics=artifact.manifest.metrics,
         reachable=seen_at_best(stage, recipe, held_out) if recipe else 1.0,
     )

@@ -11,7 +11,7 @@ from flows.recipes.schema import Recipe
 from flows.report.facts import fit_of, loss_curves, rate_of, rejects_of
 from flows.report.figures import figures_of, training_of
 from flows.report.render import build_report
-from flows.results.health import findings
+from flows.results.health.rules import findings
 from flows.results.types import EvaluationReport, ReportData, StageRow
 from flows.runs.journal import REPORT_FILES
 from flows.stage import Result, Work

@@ -199,7 +199,7 @@ class Evidence(Config):
 
 
 class Finding(Config):
-    """What a rule of `flows.results.health` found in the figures of a run."""
+    """What a rule of `flows.results.health.rules` found in the figures of a run."""
 
     rule: str
     severity: Literal["serious", "minor"]

@@ -7,9 +7,24 @@ figures were not measured says nothing. Limits were held against the runs in `te
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from flows.results import symptoms
-from flows.results.figures import Figures
-from flows.results.symptoms import Case, Limits
+from flows.results.health.cases import Case, Limits
+from flows.results.health.codes_and_losses import (
+    codes,
+    no_better_than_frequencies,
+    over_fitted,
+    still_falling,
+    teacher_codes,
+)
+from flows.results.health.figures import Figures
+from flows.results.health.images_and_samples import (
+    behind_teacher,
+    blind,
+    blind_teacher,
+    classes_ignored,
+    classes_missing,
+    copies,
+    guidance_without_effect,
+)
 from flows.results.types import Finding
 
 SETTINGS = {  # where a recipe holds each training
@@ -41,11 +56,10 @@ class Rule(NamedTuple):
     limits: dict[str, Limit]
     judge: Callable[[Figures, Limits], Iterator[Case]]
     remedies: tuple[str, ...]
-    """Markdown; {longer}: the settings of more steps; {section}: where the training's settings are; {best}: its best step; {fewer}: a quarter of the
-    codes."""
+    """Markdown. {longer}: settings of more steps; {section}: where the training's settings are; {best}: the step of its
+    best validation; {fewer}: a quarter of the codes."""
     live_from: float | None = None
     """share of a training from which on its validations are judged; None: only once it has ended."""
-
 
 
 _CODES = Limit(
@@ -62,8 +76,11 @@ RULES = (
         "serious",
         "The teacher uses few of its codes.",
         {"share": _CODES},
-        symptoms.teacher_codes,
-        ("train the teacher longer with `{longer}`", "replace unused codes more often with `--set teacher.restart_every=20`"),
+        teacher_codes,
+        (
+            "train the teacher longer with `{longer}`",
+            "replace unused codes more often with `--set teacher.restart_every=20`",
+        ),
         live_from=0.5,
     ),
     Rule(
@@ -71,15 +88,18 @@ RULES = (
         "serious",
         "The teacher's reconstructions hardly depend on the image.",
         {"gain": _GAIN},
-        symptoms.blind_teacher,
-        ("train the teacher longer with `{longer}`", "look at the pictures beside the teacher's log: reconstructions.png"),
+        blind_teacher,
+        (
+            "train the teacher longer with `{longer}`",
+            "look at the pictures beside the teacher's log: reconstructions.png",
+        ),
     ),
     Rule(
         "codebook",
         "serious",
         "The tokenizer uses few of its codes.",
         {"share": _CODES},
-        symptoms.codes,
+        codes,
         (
             "train the tokenizer longer with `{longer}`",
             "take fewer codes with `--set tokenizer.codebook_size={fewer}`",
@@ -92,7 +112,7 @@ RULES = (
         "serious",
         "Reconstructions hardly depend on the image.",
         {"gain": _GAIN},
-        symptoms.blind,
+        blind,
         ("train the tokenizer longer with `{longer}`", "see to the findings before this one first, if there are any"),
     ),
     Rule(
@@ -100,7 +120,7 @@ RULES = (
         "minor",
         "The tokenizer keeps little of what its teacher gains over the mean image.",
         {"kept": Limit(0.5, "of the teacher's gain in dB over the mean image", "TODO")},
-        symptoms.behind_teacher,
+        behind_teacher,
         ("align longer with `{longer}`", "give an image more codes with `--set tokenizer.num_latent_tokens=64`"),
     ),
     Rule(
@@ -108,11 +128,13 @@ RULES = (
         "minor",
         "A loss is still falling when its training ends.",
         {
-            "part": Limit(0.25, "of the log is its last part", "the learning rate is low there: most of the fall is over"),
+            "part": Limit(
+                0.25, "of the log is its last part", "the learning rate is low there: most of the fall is over"
+            ),
             "speed": Limit(0.4, "of the loss's mean speed over the whole log", "TODO"),
             "noise": Limit(3.0, "standard errors of that fall", "TODO"),
         },
-        symptoms.still_falling,
+        still_falling,
         ("train longer with `{longer}`",),
     ),
     Rule(
@@ -124,11 +146,11 @@ RULES = (
             "%": Limit(0.02, "of the codes that agree with the teacher's", "what the gate of digits allows of a share"),
             "nats": Limit(0.05, "nats a code", "5 % of the perplexity; TODO"),
         },
-        symptoms.over_fitted,
+        over_fitted,
         (
             "keep the best weights with `--set {section}.keep=best`",
             "stop there with `--set {section}.steps={best}`",
-            "show the generator more views of an image with `--set 'encode.variants=[\"center\",\"flip\"]'`",
+            'show the generator more views of an image with `--set \'encode.variants=["center","flip"]\'`',
         ),
         live_from=0.0,
     ),
@@ -137,7 +159,7 @@ RULES = (
         "serious",
         "A generator predicts held-out codes no better than class-and-position frequencies.",
         {"margin": Limit(0.02, "nats a code below the frequencies", "TODO")},
-        symptoms.no_better_than_frequencies,
+        no_better_than_frequencies,
         ("train the generator longer with `{longer}`", "see to the findings before this one first, if there are any"),
     ),
     Rule(
@@ -145,10 +167,10 @@ RULES = (
         "serious",
         "Samples repeat the codes of training images.",
         {"share": Limit(0.05, "of the samples", "TODO")},
-        symptoms.copies,
+        copies,
         (
             "see to the findings before this one first, if there are any",
-            "train on more images, or show the generator more views with `--set 'encode.variants=[\"center\",\"flip\"]'`",
+            'train on more images, or show the generator more views with `--set \'encode.variants=["center","flip"]\'`',
             "train the generator for fewer steps, or with `--set generator.dropout=0.2`",
         ),
     ),
@@ -157,7 +179,7 @@ RULES = (
         "serious",
         "Samples hardly show the class that is meant.",
         {"shown": _SHOWN},
-        symptoms.classes_ignored,
+        classes_ignored,
         ("train the generator longer with `{longer}`", "guide more strongly with `--set sample.cfg_scale=4`"),
     ),
     Rule(
@@ -165,7 +187,7 @@ RULES = (
         "minor",
         "Guidance does not make samples more accurate.",
         {"noise": Limit(2.0, "standard errors of the accuracy's gain over a sweep, with room for twice that", "TODO")},
-        symptoms.guidance_without_effect,
+        guidance_without_effect,
         (
             "let the generator see more rows without a class with `--set {section}.class_dropout=0.2`",
             "train the generator longer with `{longer}`",
@@ -177,10 +199,12 @@ RULES = (
         "Some classes are never drawn right, though the class reader knows them on real images.",
         {
             "right": Limit(0.05, "of a class's samples read as that class", "TODO"),
-            "fewest": Limit(5, "samples of a class", "of a class that is right half of the time, none of 5 is 3 % likely"),
+            "fewest": Limit(
+                5, "samples of a class", "of a class that is right half of the time, none of 5 is 3 % likely"
+            ),
             "shown": _SHOWN,
         },
-        symptoms.classes_missing,
+        classes_missing,
         ("guide more strongly with `--set sample.cfg_scale=4`", "train the generator longer with `{longer}`"),
     ),
 )

@@ -12,13 +12,9 @@ class Training(Config):
     """A training as far as it has come."""
 
     lines: tuple[dict[str, float], ...] = Field(description="of its log: the step, and figures by name")
+    steps: int = Field(description="that it has when it ends")
     metrics: dict[str, float] = Field(default_factory=dict, description="of its artifact, once there is one")
     reachable: float = Field(1.0, description="share of the codebook that a validation finds in use, at best")
-
-    @property
-    def steps(self) -> int:
-        """The number of steps so far."""
-        return int(self.lines[-1]["step"]) if self.lines else 0
 
     def logged(self, name: str) -> list[tuple[int, float]]:
         """Return the steps at which a figure was logged, and its values."""
@@ -48,6 +44,16 @@ class Figures(Config):
         return self.metrics[max(stepped, key=lambda name: int(name.partition("@")[2]))] if stepped else None
 
     @property
+    def teacher_psnr(self) -> float | None:
+        """The PSNR of the teacher's reconstructions in its last validation, in dB."""
+        return self.trainings["teacher"].last("val_psnr") if "teacher" in self.trainings else None
+
+    @property
+    def mean_image_psnr(self) -> float | None:
+        """The PSNR of the mean training image, in dB: what a reconstruction has that depends on no image."""
+        return self.metrics.get("real.psnr_mean_image")
+
+    @property
     def chance(self) -> float:
         """The share of images that are read as the class that is meant if classes are guessed."""
         return 1 / max(len(self.class_names), 1)
@@ -56,7 +62,8 @@ class Figures(Config):
     def classes_shown(self) -> float | None:
         """Where samples are between chance (0) and real images (1) in being read as their class; None: not known.
 
-        Nothing is known without a class reader, or with one that is closer to guessing than to certainty on real images.
+        Nothing is known without a class reader, or from one that is closer to guessing than to certainty on real
+        images.
         """
         drawn, real = (self.metrics.get(f"{who}.class_agreement") for who in ("generation", "real"))
         if drawn is None or real is None or self.chance == 1 or real < (1 + self.chance) / 2:
