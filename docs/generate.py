@@ -287,9 +287,9 @@ Trainings are judged when they end, and those named below also while they go on:
 Prefect. A figure that was not measured, such as the accuracy of classes without `evaluate.class_reader`, is not judged.
 
 The order is that of causes: what comes first may be why the rest is as it is. No limit fails a run; for that there is
-the gate, `sftok report --gate`. Limits were held against these runs, whose figures are in `tests/flows/results/runs`:
-`digits` and `digits_maskgit`, in which no rule finds anything; `digits` with a third and with a tenth of its steps;
-`digits_tiny`, of 4 steps a stage; and `small64` with 40 to 60 steps a stage on 400 cuttings of two photographs.
+the gate, `sftok report --gate`. Limits were held against these runs, whose figures are in
+`tests/flows/results/health/runs`: `digits` and `digits_maskgit`, in which no rule finds anything; `digits` with a third
+and with a tenth of its steps; and `small64` with 40 to 60 steps a stage, on 400 cuttings of two photographs.
 """
 
 

@@ -158,7 +158,7 @@ def print_findings(found: "Sequence[Finding] | None") -> None:
     """Print what to look at first in the figures of a run, or that there is nothing; None: they were not judged."""
     if found is None:
         return
-    typer.echo(f"to look at first: {'' if found else 'nothing; no rule found anything in the figures'}".rstrip())
+    typer.echo(f"what to look at first: {'' if found else 'nothing; no rule found anything in the figures'}".rstrip())
     for one in found:
         typer.echo(f"  {one.severity}: {one.sentence}\n    {one.facts}")
         for remedy in one.remedies:

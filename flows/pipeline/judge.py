@@ -58,5 +58,5 @@ EVALUATE = Stage(
     },
     unneeded=_without_second_generator,
 )
-# Version 2: the recipe is held whole, without exceptions for settings at their defaults.
-REPORT = Stage("report", "report", 2, _report_what, _report, needs={"evaluation": "evaluate"})
+# Version 3: what rules find in the figures is part of it.
+REPORT = Stage("report", "report", 3, _report_what, _report, needs={"evaluation": "evaluate"})

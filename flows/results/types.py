@@ -195,7 +195,9 @@ class Evidence(Config):
     @property
     def text(self) -> str:
         """The value with its unit."""
-        return f"{100 * self.value:.3g} %" if self.unit == "%" else f"{round(self.value, 3):g} {self.unit}".rstrip()
+        if self.unit == "%":
+            return f"{100 * self.value:.3g} %"
+        return f"{self.value if abs(self.value) >= 0.001 else 0:.4g} {self.unit}".rstrip()
 
 
 class Finding(Config):

@@ -68,7 +68,8 @@ def still_falling(figures: Figures, limits: Limits) -> Iterator[Case]:
         fall, noise, end = fitted(last)
         whole, part = losses[0] - end, len(last) / len(losses)
         if whole > 0 and fall > limits["speed"] * part * whole and fall > limits["noise"] * noise:
-            evidence[stage] = facts("%", {f"{stage}: share of the fall": fall / whole, "in the last part, of": part})
+            label = f"{stage}: part of the whole fall in the last {share(part)} of the log"
+            evidence[stage] = facts("%", {label: fall / whole})
     if evidence:
         yield Case(
             f"The loss is still falling when {listed(evidence)} end{'s' * (len(evidence) == 1)}.",

@@ -211,7 +211,7 @@ def test_json_is_one_object_and_show_explains_it(environment, servers, sftok):
     os.close(master)
     assert run.returncode == 0, err
     result = json.loads(out)
-    assert set(result) == {"run", "recipe", "stages", "metrics", "report"}
+    assert set(result) == {"run", "recipe", "stages", "metrics", "report", "findings"}
     assert (result["recipe"], list(result["stages"])) == ("digits", STAGES)
     assert set(result["stages"]["teacher"]) == {"state", "digest", "uri", "seconds"}
     assert result["metrics"] == {"accuracy": 0.93, "psnr_of_a_copy": "Infinity"}
@@ -226,6 +226,14 @@ def test_json_is_one_object_and_show_explains_it(environment, servers, sftok):
     code, out, _ = sftok("show", result["stages"]["report"]["uri"])
     assert code == 0
     assert f"tokenizer: tokenizer/{result['stages']['fine_tune']['digest']} (fine_tune)" in out
+    code, out, _ = sftok("show", result["run"], "--json")
+    assert (code, json.loads(out)) == (0, {"state": "Completed", **result})
+    code, out, _ = sftok("show", result["run"])
+    assert code == 0
+    assert f"report: {result['report']}" in out
+    assert "Completed, begun 20" in out
+    assert "what to look at first:\n  serious: 31 % of the samples repeat the codes" in out
+    assert "\n    try: train on more images\n" in out
     code, _, err = sftok("show", "teacher/ffff")
     assert (code, err.count("\n")) == (2, 1)
 

@@ -10,6 +10,7 @@ from flows.runs.journal import RunRecord, StageFailedError, new_run_id
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import verify
 from infra.store.store import Store
+from tests.support.fake_stages import FINDING
 
 STAGES = ["prepare", "teacher", "warm_up", "align", "fine_tune", "encode"]
 STAGES += ["train_generator", "sample", "train_second_generator", "evaluate", "report"]
@@ -22,6 +23,7 @@ def test_run_publishes_every_stage_and_its_record(run_pipeline, store):
     assert list(record.stages) == STAGES
     assert record.state == "Completed"
     assert record.recipe == load_recipe("digits")
+    assert record.findings == (FINDING,)
     assert record.metrics == {"accuracy": 0.93, "psnr_of_a_copy": math.inf}
     for stage in record.stages.values():
         verify(store, resolve(store, str(stage.ref)))
@@ -41,6 +43,8 @@ def test_prefect_shows_report_and_progress(run_pipeline):
     assert by_key["report-digits-page"].type == "markdown"  # Prefect's links are Markdown
     assert "report.html" in by_key["report-digits-page"].data
     assert [row["stage"] for row in json.loads(by_key["report-digits-stages"].data)] == STAGES
+    (found,) = json.loads(by_key["report-digits-findings"].data)
+    assert found == {"finding": FINDING.sentence, "figures": "samples 31 %", "try": "train on more images"}
     assert by_key["progress-train-generator"].type == "progress"
     assert by_key["progress-train-generator"].data == 100
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from flows.cli.main import main
 from flows.pipeline import graph
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import verify
@@ -139,6 +140,26 @@ def test_every_stage_is_made_and_verifies(reference: Reference) -> None:
     assert reference.result["metrics"]["generation.class_agreement_shuffled"] < 0.5
 
 
+def test_a_run_that_learnt_nothing_says_so(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is Completed for all that: its page, its last lines, its record and `sftok show` say what it lacks."""
+    found = reference.result["findings"]
+    rules = [one["rule"] for one in found]
+    assert {"codebook", "reconstructions-blind", "generator-blind", "classes-ignored", "still-falling"} <= set(rules)
+    assert [one["severity"] for one in found] == sorted((one["severity"] for one in found), reverse=True)
+    page = json.loads(Path(reference.result["report"]).with_suffix(".json").read_text())
+    assert page["findings"] == found
+    assert '<section id="first">' in Path(reference.result["report"]).read_text()
+    run = reference.result["run"]
+    assert json.loads(reference.store.read(f"runs/{run}/run.json"))["findings"] == found
+    with pytest.raises(SystemExit, match="0"):
+        main(["show", run, "--store", reference.store.uri])
+    told = capsys.readouterr().out
+    assert "what to look at first:" in told
+    for one in found:
+        assert f"{one['severity']}: {one['sentence']}" in told
+        assert f"try: {one['remedies'][0]}" in told
+
+
 def test_the_codes_are_those_of_all_images_and_variants(reference: Reference) -> None:
     digest = reference.result["stages"]["encode"]["digest"]
     manifest = resolve(reference.store, f"codes/{digest}")
@@ -155,6 +176,7 @@ def test_a_second_run_finds_everything_done(reference: Reference) -> None:
     again = reference.runner.run(reference.store.uri)
     assert {stage["state"] for stage in again["stages"].values()} == {"Cached"}
     assert again["metrics"] == reference.result["metrics"]
+    assert again["findings"] == reference.result["findings"]
     assert reference.store.list("artifacts") == before
 
 

@@ -14,7 +14,9 @@ from flows.report.render import build_report, confusion_table, duration, markdow
 from flows.results.comparison import GateResult, compare
 from flows.results.types import (
     ConfusionMatrix,
+    Evidence,
     FinalAgreement,
+    Finding,
     GeneratorFit,
     LossCurve,
     Rejects,
@@ -67,6 +69,21 @@ FIT = GeneratorFit(  # the third position was never hidden
 )
 
 
+FINDINGS = (
+    Finding(
+        rule="classes-missing",
+        severity="serious",
+        sentence=f"1 of 10 classes is never drawn right: {HOSTILE[0]}.",
+        evidence=(
+            Evidence(label=HOSTILE[1], value=0.0125, unit="%"),
+            Evidence(label="mean image", value=12.4213, unit="dB"),
+        ),
+        remedies=("train longer with `--set train_generator.steps=4000`", "guide more strongly"),
+    ),
+    Finding(rule="copies", severity="minor", sentence="a|b", evidence=(), remedies=("see `--help`",)),
+)
+
+
 def make_data(**changes) -> ReportData:
     names = changes.pop("class_names", None)
     report, images, _ = evaluate(digits_inputs(class_names=names), EvaluateConfig(class_reader=True), seed=0)
@@ -105,6 +122,7 @@ def make_data(**changes) -> ReportData:
         "fit": FIT,
         "rejects": (Rejects(reason="not an image in a known format", count=2, example=HOSTILE[1]),),
         "comparison": compare("now", report, HOSTILE[0], report, same_images=True),
+        "findings": FINDINGS,
         "gate": GateResult(against=HOSTILE[0], passed=False, held=3, losses=(f"psnr {HOSTILE[0]}: worse",)),
     }
     return ReportData(**facts | changes)
@@ -349,6 +367,28 @@ def test_losses_rejects_and_the_earlier_run_stand_in_every_form(page):
     plain = build_report(make_data(comparison=None, gate=None, losses=(), rejects=()))
     assert 'id="against"' not in plain.html
     assert "## Against" not in plain.markdown
+
+
+def test_what_to_look_at_first_stands_on_top_of_every_form(page):
+    top = page.html[page.html.index("<main>") :].split("</section>")[0]
+    assert "What to look at first" in top
+    assert '<span class="severity serious">serious</span> 1 of 10 classes is never drawn right: &lt;script&gt;' in top
+    assert "<b>1.25 %</b>" in top
+    assert "<span>mean image <b>12.42 dB</b></span>" in top
+    assert "<li>train longer with <code>--set train_generator.steps=4000</code></li>" in top
+    markdown = page.markdown[: page.markdown.index("| headline")]
+    assert "1. **serious**: 1 of 10 classes is never drawn right: &lt;script" in markdown
+    assert "    - train longer with `--set train_generator.steps=4000`" in markdown
+    assert "1. **minor**: a\\|b" in markdown
+    assert [one["rule"] for one in json.loads(page.json)["findings"]] == ["classes-missing", "copies"]
+
+
+def test_nothing_to_look_at_takes_one_quiet_line():
+    quiet = build_report(make_data(findings=()))
+    assert 'id="first"' not in quiet.html
+    assert quiet.html.count("No rule found anything to look at first.") == 1
+    assert quiet.markdown.count("No rule found anything to look at first.") == 1
+    assert "What to look at first" not in quiet.html + quiet.markdown
 
 
 def test_worst_median_and_best_are_that(data):

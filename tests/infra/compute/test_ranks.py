@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from infra.compute.cluster import session
-from infra.compute.ranks import ALONE, Ranks, process_group, run_ranks
+from infra.compute.ranks import ALONE, WAIT_SECONDS, Ranks, process_group, run_ranks
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress
 from tests.support import ROOT
@@ -42,6 +42,20 @@ def test_two_ranks_sum_and_the_first_ones_result_is_the_result() -> None:
 def test_alone_there_is_nothing_to_sum() -> None:
     assert run_ranks(sum_up, 1) == ([1.0, 10.0], [0.0, 1.0])
     assert os.getpid() == run_ranks(lambda ranks, progress: os.getpid(), 1)
+
+
+def report_quickly(ranks: Ranks, progress: Progress) -> None:
+    for step in range(50):
+        progress(step, 50, {"val_nll": float(step)} if step == 20 else {})
+        ranks.wait()
+    time.sleep(1.5 * WAIT_SECONDS)  # the caller asks that often
+
+
+def test_every_report_arrives_in_order() -> None:
+    """Validations are judged while a training goes on: the one in 50 that holds a validation was lost."""
+    reports: list[tuple[int, int, dict[str, float]]] = []
+    run_ranks(report_quickly, 2, progress=lambda done, total, figures: reports.append((done, total, dict(figures))))
+    assert reports == [(step, 50, {"val_nll": 20.0} if step == 20 else {}) for step in range(50)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
