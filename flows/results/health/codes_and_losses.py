@@ -68,7 +68,7 @@ def still_falling(figures: Figures, limits: Limits) -> Iterator[Case]:
         fall, noise, end = fitted(last)
         whole, part = losses[0] - end, len(last) / len(losses)
         if whole > 0 and fall > limits["speed"] * part * whole and fall > limits["noise"] * noise:
-            label = f"{stage}: part of the whole fall in the last {share(part)} of the log"
+            label = f"{stage}: fall in the last {share(part)} of the log"
             evidence[stage] = facts("%", {label: fall / whole})
     if evidence:
         yield Case(
