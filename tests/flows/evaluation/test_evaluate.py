@@ -57,6 +57,17 @@ def test_class_agreement_and_its_control(evaluated, metrics):
     counts = np.array(evaluated.report.generation.confusion.counts)
     assert counts.sum() == 200
     assert counts.trace() / 200 == pytest.approx(metrics["generation.class_agreement"])
+    real = np.array(evaluated.report.generation.real_confusion.counts)
+    assert real.sum(1).tolist() == torch.bincount(digits_inputs().val_labels, minlength=10).tolist()
+    assert real.trace() / 100 == pytest.approx(metrics["real.class_agreement"])
+
+
+def test_the_mean_image_is_a_floor_of_reconstructions(metrics):
+    inputs = digits_inputs()
+    mean = inputs.train_images.double().mean(0).round()
+    errors = (inputs.val_images.double() - mean).square().mean((1, 2, 3))
+    assert metrics["real.psnr_mean_image"] == pytest.approx((10 * torch.log10(255**2 / errors)).mean().item(), abs=1e-3)
+    assert metrics["real.psnr_mean_image"] < metrics["reconstruction.psnr@4"]
 
 
 def test_copied_codes_are_counted(metrics):
