@@ -5,14 +5,13 @@ import inspect
 import textwrap
 import tomllib
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
@@ -90,7 +89,7 @@ def _problems(error: ValidationError, settings: Section) -> str:
     return "; ".join(problems[:SHOWN]) + more
 
 
-def _told(problem: ErrorDetails, settings: Section) -> str:
+def _told(problem: Mapping[str, Any], settings: Section) -> str:
     where = ".".join(_written(problem["loc"], settings))
     if problem["type"] == "extra_forbidden":
         *sections, field = problem["loc"]
