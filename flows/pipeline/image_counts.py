@@ -23,6 +23,11 @@ class ImageCounts(NamedTuple):
     """how to hold out enough."""
 
 
+def fewest_held_out(recipe: Recipe, stages: Collection[str]) -> int:
+    """Return how many held-out images these stages take."""
+    return SCORED if "evaluate" in stages and recipe.evaluate.scores.protocol != "none" else HELD_OUT
+
+
 def check_counts(recipe: Recipe, counts: ImageCounts, stages: Collection[str]) -> None:
     """Refuse images that are too few, or of too few classes, for one of these stages.
 

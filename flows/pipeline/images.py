@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.pipeline.image_counts import HELD_OUT, ImageCounts, check_counts
+from flows.pipeline.image_counts import ImageCounts, check_counts, fewest_held_out
 from flows.runs.progress import display
 from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
 from flows.store.inventory import size_text
@@ -44,7 +44,7 @@ def _check_expected(job: Job, source: "Source") -> None:
             "give the source a val split of its own"
         )
     counts = ImageCounts(expected.train, expected.val, expected.classes)
-    fraction = expected.fraction_for(HELD_OUT)
+    fraction = expected.fraction_for(fewest_held_out(job.recipe, job.stages))
     if fraction is not None:
         counts = counts._replace(remedy=f"give --set data.val_fraction={fraction:g}")
     check_counts(job.recipe, counts, job.stages)

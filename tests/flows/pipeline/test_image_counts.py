@@ -62,6 +62,16 @@ def test_what_evaluate_would_refuse_is_refused_before_the_first_stage(tmp_path, 
     plan(source, store, *overrides, *found)
 
 
+def test_the_proposed_fraction_holds_out_enough_to_be_scored(tmp_path, store):
+    source = draw(tmp_path / "data", a=40, b=40)
+    scores = ("evaluate.scores.protocol=clean", "evaluate.scores.reference=fid.npz", "evaluate.scores.num_samples=20")
+    scored = (*scores, "sample.per_class=10")
+    with pytest.raises(ValueError, match=r"scores 20 images at least, and [0-9]+ images are held out") as caught:
+        plan(source, store, *scored, "data.val_fraction=0.1")
+    (fraction,) = re.findall(r"data\.val_fraction=[0-9.]+", str(caught.value))
+    plan(source, store, *scored, fraction)
+
+
 def test_a_class_whose_only_image_would_be_held_out_is_named_and_a_split_of_its_own_helps(tmp_path, store):
     source = draw(tmp_path / "data", a=1, b=1)
     with pytest.raises(ValueError, match=r"holds out all images of class '[ab]': add images to it, or give the source"):
