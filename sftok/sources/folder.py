@@ -97,7 +97,7 @@ def check_folder(uri: str, config: DataConfig) -> None:
         raise _empty(files.uri)
     if config.labels == "none":
         return
-    tops = {part: visible(files.scan(part.prefix)) for part in parts}
+    tops = {part: [item for item in visible(files.scan(part.prefix)) if item.name not in part.unread] for part in parts}
     folders = {part: {class_name(item.name) for item in top if item.is_folder} for part, top in tops.items()}
     # A folder named like an image is a class only if it has contents, which only the listing shows.
     if not any(map(is_image_name, set().union(*folders.values()))):

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from infra.store.s3 import Bucket
 from sftok.config import DataConfig
 from sftok.images.preprocess import to_rgb
-from sftok.sources.sources import RejectedEntryError, Source, list_source
+from sftok.sources.sources import RejectedEntryError, Source, check_source, list_source
 from sftok.sources.summary import summarize
 
 
@@ -89,6 +89,14 @@ def test_train_alone_is_split_by_hash_and_says_what_is_not_read(tmp_path, caplog
 def test_a_class_may_be_called_train(tmp_path):
     source = list_source(str(fill(tmp_path, "train/1.png", "bus/1.png", "car/1.png")))
     assert source.class_names == ("bus", "car", "train")
+
+
+def test_a_test_split_beside_the_classes_is_no_class(tmp_path):
+    fill(tmp_path / "data", "a/1.png", "b/1.png", "test/a/1.png")
+    (tmp_path / "names").write_text("a\nb\n")
+    config = DataConfig(image_size=8, class_names_file=str(tmp_path / "names"))
+    check_source(str(tmp_path / "data"), config)
+    assert problems(list_source(str(tmp_path / "data"), config)) == {"test/": "neither train nor val"}
 
 
 def test_names_of_any_kind(tmp_path):
