@@ -54,7 +54,7 @@ def list_folder(uri: str, config: DataConfig) -> Source:
     check_exists(files)
     parts = _layout(files)
     classes: dict[_ClassFolders, set[str]] = {part: set() for part in parts}
-    found = 0
+    found, written = 0, set[str]()
 
     def all_entries() -> Iterator[Entry]:
         nonlocal found
@@ -62,6 +62,7 @@ def list_folder(uri: str, config: DataConfig) -> Source:
             for entry in Entries.of(entries).sorted():
                 if part is not None and entry.class_name is not None:
                     classes[part].add(entry.class_name)
+                    written.add(entry.image_id[len(part.prefix) :].partition("/")[0])
                 found += entry.problem not in LEFT_OUT
                 yield entry
 
@@ -79,7 +80,7 @@ def list_folder(uri: str, config: DataConfig) -> Source:
         is_declared=is_stated,
         remarks=(
             *(f"{part.split or 'all images'}: {part.prefix}" for part in parts if part.prefix),
-            *(unicode_remarks(_class_folders(files, parts)) if names else ()),
+            *unicode_remarks(written),
         ),
     )
 
@@ -153,11 +154,6 @@ def _holds_classes(files: Files, folder: str) -> bool:
     return any(item.is_folder for item in items) and not any(
         is_image_name(item.name) for item in items if not item.is_folder
     )
-
-
-def _class_folders(files: Files, parts: Sequence[_ClassFolders]) -> Iterator[str]:
-    for part in parts:
-        yield from (item.name for item in visible(files.scan(part.prefix)) if item.is_folder)
 
 
 # --- entries
