@@ -8,7 +8,7 @@ from pydantic import Field
 from infra.config import Config
 from sftok.config import DataConfig
 from sftok.sources.listing import Source, batches_of
-from sftok.sources.rules import LEFT_OUT, listed
+from sftok.sources.rules import LEFT_OUT, listed, shared_names
 
 SHOWN = 5  # class names and reasons on a line
 BY_HASH = "by hash"
@@ -24,7 +24,7 @@ class SourceSummary(Config):
     splits: dict[str, int | None] = Field(
         description="entries, or files, of train and val; `by hash`: a hash of the image ids holds images out"
     )
-    classes: int | None = Field(description="number of classes; null: no labels, or named in the files")
+    classes: int | None = Field(description="number of classes; 0: no labels; null: named in the files")
     class_names: tuple[str, ...] = Field(description=f"the first {SHOWN}, in the order of their ids")
     empty_classes: tuple[str, ...] = Field(description="classes without an entry")
     left_out: dict[str, int] = Field(description="entries that are not read, by reason")
@@ -33,15 +33,14 @@ class SourceSummary(Config):
 
     def lines(self) -> list[str]:
         """Format the summary for a terminal."""
-        what = "entries" if self.files is None else "files"
-        count = f"{self.images:,} images" if self.files is None else f"{self.files:,} files"
+        held = f"{self.images:,} images" if self.files is None else f"{self.files:,} files"
         parts = [f"{split} {number:,}" for split, number in self.splits.items() if number is not None]
-        classes = "no labels" if self.classes is None else f"{self.classes:,} classes ({_some(self.class_names)})"
-        if self.classes is None and self.files is not None:
-            classes = "classes are named in the files"
-        lines = [f"source {self.uri}: {self.kind}, {count} ({', '.join(parts)}), {classes}"]
-        if self.empty_classes:
-            lines.append(f"  {len(self.empty_classes):,} classes without {what}: {_some(self.empty_classes)}")
+        classes = "no labels" if self.classes == 0 else "classes are named in the files"
+        if self.classes:
+            classes = f"{self.classes:,} classes ({_some(self.class_names, self.classes)})"
+        lines = [f"source {self.uri}: {self.kind}, {held} ({', '.join(parts)}), {classes}"]
+        if count := len(self.empty_classes):
+            lines.append(f"  {count:,} classes without entries: {_some(self.empty_classes, count)}")
         for name, reasons in (("left out", self.left_out), ("rejected", self.rejected)):
             if reasons:
                 told = "; ".join(f"{number:,} x {reason}" for reason, number in list(reasons.items())[:SHOWN])
@@ -63,11 +62,11 @@ def summarize(source: Source, config: DataConfig) -> SourceSummary:
     is_contained = bool(source.containers)
     if is_contained:
         splits = collections.Counter(container.split or BY_HASH for container in source.containers)
-    names = source.class_names
+    names, unpack = source.class_names or (), source.unpack
     remarks = list(source.remarks)
     if BY_HASH in splits:
         remarks.append(f"no val split: a hash of the image ids holds out {config.val_fraction:.3g} of them")
-    if names is not None and any(name.endswith(f"(#{at})") for at, name in enumerate(names)):
+    if shared_names(names):
         remarks.append("classes of equal names are told apart by their ids")
     return SourceSummary(
         kind=source.kind,
@@ -75,14 +74,14 @@ def summarize(source: Source, config: DataConfig) -> SourceSummary:
         files=len(source.containers) if is_contained else None,
         images=None if is_contained else splits.total(),
         splits=dict(sorted(splits.items())),
-        classes=None if names is None else len(names),
-        class_names=(names or ())[:SHOWN],
-        empty_classes=() if is_contained or names is None else tuple(name for name in names if not classes[name]),
+        classes=None if not names and unpack is not None and unpack.is_labelled else len(names),
+        class_names=names[:SHOWN],
+        empty_classes=() if is_contained else tuple(name for name in names if not classes[name]),
         left_out={reason: count for reason, count in problems.most_common() if reason in LEFT_OUT},
         rejected={reason: count for reason, count in problems.most_common() if reason not in LEFT_OUT},
         remarks=tuple(remarks),
     )
 
 
-def _some(names: tuple[str, ...]) -> str:
-    return listed(names[:SHOWN]) + (" ..." if len(names) >= SHOWN else "")
+def _some(names: tuple[str, ...], count: int) -> str:
+    return listed(names[:SHOWN]) + (" ..." if count > SHOWN else "")

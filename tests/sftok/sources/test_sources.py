@@ -305,3 +305,21 @@ def test_a_summary_says_that_images_are_held_out_by_hash_and_which_classes_are_e
     summary = summarize(list_source(f"folder:{tmp_path}/data", config), config)
     assert (summary.splits, summary.class_names, summary.empty_classes) == ({"by hash": 4}, ("9", "10", "11"), ("11",))
     assert summary.remarks == ("no val split: a hash of the image ids holds out 0.1 of them",)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "said"),
+    [
+        ("required", "", "classes are named in the files"),
+        ("none", "", "no labels"),
+        ("required", "abcde", "5 classes (a, b, c, d, e)"),
+        ("required", "abcdef", "6 classes (a, b, c, d, e ...)"),
+    ],
+)
+def test_a_summary_says_what_is_known_of_classes_in_containers(tmp_path, labels, names, said):
+    fill(tmp_path, "data/0.tar")
+    (tmp_path / "names").write_text("\n".join(names))
+    file = str(tmp_path / "names") if names else ""
+    config = DataConfig(image_size=8, labels=labels, class_names_file=file)
+    (line, *_) = summarize(list_source(str(tmp_path / "data"), config), config).lines()
+    assert line == f"source {tmp_path}/data: webdataset, 1 files (by hash 1), {said}"
