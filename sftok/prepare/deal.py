@@ -94,7 +94,7 @@ class Dealer:
         bins = (hashes % np.uint64(deal.bins)).astype(np.int64)
         data, ends = _packed(_divided(entries, bins, deal.bins))
         deal.folder.write(deal.file(batch.number), ends.tobytes() + data)
-        is_free = _is_free(entries)
+        is_free = free(entries)
         held_out = is_free & (draws < deal.config.val_fraction)
         least = None
         if is_free.any() and not held_out.any():
@@ -120,9 +120,9 @@ class Gatherer:
         entries = entries.without_repetitions()
         train, val = deal.shards(number)
         hashes, draws = hashes_of(entries)
-        is_val = _is_free(entries) & (draws < deal.config.val_fraction) | _equals(entries, "split", "val")
+        is_val = free(entries) & (draws < deal.config.val_fraction) | equals(entries, "split", "val")
         if self.held_out is not None:
-            is_val |= _is_free(entries) & _equals(entries, "image_id", self.held_out)
+            is_val |= free(entries) & equals(entries, "image_id", self.held_out)
         config, bins = deal.config, np.uint64(deal.bins)
         in_train = hashes % np.uint64(config.num_shards) // bins
         in_val = hashes % np.uint64(config.num_val_shards) // bins
@@ -193,13 +193,14 @@ def hashes_of(entries: Entries) -> tuple[np.ndarray, np.ndarray]:
     return hashes, draws
 
 
-def _is_free(entries: Entries) -> np.ndarray:
+def free(entries: Entries) -> np.ndarray:
     """Mark images without a stated split."""
     no_split, no_problem = pc.is_null(entries.column("split")), pc.is_null(entries.column("problem"))
     is_free: np.ndarray = pc.and_(no_split, no_problem).to_numpy()
     return is_free
 
 
-def _equals(entries: Entries, column: str, value: str) -> np.ndarray:
+def equals(entries: Entries, column: str, value: str) -> np.ndarray:
+    """Mark entries with a value in a column."""
     equal: np.ndarray = pc.fill_null(pc.equal(entries.column(column), value), False).to_numpy()
     return equal

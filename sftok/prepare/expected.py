@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from sftok.config import DataConfig
-from sftok.prepare.deal import hashes_of
+from sftok.prepare.deal import equals, free, hashes_of
 from sftok.sources.listing import Entries, Source, batches_of
 
 FEW = 100_000  # entries; of more, splits by hash are as large as val_fraction says
@@ -39,14 +39,11 @@ def expected_split(source: Source, config: DataConfig) -> ExpectedSplit | None:
     entries = Entries.join(batch.read() for batch in batches_of(source.entries))
     entries = Entries(entries.table.filter(pc.is_null(entries.column("problem"))))
     classes = len(source.class_names or ())
-    is_val = pc.fill_null(pc.equal(entries.column("split"), "val"), False).to_numpy()
-    is_free = pc.is_null(entries.column("split")).to_numpy()
+    is_val, is_free = equals(entries, "split", "val"), free(entries)
     if not is_free.any():
         return ExpectedSplit(int((~is_val).sum()), int(is_val.sum()), classes)
     draws = np.where(is_free, hashes_of(entries)[1], np.inf)
-    held_out = is_val | (draws < config.val_fraction)
-    if not held_out.any():
-        held_out[draws.argmin()] = True
+    held_out = is_val | (draws < config.val_fraction) | (draws == draws.min())  # the first by hash always
     labels = entries.column("class_name").to_pylist()
     by_split: dict[bool, set[str]] = {True: set(), False: set()}
     for label, is_held_out in zip(labels, held_out.tolist(), strict=True):

@@ -94,6 +94,17 @@ def test_the_expected_split_is_the_one_that_prepare_makes(tmp_path, store, fract
             assert expected_split(source, config.model_copy(update={"val_fraction": enough})).val >= count
 
 
+def test_rows_without_a_split_are_expected_where_prepare_puts_them(tmp_path, store):
+    draw(tmp_path, a=12)
+    rows = [f"a/{number}.png,a,{('train', 'val', '')[number % 3]}" for number in range(12)]
+    (tmp_path / "index.csv").write_text("\n".join(["path,label,split", *rows]))
+    config = load_recipe("small64", overrides=(*SMALL, "data.val_fraction=0.001")).data
+    source = list_source(str(tmp_path / "index.csv"), config)
+    expected = expected_split(source, config)
+    made = prepare(source, config, out=store.at("images"))
+    assert (expected.train, expected.val) == (made.counts["train"], made.counts["val"]) == (7, 5)
+
+
 def digits(*overrides: str) -> Recipe:
     return load_recipe("digits", overrides=overrides)
 
