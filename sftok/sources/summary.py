@@ -65,7 +65,8 @@ def summarize(source: Source, config: DataConfig) -> SourceSummary:
     names, unpack = source.class_names or (), source.unpack
     remarks = list(source.remarks)
     if BY_HASH in splits:
-        remarks.append(f"no val split: a hash of the image ids holds out {config.val_fraction:.3g} of them")
+        whose = "no val split" if len(splits) == 1 else "entries without a split"
+        remarks.append(f"{whose}: a hash of the image ids holds out {config.val_fraction:.3g} of them")
     if shared_names(names):
         remarks.append("classes of equal names are told apart by their ids")
     return SourceSummary(
