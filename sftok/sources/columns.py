@@ -79,7 +79,7 @@ def check_label_type(field: pa.Field, uri: str) -> None:
     """
     kind, types = _decoded(field.type), pa.types
     tests = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
-    if not (_is_text(kind) or _is_bytes(kind) or any(test(kind) for test in tests)):
+    if not (is_text(kind) or _is_bytes(kind) or any(test(kind) for test in tests)):
         raise _odd(uri, field, "a label is one number or name", "data.label_column, or set data.labels = none")
 
 
@@ -90,7 +90,7 @@ def as_text(column: pa.ChunkedArray, field: pa.Field, uri: str, option: str) -> 
         ValueError: it holds something else.
     """
     kind = _decoded(field.type)
-    if not (_is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)):
+    if not (is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)):
         raise _odd(uri, field, "one image as bytes, or one path as text, is read per row", option)
     try:
         return column.cast(kind).cast(pa.string())
@@ -101,7 +101,7 @@ def as_text(column: pa.ChunkedArray, field: pa.Field, uri: str, option: str) -> 
 def labels_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Decode a dictionary, and texts to their plain type."""
     kind = _decoded(column.type)
-    return column.cast(kind).cast(pa.string()) if _is_text(kind) else column.cast(kind)
+    return column.cast(kind).cast(pa.string()) if is_text(kind) else column.cast(kind)
 
 
 def image_candidates(schema: pa.Schema, stated: str) -> list[str]:
@@ -119,7 +119,8 @@ def holds_images(kind: pa.DataType) -> bool:
 
 def is_text(kind: pa.DataType) -> bool:
     """Return whether a type holds text, also as a dictionary."""
-    return _is_text(_decoded(kind))
+    kind = _decoded(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _odd(uri: str, field: pa.Field, why: str, option: str) -> ValueError:
@@ -133,10 +134,6 @@ def _odd(uri: str, field: pa.Field, why: str, option: str) -> ValueError:
 
 def _decoded(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

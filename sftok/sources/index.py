@@ -46,7 +46,6 @@ from sftok.sources.rules import (
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
 _DELIMITERS = (",", ";", "\t", "|")
 _BLOCK = 1 << 25  # bytes of a CSV read at once, the most that a row may have
 _LONGEST_HEADER = 1 << 16  # bytes
@@ -183,6 +182,8 @@ def _read_csv(file: BinaryIO, uri: str, config: DataConfig) -> pa.Table:
 
 def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
     """Map the words in the column of splits to splits; rows with a word that is not in the map are not read.
+
+    Rows without a word are always read, and split by hash.
 
     Raises:
         ValueError: a word is unknown, or there is a val split only.
