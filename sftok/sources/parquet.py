@@ -39,7 +39,7 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError)  # pyarrow raises OSError for
 
 
 def list_parquet(uri: str, config: DataConfig) -> Source:
-    """List Parquet files of images: a folder, one file, or a pattern with braces.
+    """List Parquet files of images: a folder, one file, or a pattern.
 
     Raises:
         ValueError: the columns of images or of labels cannot be recognised.
@@ -106,7 +106,7 @@ class ParquetUnpacker(Unpacker):
                 yield Entry(f"{container.path}#{lost}", 0, split=container.split, problem=damage)
         pieces.flush()
 
-    def _entry(self, values: dict[str, Any], row: int, container: Container, pieces: "Pieces") -> Entry:
+    def _entry(self, values: dict[str, Any], row: int, container: Container, pieces: Pieces) -> Entry:
         held = values[self.image]
         value, name = (held.get("bytes"), held.get("path")) if isinstance(held, dict) else (held, None)
         entry = Entry(f"{container.path}#{row}", len(value or b""), split=container.split)

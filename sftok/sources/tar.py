@@ -41,7 +41,7 @@ _DAMAGE = (tarfile.TarError, ValueError, IndexError, OverflowError, struct.error
 
 
 def list_tars(uri: str, config: DataConfig) -> Source:
-    """List the tar files of a WebDataset: a folder, one file, or a pattern with braces."""
+    """List the tar files of a WebDataset: a folder, one file, or a pattern."""
     root, containers, broken = list_containers(uri, SUFFIXES)
     names = stated_names(config)
     return Source(
