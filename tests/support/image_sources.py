@@ -15,7 +15,8 @@ from PIL import Image
 from infra.store.s3 import Bucket
 from infra.store.store import Store
 from sftok.config import DataConfig
-from sftok.prepare.prepare import REJECTS, PrepareResult
+from sftok.prepare.prepare import REJECTS, PrepareResult, prepare
+from sftok.sources.sources import list_source
 
 CONFIG = DataConfig(image_size=8, val_fraction=0.25, num_shards=3, num_val_shards=2)
 
@@ -87,6 +88,12 @@ def hf_parquet(path: Path, numbers: Iterable[int], names: list[str], **options: 
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=hf_schema(names)), path, **options)
     return path
+
+
+def run(uri: object, store: Store, **changes: object) -> PrepareResult:
+    """Prepare a source with CONFIG, some of whose fields are changed."""
+    config = CONFIG.model_copy(update=changes)
+    return prepare(list_source(str(uri), config), config, out=store)
 
 
 def rows_of(store: Store, prepared: PrepareResult) -> list[dict]:

@@ -9,9 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.store.store import Store
-from sftok.prepare.prepare import PrepareResult, prepare
 from sftok.sources.sources import list_source
-from tests.support.image_sources import CONFIG, image_bytes, reasons, rows_of, upload, write_files
+from tests.support.image_sources import CONFIG, image_bytes, reasons, rows_of, run, upload, write_files
 
 COUNT = 8
 IMAGES = [image_bytes(number) for number in range(COUNT)]
@@ -22,11 +21,6 @@ LABELS = ["cat", "dog"] * (COUNT // 2)
 
 def pictures(root: Path) -> Path:
     return write_files(root, dict(zip(PATHS, IMAGES, strict=True)))
-
-
-def run(uri: object, store: Store, **changes: object) -> PrepareResult:
-    config = CONFIG.model_copy(update=changes)
-    return prepare(list_source(str(uri), config), config, out=store)
 
 
 def labels(uri: object, store: Store, **changes: object) -> list[int]:

@@ -10,15 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.store.store import Store
-from sftok.prepare.prepare import PrepareResult, prepare
-from sftok.sources.sources import list_source
 from tests.support.image_sources import (
-    CONFIG,
     contents,
     hf_parquet,
     image_bytes,
     reasons,
     rows_of,
+    run,
     samples,
     tar_bytes,
     upload,
@@ -35,10 +33,6 @@ def place(request: pytest.FixtureRequest) -> Place:
         return str
     request.getfixturevalue("s3_env")
     return upload
-
-
-def run(uri: object, store: Store) -> PrepareResult:
-    return prepare(list_source(str(uri), CONFIG), CONFIG, out=store)
 
 
 def ids(uri: object, store: Store) -> set[str]:

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.store.store import Store
-from sftok.prepare.prepare import PrepareResult, prepare
 from sftok.sources import containers
 from sftok.sources.sources import list_source
 from tests.support.image_sources import (
@@ -22,14 +21,9 @@ from tests.support.image_sources import (
     noise,
     reasons,
     rows_of,
+    run,
     write_files,
 )
-
-
-def run(uri: object, store: Store, **changes: object) -> PrepareResult:
-    config = CONFIG.model_copy(update=changes)
-    return prepare(list_source(str(uri), config), config, out=store)
-
 
 # --- Parquet
 

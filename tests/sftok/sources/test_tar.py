@@ -10,16 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.store.store import Store
-from sftok.prepare.prepare import PrepareResult, prepare
+from sftok.prepare.prepare import prepare
 from sftok.sources.listing import ContainerTask
 from sftok.sources.patterns import expand
 from sftok.sources.sources import list_source
-from tests.support.image_sources import CONFIG, image_bytes, reasons, rows_of, samples, tar_bytes, write_files
-
-
-def run(uri: object, store: Store, **changes: object) -> PrepareResult:
-    config = CONFIG.model_copy(update=changes)
-    return prepare(list_source(str(uri), config), config, out=store)
+from tests.support.image_sources import CONFIG, image_bytes, reasons, rows_of, run, samples, tar_bytes, write_files
 
 
 def linked(name: str, kind: bytes, target: str) -> tarfile.TarInfo:
