@@ -190,6 +190,7 @@ class _Group:
         remote = self.ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=2)(_Rank)
         self.work = work
         self.actors = [remote.remote() for _ in range(count)]
+        self._taking: Any = None  # a call of `take_progress` that has not answered
 
     def run(self, progress: Progress) -> Any:
         try:
@@ -213,11 +214,14 @@ class _Group:
         return self._get(calls[0])
 
     def _new_progress(self) -> list[Report]:
+        if self._taking is None:
+            self._taking = self.actors[0].take_progress.remote()
         try:
             with interruptible():
-                reports: list[Report] = self.ray.get(self.actors[0].take_progress.remote(), timeout=WAIT_SECONDS)
+                reports: list[Report] = self.ray.get(self._taking, timeout=WAIT_SECONDS)
         except (self.ray.exceptions.RayError, TimeoutError):
-            return []  # if the rank is lost, its call to `run` raises
+            return []  # it is late, and asked for again; or the rank is lost, and its call to `run` raises
+        self._taking = None
         return reports
 
     def _fail(self, calls: list[Any]) -> None:

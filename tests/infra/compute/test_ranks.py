@@ -51,8 +51,10 @@ def report_quickly(ranks: Ranks, progress: Progress) -> None:
     time.sleep(1.5 * WAIT_SECONDS)  # the caller asks that often
 
 
-def test_every_report_arrives_in_order() -> None:
+@pytest.mark.parametrize("wait", [WAIT_SECONDS, 0.001])  # the latter: most answers are late
+def test_every_report_arrives_in_order(wait: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validations are judged while a training goes on: the one in 50 that holds a validation was lost."""
+    monkeypatch.setattr("infra.compute.ranks.WAIT_SECONDS", wait)
     reports: list[tuple[int, int, dict[str, float]]] = []
     run_ranks(report_quickly, 2, progress=lambda done, total, figures: reports.append((done, total, dict(figures))))
     assert reports == [(step, 50, {"val_nll": 20.0} if step == 20 else {}) for step in range(50)]
