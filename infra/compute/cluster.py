@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from infra.environment import named
 from infra.errors import TransientError
 
 log = logging.getLogger(__name__)
@@ -210,9 +211,9 @@ def check_reachable(address: str | None) -> None:
 
 
 def _named(address: str) -> str:
-    """Name the variable that an address was read from, if one was."""
+    """Name the variable that an address was read from, if one was, without credentials."""
     names = [name for name in RAY_VARIABLES if os.environ.get(name) == address]
-    return f"{names[0]} = {address}" if names else f"the Ray cluster at {address}"
+    return named(names[0]) if names else f"the Ray cluster at {address}"
 
 
 def _short_folder() -> str | None:
