@@ -13,7 +13,7 @@ from flows.pipeline import graph
 from flows.pipeline.graph import ENCODE, PREPARE, SAMPLE
 from flows.recipes.schema import Recipe
 from flows.runs.run_request import RunRequest
-from flows.stage import Job, Stage, plan_of
+from flows.stage import Job, Listing, Stage, plan_of
 from flows.store.inventory import size_text
 from infra.artifacts.manifest import ArtifactRef, find, folder_of, ref_of
 
@@ -79,7 +79,7 @@ class DryRun(NamedTuple):
         }
 
     def notes(self) -> tuple[str, ...]:
-        """Return the assumptions behind the figures, as lines to print."""
+        """Return what the source was read as, and the assumptions behind the figures, as lines to print."""
         count = "an unknown number of" if self.images is None else f"{self.images:,}"
         return (
             *self.listing.lines(),
@@ -94,14 +94,13 @@ def dry_run(request: RunRequest) -> DryRun:
     Raises:
         ValueError: the source cannot be listed.
     """
-    from sftok.sources.sources import list_source
     from sftok.sources.summary import summarize
 
-    recipe, job = request.recipe, Job.of(request)
+    recipe, listed = request.recipe, Listing()
+    job = Job.of(request, listing=listed)
     store = job.store
     known: dict[str, ArtifactRef] = {}
     planned: list[PlannedStage] = []
-    listing = summarize(list_source(request.source, recipe.data), recipe.data)
     images: int | None = None
     costs = _costs(recipe)
     for stage in graph.GRAPH.order(recipe):
@@ -113,6 +112,10 @@ def dry_run(request: RunRequest) -> DryRun:
         if plan is not None:
             known[stage.name] = ref_of(store, found) if found else _ref(job, plan.kind, plan.digest)
         if stage is PREPARE:
+            assert plan is not None
+            source = listed.take(str(plan.config["listing"]))
+            assert source is not None
+            listing = summarize(source, recipe.data)
             images = found.counts.get("accepted") if found else listing.images
             if found is None:
                 known.pop(stage.name, None)  # what follows depends on what the images hold

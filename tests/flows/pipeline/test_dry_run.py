@@ -15,6 +15,7 @@ from flows.runs.run_request import RunArguments
 from infra.artifacts.manifest import folder_of
 from infra.store.store import Store
 from sftok.model.tokenizer import SFTok
+from sftok.sources import sources
 from tests.support.small_dataset import draw_images
 
 
@@ -52,6 +53,14 @@ def test_before_prepare_only_what_the_listing_decides_is_known(tmp_path: Path) -
     assert set(states.values()) == {"after prepare"}
     assert planned.images == 22
     assert not (tmp_path / "store").exists(), "a dry run writes nothing"
+
+
+def test_the_source_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_images(tmp_path / "images")
+    listed, real = [], sources.list_source
+    monkeypatch.setattr(sources, "list_source", lambda *given: listed.append(given) or real(*given))
+    assert dry_run(request(str(tmp_path / "store"), "digits", str(tmp_path / "images"))).listing.images == 22
+    assert len(listed) == 1
 
 
 def test_the_paper_needs_no_weights_to_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
