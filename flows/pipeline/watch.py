@@ -35,8 +35,10 @@ class Watch:
 
     def end(self, artifact: Artifact, *, is_new: bool) -> None:
         """Judge the whole training; what is found in one of an earlier run is noted, but not said."""
+        if self._stage not in SETTINGS:
+            return
         training = training_of(self._stage, artifact, self._recipe, self._held_out)
-        if training is not None and self._stage in SETTINGS:
+        if training is not None:
             self._judge(training, is_said=is_new)
 
     @functools.cached_property
