@@ -20,7 +20,6 @@ from flows.runs.history import records
 from flows.runs.run_request import RunRequest
 from infra.artifacts.manifest import DIGEST_CHARS, ArtifactRef, Manifest
 from infra.config import Config
-from infra.settings import Settings
 from infra.store.store import Store
 
 State = Literal["Running", "Completed", "Cached", "Failed", "Cancelled", "Crashed"]
@@ -210,7 +209,7 @@ def find_record(text: str, store: str | None) -> RunRecord | None:
     Raises:
         ValueError: another version wrote the record.
     """
-    place = Store(store or Settings().store)
+    place = Store.usual(store)
     is_run = "/" not in text and place.exists(f"runs/{text}/run.json")
     return read_record(place, text) if is_run else None
 
