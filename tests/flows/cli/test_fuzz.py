@@ -37,11 +37,10 @@ ODD = [
     "webdataset:/nope", "images/", "images/ffff", "codes/0000", "tokenizer/", "tokenizer/zz", "generator/1f2e",
     "nope/1f2e", "center", "flip", "affine-0", "ten_crop", "bf16", "20261125-014226-digits-dc1e", "pytorch_model.bin",
 ]  # fmt: skip
-# Left out: what examines the machine or starts servers.
 NUMBERS = ["0", "1", "2", "8", "0.5"]
 PLAUSIBLE = {
     "recipe": ["digits", "digits_tiny", "small64", "imagenet256_sftok_b"],
-    "set_": [
+    "set": [
         "data.val_fraction=0.5", "seed=1", "data.labels=none", "align.training.steps=0", "augment.rotate=6",
         "compute.device=cpu", "evaluate.steps=[1,2]", "evaluate.steps=[]", "data.image_size=33", "data.image_size=16",
         "tokenizer.num_latent_tokens=0", "data.num_shards=2", "align.training.micro_batch=7", "generator.width=17",
@@ -52,6 +51,7 @@ PLAUSIBLE = {
     "precision": ["auto", "fp32", "bf16"],
     "device": ["auto", "cpu", "cuda"],
 }  # fmt: skip
+# Left out: what examines the machine or starts servers.
 ALL: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 COMMANDS = {name: command for name, command in ALL.items() if name not in ("doctor", "serve")}
 
@@ -80,14 +80,12 @@ class Place:
             "config": [str(folder / "text.toml")],
             "file": [str(folder / "half.safetensors"), str(folder / "images")],
             **{name: refs for name in ("tokenizer", "generator", "codes", "ref", "before", "after", "teacher")},
-            **{
-                name: [str(folder / "out"), str(folder / "images")] for name in ("out", "folder", "grid", "npz", "path")
-            },
+            **{name: [str(folder / "out"), str(folder / "images")] for name in ("out", "folder", "grid", "npz")},
         }
 
     def word(self, name: str, number: int) -> str:
         """The value that a number picks for a parameter: two in three are of the right kind."""
-        words = self.plausible.get(name, NUMBERS) if number % 3 else self.words
+        words = self.plausible.get(name.removesuffix("_"), NUMBERS) if number % 3 else self.words
         return words[number // 3 % len(words)]
 
 
