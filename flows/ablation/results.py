@@ -12,11 +12,11 @@ from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import ArtifactRef
 from infra.config import Config
 from infra.store.store import Store
+from infra.training.log import LOG
 from sftok.evaluation.alignment import AlignmentMetrics, StepQuality
 from sftok.evaluation.reconstruction import FIGURES, Figure
 
 LOSS = "cross_entropy"  # of a tokenizer's training log
-LOG = "log.jsonl"
 
 
 class LossPoint(Config):

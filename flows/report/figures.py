@@ -8,8 +8,6 @@ from flows.results.health.figures import Figures, Training, reachable
 from flows.results.types import EvaluationReport, SweepPoint
 from infra.artifacts.artifact import Artifact
 
-LOG = "log.jsonl"
-
 
 def training_of(stage: str, artifact: Artifact, recipe: Recipe | None, held_out: int) -> Training | None:
     """Return what a stage's training logged and measured; None if the artifact was not trained.
@@ -20,6 +18,8 @@ def training_of(stage: str, artifact: Artifact, recipe: Recipe | None, held_out:
         recipe: the run's; without it, all codes count as reachable.
         held_out: images that there were to validate on.
     """
+    from infra.training.log import LOG  # with torch, as below
+
     if not any(entry.path == LOG for entry in artifact.manifest.files):
         return None
     lines = tuple(map(json.loads, artifact.folder.read(LOG).decode().splitlines()))
