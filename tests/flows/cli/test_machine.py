@@ -41,6 +41,7 @@ def refused(sftok, *arguments) -> str:
         ("SFTOK_RAY_MAX_GPUS", "-1", "SFTOK_RAY_MAX_GPUS = -1: input should be greater than or equal to 0"),
         ("RAY_ADDRESS", "http://127.0.0.1:8265", "is a dashboard's address; give the head's, as HOST:6379 or ray://"),
         ("SFTOK_RAY_ADDRESS", "head", "SFTOK_RAY_ADDRESS = head is no address; write host:port"),
+        ("RAY_ADDRESS", "ray://user:secret@127.0.0.1:9", "RAY_ADDRESS = ray://***@127.0.0.1:9 cannot be reached ("),
         ("PREFECT_API_URL", "host", "PREFECT_API_URL = host: not an http(s) URL"),
         ("PREFECT_API_URL", "http://user:secret@127.0.0.1:9", "PREFECT_API_URL = http://***@127.0.0.1:9: "),
         ("PREFECT_LOGGING_LEVEL", "bogus", "PREFECT_LOGGING_LEVEL = bogus: input should be 'DEBUG', 'INFO'"),
