@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
-# Test files are shared by a process for each core, in their order: the long ones come first.
+# Test files are shared by a process for each core; those that take minutes come first (tests/conftest.py).
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all coverage test-avx2 test-gpu test-oldest-torch lint format bench bench-gpu audit clean browser
@@ -64,7 +64,7 @@ lint: $(READY)  ## style, types, imports and dropped results
 .PHONY: docs
 docs: $(READY)  ## check the links of the documents and build their site, in build/docs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)  ## format the code
 	$(BIN)/ruff format .

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from flows.stage import CPU, Job, Refs, Result, Stage, Work, plan_of
+from flows.stage import CPU, Refs, Result, Stage, StageJob, Work, plan_of
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import record_device
-from infra.artifacts.manifest import Plan, folder_of, publish
+from infra.artifacts.manifest import ArtifactPlan, folder_of, publish
 from infra.compute.device import IEEE, device_facts, use_numerics
 from infra.compute.ranks import Ranks, run_ranks
 from infra.progress import Progress, silent
@@ -24,7 +24,7 @@ State = Literal["Cached", "Completed"]
 MEASURING = 0.01
 
 
-def make(stage: Stage, job: Job, inputs: Refs, *, progress: Progress = silent) -> tuple[Artifact, State]:
+def make(stage: Stage, job: StageJob, inputs: Refs, *, progress: Progress = silent) -> tuple[Artifact, State]:
     """Return what a stage makes of its inputs, and whether it was cached; what is published is complete or not there.
 
     Args:
@@ -47,7 +47,7 @@ def make(stage: Stage, job: Job, inputs: Refs, *, progress: Progress = silent) -
     return artifact, state
 
 
-def find_or_publish(store: Store, plan: Plan, write: Callable[[Store], Result]) -> tuple[Artifact, State]:
+def find_or_publish(store: Store, plan: ArtifactPlan, write: Callable[[Store], Result]) -> tuple[Artifact, State]:
     """Return what a plan makes, and whether it was cached; if not, it is written into its folder and published.
 
     Args:
@@ -91,7 +91,9 @@ def run_stage(stage: Stage, work: Work) -> Result:
     return run_ranks(this, job.ranks if stage.is_trained else 1, gpus=gpus, progress=work.progress)
 
 
-def _in_process(stage: Stage, job: Job, plan: Plan, out: Store, ranks: Ranks, progress: Progress) -> Result:
+def _in_process(
+    stage: Stage, job: StageJob, plan: ArtifactPlan, out: Store, ranks: Ranks, progress: Progress
+) -> Result:
     numerics = IEEE if stage.is_measured else job.recipe.compute.numerics
     use_numerics(numerics, job.device)
     record_device(out, device_facts(job.device, numerics))

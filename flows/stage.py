@@ -12,7 +12,7 @@ from flows.recipes.schema import ComputeConfig, Recipe
 from flows.runs.run_request import RunRequest
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import decisive, describe_kind, shards_begun_on
-from infra.artifacts.manifest import ArtifactRef, Manifest, Plan
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, Manifest, folder_of
 from infra.artifacts.pages import Page
 from infra.artifacts.shards import FileEntry
 from infra.compute.ranks import ALONE, Ranks
@@ -57,7 +57,7 @@ class Listing:
         return Listing, ()
 
 
-class Job(NamedTuple):
+class StageJob(NamedTuple):
     """One run of a recipe: its source, its store, and the number of workers and ranks."""
 
     recipe: Recipe
@@ -72,7 +72,7 @@ class Job(NamedTuple):
     stages: frozenset[str] = frozenset()  # of the run, which its images must be enough for
 
     @classmethod
-    def of(cls, request: RunRequest, run: str = "", *, listing: Listing | None = None) -> "Job":
+    def of(cls, request: RunRequest, run: str = "", *, listing: Listing | None = None) -> "StageJob":
         """Return the job that a request asks for."""
         options = request.options
         store = Store(request.store)
@@ -87,7 +87,7 @@ class Job(NamedTuple):
         chosen = self.recipe.compute.device
         return default_device() if chosen == "auto" else chosen
 
-    def settled(self) -> "Job":
+    def settled(self) -> "StageJob":
         """Return the job with "auto" settings resolved for its device; on a cluster they are resolved before this."""
         recipe = self.recipe.on(self.device)
         return self if recipe == self.recipe else self._replace(recipe=recipe)
@@ -107,8 +107,8 @@ class Result(NamedTuple):
 class Work:
     """Everything that one stage's call may use."""
 
-    job: Job
-    plan: Plan
+    job: StageJob
+    plan: ArtifactPlan
     out: Store
     progress: Progress
     ranks: Ranks = ALONE
@@ -144,11 +144,11 @@ class Stage(NamedTuple):
     name: str
     kind: str
     version: int  # raised by hand when the same config gives another artifact
-    what: Callable[[Job], dict[str, JsonValue]]  # the config that identifies the artifact
+    what: Callable[[StageJob], dict[str, JsonValue]]  # the config that identifies the artifact
     call: Callable[[Work], Result]
     is_trained: bool = False  # by as many ranks as the job has
     is_measured: bool = False  # by one process, placed on a GPU if the job has any
-    accept: Callable[[Job, Manifest], None] | None = None  # rejects an artifact that fails this job's checks
+    accept: Callable[[StageJob, Manifest], None] | None = None  # rejects an artifact that fails this job's checks
     needs: Mapping[str, str] = {}  # name of an input: stage that makes it
     unneeded: Callable[[Recipe], Collection[str]] = _none  # inputs that a recipe does without
 
@@ -184,18 +184,23 @@ class Graph(dict[str, Stage]):
         return [stage for name, stage in self.items() if name in wanted]
 
 
-def plan_of(stage: Stage, job: Job, inputs: Refs) -> Plan:
+def plan_of(stage: Stage, job: StageJob, inputs: Refs) -> ArtifactPlan:
     """Return the plan that identifies the artifact which `stage` makes of `inputs`."""
     job = job.settled()
-    return Plan(kind=stage.kind, version=stage.version, config=stage.what(job), inputs=dict(inputs))
+    return ArtifactPlan(kind=stage.kind, version=stage.version, config=stage.what(job), inputs=dict(inputs))
 
 
-def shards(job: Job) -> JsonValue:
+def planned_ref(job: StageJob, plan: ArtifactPlan) -> ArtifactRef:
+    """Refer to an artifact that is still to be made."""
+    return ArtifactRef(kind=plan.kind, digest=plan.digest, uri=folder_of(job.store, plan.kind, plan.digest).uri)
+
+
+def shards(job: StageJob) -> JsonValue:
     """Return the numbers of image shards: they decide which files the images make, and the order of streaming."""
     return [job.recipe.data.num_shards, job.recipe.data.num_val_shards]
 
 
-def seeded(job: Job) -> dict[str, JsonValue]:
+def seeded(job: StageJob) -> dict[str, JsonValue]:
     """Return the settings that decide a stage's random numbers and the rounding of its sums."""
     return {"seed": job.recipe.seed, "threads": job.recipe.threads}
 

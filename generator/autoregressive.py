@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generator.code_space import CodeSpace as CodeSpace
+from generator.code_space import CodeSpace
 from generator.config import AnnealedOrder, FixedOrder, GeneratorConfig
 from generator.network import GeneratorNetwork
 from generator.orders import draw_orders, fixed_order, inverse

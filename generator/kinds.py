@@ -14,8 +14,7 @@ from generator.sampling.sampler import CodeSampler
 class Kind(NamedTuple):
     """What a kind of generator consists of, beside its config."""
 
-    network: type[Any]
-    """a `GeneratorNetwork`, made of a config of this kind and a `CodeSpace`"""
+    network: type[GeneratorNetwork]
     prepared: type[PreparedGenerator[Any]]
 
 
@@ -27,8 +26,7 @@ KINDS: dict[str, Kind] = {
 
 def build_generator(config: AnyGeneratorConfig, space: CodeSpace) -> GeneratorNetwork:
     """Build the network that a config describes, with weights not yet initialised."""
-    network: GeneratorNetwork = KINDS[config.kind].network(config, space)
-    return network
+    return KINDS[config.kind].network(config, space)
 
 
 def prepare(model: GeneratorNetwork, config: SampleConfig) -> PreparedGenerator[Any]:

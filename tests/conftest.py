@@ -3,13 +3,14 @@
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from infra.compute.threads import limit_spinning
 from infra.store.store import Store
+from tests.support.prefect_database import copy_prefect_database
 from tests.support.s3_server import S3Server, running_server
 
 # Before any test loads torch: its threads share the cores with those of the other processes of pytest-xdist.
@@ -17,7 +18,21 @@ limit_spinning()
 if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
 
+# Files that take a minute or more are begun first, so that no process is left alone with one at the end.
+LONG = (
+    "flows/pipeline/test_whole_run.py",
+    "sftok/model/test_golden.py",
+    "sftok/training/test_data_parallel.py",
+    "flows/evaluation/test_scores.py",
+    "sftok/training/test_stages.py",
+)
 FOREIGN = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_SECURITY_TOKEN")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of long files first; else the order stays."""
+    rank = {f"tests/{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +47,19 @@ def _torch_as_before() -> Iterator[None]:
     torch.set_rng_state(state)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def give_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Gives a new SFTOK_HOME the database of Prefect's servers; most tests are not about its migrations."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def give(home: Path) -> Path:
+        copy_prefect_database(shared, home)
+        return home
+
+    return give
 
 
 @pytest.fixture

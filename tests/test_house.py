@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONG
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("flows", "sftok", "generator", "infra")
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
@@ -18,6 +20,7 @@ MATHS = [
     "sftok/model/encoder",
     "sftok/model/quantizer",
     "sftok/model/decoder",
+    "sftok/model/iterative_decoding",
     "sftok/model/teacher",
     "sftok/model/tokenizer",
 ]
@@ -188,3 +191,7 @@ def test_every_module_imports_alone() -> None:
 def test_no_module_hides_a_standard_or_installed_one() -> None:
     tops = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
     assert not tops & set(sys.stdlib_module_names)
+
+
+def test_files_that_begin_first_are_there() -> None:
+    assert [name for name in LONG if not (ROOT / "tests" / name).exists()] == []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, seeded, shards
+from flows.stage import Result, Stage, StageJob, Work, computed, seeded, shards
 from infra.artifacts.shards import put
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ARM = "arm.json"
 
 
-def _arm_what(job: Job) -> dict[str, JsonValue]:
+def _arm_what(job: StageJob) -> dict[str, JsonValue]:
     from sftok.images.preprocess import PREPROCESSING
 
     recipe = job.recipe

@@ -17,7 +17,7 @@ from flows.recipes.ablations import Ablation, ResolvedArm
 from flows.results.types import Finding
 from flows.runs.journal import Journal, RunRecord, StageRecord, State
 from flows.runs.run_request import RunRequest
-from flows.stage import Job, Result, Stage, Work
+from flows.stage import Result, Stage, StageJob, Work
 from infra.artifacts.manifest import ArtifactRef, manifest_of
 from infra.artifacts.shards import put
 from infra.compute.cluster import session
@@ -62,7 +62,7 @@ def _arm(whole: RunContext, arm: ResolvedArm, seed: int, images: ArtifactRef) ->
 def report_stage(plan: Ablation, outcomes: Outcomes) -> Stage:
     """Return the stage that writes the page of these outcomes."""
 
-    def what(_: Job) -> dict[str, JsonValue]:
+    def what(_: StageJob) -> dict[str, JsonValue]:
         return {"ablation": plan.as_json()}
 
     def call(work: Work) -> Result:

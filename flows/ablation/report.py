@@ -33,7 +33,8 @@ from flows.recipes.ablations import FREE, HELD
 from flows.report import published
 from flows.report.render import Report, environment, markdown_text
 from flows.report.script import SCRIPT, SCRIPT_HASH
-from infra.provenance import hardware, versions
+from infra.artifacts.made_with import versions
+from infra.machine import hardware
 from sftok.evaluation.reconstruction import Figure
 
 # Figure 4a of the paper, 8 decoding steps: KL and top-1 of the ground truth, then of the steps 1 to 7.

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from flows.cli.exits import Refused
-from flows.wording import sentence
+from flows.option_texts import sentence
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

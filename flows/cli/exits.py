@@ -6,6 +6,7 @@ closed. 130: interrupted. 141: the reader of a pipe has closed it. 143: terminat
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ INTERRUPTED = 128 + signal.SIGINT
 PIPE_CLOSED = 128 + signal.SIGPIPE
 TERMINATED = 128 + signal.SIGTERM
 
+MAX_ERROR = 400  # characters
+MAX_WORD = 60  # of an error that is longer
+
 
 class Refused(typer.TyperException):
     """The user asked for something that cannot be done."""
@@ -37,6 +41,10 @@ class Failed(typer.TyperException):
     exit_code = FAILED
 
 
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
 @contextlib.contextmanager
 def one_line_refusals() -> Iterator[None]:
     """Turn a ValueError before anything has begun into a refusal, and a store that is away or full into a failure."""
@@ -46,6 +54,44 @@ def one_line_refusals() -> Iterator[None]:
         raise Refused(str(error)) from error
     except (TransientError, StoreFullError) as error:
         raise Failed(str(error)) from error
+
+
+def raise_if_stopped(error: BaseException | None) -> None:
+    """Raise Ctrl-C or SIGTERM again of which pydantic made an error of its own, whose text alone may tell."""
+    while error is not None:
+        text = str(error) if type(error).__name__ in ("PydanticSerializationError", "SchemaError") else ""
+        for stop in (KeyboardInterrupt, _Terminated):
+            if isinstance(error, stop) or re.search(rf"\b{stop.__name__}\b", text):
+                raise stop from error
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def signals_as_themselves() -> Iterator[None]:
+    """Raise Ctrl-C or SIGTERM instead of an error that was made of it."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_stopped(error)
+        raise
+
+
+def one_line(message: str, length: int = MAX_ERROR) -> str:
+    """Return an error as one line of `length` characters at most: what was typed may be of any length.
+
+    Long words are cut in their middle, the longest first, and then the line is.
+    """
+    words = message.split()
+    while len(line := " ".join(words)) > length and len(longest := max(words, key=len)) > MAX_WORD:
+        words[words.index(longest)] = _cut(longest, max(len(longest) + length - len(line), MAX_WORD))
+    return _cut(line, length)
+
+
+def _cut(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    head = length * 2 // 3
+    return f"{text[:head]}…{text[len(text) - (length - head - 1) :]}"
 
 
 def check_folder() -> None:
@@ -58,7 +104,8 @@ def check_folder() -> None:
 
 def end_by(error: OSError, file: str | None) -> int:
     """Say in one line what the machine did not do, and return the exit code."""
-    typer.echo(f"sftok: {f'{file}: ' if file else ''}{error.strerror or error}", err=True)
+    trouble = error.strerror or str(error)
+    typer.echo(f"sftok: {one_line(f'{file}: {trouble}' if file else trouble)}", err=True)
     return FAILED
 
 
@@ -95,10 +142,6 @@ def fail_if(error: str | None) -> None:
         raise Failed(error)
 
 
-class _Terminated(BaseException):
-    """SIGTERM came."""
-
-
 @contextlib.contextmanager
 def one_line_termination() -> Iterator[None]:
     """End by SIGTERM, or by a closed terminal, as by Ctrl-C: what was started is stopped; one line says how to resume.
@@ -121,7 +164,8 @@ def one_line_termination() -> Iterator[None]:
     on_hangup = signal.SIG_IGN if is_nohup else hang_up
     before = signal.signal(signal.SIGTERM, _terminate), signal.signal(signal.SIGHUP, on_hangup)
     try:
-        yield
+        with signals_as_themselves():
+            yield
     except _Terminated:
         with contextlib.suppress(OSError):  # the terminal may be gone
             typer.echo("sftok: terminated; the same command resumes from here", err=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flows.cli.console import log_lines_above
-from flows.cli.exits import server_failures
+from flows.cli.exits import MAX_ERROR, one_line, raise_if_stopped, server_failures
 from flows.prefect_server.temporary import prefect_server
 from flows.runs.journal import RunRecord, StageFailedError, new_run_id
 from flows.runs.progress import on_stderr
@@ -15,6 +15,8 @@ from infra.store.store import Store
 
 if TYPE_CHECKING:
     from prefect import Flow
+
+MAX_COMMAND = 250  # characters of a command at the end of an error
 
 
 def launch(request: RunRequest, *, verbose: bool) -> tuple[RunRecord, str | None]:
@@ -35,8 +37,12 @@ def launch(request: RunRequest, *, verbose: bool) -> tuple[RunRecord, str | None
                 with _alone(request, settings):
                     return _flow_of(request)(request, run), None
         except StageFailedError as error:
-            stopped = f"stage {error.stage} failed: {error.reason}"
-            return error.record, f"{stopped}; once that is mended, resume with: {request.command(run)}"
+            raise_if_stopped(error)
+            command = request.command(run)
+            resume_with = command if len(command) <= MAX_COMMAND else request.rerun_command(run)
+            resume = f"; once that is mended, resume with: {resume_with}"
+            stopped = one_line(f"stage {error.stage} failed: {error.reason}", MAX_ERROR - len(resume))
+            return error.record, stopped + resume
 
 
 def _flow_of(request: RunRequest) -> "Flow[[RunRequest, str], RunRecord]":

@@ -28,8 +28,10 @@ from flows.cli.exits import (
     check_folder,
     end_by,
     fail_if,
+    one_line,
     one_line_refusals,
     one_line_termination,
+    signals_as_themselves,
 )
 from flows.cli.options import AnewOption, JsonOption, StoreOption, VerboseOption
 from infra.compute.threads import limit_spinning
@@ -58,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limit_spinning()
     try:
         check_folder()
-        code = app(args=list(arguments) or ["--help"], prog_name="sftok", standalone_mode=False)
+        with signals_as_themselves():
+            code = app(args=list(arguments) or ["--help"], prog_name="sftok", standalone_mode=False)
         sys.stdout.flush()
     except StdoutError as error:
         is_pipe = isinstance(error.cause, BrokenPipeError)  # whose reader wants no more, as of `| head`
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         code = end_by(error, error.filename)
     except typer.TyperException as error:
-        typer.echo(f"sftok: {' '.join(error.format_message().split())}", err=True)
+        typer.echo(f"sftok: {one_line(error.format_message())}", err=True)
         code = error.exit_code
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flows.wording import ANEW, DEVICE, GPUS_PER_WORKER, RANKS, SEED, STORE, WORKERS, sentence
+from flows.option_texts import ANEW, DEVICE, GPUS_PER_WORKER, RANKS, SEED, STORE, WORKERS, sentence
 
 RefArgument = Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")]
 StoreOption = Annotated[str | None, typer.Option(help=sentence(STORE))]

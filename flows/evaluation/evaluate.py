@@ -31,7 +31,7 @@ from flows.results.types import (
 )
 from infra.progress import Progress, silent
 from sftok.evaluation.generation import measure_generation
-from sftok.evaluation.meters import EvaluationInputs, Meters, ReconstructionBatch, check
+from sftok.evaluation.meters import EvaluationInputs, Meters, check
 from sftok.evaluation.reconstruction import StepOutcome, measure_codebook, measure_step
 from sftok.evaluation.samples import SampleSummary, evenly, summarize_samples
 from sftok.metrics.class_reader import ClassReader, confusion_matrix
@@ -117,7 +117,7 @@ def _agreement(inputs: EvaluationInputs) -> FinalAgreement | None:
 def _extremes(inputs: EvaluationInputs, num_steps: int, outcome: StepOutcome, pictures: Pictures) -> Gallery:
     """Show the best and worst reconstructions, decoded again: which ones is known only at the end."""
     chosen = sorted({i for row in extremes_shown(outcome.psnr).values() for i in row})
-    parts = [to_uint8(ReconstructionBatch(*made).images).cpu() for made in inputs.reconstruct(num_steps, chosen)]
+    parts = [to_uint8(made.images).cpu() for made in inputs.reconstruct(num_steps, chosen)]
     return extreme_gallery(
         pictures,
         inputs.val_images,

@@ -20,7 +20,7 @@ from flows.recipes.schema import ScoresConfig
 from flows.stage import Result, Work, computed, give_up_others
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import begin_shards
-from infra.artifacts.manifest import ArtifactRef, Plan
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.artifacts.shards import FileEntry, shard_entry, write_shard
 from infra.codes.contract import read_codes
@@ -111,7 +111,7 @@ class KeptFeatures(PassingFeatures):
         resize: Resize,
         *,
         store: Store,
-        plan: Plan,
+        plan: ArtifactPlan,
         shards: Sequence[Shard],
         begin: Callable[[Store], None],
         places: Tensor | None = None,
@@ -226,7 +226,7 @@ def _kept(
     work: Work,
     protocol: ScoreProtocol,
     network: PreparedInception,
-    plan: Plan,
+    plan: ArtifactPlan,
     shards: Sequence[Shard],
     places: Tensor | None = None,
 ) -> KeptFeatures:
@@ -252,7 +252,7 @@ def _plan_of_codes(
     which: dict[str, JsonValue],
     codes: str,
     decoding: DecodingConfig,
-) -> Plan:
+) -> ArtifactPlan:
     what: dict[str, JsonValue] = {
         **which,
         "decoding": decoding.identity(),
@@ -269,7 +269,7 @@ def _plan(
     protocol: ScoreProtocol,
     what: dict[str, JsonValue],
     inputs: dict[str, ArtifactRef],
-) -> Plan:
+) -> ArtifactPlan:
     taken: dict[str, JsonValue] = {
         "extractor": protocol.extractor,
         "extractor_sha256": protocol.extractor_sha256,
@@ -278,7 +278,7 @@ def _plan(
         "image_size": work.recipe.data.image_size,
         **computed(work.recipe.compute),
     }
-    return Plan(kind="features", version=VERSION, config={**taken, **what}, inputs=inputs)
+    return ArtifactPlan(kind="features", version=VERSION, config={**taken, **what}, inputs=inputs)
 
 
 def feature_shards(made: Artifact) -> Iterator[Features]:

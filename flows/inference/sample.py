@@ -37,7 +37,7 @@ from generator.data import space_of
 from generator.samples import SampleJob, SampleSpec, generate, plan_shards
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import find_artifact
-from infra.artifacts.manifest import ArtifactRef, Plan, find
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, find
 from infra.artifacts.weights import load_config
 from infra.codes.contract import CodesInfo, read_codes
 from infra.compute.cluster import check_reachable, session
@@ -118,13 +118,15 @@ class SampleRequest(NamedTuple):
         return [shard.samples for shard in shards]
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ArtifactPlan:
         """The plan that identifies the samples; for all classes it is the pipeline's with the same settings."""
         some: dict[str, JsonValue] = {} if self.classes is None else {"classes": list(self.classes)}
         config = {"sample": self.arguments.config.as_json(), "seed": self.arguments.seed, **some}
         config["threads"] = self.options.threads_per_worker
         config |= computed(self.arguments.compute)
-        return Plan(kind=SAMPLE.kind, version=SAMPLE.version, config=config, inputs={"generator": self.generator.ref})
+        return ArtifactPlan(
+            kind=SAMPLE.kind, version=SAMPLE.version, config=config, inputs={"generator": self.generator.ref}
+        )
 
 
 class SampleResult(NamedTuple):

@@ -11,22 +11,18 @@ from pydantic import JsonValue
 
 from flows.pipeline import graph
 from flows.pipeline.graph import ENCODE, PREPARE, SAMPLE
+from flows.pipeline.space import MAX_CLASSES, SIZE_SOURCE, Sizes
 from flows.recipes.schema import Recipe
 from flows.runs.run_request import RunRequest
-from flows.stage import Job, Listing, Stage, plan_of
+from flows.stage import Listing, Stage, StageJob, plan_of, planned_ref
 from flows.store.inventory import size_text
-from infra.artifacts.manifest import ArtifactRef, find, folder_of, ref_of
+from infra.artifacts.manifest import ArtifactRef, find, ref_of
 
 if TYPE_CHECKING:
     from sftok.sources.summary import SourceSummary
 
 RATE = 125e12  # operations per second of one GPU
 RATE_SOURCE = "125 TFLOP/s a GPU: assumed, 40 % of an A100's 312 in bf16"
-IMAGE_BYTES = 110_000  # of an encoded JPEG
-CODE_BYTES = 1.67  # a code with its share of ids and labels: 106.8 bytes measured for 64 of 13 bits
-SIZE_SOURCE = (
-    "110 KB an image (ImageNet's mean, assumed); codes as measured in docs/reference/codes.md; weights 4 bytes each"
-)
 FIRST = "after prepare"
 
 
@@ -97,12 +93,13 @@ def dry_run(request: RunRequest) -> DryRun:
     from sftok.sources.summary import summarize
 
     recipe, listed = request.recipe, Listing()
-    job = Job.of(request, listing=listed)
+    job = StageJob.of(request, listing=listed)
     store = job.store
     known: dict[str, ArtifactRef] = {}
     planned: list[PlannedStage] = []
     images: int | None = None
-    costs = _costs(recipe)
+    operations: dict[str, float] = {}
+    sizes: Mapping[str, int | None] = {}
     for stage in graph.GRAPH.order(recipe):
         needs = stage.inputs(recipe)
         inputs = {need: known[of] for need, of in needs.items() if of in known}
@@ -110,24 +107,24 @@ def dry_run(request: RunRequest) -> DryRun:
         plan = plan_of(stage, job, inputs) if is_known else None
         found = find(store, plan) if plan else None
         if plan is not None:
-            known[stage.name] = ref_of(store, found) if found else _ref(job, plan.kind, plan.digest)
+            known[stage.name] = ref_of(store, found) if found else planned_ref(job, plan)
         if stage is PREPARE:
             assert plan is not None
             source = listed.take(str(plan.config["listing"]))
             assert source is not None
             listing = summarize(source, recipe.data)
             images = found.counts.get("accepted") if found else listing.images
+            operations, sizes = _operations(recipe, images), Sizes.of(recipe, images).artifacts
             if found is None:
                 known.pop(stage.name, None)  # what follows depends on what the images hold
-        cost = costs.get(stage.name, _unknown)(images) if found is None else (None, found.num_bytes)
+        needed = operations.get(stage.name) if found is None else None
+        hours = None if needed is None else needed / RATE / 3600
+        size = sizes.get(stage.name) if found is None else found.num_bytes
         state = "Cached" if found else "to do" if is_known else FIRST
         resources = _resources(stage, request)
-        planned.append(PlannedStage(stage.name, stage.kind, plan.digest if plan else None, state, resources, *cost))
+        digest = plan.digest if plan else None
+        planned.append(PlannedStage(stage.name, stage.kind, digest, state, resources, hours, size))
     return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, listing, tuple(planned))
-
-
-def _ref(job: Job, kind: str, digest: str) -> ArtifactRef:
-    return ArtifactRef(kind=kind, digest=digest, uri=folder_of(job.store, kind, digest).uri)
 
 
 def _resources(stage: Stage, request: RunRequest) -> str:
@@ -139,62 +136,35 @@ def _resources(stage: Stage, request: RunRequest) -> str:
     return "this process"
 
 
-Cost = Callable[[int | None], tuple[float | None, int | None]]
-
-
-def _unknown(_: int | None) -> tuple[None, None]:
-    return None, None
-
-
-def _costs(recipe: Recipe) -> Mapping[str, Cost]:
-    """Estimate GPU hours and bytes of each stage that has any to speak of, for a number of images."""
-    flops, sizes = _arithmetic(recipe), _weights(recipe)
-    views = len(recipe.encode.variants)
-
-    def hours(operations: float | None) -> float | None:
-        return None if operations is None else operations / RATE / 3600
-
-    def training(name: str, steps: int, batch: int, passes: float) -> Cost:
-        return lambda _: (hours(steps * batch * passes), sizes[name])
-
-    def scaled(operations: float, size: float) -> Cost:
-        return lambda images: (None, None) if images is None else (hours(images * operations), int(images * size))
-
-    align, fine = recipe.align.training, recipe.fine_tune.training
-    warm, teach = recipe.warm_up.training, recipe.teacher.training
-    samples = recipe.sample.per_class
-    is_imported = recipe.teacher.origin == "imported"
-    tokens = recipe.tokenizer.num_latent_tokens
+def _operations(recipe: Recipe, images: int | None) -> dict[str, float]:
+    """Estimate the operations of each stage that has any to speak of, for a number of images."""
+    flops = _arithmetic(recipe)
     # A training step is a forward pass and twice that backwards; the teacher, and self-forcing's guide, forward only.
     guided = flops["encoder"] * 3 + flops["decoder"] * 4 + flops["teacher_encoder"]
-    pixels = flops["encoder"] + flops["decoder"] * 4 + flops["teacher_decoder"] * 3
-    autoencoder = 0.0 if is_imported else flops["teacher_encoder"] + flops["teacher_decoder"]
-    return {
-        "prepare": lambda images: (None, None if images is None else images * IMAGE_BYTES),
-        "teacher": training("teacher", teach.steps, teach.batch_size, 3 * autoencoder),
-        "warm_up": training("tokenizer", warm.steps, warm.batch_size, guided - flops["decoder"]),
-        "align": training("tokenizer", align.steps, align.batch_size, guided),
-        "fine_tune": training("tokenizer", fine.steps, fine.batch_size, pixels),
-        "encode": scaled(flops["encoder"] * views, CODE_BYTES * tokens * views),
-        "train_generator": _training_of_generator(recipe),
-        "sample": lambda _: (None, int(samples * 1000 * CODE_BYTES * tokens)),
-        "train_second_generator": _training_of_generator(recipe.second) if recipe.second else _unknown,
+    an_image = {
+        "teacher": 3 * (flops["teacher_encoder"] + flops["teacher_decoder"]),
+        "warm_up": guided - flops["decoder"],
+        "align": guided,
+        "fine_tune": flops["encoder"] + flops["decoder"] * 4 + flops["teacher_decoder"] * 3,
+        "train_generator": _a_sequence(recipe),
     }
+    if recipe.second is not None:
+        an_image["train_second_generator"] = _a_sequence(recipe.second)
+    needed = {"teacher": 0.0}  # where it is imported
+    needed |= {name: config.steps * config.batch_size * an_image[name] for name, config in recipe.trainings().items()}
+    if images is not None:
+        needed["encode"] = images * flops["encoder"] * len(recipe.encode.variants)
+    return needed
 
 
-def _training_of_generator(recipe: Recipe) -> Cost:
-    import torch
-
+def _a_sequence(recipe: Recipe) -> float:
+    """Count the operations of a generator's training step for one sequence."""
     from generator.code_space import CodeSpace
     from generator.flops import training_flops
-    from generator.kinds import build_generator
 
-    config, tokenizer = recipe.train_generator, recipe.tokenizer
-    space = CodeSpace(codebook_size=tokenizer.codebook_size, num_tokens=tokenizer.num_latent_tokens, num_classes=1000)
-    operations = config.steps * config.batch_size * training_flops(recipe.generator, space)
-    with torch.device("meta"):
-        size = 4 * sum(p.numel() for p in build_generator(recipe.generator, space).parameters())
-    return lambda _: (operations / RATE / 3600, size)
+    tokenizer = recipe.tokenizer
+    space = CodeSpace(tokenizer.codebook_size, tokenizer.num_latent_tokens, MAX_CLASSES)
+    return training_flops(recipe.generator, space)
 
 
 def _arithmetic(recipe: Recipe) -> dict[str, float]:
@@ -227,18 +197,3 @@ def _arithmetic(recipe: Recipe) -> dict[str, float]:
             "teacher_encoder": count(lambda: teacher.encoder(images)),
             "teacher_decoder": count(lambda: teacher.decode(codes)),
         }
-
-
-def _weights(recipe: Recipe) -> dict[str, int]:
-    """Count the bytes of each network's weights, in float32."""
-    import torch
-
-    from sftok.model.teacher import Teacher
-    from sftok.model.tokenizer import SFTok
-
-    with torch.device("meta"):
-        made: dict[str, torch.nn.Module] = {
-            "teacher": Teacher(recipe.teacher.model),
-            "tokenizer": SFTok(recipe.tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True),
-        }
-    return {name: 4 * sum(p.numel() for p in model.parameters()) for name, model in made.items()}

@@ -31,7 +31,7 @@ def run_stages(
     with journal.kept(), session(Settings().ray_address, max(request.workers, request.ranks)):
         made = tasks.walk(this, last=request.last, given=request.given)
         if "report" in made:
-            journal.publish_report(manifest_of(store, made["evaluate"]), made["report"])
+            journal.publish_report(manifest_of(store, made["evaluate"]), made["report"], is_judged=True)
     if "report" in made:
         _show_in_prefect(store, journal.record, made["report"])
     return journal.record

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 from pydantic import JsonValue
 
-from flows.stage import Job, Result, Stage, Work, computed, give_up_others, seeded, training_run
+from flows.stage import Result, Stage, StageJob, Work, computed, give_up_others, seeded, training_run
 from infra.artifacts.manifest import ArtifactRef
 from infra.artifacts.shards import FileEntry
 from infra.codes.contract import CodesInfo
 
 
-def _train_generator_what(job: Job) -> dict[str, JsonValue]:
+def _train_generator_what(job: StageJob) -> dict[str, JsonValue]:
     recipe = job.recipe
     return {
         "generator": recipe.generator.as_json(),
@@ -36,13 +36,13 @@ def _train_generator(work: Work) -> Result:
     return Result(*train_generator(CodeData.of(train), CodeData.of(val), info, model, training, run=run))
 
 
-def _second(job: Job) -> Job:
+def _second(job: StageJob) -> StageJob:
     """Return the job whose generator is the sweep's second one: a recipe of its own makes the same artifact."""
     assert job.recipe.second is not None
     return job._replace(recipe=job.recipe.second)
 
 
-def _train_second_generator_what(job: Job) -> dict[str, JsonValue]:
+def _train_second_generator_what(job: StageJob) -> dict[str, JsonValue]:
     return _train_generator_what(_second(job))
 
 
@@ -66,7 +66,7 @@ def check_tokenizer(tokenizer: ArtifactRef | None, codes: ArtifactRef, splits: M
             )
 
 
-def _sample_what(job: Job) -> dict[str, JsonValue]:
+def _sample_what(job: StageJob) -> dict[str, JsonValue]:
     threads = job.workers.threads_per_worker
     return {
         "sample": job.recipe.sample.as_json(),

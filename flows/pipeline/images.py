@@ -1,14 +1,13 @@
 """The stages between images and codes: prepare and encode."""
 
-import shutil
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
 from flows.pipeline.image_counts import ImageCounts, check_counts, fewest_held_out
+from flows.pipeline.space import Sizes, refuse_full_disk
 from flows.runs.progress import display
-from flows.stage import Job, Result, Stage, Work, computed, give_up_others, shards, worker_facts
-from flows.store.inventory import size_text
+from flows.stage import Result, Stage, StageJob, Work, computed, give_up_others, shards, worker_facts
 from infra.artifacts.made_on import claim_shards, decisive, describe_kind
 from infra.artifacts.manifest import Manifest
 from infra.errors import TransientError
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from sftok.sources.sources import Source
 
 
-def _prepare_what(job: Job) -> dict[str, JsonValue]:
+def _prepare_what(job: StageJob) -> dict[str, JsonValue]:
     from sftok.sources.sources import list_source
     from sftok.sources.summary import summarize
 
@@ -31,7 +30,7 @@ def _prepare_what(job: Job) -> dict[str, JsonValue]:
     return {"data": job.recipe.data.identity(), "listing": digest}
 
 
-def _check_expected(job: Job, source: "Source") -> None:
+def _check_expected(job: StageJob, source: "Source") -> None:
     """Refuse a source whose listing shows that it is not enough for the run."""
     from sftok.prepare.expected import expected_split
 
@@ -50,7 +49,7 @@ def _check_expected(job: Job, source: "Source") -> None:
     check_counts(job.recipe, counts, job.stages)
 
 
-def _accept_images(job: Job, manifest: Manifest) -> None:
+def _accept_images(job: StageJob, manifest: Manifest) -> None:
     from sftok.prepare.prepare import check_reject_rate
 
     if job.listing is not None:
@@ -93,17 +92,15 @@ def _prepare(work: Work) -> Result:
 
 
 def _check_space(source: "Source", work: Work) -> None:
-    """Refuse a store on a disk that has no room for the images; what is resized, or on S3, is not estimated."""
-    if not work.job.store.is_local or work.recipe.data.store_size:
-        return
-    needed = source.num_bytes * (2 if source.unpack is not None and source.unpack.lays_open else 1)
-    folder = work.job.store.path
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    if needed > free:
-        raise ValueError(
-            f"store {work.job.store.uri} has {size_text(free)} free, and the images need {size_text(needed)}: free "
-            "some, choose another --store, or keep them resized by --set data.store_size"
-        )
+    """Refuse a store on a disk that has no room for the run; images that are resized are not estimated."""
+    from sftok.sources.summary import summarize
+
+    recipe, job = work.recipe, work.job
+    is_resized = bool(recipe.data.store_size)
+    needed = 0 if is_resized else source.num_bytes * (2 if source.unpack is not None and source.unpack.lays_open else 1)
+    needed += Sizes.of(recipe, summarize(source, recipe.data).images).total(job.stages - {"prepare"})
+    remedy = "" if is_resized else ", or keep images resized by --set data.store_size"
+    refuse_full_disk(job.store, needed, remedy)
 
 
 def _listed(work: Work) -> "Source":
@@ -119,7 +116,7 @@ def _listed(work: Work) -> "Source":
     return source
 
 
-def _encode_what(job: Job) -> dict[str, JsonValue]:
+def _encode_what(job: StageJob) -> dict[str, JsonValue]:
     from sftok.images.preprocess import PREPROCESSINGS
 
     return {

@@ -3,10 +3,10 @@
 from pydantic import JsonValue
 
 from flows.recipes.schema import Recipe
-from flows.stage import Job, Result, Stage, Work, computed, seeded
+from flows.stage import Result, Stage, StageJob, Work, computed, seeded
 
 
-def _evaluate_what(job: Job) -> dict[str, JsonValue]:
+def _evaluate_what(job: StageJob) -> dict[str, JsonValue]:
     recipe = job.recipe
     return {
         "evaluate": recipe.evaluate.identity(),
@@ -28,7 +28,7 @@ def _without_second_generator(recipe: Recipe) -> tuple[str, ...]:
     return () if recipe.second else ("second_generator",)
 
 
-def _report_what(job: Job) -> dict[str, JsonValue]:
+def _report_what(job: StageJob) -> dict[str, JsonValue]:
     recipe = job.recipe.as_json()
     del recipe["compute"]
     return {"recipe": {**recipe, **computed(job.recipe.compute)}}

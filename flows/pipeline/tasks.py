@@ -21,11 +21,12 @@ from prefect.tasks import Task, exponential_backoff
 
 from flows.make import make
 from flows.pipeline import graph
+from flows.pipeline.space import check_space
 from flows.pipeline.watch import Watch
 from flows.runs import progress
 from flows.runs.journal import Journal, one_line, start_journal
 from flows.runs.run_request import RunRequest
-from flows.stage import Job, Listing, Stage
+from flows.stage import Listing, Stage, StageJob
 from infra.artifacts.manifest import ArtifactRef
 from infra.settings import ALL_STAGES, Settings
 
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 class RunContext(NamedTuple):
     """The job and the journal that all tasks of a run share."""
 
-    job: Job
+    job: StageJob
     journal: Journal
 
     @classmethod
@@ -53,7 +54,7 @@ class RunContext(NamedTuple):
         """Begin the run of a request."""
         stages = {stage.name for stage in graph.GRAPH.order(request.recipe, last=request.last, given=request.given)}
         stages |= {"ablation_arm"} if request.ablation else set()
-        job = Job.of(request, run, listing=Listing())._replace(stages=frozenset(stages))
+        job = StageJob.of(request, run, listing=Listing())._replace(stages=frozenset(stages))
         return cls(job, start_journal(request, run))
 
 
@@ -89,7 +90,12 @@ def walk(run: RunContext, *, last: str | None = None, given: Mapping[str, Artifa
     """Run the graph's stages that lead to `last`, or all; return artifacts by stage, those `given` among them."""
     made = dict(given or {})
     recipe = run.job.recipe
-    for stage in graph.GRAPH.order(recipe, last=last, given=made):
+    order = graph.GRAPH.order(recipe, last=last, given=made)
+    if graph.PREPARE in order:  # it asks for the room of all stages itself
+        order.remove(graph.PREPARE)
+        made[graph.PREPARE.name] = run_task(graph.PREPARE, run, {})
+    check_space(run.job, order, made)
+    for stage in order:
         made[stage.name] = run_task(stage, run, {name: made[of] for name, of in stage.inputs(recipe).items()})
     return made
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from flows.recipes.schema import Recipe
-from flows.stage import Job, Result, Stage, Work, computed, seeded, shards, training_run
+from flows.stage import Result, Stage, StageJob, Work, computed, seeded, shards, training_run
 from infra.artifacts.pretrained import read_pretrained
 from infra.config import Config
 from sftok.config import AlignmentStageConfig, TokenizerConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sftok.training.common import TrainingImages, Weights
 
 
-def _training_what(job: Job, config: Config) -> dict[str, JsonValue]:
+def _training_what(job: StageJob, config: Config) -> dict[str, JsonValue]:
     from sftok.images.preprocess import PREPROCESSING
 
     return {
@@ -41,7 +41,7 @@ def _weights(work: Work) -> "Weights":
     return lambda config, what: read_pretrained(config, work.job.store, what)
 
 
-def _teacher_what(job: Job) -> dict[str, JsonValue]:
+def _teacher_what(job: StageJob) -> dict[str, JsonValue]:
     config = job.recipe.teacher
     if config.origin == "imported":
         model: dict[str, JsonValue] = {"teacher": config.model.as_json()}
@@ -62,17 +62,17 @@ def _teacher(work: Work) -> Result:
     return Result(*made)
 
 
-def _warm_up_what(job: Job) -> dict[str, JsonValue]:
+def _warm_up_what(job: StageJob) -> dict[str, JsonValue]:
     tokenizer = job.recipe.tokenizer.as_json()
     return {"stage": "warm_up", "tokenizer": tokenizer, **_training_what(job, job.recipe.warm_up)}
 
 
-def _align_what(job: Job) -> dict[str, JsonValue]:
+def _align_what(job: StageJob) -> dict[str, JsonValue]:
     start = {"tokenizer": job.recipe.tokenizer.as_json()} if job.recipe.align.from_scratch else {}
     return {"stage": "align", **start, **_training_what(job, job.recipe.align)}
 
 
-def _fine_tune_what(job: Job) -> dict[str, JsonValue]:
+def _fine_tune_what(job: StageJob) -> dict[str, JsonValue]:
     return {"stage": "fine_tune", **_training_what(job, job.recipe.fine_tune)}
 
 

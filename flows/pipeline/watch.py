@@ -8,7 +8,7 @@ from flows.report.figures import seen_at_best, training_of
 from flows.results.health.figures import Figures, Training
 from flows.results.health.rules import SETTINGS, findings
 from flows.runs.journal import Journal
-from flows.stage import Job, Refs, Stage
+from flows.stage import Refs, Stage, StageJob
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.manifest import manifest_of
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class Watch:
     """Listener to the progress of a stage; what it finds is noted in the journal, and said once in the log."""
 
-    def __init__(self, stage: Stage, job: Job, inputs: Refs, journal: Journal) -> None:
+    def __init__(self, stage: Stage, job: StageJob, inputs: Refs, journal: Journal) -> None:
         self._stage, self._recipe, self._journal = stage.name, job.recipe, journal
         self._store, self._images = job.store, inputs.get("images")
         self._lines: list[dict[str, float]] = []

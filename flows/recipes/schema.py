@@ -13,13 +13,13 @@ from pydantic import (
     model_validator,
 )
 
+from flows.option_texts import DEVICE
 from flows.results.gate import GateConfig
-from flows.wording import DEVICE
 from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig, SampleConfig
 from infra.artifacts.pretrained import PretrainedConfig
 from infra.compute.device import DeviceChoice, NumericsConfig, default_precision
 from infra.config import Config, OmittedAt
-from infra.training.config import COMPILED_WIDTH
+from infra.training.config import COMPILED_WIDTH, TrainingConfig
 from sftok.config import (
     INCEPTION_SHA256,
     AlignmentStageConfig,
@@ -145,8 +145,8 @@ class ScoresConfig(Config):
         PretrainedConfig(sha256=INCEPTION_SHA256),
         description="the network's weights: `sftok weights fetch inception-2015` downloads the published ones",
     )
-    num_samples: PositiveInt | None = Field(
-        None, description="samples to score; an N other than the protocol's is appended to its name"
+    num_samples: int | None = Field(
+        None, ge=20, description="samples to score; an N other than the protocol's is appended to its name"
     )
     reference: str = Field("", description="an .npz file of ADM or clean-fid; empty: the real training images")
     reference_features: PositiveInt = Field(
@@ -234,6 +234,13 @@ class Recipe(Config):
         if not sweep.cfg_scales or sweep.generator is None:
             return None
         return self.model_copy(update={"generator": sweep.generator, "train_generator": sweep.train_generator})
+
+    def trainings(self) -> dict[str, TrainingConfig]:
+        """Return the training of each stage that trains, by stage."""
+        found = {} if self.teacher.origin == "imported" else {"teacher": self.teacher.training}
+        found |= {name: getattr(self, name).training for name in ("warm_up", "align", "fine_tune")}
+        found["train_generator"] = self.train_generator
+        return found | ({} if self.second is None else {"train_second_generator": self.second.train_generator})
 
     def on(self, device: str) -> Self:
         """Resolve the device, and the settings that depend on it."""

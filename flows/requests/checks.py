@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from flows.pipeline.graph import GRAPH, TRAIN_SECOND_GENERATOR
+from flows.pipeline.graph import GRAPH
 from flows.prefect_server.environment import check_environment
 from flows.prefect_server.temporary import health
 from flows.recipes.schema import Recipe
 from flows.requests.choose_device import choose_device
 from flows.requests.precisions import precisions_of, warn_of_slow
+from flows.results.health.rules import SETTINGS
 from flows.runs.journal import read_record
 from flows.runs.run_request import RunArguments, RunRequest
 from infra.artifacts.pretrained import WEIGHTS_ROOT, PretrainedConfig, check_pretrained
@@ -247,16 +248,8 @@ def check_ranks(recipe: Recipe, ranks: int, stages: Collection[str] = GRAPH) -> 
 
 def trainings_of(recipe: Recipe, stages: Collection[str]) -> dict[str, TrainingConfig]:
     """Return the trainings of these stages, by the section of the recipe that describes them."""
-    found: dict[str, TrainingConfig] = {}
-    for stage in GRAPH.order(recipe):
-        section = getattr(recipe, stage.name, None) if stage.name in stages and stage.is_trained else None
-        if isinstance(section, TrainingConfig):
-            found[stage.name] = section
-        elif section is not None and getattr(section, "origin", "trained") == "trained":
-            found[f"{stage.name}.training"] = section.training
-    if recipe.second is not None and TRAIN_SECOND_GENERATOR.name in stages:
-        found["evaluate.sweep.train_generator"] = recipe.second.train_generator
-    return found
+    wanted = {stage.name for stage in GRAPH.order(recipe)} & set(stages)
+    return {SETTINGS[stage]: training for stage, training in recipe.trainings().items() if stage in wanted}
 
 
 def check_share(name: str, config: TrainingConfig, ranks: int) -> None:

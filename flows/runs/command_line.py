@@ -1,6 +1,6 @@
 """Write command lines to copy: what resumes or repeats a run."""
 
-from infra.provenance import redact
+from infra.redaction import redact
 
 
 def command_line(words: list[str], **options: str | float | bool | tuple[str, ...] | None) -> str:

@@ -126,14 +126,15 @@ class Journal:
         others = [one for one in self.record.findings or () if one.stage != stage]
         self._update(findings=(*others, *findings))
 
-    def publish_report(self, evaluation: Manifest, report: ArtifactRef) -> None:
-        """Copy the report beside the record, and take over the metrics and what was found in them."""
+    def publish_report(self, evaluation: Manifest, report: ArtifactRef, *, is_judged: bool = False) -> None:
+        """Copy the report beside the record, and take over the metrics and, if it has any, the findings."""
         source, changes = self._store.at("artifacts", report.kind, report.digest), {}
         for name in REPORT_FILES:
             if source.exists(name):
-                self._folder.write(name, text := source.read(name))
-                if name == DATA and "findings" in (data := json.loads(text)):
-                    changes["findings"] = tuple(map(Finding.model_validate, data["findings"]))
+                self._folder.write(name, source.read(name))
+        if is_judged and source.exists(DATA):
+            findings = json.loads(source.read(DATA)).get("findings")  # pages of earlier versions have none
+            changes["findings"] = None if findings is None else tuple(map(Finding.model_validate, findings))
         self._update(metrics=evaluation.metrics, report=f"{self._folder.uri}/{REPORT_FILES[0]}", **changes)
 
     @contextlib.contextmanager

@@ -10,18 +10,18 @@ from typing import Self
 
 from pydantic import Field, field_validator
 
+from flows.option_texts import ANEW, DATA, DEVICE, GPUS_PER_WORKER, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from flows.recipes.ablations import Ablation
 from flows.recipes.changes import changes_of
 from flows.recipes.files import load_recipe
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
 from flows.runs.command_line import command_line
-from flows.wording import ANEW, DATA, DEVICE, GPUS_PER_WORKER, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from infra.artifacts.manifest import ArtifactRef
 from infra.compute.device import DeviceChoice
 from infra.compute.workers import WorkerOptions
 from infra.config import Config
-from infra.provenance import USER_INFO, redact
+from infra.redaction import USER_INFO, redact
 from infra.store.store import Store
 
 
@@ -84,8 +84,10 @@ class RunRequest(Config):
         No command holds credentials.
         """
         arguments = self.arguments()
-        if arguments is not None:
-            return arguments.command()
+        return self.rerun_command(run) if arguments is None else arguments.command()
+
+    def rerun_command(self, run: str) -> str:
+        """Return the command that repeats or resumes `run`, without credentials."""
         return redact(["sftok", "rerun", run, "--store", self.store])
 
     def arguments(self) -> "RunArguments | None":

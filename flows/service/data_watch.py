@@ -9,7 +9,7 @@ from flows.requests.encode import changes_augmentation, request_to_encode
 from flows.runs.history import records, ref_of
 from flows.runs.run_request import RunRequest, store_uri, usual_workers
 from flows.service.parameters import RetokenizeParameters
-from flows.stage import Job, plan_of
+from flows.stage import StageJob, plan_of
 from infra.artifacts.inventory import manifests
 from infra.artifacts.manifest import ArtifactRef, Manifest, find
 from infra.artifacts.manifest import ref_of as ref_of_manifest
@@ -78,7 +78,7 @@ def look(request: RunRequest) -> Verdict:
 
 
 def _verdict(request: RunRequest, images: ArtifactRef, count: int) -> Verdict:
-    job = Job.of(request)
+    job = StageJob.of(request)
     plan = plan_of(ENCODE, job, {"images": images, "tokenizer": request.given["fine_tune"]})
     if find(job.store, plan) is None:
         return Verdict(True, f"the codes of images/{images.digest} are not there", count)

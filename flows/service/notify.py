@@ -24,7 +24,7 @@ from flows.service.parameters import (
     PipelineParameters,
     RetokenizeParameters,
 )
-from infra.provenance import HIDDEN, USER_INFO
+from infra.redaction import HIDDEN, USER_INFO
 from infra.settings import Settings
 
 MODELS: Mapping[str, type[Parameters]] = {

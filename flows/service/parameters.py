@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from flows.option_texts import GPUS_PER_WORKER, OVERLAP, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from flows.runs.command_line import command_line
 from flows.runs.run_request import RunArguments
-from flows.wording import GPUS_PER_WORKER, OVERLAP, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from infra.config import Config
 
 Overlap = Literal["wait", "cancel"]

@@ -12,7 +12,7 @@ from flows.make import find_or_publish
 from flows.outputs import new_files
 from flows.stage import Result
 from infra.artifacts.lineage import find_artifact
-from infra.artifacts.manifest import ArtifactRef, Plan, verify
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, verify
 from infra.artifacts.weights import CONFIG
 from infra.store.store import Store
 from sftok.model.teacher import Teacher
@@ -88,7 +88,7 @@ def import_weights(path: str, *, kind: Kind, store: str | None, config_json: str
         files = save_teacher(model, folder) if isinstance(model, Teacher) else save_tokenizer(model, folder)
         return Result(files, {"parameters": _parameters(model)}, {})
 
-    plan = Plan(kind=ARTIFACTS[kind], version=VERSION, config=_identity(opened))
+    plan = ArtifactPlan(kind=ARTIFACTS[kind], version=VERSION, config=_identity(opened))
     weights, state = find_or_publish(place, plan, convert)
     layout = LAYOUTS.get(opened.layout, opened.layout)
     parameters = weights.manifest.counts["parameters"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from infra.artifacts.manifest import (
+    ArtifactPlan,
     ArtifactRef,
     Manifest,
-    Plan,
     files_of,
     find,
     folder_of,
@@ -40,7 +40,7 @@ class Artifact:
         return cls(store, manifest_of(store, ref))
 
     @classmethod
-    def find(cls, store: Store, plan: Plan) -> Self | None:
+    def find(cls, store: Store, plan: ArtifactPlan) -> Self | None:
         """Load the artifact that a plan makes; None if it is not finished.
 
         Raises:

@@ -16,12 +16,12 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, JsonValue, PositiveInt
 
-from infra import provenance
-from infra.artifacts import signing
+from infra.artifacts import made_with, signing
 from infra.artifacts.made_on import made_on
 from infra.artifacts.pages import PAGE_ENTRIES, Page, PagedEntries, write_pages
 from infra.artifacts.shards import SHARD, FileEntry, read_record
 from infra.config import Config
+from infra.machine import hardware
 from infra.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class ArtifactRef(Config):
         return f"{self.kind}/{self.digest}"
 
 
-class Plan(Config):
+class ArtifactPlan(Config):
     """Everything that decides an artifact's content."""
 
     kind: str = Kind
@@ -127,9 +127,9 @@ class Manifest(Config):
         return sum(entry.size for entry in self.files) + sum(page.bytes for page in self.pages)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ArtifactPlan:
         """The plan that the artifact was made by."""
-        return Plan(kind=self.kind, version=self.version, config=self.config, inputs=self.inputs)
+        return ArtifactPlan(kind=self.kind, version=self.version, config=self.config, inputs=self.inputs)
 
 
 def folder_of(store: Store, kind: str, digest: str) -> Store:
@@ -137,7 +137,7 @@ def folder_of(store: Store, kind: str, digest: str) -> Store:
     return store.at(ROOT, kind, digest)
 
 
-def find(store: Store, plan: Plan) -> Manifest | None:
+def find(store: Store, plan: ArtifactPlan) -> Manifest | None:
     """Read the manifest of the artifact that `plan` makes; None if it is not finished.
 
     Raises:
@@ -168,7 +168,7 @@ def shards_in(folder: Store, manifest: Manifest) -> Sequence[FileEntry]:
     return [entry for entry in manifest.files if SHARD.fullmatch(entry.path)]
 
 
-def key_of(made: Plan | Manifest, entry: FileEntry) -> str:
+def key_of(made: ArtifactPlan | Manifest, entry: FileEntry) -> str:
     """Return the key in the store of an artifact's file: in its own folder, or in that of the version it came from."""
     return entry.source or f"{ROOT}/{made.kind}/{made.digest}/{entry.path}"
 
@@ -187,7 +187,7 @@ def manifest_of(store: Store, ref: ArtifactRef) -> Manifest:
 
 def publish(
     store: Store,
-    plan: Plan,
+    plan: ArtifactPlan,
     *,
     files: Sequence[FileEntry],
     counts: Mapping[str, int],
@@ -221,13 +221,13 @@ def publish(
         pages=tuple(pages),
         counts=dict(counts),
         metrics=dict(metrics),
-        versions=provenance.versions(),
-        git_revision=provenance.git_revision(),
+        versions=made_with.versions(),
+        git_revision=made_with.git_revision(),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
-        hardware=provenance.hardware(),
+        hardware=hardware(),
         made_on=made_on(folder),
-        command=provenance.command(),
+        command=made_with.command(),
     )
     manifest = manifest.model_copy(update={"signature": signing.signature(manifest.signed_bytes)})
     if folder.create(MANIFEST, manifest.model_dump_json(indent=1).encode()):
@@ -280,7 +280,7 @@ def size_of(store: Store, key: str) -> int | None:
         return None
 
 
-def _check_files(store: Store, plan: Plan, files: Sequence[FileEntry], pages: Sequence[Page]) -> None:
+def _check_files(store: Store, plan: ArtifactPlan, files: Sequence[FileEntry], pages: Sequence[Page]) -> None:
     """Reject files that are listed twice or are not there as listed.
 
     The artifact's own shards are not checked again: their entries are their sidecars, which `write_shard` wrote after

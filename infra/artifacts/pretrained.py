@@ -46,8 +46,7 @@ def read_pretrained(config: PretrainedConfig, store: Store, what: str) -> bytes:
             return data
         if len(files) == 1:
             raise ValueError(f"{what}: {folder.uri}/{name} has sha256 {sha256}, {config.sha256} is wanted")
-    where = config.uri or store.at(WEIGHTS_ROOT, config.sha256).uri
-    raise ValueError(f"{what}: no file of sha256 {config.sha256} in {where}; put it there, or correct uri or sha256")
+    raise _missing(config, store, what)
 
 
 def check_pretrained(config: PretrainedConfig, store: Store, what: str) -> None:
@@ -56,11 +55,13 @@ def check_pretrained(config: PretrainedConfig, store: Store, what: str) -> None:
     Raises:
         ValueError: there is none; one line with the remedy.
     """
+    if not _files(config.uri or store.at(WEIGHTS_ROOT, config.sha256).uri):
+        raise _missing(config, store, what)
+
+
+def _missing(config: PretrainedConfig, store: Store, what: str) -> ValueError:
     where = config.uri or store.at(WEIGHTS_ROOT, config.sha256).uri
-    if not _files(where):
-        raise ValueError(
-            f"{what}: no file of sha256 {config.sha256} in {where}; put it there, or correct uri or sha256"
-        )
+    return ValueError(f"{what}: no file of sha256 {config.sha256} in {where}; put it there, or correct uri or sha256")
 
 
 def _files(uri: str) -> list[tuple[Store, str]]:

@@ -67,6 +67,7 @@ class Session:
         if ray.is_initialized():
             return ray
         self._is_ours = True
+        log_errors_of_ray_threads()
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         ray._private.worker.print_worker_logs = _log_worker_lines  # Ray would print deaths of workers on our stdout
         if self.address:
@@ -237,6 +238,22 @@ def _log_worker_lines(data: dict[str, Any], *_: Any, **__: Any) -> None:
         if line.startswith("A worker died"):
             log.warning("a worker process died; it is restarted and its shard is processed again")
         log.debug("ray: %s", line)
+
+
+def log_errors_of_ray_threads() -> None:
+    """Log what Ray's own threads raise, as they do where a cluster is stopped while it starts; print no traceback."""
+    before = threading.excepthook
+    if getattr(before, "knows_ray", False):
+        return
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if raised.thread is not None and raised.thread.name.startswith("ray_"):
+            log.debug("%s: %s", raised.thread.name, raised.exc_value)
+            return
+        before(raised)
+
+    hook.knows_ray = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 def one_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from infra.config import Config
-from infra.provenance import gpu_names
+from infra.machine import gpu_names
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"

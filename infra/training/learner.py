@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infra.compute.ranks import ALONE, Ranks
 from infra.training.config import OptimizerConfig, TrainingConfig
-from infra.training.faults import Faults
+from infra.training.non_finite import Faults
 from infra.training.schedule import learning_rate
 
 

@@ -26,7 +26,8 @@ from sftok.metrics.functional import FeatureMoments
 from sftok.metrics.image_meter import ImageMeter
 from sftok.metrics.random_features import RandomFeatures
 from sftok.metrics.step_agreement import StepAgreement
-from sftok.model.decoder import decode_steps, random_mask
+from sftok.model.decoder import random_mask
+from sftok.model.iterative_decoding import decode_steps
 from sftok.model.prepared import prepare_encoder
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from sftok.evaluation.meters import FD_RANDOM, CodeBatches, FeatureMeter, Meters, ReconstructionBatch, code_batches
+from sftok.evaluation.meters import FD_RANDOM, CodeBatches, FeatureMeter, Meters, code_batches
 from sftok.evaluation.results import Histogram, Score
 from sftok.metrics import functional
 from sftok.metrics.class_reader import thumbnail_rows
@@ -82,7 +82,7 @@ def measure_step(meters: Meters, num_steps: int, shown: Collection[int]) -> Step
     kept: dict[int, Tensor] = {}
     indices, expected = set(shown), inputs.val_images.shape
     scored = inputs.scorer.meter(num_steps) if inputs.scorer else None
-    for made in itertools.starmap(ReconstructionBatch, inputs.reconstruct(num_steps)):
+    for made in inputs.reconstruct(num_steps):
         at, images = meter.count, functional.to_uint8(made.images)
         originals = inputs.val_images[at : at + len(images)].to(images.device)
         if images.shape != originals.shape:

@@ -1,4 +1,4 @@
-"""Decode image files to upright 8-bit RGB and resize them: part of `PREPROCESSING` (see `preprocess`).
+"""Decode image files to upright 8-bit RGB: part of `PREPROCESSING` (see `preprocess`).
 
 A module of its own, since prepare and decoding processes need no torch, whose import would take longer than a small
 shard.
@@ -9,15 +9,13 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from sftok.images.resize_and_crop import Pixels, resized, square
 
 # Recognised by content, never by file name; formats whose decoders start other programs (EPS, WMF) are excluded.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 Image.init()  # before it, open() knows only the five most common formats
-# A 1 x 80,000,000 image passes every pixel limit and would be resized to 256 x 20,480,000,000, so it is cut first.
-LONGEST_SIDE = 4
-Pixels = NDArray[np.uint8]
 _PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG = 0x0112, 258, 262
 _TRANSPOSE = {
@@ -78,25 +76,6 @@ def _decoded(data: bytes, max_pixels: int | None, *, checksums: bool) -> Image.I
         raise UnreadableImageError(f"cannot be decoded: {_short(error)}") from error
 
 
-def resized(image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter side is `size` pixels, with antialiased bicubic.
-
-    Equals torchvision's Resize on PIL images. What is longer than 4:1 is cut around the centre.
-    """
-    width, height = image.size
-    shorter = min(width, height)
-    full = (size * width // shorter, size * height // shorter)
-    new = (min(full[0], LONGEST_SIDE * size), min(full[1], LONGEST_SIDE * size))
-    left, top = (full[0] - new[0]) // 2, (full[1] - new[1]) // 2
-    box = (
-        left * width / full[0],
-        top * height / full[1],
-        (left + new[0]) * width / full[0],
-        (top + new[1]) * height / full[1],
-    )
-    return image.resize(new, Image.Resampling.BICUBIC, box=box)
-
-
 def squares(data: bytes, sides: Sequence[int], where: float | None = None) -> list[Pixels]:
     """Decode an image, resize it to each of these shorter sides and cut squares out, (3, side, side) each.
 
@@ -109,14 +88,7 @@ def squares(data: bytes, sides: Sequence[int], where: float | None = None) -> li
         UnreadableImageError: the bytes cannot be decoded.
     """
     image = to_rgb(data)
-    return [_square(resized(image, side), side, where) for side in sides]
-
-
-def _square(image: Image.Image, side: int, where: float | None) -> Pixels:
-    """Cut a square like `preprocess.crop`."""
-    room = image.width - side, image.height - side
-    left, top = (round(free / 2) if where is None else int(where * (free + 1)) for free in room)
-    return np.asarray(image.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+    return [square(resized(image, side), side, where) for side in sides]
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

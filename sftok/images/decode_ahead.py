@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sftok.images.decode import Pixels, UnreadableImageError, squares
+from sftok.images.decode import UnreadableImageError, squares
 from sftok.images.decode_process import DecodeProcess
+from sftok.images.resize_and_crop import Pixels
 
 T = TypeVar("T")
 

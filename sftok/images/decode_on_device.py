@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infra.compute.transfer import send
-from sftok.images.decode import LONGEST_SIDE, Pixels, UnreadableImageError, to_rgb
+from sftok.images.decode import UnreadableImageError, to_rgb
 from sftok.images.decode_ahead import DECODERS, only_good
 from sftok.images.preprocess import crop
+from sftok.images.resize_and_crop import LONGEST_SIDE, Pixels
 
 PIXELS_AT_ONCE = 2**25  # decoded, or being resized at 12 bytes each: this bounds the memory
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive; others are lossless or arithmetic

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from infra.errors import TransientError
-from sftok.images.decode import Pixels, UnreadableImageError, squares
+from sftok.images.decode import UnreadableImageError, squares
+from sftok.images.resize_and_crop import Pixels
 
 _REQUEST, _LENGTH = struct.Struct("!HId"), struct.Struct("!I")
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from infra.compute.transfer import send
 from sftok.config import AugmentConfig
-from sftok.images.decode import UnreadableImageError, resized, to_rgb
+from sftok.images.decode import UnreadableImageError, to_rgb
+from sftok.images.resize_and_crop import offset, resized
 from sftok.images.views import variant_name
 
 __all__ = [
@@ -48,15 +49,14 @@ def resize_shorter(image: Image.Image, size: int) -> torch.Tensor:
 
 def crop(image: torch.Tensor, size: int, where: float | None = None) -> torch.Tensor:
     """Cut a square out of (3, H, W): at the centre, as torchvision's CenterCrop, or by a draw `where` in [0, 1)."""
-    room = image.shape[1] - size, image.shape[2] - size
-    top, left = (round(side / 2) if where is None else int(where * (side + 1)) for side in room)
+    top, left = offset(image.shape[1] - size, where), offset(image.shape[2] - size, where)
     return image[:, top : top + size, left : left + size]
 
 
 def ten_crop(images: torch.Tensor, size: int, number: int) -> torch.Tensor:
     """Cut the view crop-`number` (1 to 10), (..., size, size), of images (..., H, W), as torchvision's TenCrop."""
     height, width = images.shape[-2] - size, images.shape[-1] - size
-    places = (0, 0), (0, width), (height, 0), (height, width), (round(height / 2), round(width / 2))
+    places = (0, 0), (0, width), (height, 0), (height, width), (offset(height, None), offset(width, None))
     turn, place = divmod(number - 1, len(places))
     top, left = places[place]
     mirrored = images.flip(-1) if turn else images

@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sftok.model.decoder import decode_steps
+from sftok.model.iterative_decoding import decode_steps
 
 SMOOTHING = 1e-6  # of the truth's one-hot vectors: the share that is spread over all codes
 

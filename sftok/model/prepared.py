@@ -19,7 +19,7 @@ from sftok.config import Assignment, DecodingConfig
 from sftok.model.cast_head import CastHead
 from sftok.model.cast_transformer import CastTransformer
 from sftok.model.cpu import PackedHead, PackedTransformer
-from sftok.model.decoder import decode_steps
+from sftok.model.iterative_decoding import decode_steps
 from sftok.model.prepared_pixels import PreparedPixels
 from sftok.model.quantizer import assign
 from sftok.model.teacher import Teacher, to_grid

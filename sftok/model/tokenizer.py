@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sftok.config import Assignment, DecodingConfig, TeacherConfig, TokenizerConfig
-from sftok.model.decoder import Decoder, decode_steps
+from sftok.model.decoder import Decoder
 from sftok.model.encoder import Encoder
+from sftok.model.iterative_decoding import decode_steps
 from sftok.model.quantizer import Quantizer, QuantizerOutput
 from sftok.model.teacher import Teacher, TeacherDecoder, to_grid
 from sftok.model.transformer import initialise

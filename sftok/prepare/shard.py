@@ -19,10 +19,11 @@ from infra.artifacts.shards import FileEntry, shard_entry, write_shard
 from infra.store.store import Store
 from sftok.config import DataConfig
 from sftok.images.contract import METADATA_KEY
-from sftok.images.decode import UnreadableImageError, resized, to_rgb
+from sftok.images.decode import UnreadableImageError, to_rgb
+from sftok.images.resize_and_crop import resized
 from sftok.prepare.plan import ShardJob
+from sftok.sources.class_names import class_name
 from sftok.sources.listing import Entry, RejectedEntryError, Source
-from sftok.sources.rules import class_name
 
 _REJECTS_KEY = b"sftok.rejects"
 ROWS_A_GROUP = 256  # 28 MB of ImageNet's JPEGs: one request to S3, and a bound on a reader's memory

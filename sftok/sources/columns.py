@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from sftok.config import DataConfig
-from sftok.sources.rules import class_name, distinct, listed, shown
+from sftok.sources.class_names import class_name, distinct
+from sftok.sources.rules import listed, shown
 
 PATHS = ("path", "file_name", "filename", "filepath", "file", "image", "image_path")
 LABELS = ("label", "labels", "class", "cls", "class_id", "class_name", "target")

@@ -13,6 +13,7 @@ from infra.store.disk import Disk
 from infra.store.types import FileInfo
 from sftok.config import DataConfig
 from sftok.images.contract import SPLITS
+from sftok.sources.class_names import class_name, ordered, shared_names, unicode_remarks
 from sftok.sources.files import FOLDER_AS_IMAGE, Files, FolderReader, is_image_name, is_utf8, open_files, visible
 from sftok.sources.labels import stated_names
 from sftok.sources.listing import POSSIBLE, Entries, Entry, Source, collect
@@ -22,13 +23,9 @@ from sftok.sources.rules import (
     SPLIT_NAMES,
     STRAY_FILE,
     check_one_name_each,
-    class_name,
-    ordered,
     reason_to_leave_out,
-    shared_names,
     split_word,
     splits_by_word,
-    unicode_remarks,
 )
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from infra.store.location import SCHEME, parse_location
 from infra.store.types import FileInfo
 from sftok.config import DataConfig
+from sftok.sources.class_names import class_name, unicode_remarks
 from sftok.sources.columns import (
     LABELS,
     PATHS,
@@ -34,15 +35,7 @@ from sftok.sources.columns import (
 from sftok.sources.files import FOLDER_AS_IMAGE, FolderReader, beside, is_of_storage, locate, open_files
 from sftok.sources.labels import are_numbers, class_of, names_of, no_labels, nothing_labelled, stated_names
 from sftok.sources.listing import REPEATED, Entries, Entry, RejectedEntryError, Source, collect
-from sftok.sources.rules import (
-    SPLIT_NAMES,
-    class_name,
-    listed,
-    shown,
-    split_word,
-    splits_by_word,
-    unicode_remarks,
-)
+from sftok.sources.rules import SPLIT_NAMES, check_one_name_each, listed, shown, split_word, splits_by_word
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +179,7 @@ def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
     Rows without a word are always read, and split by hash.
 
     Raises:
-        ValueError: a word is unknown, or there is a val split only.
+        ValueError: a word is unknown, there is a val split only, or one split has two words.
     """
     cells = pc.unique(table["split"]).to_pylist()
     words = {cell: None if cell is None else split_word(cell) for cell in cells}
@@ -195,6 +188,7 @@ def _splits(uri: str, table: pa.Table) -> dict[str | None, str | None]:
             f"source {uri!r}: split {shown(unknown[0])} is none of {', '.join(SPLIT_NAMES)}: correct the index"
         )
     splits = splits_by_word(words.values(), uri, "rows")
+    check_one_name_each({word: word for word in words.values() if word is not None}, uri, "rows")
     if unread := sorted(word for word in words.values() if word is not None and word not in splits):
         log.warning("source %s: %s rows are not read", uri, ", ".join(unread))
     return {cell: splits.get(word) for cell, word in words.items() if word in splits or cell is None}

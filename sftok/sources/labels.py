@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sftok.config import DataConfig
+from sftok.sources.class_names import class_name, distinct, ordered, shared_names
 from sftok.sources.files import beside
 from sftok.sources.listing import Entries, Entry, RejectedEntryError, batches_of
-from sftok.sources.rules import LEFT_OUT, class_name, distinct, ordered, shared_names, shown
+from sftok.sources.rules import LEFT_OUT, shown
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}(\.0)?")  # pandas writes integers beside missing ones as 3.0
 LONGEST_NAME = 500  # characters

@@ -7,8 +7,9 @@ from pydantic import Field
 
 from infra.config import Config
 from sftok.config import DataConfig
+from sftok.sources.class_names import shared_names
 from sftok.sources.listing import Source, batches_of
-from sftok.sources.rules import LEFT_OUT, listed, shared_names
+from sftok.sources.rules import LEFT_OUT, listed
 
 SHOWN = 5  # class names and reasons on a line
 BY_HASH = "by hash"

@@ -23,7 +23,8 @@ from infra.training.loop import (
 from sftok.config import AlignmentStageConfig, DecodingConfig, TokenizerConfig
 from sftok.losses.proxy import proxy_loss
 from sftok.metrics.functional import psnr
-from sftok.model.decoder import Decoder, decode_steps, random_mask
+from sftok.model.decoder import Decoder, random_mask
+from sftok.model.iterative_decoding import decode_steps
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
 from sftok.training.common import TrainingImages, in_passes, set_up, share_used

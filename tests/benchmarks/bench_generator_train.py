@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generator.autoregressive import CodeSpace, Generator
+from generator.autoregressive import Generator
+from generator.code_space import CodeSpace
 from generator.config import GENERATORS, GeneratorConfig, GeneratorTrainingConfig
 from generator.data import CodeData
 from generator.flops import training_flops

@@ -81,13 +81,13 @@ def bare(name: str, root: str) -> None:
     from flows.make import make
     from flows.pipeline import graph
     from flows.recipes.files import load_recipe
-    from flows.stage import Job
+    from flows.stage import StageJob
     from infra.artifacts.manifest import ArtifactRef
     from infra.compute.workers import WorkerOptions
     from infra.store.store import Store
 
     recipe, store = load_recipe(name), Store(Path(root))
-    job = Job(recipe, store, recipe.source, WorkerOptions())
+    job = StageJob(recipe, store, recipe.source, WorkerOptions())
     known: dict[str, ArtifactRef] = {}
     seconds: dict[str, float] = {}
     for stage in graph.GRAPH.order(recipe):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from infra.artifacts.manifest import Manifest, Plan, publish
+from infra.artifacts.manifest import ArtifactPlan, Manifest, publish
 from infra.artifacts.shards import SHARD, put, shard_name, write_shard
 from infra.codes.contract import CodesInfo
 from infra.compute.cluster import session
@@ -140,7 +140,7 @@ def nothing() -> Callable[[str], str]:
 
 def prepared_images(store: Store, data: Path, options: WorkerOptions, size: int) -> Manifest:
     config = DataConfig(image_size=size, num_shards=SHARDS, num_val_shards=VAL_SHARDS)
-    plan = Plan(kind="images", version=1, config={})
+    plan = ArtifactPlan(kind="images", version=1, config={})
     made = prepare(list_source(str(data)), config, out=store.at(plan.prefix), options=options)
     return publish(store, plan, files=made.files, counts=made.counts, metrics={}, seconds=0)
 
@@ -219,7 +219,7 @@ def synthetic(store: Store, count: int) -> Manifest:
     """Image shards of one picture over and over."""
     sink = io.BytesIO()
     Image.fromarray(np.zeros((STUB_SIZE, STUB_SIZE, 3), np.uint8)).save(sink, "PNG")
-    plan, data = Plan(kind="images", version=1, config={}), sink.getvalue()
+    plan, data = ArtifactPlan(kind="images", version=1, config={}), sink.getvalue()
     out, total, files = store.at(plan.prefix), count // ROWS_A_SHARD - 1, []
     names = [shard_name("val", 0, 1), *(shard_name("train", index, total) for index in range(total))]
     if not total:

@@ -9,7 +9,8 @@ import functools
 
 import torch
 
-from generator.autoregressive import CodeSpace, Generator
+from generator.autoregressive import Generator
+from generator.code_space import CodeSpace
 from generator.config import GENERATORS, SampleConfig, SamplePrecision
 from generator.kinds import prepare_sampler
 from generator.sampling.autoregressive import Sampler

@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.artifacts.manifest import Manifest, Plan, publish
+from infra.artifacts.manifest import ArtifactPlan, Manifest, publish
 from infra.artifacts.pages import PAGE_ENTRIES, PagedEntries, write_page
 from infra.artifacts.shards import FileEntry, put, shard_entry, shard_name, write_shard
 from infra.artifacts.verify import DuplicateIndex
@@ -96,7 +96,7 @@ def manifests() -> None:
 def empty() -> Manifest:
     """A manifest that lists nothing."""
     with tempfile.TemporaryDirectory() as place:
-        plan = Plan(kind="codes", version=1, config={})
+        plan = ArtifactPlan(kind="codes", version=1, config={})
         return publish(Store(place), plan, files=[], counts={}, metrics={}, seconds=0)
 
 
@@ -125,7 +125,7 @@ def publishing() -> None:
     for count in ENTRIES:
         with tempfile.TemporaryDirectory() as place:
             store, files = Store(place), entries(count)
-            plan = Plan(kind="codes", version=1, config={})
+            plan = ArtifactPlan(kind="codes", version=1, config={})
             for entry in files:
                 key = store.path / plan.prefix / entry.path
                 key.parent.mkdir(parents=True, exist_ok=True)

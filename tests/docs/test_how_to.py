@@ -16,6 +16,7 @@ from sftok.model.teacher import Teacher
 from sftok.sources import sources
 from tests.docs.pages import DOCS, ROOT, blocks, follow, name_of, spans
 from tests.support import small_codes, tiny_tokenizer
+from tests.support.codes_info import codes_info
 from tests.support.small_dataset import Made
 
 ROOMS = ("flows", "sftok", "generator", "infra")
@@ -60,18 +61,10 @@ def test_add_a_generator(tmp_path):
 def _codes_of(model, random, path):
     """Code Parquet of a tokenizer with random codes in two classes."""
     from infra.artifacts.shards import put
-    from infra.codes.contract import CodeRows, CodesInfo, to_parquet
+    from infra.codes.contract import CodeRows, to_parquet
 
     config = model.config
-    info = CodesInfo(
-        tokenizer="0" * 32,
-        codebook_size=config.codebook_size,
-        num_tokens=config.num_latent_tokens,
-        image_size=model.image_size,
-        assignment="nearest",
-        precision="fp32",
-        class_names=("a", "b"),
-    )
+    info = codes_info(config.codebook_size, config.num_latent_tokens, tokenizer="0" * 32, image_size=model.image_size)
     codes = torch.randint(config.codebook_size, (12, config.num_latent_tokens), generator=random).numpy()
     rows = CodeRows([f"{i:02d}" for i in range(12)], np.arange(12, dtype=np.int32) % 2, ["center"] * 12, codes)
     folder = Store(path)

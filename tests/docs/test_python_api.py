@@ -7,7 +7,7 @@ from generator.artifacts import save_generator
 from generator.autoregressive import Generator
 from generator.config import GeneratorConfig
 from generator.data import space_of
-from infra.artifacts.manifest import Plan, folder_of, publish
+from infra.artifacts.manifest import ArtifactPlan, folder_of, publish
 from infra.artifacts.shards import put
 from infra.codes.contract import CodeRows, CodesInfo, to_parquet
 from infra.store.store import Store
@@ -18,6 +18,7 @@ from sftok.weights.artifacts import save_teacher, save_tokenizer
 from sftok.weights.convert import to_published
 from tests.docs.pages import follow
 from tests.support import tiny_tokenizer
+from tests.support.codes_info import codes_info
 
 TOKENIZER, TEACHER, GENERATOR = "1" * 32, "2" * 32, "3" * 32
 
@@ -25,7 +26,7 @@ TOKENIZER, TEACHER, GENERATOR = "1" * 32, "2" * 32, "3" * 32
 def publish_codes(store: Store, info: CodesInfo) -> str:
     codes = np.random.default_rng(0).integers(0, info.codebook_size, (12, info.num_tokens))
     rows = CodeRows([f"{i:02d}" for i in range(12)], np.arange(12, dtype=np.int32) % 2, ["center"] * 12, codes)
-    plan = Plan(kind="codes", version=1, config={})
+    plan = ArtifactPlan(kind="codes", version=1, config={})
     file = put(folder_of(store, "codes", plan.digest), "train-00000-of-00001.parquet", to_parquet(info, rows), 12)
     return publish(store, plan, files=[file], counts={}, metrics={}, seconds=0).digest
 
@@ -43,15 +44,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     store, model = Store("store"), tiny_tokenizer.tokenizer()
     config = model.config
-    info = CodesInfo(
-        tokenizer=TOKENIZER,
-        codebook_size=config.codebook_size,
-        num_tokens=config.num_latent_tokens,
-        image_size=model.image_size,
-        assignment="nearest",
-        precision="fp32",
-        class_names=("a", "b"),
-    )
+    info = codes_info(config.codebook_size, config.num_latent_tokens, tokenizer=TOKENIZER, image_size=model.image_size)
     save_tokenizer(model, folder_of(store, "tokenizer", TOKENIZER))
     save_teacher(Teacher(tiny_tokenizer.TEACHER), folder_of(store, "teacher", TEACHER))
     generator = Generator(GeneratorConfig(width=16, layers=1, heads=2, ffn_width=16), space_of(info))

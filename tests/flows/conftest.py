@@ -1,6 +1,5 @@
 """One Prefect server for all tests of flows; each test gets the environment that points at it, and gives it back."""
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,17 +10,14 @@ from tests.support.fake_stages import FakeStages
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The servers' home, in which a killed migration has left its unfinished database; its name is no part of a URL."""
-    home = tmp_path_factory.mktemp("home ?#%41")
-    (home / "prefect").mkdir()
-    (home / "prefect" / f"prefect-{importlib.metadata.version('prefect')}.new").write_bytes(b"half a database")
-    return home
+def home(tmp_path_factory: pytest.TempPathFactory, give_database: Callable[[Path], Path]) -> Path:
+    """The servers' home, with a database; its name is no part of a URL."""
+    return give_database(tmp_path_factory.mktemp("home ?#%41"))
 
 
 @pytest.fixture(scope="session")
 def servers(home: Path) -> Iterator[tuple[Server, Server]]:
-    """Two servers started at the same moment on a new home, as by two runs."""
+    """Two servers started at the same moment, as by two runs."""
     both = start_server(home), start_server(home)
     try:
         for server in both:

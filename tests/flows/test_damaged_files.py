@@ -16,7 +16,7 @@ from PIL import Image, features
 from safetensors.torch import save_file
 
 from flows.recipes.files import load_recipe
-from infra.artifacts.manifest import MANIFEST, Plan, folder_of, manifest_of, publish, ref_of
+from infra.artifacts.manifest import MANIFEST, ArtifactPlan, folder_of, manifest_of, publish, ref_of
 from infra.artifacts.shards import put
 from infra.store.store import Store
 from sftok.config import DataConfig
@@ -165,7 +165,7 @@ def fuzz_recipes(seed: int, count: int, folder: Path) -> None:
 
 def fuzz_manifests(seed: int, count: int, folder: Path) -> None:
     chance, store = random.Random(seed), Store(folder / "store")
-    plan = Plan(kind="images", version=1, config={"a": 1}, inputs={})
+    plan = ArtifactPlan(kind="images", version=1, config={"a": 1}, inputs={})
     out = folder_of(store, plan.kind, plan.digest)
     manifest = publish(store, plan, files=[put(out, "x.txt", b"x")], counts={"rows": 1}, metrics={}, seconds=0.0)
     whole, ref = out.read(MANIFEST), ref_of(store, manifest)

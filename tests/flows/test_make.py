@@ -6,15 +6,15 @@ import pytest
 
 from flows.make import find_or_publish, make
 from flows.recipes.files import load_recipe
-from flows.stage import Job, Result, Stage, Work
+from flows.stage import Result, Stage, StageJob, Work
 from infra.artifacts.artifact import Artifact
-from infra.artifacts.manifest import MANIFEST, Manifest, Plan
+from infra.artifacts.manifest import MANIFEST, ArtifactPlan, Manifest
 from infra.artifacts.shards import FileEntry, put, shard_name, write_shard
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
 from infra.training.checkpoint import CHECKPOINTS, Checkpoints
 
-PLAN = Plan(kind="things", version=1, config={})
+PLAN = ArtifactPlan(kind="things", version=1, config={})
 
 
 class Steps:
@@ -41,11 +41,11 @@ def stage_of(call: Callable[[Work], Result], **changes: object) -> Stage:
 
 
 @pytest.fixture
-def job(store: Store) -> Job:
-    return Job(load_recipe("digits"), store, "sklearn:digits", WorkerOptions())
+def job(store: Store) -> StageJob:
+    return StageJob(load_recipe("digits"), store, "sklearn:digits", WorkerOptions())
 
 
-def test_what_is_there_is_found_and_not_made_again(job: Job) -> None:
+def test_what_is_there_is_found_and_not_made_again(job: StageJob) -> None:
     first = Steps()
     made, state = make(stage_of(first), job, {})
     assert (state, first.done) == ("Completed", [0, 1, 2, 3])
@@ -57,7 +57,7 @@ def test_what_is_there_is_found_and_not_made_again(job: Job) -> None:
     assert second.done == []
 
 
-def test_another_plan_is_another_artifact(job: Job) -> None:
+def test_another_plan_is_another_artifact(job: StageJob) -> None:
     made, _ = make(stage_of(Steps()), job, {})
     other = job._replace(recipe=job.recipe.model_copy(update={"seed": 7}))
     steps = Steps()
@@ -66,7 +66,7 @@ def test_another_plan_is_another_artifact(job: Job) -> None:
     assert steps.done == [0, 1, 2, 3] * 2
 
 
-def test_what_was_interrupted_is_resumed(job: Job) -> None:
+def test_what_was_interrupted_is_resumed(job: StageJob) -> None:
     with pytest.raises(KeyboardInterrupt):
         make(stage_of(Steps(kill_at=2)), job, {})
     assert not [name for name in job.store.list() if name.endswith(MANIFEST)]
@@ -76,7 +76,7 @@ def test_what_was_interrupted_is_resumed(job: Job) -> None:
     assert not made.folder.list(CHECKPOINTS)
 
 
-def test_shards_that_are_done_are_kept(job: Job) -> None:
+def test_shards_that_are_done_are_kept(job: StageJob) -> None:
     """An interrupted stage of shards makes only those that are missing."""
     names = [shard_name("train", i, 3) for i in range(3)]
 
@@ -99,7 +99,7 @@ def test_shards_that_are_done_are_kept(job: Job) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), ConnectionError("lost"), KeyboardInterrupt()])
-def test_what_fails_is_not_published(job: Job, error: BaseException) -> None:
+def test_what_fails_is_not_published(job: StageJob, error: BaseException) -> None:
     with pytest.raises(type(error)):
         make(stage_of(Steps(kill_at=0, error=error)), job, {})
     assert job.store.list() == []
@@ -112,10 +112,10 @@ def test_files_that_were_not_written_are_not_published(store: Store) -> None:
     assert Artifact.find(store, PLAN) is None
 
 
-def test_what_is_made_or_found_is_accepted_or_refused(job: Job) -> None:
+def test_what_is_made_or_found_is_accepted_or_refused(job: StageJob) -> None:
     asked: list[str] = []
 
-    def accept(_: Job, manifest: Manifest) -> None:
+    def accept(_: StageJob, manifest: Manifest) -> None:
         asked.append(manifest.digest)
         if len(asked) > 2:
             raise ValueError("made under other conditions")
@@ -129,7 +129,7 @@ def test_what_is_made_or_found_is_accepted_or_refused(job: Job) -> None:
     assert asked == [made.manifest.digest] * 3
 
 
-def test_trained_stages_note_their_device(job: Job) -> None:
+def test_trained_stages_note_their_device(job: StageJob) -> None:
     made, _ = make(stage_of(Steps(), is_trained=True), job, {})
     (facts,) = made.manifest.made_on
     assert facts["kind"].startswith("cpu ")
@@ -137,7 +137,7 @@ def test_trained_stages_note_their_device(job: Job) -> None:
     assert make(stage_of(Steps()), other, {})[0].manifest.made_on == ()
 
 
-def test_an_input_is_loaded_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_is_loaded_once(job: StageJob, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against the manifest and its signature being read at every question to an input."""
     first, _ = make(stage_of(Steps()), job, {})
     read, manifests = Store.read, []

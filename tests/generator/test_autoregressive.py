@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from generator.artifacts import load_generator, save_generator
-from generator.autoregressive import CodeSpace, Generator
+from generator.autoregressive import Generator
+from generator.code_space import CodeSpace
 from generator.config import GENERATORS, AnyGeneratorConfig, GeneratorConfig, MaskedConfig, SampleConfig
 from generator.objectives import held_out_losses
 from generator.sampling.autoregressive import advance_of, pick_of

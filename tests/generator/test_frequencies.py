@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from generator.autoregressive import CodeSpace
+from generator.code_space import CodeSpace
 from generator.data import CodeData
 from generator.frequencies import WEIGHTS, frequency_nll
 

@@ -6,23 +6,16 @@ import pytest
 from generator.config import GeneratorConfig, GeneratorTrainingConfig
 from generator.data import CodeData
 from generator.train import train_generator
-from infra.codes.contract import CodeRows, CodesInfo, load_codes, to_parquet
+from infra.codes.contract import CodeRows, load_codes, to_parquet
 from infra.store.store import Store
 from infra.training.config import OptimizerConfig
 from infra.training.loop import TrainingRun
+from tests.support.codes_info import codes_info
 from tests.support.unigrams import unigram_entropy, unigram_nll
 
 CLASSES, TOKENS, CODES, LEVELS = 4, 8, 64, 8
 MARGIN = 0.5  # nats a code
-INFO = CodesInfo(
-    tokenizer="t",
-    codebook_size=CODES,
-    num_tokens=TOKENS,
-    image_size=64,
-    assignment="nearest",
-    precision="fp32",
-    class_names=tuple("abcd"),
-)
+INFO = codes_info(CODES, TOKENS, image_size=64, class_names=tuple("abcd"))
 
 
 def rows(count: int, seed: int) -> CodeRows:

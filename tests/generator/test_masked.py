@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generator.artifacts import load_generator, save_generator
-from generator.autoregressive import CodeSpace
+from generator.code_space import CodeSpace
 from generator.config import MASKED_GENERATORS, SampleConfig
 from generator.kinds import prepare_sampler
 from generator.masked import MaskedGenerator

@@ -14,21 +14,14 @@ from generator.data import space_of
 from generator.kinds import prepare_sampler
 from generator.samples import SampleJob, SampleSpec, generate, share_changed
 from infra.artifacts.shards import write_shard
-from infra.codes.contract import CodesInfo, read_codes
+from infra.codes.contract import read_codes
 from infra.compute.cluster import session
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
+from tests.support.codes_info import codes_info
 from tests.support.small_generators import autoregressive, masked
 
-INFO = CodesInfo(
-    tokenizer="t",
-    codebook_size=16,
-    num_tokens=4,
-    image_size=8,
-    assignment="nearest",
-    precision="fp32",
-    class_names=("a", "b"),
-)
+INFO = codes_info(16, 4)
 CONFIG = SampleConfig(per_class=7, micro_batch=4, samples_per_shard=5, cfg_scale=1.5)
 
 

@@ -19,24 +19,17 @@ from generator.kinds import build_generator
 from generator.objectives import random_mask
 from generator.samples import SampleJob, generate
 from generator.train import VALIDATION_BATCH, held_out_figures, train_generator
-from infra.codes.contract import CodeRows, CodesInfo, read_codes
+from infra.codes.contract import CodeRows, read_codes
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
 from infra.training.config import OptimizerConfig
 from infra.training.loop import TrainingRun, TrainResult, generator_of
+from tests.support.codes_info import codes_info
 from tests.support.small_generators import spread
 
 MODEL = GeneratorConfig(width=32, layers=1, heads=2, ffn_width=48, dropout=0.0)
 MASKED = MaskedConfig(width=32, layers=1, heads=2, ffn_width=48, dropout=0.0)
-INFO = CodesInfo(
-    tokenizer="t",
-    codebook_size=16,
-    num_tokens=4,
-    image_size=8,
-    assignment="nearest",
-    precision="fp32",
-    class_names=("a", "b"),
-)
+INFO = codes_info(16, 4)
 
 
 def data(count: int = 64, *, seed: int = 0) -> CodeData:

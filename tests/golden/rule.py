@@ -17,7 +17,8 @@ def weight(name: str, shape: list[int]) -> np.ndarray:
     n = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(shape, dtype=np.float32)
     if len(shape) == 1:
         return (1 + 0.1 * n if name.endswith("weight") else 0.1 * n).astype(np.float32)
-    return (n / math.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    n /= math.sqrt(np.prod(shape[1:]))  # in place: copies of the largest cost as much as their numbers
+    return n
 
 
 def weights(shapes_json: str) -> dict[str, np.ndarray]:

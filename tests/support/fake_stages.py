@@ -43,7 +43,8 @@ class FakeStages:
         files = [put(work.out, f"{stage.name}.txt", f"{work.plan.digest}\n".encode())]
         if stage.name.endswith("report"):
             files += [put(work.out, "report.html", b"<h1>digits</h1>"), put(work.out, "report.md", b"# digits")]
-            files += [put(work.out, "report.json", json.dumps({"findings": [FINDING.as_json()]}).encode())]
+            findings = [FINDING.as_json()] if stage.name == "report" else ["Nothing differs."]
+            files += [put(work.out, "report.json", json.dumps({"findings": findings}).encode())]
         content = f"{1:032x}" if stage.name == "prepare" else None
         counts = {"rows": 1} | (IMAGES if stage.name == "prepare" else {})
         return Result(files, counts, METRICS if stage.name == "evaluate" else {}, content)

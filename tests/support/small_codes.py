@@ -3,9 +3,10 @@
 import numpy as np
 
 from flows.stage import Result
-from infra.artifacts.manifest import ArtifactRef, Plan, folder_of
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of
 from infra.artifacts.shards import put
 from infra.codes.contract import CodeRows, CodesInfo, to_parquet
+from tests.support.codes_info import codes_info
 from tests.support.small_dataset import Made
 
 TINY = [
@@ -17,21 +18,13 @@ TOKENIZER, OTHER = "a" * 32, "b" * 32
 
 
 def info(tokenizer: str) -> CodesInfo:
-    return CodesInfo(
-        tokenizer=tokenizer,
-        codebook_size=16,
-        num_tokens=4,
-        image_size=8,
-        assignment="nearest",
-        precision="fp32",
-        class_names=("a", "b"),
-    )
+    return codes_info(16, 4, tokenizer=tokenizer)
 
 
 def codes(made: Made, shards: dict[str, str], tokenizer: str | None = TOKENIZER) -> ArtifactRef:
     """A code artifact whose shards say that they are of the tokenizers given, and its manifest of `tokenizer`."""
     inputs = {} if tokenizer is None else {"tokenizer": ArtifactRef(kind="tokenizer", digest=tokenizer, uri="")}
-    plan = Plan(kind="codes", version=1, config={"shards": dict(shards)}, inputs=inputs)
+    plan = ArtifactPlan(kind="codes", version=1, config={"shards": dict(shards)}, inputs=inputs)
     folder = folder_of(made.store, plan.kind, plan.digest)
     random, files = np.random.default_rng(0), []
     for name, of in shards.items():

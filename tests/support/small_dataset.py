@@ -7,12 +7,12 @@ from PIL import Image
 
 from flows.make import find_or_publish, make
 from flows.recipes.files import load_recipe
-from flows.stage import Job, Result, Stage
+from flows.stage import Result, Stage, StageJob
 from generator.artifacts import save_generator
 from generator.autoregressive import Generator
 from generator.config import GeneratorConfig
 from generator.data import space_of
-from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, manifest_of
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of, manifest_of
 from infra.codes.contract import load_info
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
@@ -43,7 +43,7 @@ class Made:
     def __init__(self, store: Store, source: Path, *overrides: str) -> None:
         self.store = store
         recipe = load_recipe("digits", overrides=[*SETTINGS, *overrides])
-        self.job = Job(recipe, store, str(source), WorkerOptions())
+        self.job = StageJob(recipe, store, str(source), WorkerOptions())
 
     def run(self, stage: Stage, **inputs: ArtifactRef) -> ArtifactRef:
         """Make and publish what a stage makes."""
@@ -55,13 +55,13 @@ class Made:
         torch.manual_seed(seed)
         model = SFTok(recipe.tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=False)
         model.initialise()
-        plan = Plan(kind="tokenizer", version=1, config={"seed": seed})
+        plan = ArtifactPlan(kind="tokenizer", version=1, config={"seed": seed})
         return self.publish(plan, Result(save_tokenizer(model, folder_of(self.store, plan.kind, plan.digest)), {}, {}))
 
     def teacher(self) -> ArtifactRef:
         """A teacher with random weights."""
         torch.manual_seed(0)
-        plan = Plan(kind="teacher", version=1, config={})
+        plan = ArtifactPlan(kind="teacher", version=1, config={})
         files = save_teacher(Teacher(self.job.recipe.teacher.model), folder_of(self.store, plan.kind, plan.digest))
         return self.publish(plan, Result(files, {}, {}))
 
@@ -74,10 +74,10 @@ class Made:
         assert isinstance(config, GeneratorConfig)
         model = Generator(config, space_of(info))
         model.initialise()
-        plan = Plan(kind="generator", version=1, config={}, inputs={"codes": codes})
+        plan = ArtifactPlan(kind="generator", version=1, config={}, inputs={"codes": codes})
         out = folder_of(self.store, plan.kind, plan.digest)
         return self.publish(plan, Result(save_generator(model, info, out), {}, {}))
 
-    def publish(self, plan: Plan, result: Result) -> ArtifactRef:
+    def publish(self, plan: ArtifactPlan, result: Result) -> ArtifactRef:
         """Mark as finished."""
         return find_or_publish(self.store, plan, lambda _: result)[0].ref

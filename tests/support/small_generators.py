@@ -7,17 +7,9 @@ from generator.autoregressive import Generator
 from generator.code_space import CodeSpace
 from generator.config import GeneratorConfig, MaskedConfig
 from generator.masked import MaskedGenerator
-from infra.codes.contract import CodesInfo
+from tests.support.codes_info import codes_info
 
-INFO = CodesInfo(
-    tokenizer="t",
-    codebook_size=11,
-    num_tokens=6,
-    image_size=8,
-    assignment="nearest",
-    precision="fp32",
-    class_names=("a", "b", "c"),
-)
+INFO = codes_info(11, 6, class_names=("a", "b", "c"))
 SPACE = CodeSpace(codebook_size=11, num_tokens=6, num_classes=3)
 
 

@@ -6,7 +6,7 @@ import torch
 import typer
 
 from flows.cli import weights
-from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, publish, ref_of
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of, publish, ref_of
 from infra.store.store import Store
 from sftok.config import TeacherConfig, TransformerConfig
 from sftok.model.teacher import Teacher
@@ -56,7 +56,7 @@ def a_tokenizer(*, pixels: bool = True, legacy: bool = False) -> SFTok:
 def published(store: Store, model: SFTok | Teacher, **inputs: ArtifactRef) -> ArtifactRef:
     """The model as an artifact."""
     kind = "teacher" if isinstance(model, Teacher) else "tokenizer"
-    plan = Plan(kind=kind, version=1, config={"toy": True}, inputs=inputs)
+    plan = ArtifactPlan(kind=kind, version=1, config={"toy": True}, inputs=inputs)
     folder = folder_of(store, plan.kind, plan.digest)
     files = save_teacher(model, folder) if isinstance(model, Teacher) else save_tokenizer(model, folder)
     return ref_of(store, publish(store, plan, files=files, counts={"parameters": 1}, metrics={}, seconds=0.0))

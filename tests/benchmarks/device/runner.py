@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infra.compute.device import IEEE, cpu_features, device_facts
-from infra.provenance import hardware
+from infra.machine import hardware
 from tests.benchmarks.device.sections import SECTIONS
 
 START_SECONDS = 10  # of a section's time, for imports and the device's first use

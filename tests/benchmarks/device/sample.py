@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from generator.autoregressive import CodeSpace, Generator
+from generator.autoregressive import Generator
+from generator.code_space import CodeSpace
 from generator.config import GENERATORS, GeneratorConfig, SampleConfig, SamplePrecision
 from generator.kinds import prepare_sampler
 from generator.sampling.autoregressive import Sampler

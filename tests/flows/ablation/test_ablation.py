@@ -28,6 +28,7 @@ from sftok.evaluation.alignment import AlignmentMetrics
 from tests.flows.report.test_report import Tags as ReportTags
 from tests.support.accessibility import serious_findings
 from tests.support.browser import Page, chromium, find_browser
+from tests.support.fake_stages import FakeStages
 from tests.support.small_dataset import draw_images
 
 TINY = ("threads=1", "data.val_fraction=0.3", "data.num_shards=2", "data.num_val_shards=2", "decoding.num_steps=3")
@@ -88,6 +89,19 @@ def ran(prefect_api: str, store: Store, tmp_path: Path, home: Path, monkeypatch,
         "tiny", "--data", source, "--store", store.uri, "--seeds", "0,7", "--workers", "0", "--json", *settings
     )
     return Ran(plan, record, json.loads(capfd.readouterr().out))
+
+
+def test_the_flow_ends_with_its_page_and_no_finding_of_a_single_run(
+    prefect_api: str, store: Store, fakes: FakeStages, tmp_path: Path
+) -> None:
+    draw_images(tmp_path / "images")
+    plan = tiny(REFERENCE, OTHER)
+    source = str(tmp_path / "images")
+    request = RunRequest(recipe=plan.base, store=store.uri, source=source, last="align", ablation=plan)
+    record = ablation(request.on(default_device(), 0.0), "first")
+    assert (record.state, record.findings) == ("Completed", None)
+    assert fakes.attempts["ablation_arm"] == 4
+    assert store.read("runs/first/report.json") == b'{"findings": ["Nothing differs."]}'
 
 
 @pytest.mark.slow

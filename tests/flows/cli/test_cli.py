@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pydantic
 import pytest
 
 from flows.cli.main import main
@@ -175,6 +176,49 @@ def test_refusal_is_one_line_and_writes_nothing(sftok, tmp_path, home, monkeypat
     assert sorted(path for path in home.rglob("*") if "client" not in path.parts) == before
 
 
+class Stopped(pydantic.BaseModel):
+    """A signal comes while pydantic serializes it."""
+
+    by: signal.Signals
+
+    @pydantic.model_serializer(mode="plain")
+    def _serialize(self) -> dict[str, str]:
+        os.kill(os.getpid(), self.by)
+        time.sleep(1)
+        return {}
+
+
+def fail_as_while_importing(by: signal.Signals) -> None:
+    """What a signal becomes while pydantic builds a class."""
+    try:
+        Stopped(by=by).model_dump_json()
+    except ValueError as error:
+        raise TypeError("cannot build it") from error
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda by: Stopped(by=by).model_dump(),
+        lambda by: Stopped(by=by).model_dump_json(),
+        fail_as_while_importing,
+    ],
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_of_which_pydantic_makes_an_error_ends_as_any_other(sftok, monkeypatch, number, code, work):
+    monkeypatch.setattr("flows.requests.checks.check_request", lambda *_, **__: work(number))
+    ended, _, err = sftok("run", "digits")
+    assert (ended, err.count("\n")) == (code, 1)
+    assert err.endswith("ed; the same command resumes from here\n")
+
+
+def test_an_exception_that_is_only_named_is_no_signal(sftok):
+    for arguments in (["KeyboardInterrupt"], ["digits", "--set", "seed=KeyboardInterrupt"]):
+        code, _, err = sftok("run", *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "KeyboardInterrupt" in err
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
@@ -253,6 +297,23 @@ def test_failed_stage_is_one_line(sftok, environment, servers, fakes, tmp_path):
     )
     assert "Traceback" not in err
     assert json.loads(out)["stages"]["align"]["state"] == "Failed"
+
+
+def test_long_reasons_and_requests_still_end_with_a_whole_command(sftok, environment, servers, fakes, tmp_path):
+    fakes.failures["align"] = [ValueError(f"nothing to align in {'x' * 500}, {'a b ' * 500}")]
+    environment["PREFECT_API_URL"] = servers[0].url
+    settings = [
+        f"{stage}.training.{size}={k}"
+        for stage in ("teacher", "warm_up", "align")
+        for k, size in ((4, "steps"), (16, "batch_size"))
+    ]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    code, out, err = sftok("run", "digits", "--json", "--workers", "0", *sets)
+    last = err.splitlines()[-1]
+    assert code == 1
+    assert "stage align failed: nothing to align in xx" in last
+    assert last.endswith(f"resume with: sftok rerun {json.loads(out)['run']} --store {tmp_path / 'store'}")
+    assert len(last.removeprefix("sftok: ")) == 400
 
 
 def test_rerun_does_what_the_record_says(sftok, environment, servers, fakes):

@@ -12,10 +12,10 @@ from flows.cli.config_options import OptionsOf, config_command
 from flows.cli.exits import Refused
 from flows.cli.main import app
 from flows.cli.options import DeviceOption
+from flows.option_texts import sentence
 from flows.recipes.schema import EncodeConfig
 from flows.runs.run_request import RunArguments
 from flows.service.parameters import ServeOptions
-from flows.wording import sentence
 from generator.config import SampleConfig
 from infra.compute.device import DeviceChoice
 from infra.config import Config

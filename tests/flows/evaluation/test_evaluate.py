@@ -169,10 +169,15 @@ def test_without_a_class_reader_and_without_labels():
         (lambda _: {"sample_classes": np.zeros(3)}, "sample: .*one for one"),
         (lambda i: {"decode_samples": lambda: [i.train_images[:3]]}, "3 decoded samples, but 200 sample classes"),
         (
-            lambda i: {"reconstruct": lambda _: [(i.val_images[:5], *[torch.zeros(5, 1)] * 2)]},
+            lambda i: {"reconstruct": lambda _: [ReconstructionBatch(i.val_images[:5], *[torch.zeros(5, 1)] * 2)]},
             "reconstructions have shape",
         ),
-        (lambda i: {"reconstruct": lambda _: [(i.val_images * torch.nan, *[torch.zeros(100, 1)] * 2)]}, "NaN"),
+        (
+            lambda i: {
+                "reconstruct": lambda _: [ReconstructionBatch(i.val_images * torch.nan, *[torch.zeros(100, 1)] * 2)]
+            },
+            "NaN",
+        ),
     ],
 )
 def test_refuses_what_does_not_belong_together(change, message):

@@ -34,20 +34,13 @@ from sftok.metrics.random_features import RandomFeatures
 from sftok.model.teacher import Teacher
 from sftok.prepare.prepare import prepare
 from sftok.sources.sources import list_source
+from tests.support.codes_info import codes_info
 from tests.support.sample_evaluation import CODEBOOK, NUM_TOKENS, digits_inputs
 from tests.support.small_dataset import Made, draw_images
 from tests.support.weights_cli import published
 
 CONFIG = EvaluateConfig(steps=(1,), class_reader=True)
-INFO = CodesInfo(
-    tokenizer="t" * 32,
-    codebook_size=CODEBOOK,
-    num_tokens=NUM_TOKENS,
-    image_size=32,
-    assignment="nearest",
-    precision="fp32",
-    class_names=tuple("0123456789"),
-)
+INFO = codes_info(CODEBOOK, NUM_TOKENS, tokenizer="t" * 32, image_size=32, class_names=tuple("0123456789"))
 
 
 def stored(folder: Store, num_shards: int, split: str = "train", size: int = 32) -> LazyImages:

@@ -30,7 +30,9 @@ from sftok.config import INCEPTION_SHA256
 from sftok.images.lazy import LazyImages
 from sftok.metrics.frechet import Gaussian
 from sftok.metrics.functional import FeatureMoments
-from sftok.metrics.inception.prepared import prepare_inception
+from sftok.metrics.inception.network import InceptionOutputs
+from sftok.metrics.inception.prepared import PreparedInception, prepare_inception
+from sftok.metrics.inception.resize import Resize
 from sftok.metrics.inception.weights import load_inception
 from sftok.metrics.measure import Features, Reference
 from sftok.metrics.protocols import TORCH_FIDELITY
@@ -39,7 +41,22 @@ from sftok.weights.artifacts import load_teacher, load_tokenizer
 from tests.support.random_inception import RandomInception, pictures, write
 from tests.support.small_dataset import Made, draw_images
 
-IMAGES = 24
+IMAGES = 21  # one more than scores take at least
+
+
+class Remembering(PreparedInception):
+    """Computes the features of an image once: they do not depend on its batch mates."""
+
+    def __init__(self, network: PreparedInception) -> None:
+        self.__dict__.update(network.__dict__)
+        self.seen: dict[tuple[Resize, bytes], tuple[torch.Tensor, ...]] = {}
+
+    def __call__(self, images: torch.Tensor, how: Resize) -> InceptionOutputs:
+        keys = [(how, image.numpy().tobytes()) for image in images]
+        if new := [at for at, key in enumerate(keys) if key not in self.seen]:
+            rows = zip(*super().__call__(images[new], how), strict=True)
+            self.seen.update(zip((keys[at] for at in new), rows, strict=True))
+        return InceptionOutputs(*(torch.stack(rows) for rows in zip(*map(self.seen.get, keys), strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +70,23 @@ def network(random_inception: RandomInception):
 
 
 @pytest.fixture(scope="module")
+def remembering(network: PreparedInception) -> Remembering:
+    return Remembering(network)
+
+
+@pytest.fixture(scope="module")
 def config(random_inception: RandomInception) -> ScoresConfig:
     pretrained = {"uri": str(random_inception.path), "sha256": random_inception.sha256}
     return ScoresConfig(protocol="torch_fidelity", inception=pretrained, num_samples=IMAGES)
 
 
 @pytest.fixture(scope="module")
-def scorer(network, config: ScoresConfig) -> Scorer:
+def scorer(remembering: Remembering, config: ScoresConfig) -> Scorer:
     protocol = protocol_of(config)
-    real = features_of(network, pictures(IMAGES, 32, seed=1), "tensorflow_bilinear")
-    return Scorer(protocol, network, "tensorflow_bilinear", lambda: Reference.of(real, protocol, "real ones"), IMAGES)
+    real = features_of(remembering, pictures(IMAGES, 32, seed=1), "tensorflow_bilinear")
+    return Scorer(
+        protocol, remembering, "tensorflow_bilinear", lambda: Reference.of(real, protocol, "real ones"), IMAGES
+    )
 
 
 def passed(scorer: Scorer, images: torch.Tensor) -> PassingFeatures:
@@ -124,17 +148,21 @@ class TestScores:
 
     def test_too_few_images_are_refused(self, scorer: Scorer) -> None:
         with pytest.raises(
-            ValueError, match=rf"torch_fidelity/{IMAGES} takes {IMAGES} images, there are 21: make more"
+            ValueError, match=rf"torch_fidelity/{IMAGES} takes {IMAGES} images, there are 20: make more"
         ):
-            scorer.generation(passed(scorer, pictures(21, 32, seed=2)), {})
+            scorer.generation(passed(scorer, pictures(20, 32, seed=2)), {})
         few = pictures(3, 32, seed=2)
         with pytest.raises(ValueError, match="torch_fidelity scores 20 images at least, there are 3"):
             scorer.reconstruction(passed(scorer, few), few, 1, {})
 
-    def test_a_file_of_adm_is_a_reference(self, network, config: ScoresConfig, tmp_path: Path) -> None:
+    def test_too_few_samples_are_refused_when_the_recipe_is_read(self) -> None:
+        with pytest.raises(ValueError, match=r"scores\.num_samples = 19: input should be greater than or equal to 20"):
+            load_recipe("digits", overrides=["evaluate.scores.num_samples=19"])
+
+    def test_a_file_of_adm_is_a_reference(self, remembering: Remembering, config: ScoresConfig, tmp_path: Path) -> None:
         """With images beside its statistics it also serves precision and recall."""
         images = pictures(IMAGES, 32, seed=1)
-        features = features_of(network, images, "tensorflow_bilinear")
+        features = features_of(remembering, images, "tensorflow_bilinear")
         gaussians = [Gaussian.of(FeatureMoments.of(part)) for part in (features.pool, features.spatial)]
         named = {"mu": 0, "mu_s": 1}
         arrays = {name: gaussians[at].mean.numpy() for name, at in named.items()}
@@ -143,7 +171,9 @@ class TestScores:
         np.savez(file, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)
         given = ReferenceFile.read(str(file))
         protocol = protocol_of(config.model_copy(update={"protocol": "adm"}), given)
-        scorer = Scorer(protocol, network, "tensorflow_bilinear", lambda: given.reference(protocol, network), IMAGES)
+        scorer = Scorer(
+            protocol, remembering, "tensorflow_bilinear", lambda: given.reference(protocol, remembering), IMAGES
+        )
         found = {m.name.rpartition(".")[2]: m.value for m in scorer.generation(passed(scorer, images), {})}
         assert found["fid"] == pytest.approx(0, abs=1e-4)
         assert found["sfid"] == pytest.approx(0, abs=1e-4)
@@ -352,6 +382,6 @@ class TestReference:
 
 
 def _job(name: str, *overrides: str):
-    from flows.stage import Job
+    from flows.stage import StageJob
 
-    return Job(load_recipe(name, overrides=overrides), Store("/nowhere"), "x", WorkerOptions())
+    return StageJob(load_recipe(name, overrides=overrides), Store("/nowhere"), "x", WorkerOptions())

@@ -13,7 +13,7 @@ from flows.recipes.files import load_recipe
 from flows.recipes.schema import SweepConfig
 from flows.stage import Work, plan_of
 from generator.config import GENERATORS
-from infra.artifacts.manifest import ArtifactRef, Plan, folder_of
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of
 from infra.progress import silent
 from infra.store.store import Store
 from sftok.images.lazy import LazyImages
@@ -40,7 +40,7 @@ class Stage:
         self.made = Made(store, source, *SETTINGS)
         recipe = self.made.job.recipe
         torch.manual_seed(0)
-        plan = Plan(kind="teacher", version=1, config={})
+        plan = ArtifactPlan(kind="teacher", version=1, config={})
         files = save_teacher(Teacher(recipe.teacher.model), folder_of(store, plan.kind, plan.digest))
         images, tokenizer = self.made.run(graph.PREPARE), self.made.tokenizer(1)
         codes = self.made.run(graph.ENCODE, images=images, tokenizer=tokenizer)

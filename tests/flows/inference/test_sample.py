@@ -29,7 +29,16 @@ from generator.masked import MaskedGenerator
 from generator.samples import SampleJob, generate, plan_shards
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import begin_shards
-from infra.artifacts.manifest import MANIFEST, ArtifactRef, Plan, folder_of, manifest_of, publish, ref_of, verify
+from infra.artifacts.manifest import (
+    MANIFEST,
+    ArtifactPlan,
+    ArtifactRef,
+    folder_of,
+    manifest_of,
+    publish,
+    ref_of,
+    verify,
+)
 from infra.artifacts.shards import write_shard
 from infra.artifacts.weights import load_config
 from infra.codes.contract import CodesInfo, read_codes
@@ -39,6 +48,7 @@ from infra.store.store import Store
 from sftok.coding.decode import ImageDecoder
 from sftok.config import DecodingConfig
 from sftok.model.tokenizer import SFTok
+from tests.support.codes_info import codes_info
 from tests.support.weights_cli import SIZE, TOKENIZER, a_teacher, a_tokenizer, published
 
 NAMES = ("cat", "dog, hound", "7", "dove")
@@ -61,21 +71,17 @@ def a_generator(
     store: Store, tokenizer: str, *, names: tuple[str, ...] | None = NAMES, masked: bool = False
 ) -> ArtifactRef:
     """A generator of a tokenizer's codes, untrained, as an artifact."""
-    info = CodesInfo(
-        tokenizer=tokenizer,
-        codebook_size=TOKENIZER.codebook_size,
-        num_tokens=TOKENIZER.num_latent_tokens,
-        image_size=SIZE,
-        assignment="nearest",
-        precision="fp32",
-        class_names=names,
+    info = codes_info(
+        TOKENIZER.codebook_size, TOKENIZER.num_latent_tokens, tokenizer=tokenizer, image_size=SIZE, class_names=names
     )
     torch.manual_seed(0)
     sizes = {"width": 16, "layers": 1, "heads": 2, "ffn_width": 16}
     kind = MaskedGenerator if masked else Generator
     model = kind(MaskedConfig(**sizes) if masked else GeneratorConfig(**sizes), space_of(info))
     model.initialise()
-    plan = Plan(kind="generator", version=1, config={"of": tokenizer, "names": list(names or ()), "masked": masked})
+    plan = ArtifactPlan(
+        kind="generator", version=1, config={"of": tokenizer, "names": list(names or ()), "masked": masked}
+    )
     files = save_generator(model, info, folder_of(store, plan.kind, plan.digest))
     return ref_of(store, publish(store, plan, files=files, counts={}, metrics={}, seconds=0.0))
 
@@ -150,7 +156,7 @@ def test_samples_of_all_classes_are_those_of_the_pipeline(
     """Guards against an identity of its own for what a run has drawn already."""
     config = SampleConfig(per_class=3, micro_batch=4).on("cpu")
     what = {"sample": config.as_json(), "seed": 0, "threads": 1}  # as flows.pipeline.graph identifies them
-    plan = Plan(kind="samples", version=SAMPLE.version, config=what, inputs={"generator": generator})
+    plan = ArtifactPlan(kind="samples", version=SAMPLE.version, config=what, inputs={"generator": generator})
     folder = folder_of(store, plan.kind, plan.digest)
     job = SampleJob(folder_of(store, "generator", generator.digest), folder, config, 0, generator.digest)
     files = generate(job, options=WorkerOptions())

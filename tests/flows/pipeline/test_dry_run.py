@@ -8,7 +8,8 @@ import torch
 
 from flows.cli.main import main
 from flows.pipeline import graph
-from flows.pipeline.dry_run import RATE_SOURCE, _arithmetic, _weights, dry_run
+from flows.pipeline.dry_run import RATE_SOURCE, _arithmetic, dry_run
+from flows.pipeline.space import Sizes
 from flows.recipes.registry import RECIPES
 from flows.requests.checks import check_request
 from flows.runs.run_request import RunArguments
@@ -94,4 +95,4 @@ def test_arithmetic_is_that_of_the_networks() -> None:
     blocks = sum(p.numel() for name, p in model.encoder.named_parameters() if "blocks" in name and p.ndim == 2)
     assert found["encoder"] == pytest.approx(2 * blocks * 321, rel=0.1)
     whole = 4 * sum(p.numel() for p in model.parameters())
-    assert _weights(recipe)["tokenizer"] > whole, "with the pixel decoder"
+    assert Sizes.of(recipe, None).artifacts["align"] > whole, "with the pixel decoder"

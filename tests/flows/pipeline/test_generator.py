@@ -11,7 +11,7 @@ from flows.pipeline import graph
 from flows.recipes.files import load_recipe
 from flows.stage import Work, plan_of
 from generator.artifacts import load_generator
-from infra.artifacts.manifest import Plan, folder_of, manifest_of
+from infra.artifacts.manifest import ArtifactPlan, folder_of, manifest_of
 from infra.artifacts.shards import put
 from infra.codes.contract import CodeRows, to_parquet
 from infra.compute.cluster import session
@@ -68,7 +68,7 @@ def test_shards_of_two_tokenizers_are_refused(made: Made) -> None:
 
 def test_no_held_out_rows_are_refused(made: Made) -> None:
     shards = names(TOKENIZER, TOKENIZER, TOKENIZER)
-    plan = Plan(kind="codes", version=1, config={"empty": True})
+    plan = ArtifactPlan(kind="codes", version=1, config={"empty": True})
     folder = folder_of(made.store, plan.kind, plan.digest)
     none = CodeRows([], np.zeros(0, np.int32), [], np.zeros((0, 4), np.uint16))
     some = CodeRows(["x"], np.zeros(1, np.int32), ["center"], np.zeros((1, 4), np.uint16))

@@ -13,14 +13,14 @@ from flows.requests.checks import check_request
 from flows.runs.history import records
 from flows.runs.journal import RunRecord
 from flows.runs.run_request import RunArguments
-from flows.stage import Graph, Job, Result, Stage, Work
+from flows.stage import Graph, Result, Stage, StageJob, Work
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import verify
 from infra.artifacts.shards import put
 from infra.store.store import Store
 
 
-def _what(job: Job) -> dict[str, JsonValue]:
+def _what(job: StageJob) -> dict[str, JsonValue]:
     return {"seed": job.recipe.seed}
 
 

@@ -13,7 +13,7 @@ from flows.pipeline.images import PREPARE
 from flows.recipes.files import load_recipe
 from flows.recipes.schema import Recipe
 from flows.requests.checks import check_files, check_views
-from flows.stage import Job, plan_of
+from flows.stage import StageJob, plan_of
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
 from sftok.prepare.expected import expected_split
@@ -36,7 +36,7 @@ def draw(folder: Path, **classes: int) -> Path:
 def plan(source: Path, store: Store, *overrides: str) -> None:
     """What a run asks of its source before its first stage begins."""
     recipe = load_recipe("small64", overrides=(*SMALL, *overrides))
-    plan_of(PREPARE, Job(recipe, store, str(source), WorkerOptions(), stages=ALL), {})
+    plan_of(PREPARE, StageJob(recipe, store, str(source), WorkerOptions(), stages=ALL), {})
 
 
 def remedies(message: str) -> list[str]:
@@ -145,9 +145,9 @@ def test_files_that_are_not_there_are_named(tmp_path, store):
 def test_a_disk_without_room_for_the_images_is_refused_before_any_is_written(tmp_path, store, monkeypatch):
     from flows.make import make
 
-    monkeypatch.setattr("flows.pipeline.images.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("flows.pipeline.space.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
     recipe = load_recipe("small64", overrides=SMALL)
-    job = Job(recipe, store, str(draw(tmp_path / "data", a=20, b=20)), WorkerOptions())
-    with pytest.raises(ValueError, match=r"has 100 bytes free, and the images need .* kB: free some"):
+    job = StageJob(recipe, store, str(draw(tmp_path / "data", a=20, b=20)), WorkerOptions())
+    with pytest.raises(ValueError, match=r"has 100 bytes free, and the run needs .* kB: free some, or choose"):
         make(PREPARE, job, {})
     assert not list(store.path.rglob("*.parquet"))

@@ -17,7 +17,7 @@ from flows.recipes.schema import EncodeConfig
 from flows.requests.checks import check_request
 from flows.requests.encode import check_encode_request
 from flows.runs.run_request import RunArguments
-from flows.stage import Job, Listing, Work, plan_of
+from flows.stage import Listing, StageJob, Work, plan_of
 from infra.artifacts.manifest import folder_of, publish
 from infra.compute.workers import WorkerOptions
 from infra.errors import TransientError
@@ -59,11 +59,11 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def job(data: Path, store: Store, listing: Listing | None) -> Job:
-    return Job(load_recipe("digits", overrides=SETTINGS), store, str(data), WorkerOptions(), listing=listing)
+def job(data: Path, store: Store, listing: Listing | None) -> StageJob:
+    return StageJob(load_recipe("digits", overrides=SETTINGS), store, str(data), WorkerOptions(), listing=listing)
 
 
-def attempt(job: Job) -> Work:
+def attempt(job: StageJob) -> Work:
     plan = plan_of(graph.PREPARE, job, {})
     return Work(job, plan, folder_of(job.store, plan.kind, plan.digest), silent)
 

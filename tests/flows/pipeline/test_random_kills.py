@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from flows.pipeline import graph
+from infra.artifacts.lineage import resolve
+from infra.artifacts.manifest import verify
 from infra.store.store import Store
 from tests.flows.pipeline.test_whole_run import PATIENCE, Reference, assert_same, left_behind, reference
 
@@ -25,17 +28,29 @@ CODES = {
 RUNS = 20  # seeds
 KILLS = 12  # per seed, of runs
 SHORT = 15  # kills of each command that takes seconds
+ABLATION = (
+    "ablation",
+    "digits_tiny",
+    "--workers",
+    "0",
+    "--seeds",
+    "0",
+    "--set",
+    "align.training.steps=12",
+    "--set",
+    "evaluate.steps=[1]",
+)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def killed(process: subprocess.Popen[str], chance: random.Random, longest: float) -> bool:
     """Send a signal, sometimes twice, at a random moment; return whether the process had not ended before."""
     try:
-        process.communicate(timeout=chance.uniform(0, longest))
+        _, err = process.communicate(timeout=chance.uniform(0, longest))
     except subprocess.TimeoutExpired:
         pass
     else:
-        assert process.returncode == 0
+        assert process.returncode == 0, err[-2000:]
         return False
     sent = chance.choice(list(CODES))
     process.send_signal(sent)
@@ -51,7 +66,7 @@ def killed(process: subprocess.Popen[str], chance: random.Random, longest: float
     if process.returncode > 0 and sent != signal.SIGKILL:
         assert "the same command resumes from here" in err, (sent, err[-2000:])
         assert "Traceback" not in err, err[-3000:]
-    assert not left_behind(process.pid, 60)  # Ray's agents look for their raylet every now and then
+    assert not left_behind(process.pid, 150)  # Ray's agents wait a minute for the head before they give up
     return True
 
 
@@ -68,11 +83,43 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 COMMANDS: dict[str, Sequence[str]] = {
-    "report": ("report", "{run}", "--store", "{store}"),
+    "report": ("report", "--run", "{run}", "--store", "{store}"),
     "cp": ("cp", "evaluation/{evaluate}", "{target}", "--inputs", "--store", "{store}"),
     "gc": ("gc", "--older-than", "0h", "--grace", "0h", "--keep-last", "1", "--store", "{store}"),
     "verify": ("verify", "codes/{encode}", "--store", "{store}"),
 }
+
+
+def start(reference: Reference, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start a command in a session of its own."""
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / "sftok"), *arguments],
+        env=reference.runner.environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(reference: Reference, folder: Path, *arguments: str) -> None:
+    """Run a command to its end."""
+    process = start(reference, folder, *arguments)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err[-2000:]
+
+
+def all_files(store: Store) -> dict[str, dict[str, str]]:
+    """Path and sha256 of every file of every artifact but the reports, which state run and time."""
+    folders = {
+        name.removesuffix("/manifest.json") for name in store.list("artifacts") if name.endswith("manifest.json")
+    }
+    refs = sorted("/".join(folder.split("/")[-2:]) for folder in folders)
+    manifests = {ref: resolve(store, ref) for ref in refs if "report/" not in ref}
+    for manifest in manifests.values():
+        verify(store, manifest)
+    return {ref: {file.path: file.sha256 for file in manifest.files} for ref, manifest in manifests.items()}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -81,25 +128,24 @@ def test_a_command_killed_at_random_moments_is_simply_repeated(name: str, refere
     shutil.copytree(reference.store.path, store.path)
     digests = {stage: made["digest"] for stage, made in reference.result["stages"].items()}
     words = {"run": reference.result["run"], "store": store.uri, "target": target.uri, **digests}
-    command = [str(Path(sys.executable).parent / "sftok"), *(word.format(**words) for word in COMMANDS[name])]
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            env=reference.runner.environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
+    arguments = [word.format(**words) for word in COMMANDS[name]]
     for _ in range(SHORT):
-        killed(start(), chance, 3)
-    last = start()
-    _, err = last.communicate(timeout=PATIENCE)
-    assert last.returncode == 0, err[-2000:]
+        killed(start(reference, tmp_path, *arguments), chance, 3)
+    finish(reference, tmp_path, *arguments)
     assert_same(store, reference.result, reference)
     if name == "cp":
         for stage in ("evaluate", "encode", "prepare"):
-            assert target.at("artifacts", reference.result["stages"][stage]["kind"], digests[stage]).list()
+            assert target.at("artifacts", graph.GRAPH[stage].kind, digests[stage]).list()
+
+
+def test_an_ablation_killed_at_random_moments_ends_with_the_same_bytes(reference: Reference, tmp_path: Path) -> None:
+    chance, stores = random.Random(0), [Store(tmp_path / name) for name in ("undisturbed", "killed")]
+    for store in stores:
+        shutil.copytree(reference.store.path, store.path)
+    finish(reference, tmp_path, *ABLATION, "--store", stores[0].uri)
+    for _ in range(SHORT):
+        killed(start(reference, tmp_path, *ABLATION, "--store", stores[1].uri), chance, 30)
+    finish(reference, tmp_path, *ABLATION, "--store", stores[1].uri)
+    undisturbed = all_files(stores[0])
+    assert len(undisturbed) > len(all_files(reference.store))
+    assert all_files(stores[1]) == undisturbed

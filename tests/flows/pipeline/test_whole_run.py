@@ -20,6 +20,8 @@ from PIL import Image
 
 from flows.cli.main import main
 from flows.pipeline import graph
+from flows.pipeline.space import Sizes
+from flows.recipes.files import load_recipe
 from infra.artifacts.lineage import resolve
 from infra.artifacts.manifest import verify
 from infra.codes.contract import read_codes
@@ -125,8 +127,10 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(tmp_path_factory.mktemp("whole"))
+def reference(tmp_path_factory: pytest.TempPathFactory, give_database: Callable[[Path], Path]) -> Reference:
+    folder = tmp_path_factory.mktemp("whole")
+    give_database(folder / "home")
+    return Reference(folder)
 
 
 def test_every_stage_is_made_and_verifies(reference: Reference) -> None:
@@ -169,6 +173,17 @@ def test_the_codes_are_those_of_all_images_and_variants(reference: Reference) ->
     assert len(rows.image_id) == counts["train"] * 9 + counts["val"]
     assert len(set(zip(rows.image_id, rows.variant, strict=True))) == len(rows.image_id)
     assert info.tokenizer == reference.result["stages"]["fine_tune"]["digest"]
+
+
+def test_stages_take_the_space_that_is_estimated(reference: Reference) -> None:
+    recipe = load_recipe("digits_tiny", overrides=[f"{key}={value}" for key, value in SETTINGS.items()])
+    counts = resolve(reference.store, reference.result["stages"]["prepare"]["digest"]).counts
+    sizes = Sizes.of(recipe, counts["accepted"], counts["classes"]).artifacts
+    for stage in ("teacher", "align", "fine_tune", "encode", "train_generator", "sample"):
+        found = resolve(reference.store, reference.result["stages"][stage]["digest"]).num_bytes
+        assert found < 2 * sizes[stage] + 200_000, (stage, found, sizes[stage])  # a file has a head
+        if stage in ("teacher", "fine_tune"):  # small codebooks are packed into less, and there are few classes
+            assert found > 0.5 * sizes[stage], (stage, found, sizes[stage])
 
 
 def test_a_second_run_finds_everything_done(reference: Reference) -> None:

@@ -11,7 +11,7 @@ from flows.recipes.files import load_recipe
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
 from flows.requests.checks import check_ranks, check_weights
-from flows.stage import Job, plan_of
+from flows.stage import StageJob, plan_of
 from generator.code_space import CodeSpace
 from generator.flops import training_flops
 from generator.kinds import build_generator
@@ -131,11 +131,12 @@ def test_generators_share_the_stages_up_to_their_codes(name: str, tmp_path: Path
     """By digest, each stage's config being the same: the tokenizer is trained once for all of them."""
     draw_images(tmp_path, 22)
     shared, own = (
-        Job(RECIPES[each](), Store("store"), str(tmp_path), WorkerOptions()) for each in ("imagenet256_sftok_b", name)
+        StageJob(RECIPES[each](), Store("store"), str(tmp_path), WorkerOptions())
+        for each in ("imagenet256_sftok_b", name)
     )
     for stage in STAGES_TO_CODES:
         assert plan_of(stage, own, {}).digest == plan_of(stage, shared, {}).digest, stage.name
-    other = Job(RECIPES["imagenet256_sftok_l"](), Store("store"), str(tmp_path), WorkerOptions())
+    other = StageJob(RECIPES["imagenet256_sftok_l"](), Store("store"), str(tmp_path), WorkerOptions())
     assert plan_of(graph.WARM_UP, own, {}).digest != plan_of(graph.WARM_UP, other, {}).digest
     is_same = plan_of(graph.TRAIN_GENERATOR, own, {}).digest == plan_of(graph.TRAIN_GENERATOR, shared, {}).digest
     assert is_same == (name == "imagenet256_ar_b")

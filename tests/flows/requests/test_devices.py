@@ -15,7 +15,7 @@ from flows.requests import choose_device as devices
 from flows.requests.checks import check_request, compiles_steps
 from flows.requests.choose_device import choose_device
 from flows.runs.run_request import RunArguments
-from flows.stage import Job, plan_of
+from flows.stage import StageJob, plan_of
 from infra.compute.workers import WorkerOptions
 from infra.settings import Settings
 from infra.store.store import Store
@@ -86,7 +86,7 @@ def test_a_cluster_counts_the_gpus_that_it_grows_to(monkeypatch: pytest.MonkeyPa
 
 
 def digests(name: str, *overrides: str) -> dict[str, str]:
-    job = Job(load_recipe(name, overrides=overrides, seed=None), Store("nowhere"), "digits", WorkerOptions())
+    job = StageJob(load_recipe(name, overrides=overrides, seed=None), Store("nowhere"), "digits", WorkerOptions())
     # The images' listing decides prepare's; a report holds the whole recipe, and is written anew in a second.
     stages = [*(stage for stage in GRAPH.order(job.recipe) if stage.name not in ("prepare", "report")), ABLATION_ARM]
     return {stage.name: plan_of(stage, job, {}).digest for stage in stages}

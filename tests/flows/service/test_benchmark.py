@@ -13,7 +13,7 @@ from flows.recipes.schema import EvaluateConfig
 from flows.results.types import EvaluationReport
 from flows.runs.history import records
 from flows.runs.journal import RunRecord, StageFailedError, StageRecord
-from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, publish, ref_of
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of, publish, ref_of
 from infra.artifacts.shards import put
 from infra.store.store import Store
 from sftok.evaluation.results import Score
@@ -31,12 +31,14 @@ class Runs(NamedTuple):
 
     def add(self, number: int, *, psnr: float = 0.0, dataset: str = "a", **changes: Any) -> str:
         """A run whose PSNR at 4 steps is so much higher than measured."""
-        prepared = Plan(kind="images", version=1, config={"dataset": dataset})
+        prepared = ArtifactPlan(kind="images", version=1, config={"dataset": dataset})
         images = publish(
             self.store, prepared, files=[], counts={"accepted": 900}, metrics={}, seconds=1, content_digest=dataset * 32
         )
         report = with_psnr(self.report, psnr)
-        plan = Plan(kind="evaluation", version=2, config={"run": number}, inputs={"images": ref_of(self.store, images)})
+        plan = ArtifactPlan(
+            kind="evaluation", version=2, config={"run": number}, inputs={"images": ref_of(self.store, images)}
+        )
         folder = folder_of(self.store, plan.kind, plan.digest)
         files = [put(folder, "evaluation.json", report.model_dump_json().encode())]
         files += [put(folder, f"pictures/{name}", data) for name, data in self.images.items()]

@@ -28,9 +28,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+def serving(tmp_path: Path, give_database: Callable[[Path], Path]) -> Iterator[Callable[..., Serving]]:
     """Start one, or several after each other; what still runs at the end is stopped."""
     started: list[Serving] = []
+    give_database(tmp_path / "home")
 
     def start(*arguments: str, **environment: str) -> Serving:
         started.append(Serving(tmp_path, arguments=("--pipeline-cron", "off", *arguments), **environment))

@@ -11,23 +11,16 @@ from flows.cli.main import main
 from flows.pipeline import graph
 from flows.store.diff.diff import diff
 from flows.store.diff.tally import drift, frequencies
-from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, publish, ref_of
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of, publish, ref_of
 from infra.artifacts.shards import put, shard_name
 from infra.artifacts.verify import bucket_of
 from infra.codes.contract import NO_CLASS, CodeRows, CodesInfo, from_parquet, to_parquet
 from infra.store.store import Store
 from sftok.metrics.functional import code_counts, codebook_usage, entropy_bits, perplexity
+from tests.support.codes_info import codes_info
 from tests.support.small_dataset import Made, draw_images
 
-INFO = CodesInfo(
-    tokenizer="0" * 32,
-    codebook_size=50,
-    num_tokens=4,
-    image_size=8,
-    assignment="nearest",
-    precision="fp32",
-    class_names=None,
-)
+INFO = codes_info(50, 4, tokenizer="0" * 32, class_names=None)
 IMAGES = ArtifactRef(kind="images", digest="1" * 32, uri="/elsewhere", content_digest="c" * 32)
 
 Codes = dict[tuple[str, str], list[int]]
@@ -44,7 +37,7 @@ def dataset(
 ) -> ArtifactRef:
     """A code dataset in the buckets of its image ids."""
     inputs = {"images": images, "tokenizer": ArtifactRef(kind="tokenizer", digest=tokenizer * 32, uri="")}
-    plan = Plan(kind="codes", version=1, config={"shards": shards, "some": sorted(codes)[0][0]}, inputs=inputs)
+    plan = ArtifactPlan(kind="codes", version=1, config={"shards": shards, "some": sorted(codes)[0][0]}, inputs=inputs)
     folder, files = folder_of(store, plan.kind, plan.digest), []
     info = info.model_copy(update={"tokenizer": tokenizer * 32})
     for index in range(shards):

@@ -16,7 +16,7 @@ from flows.runs.journal import RunRecord, StageRecord
 from flows.store.garbage import kept_keys
 from flows.store.inventory import size_text
 from infra.artifacts.inventory import descendants, key_of_ref, manifests, pins, with_ancestors
-from infra.artifacts.manifest import ArtifactRef, Plan, folder_of, manifest_of, publish, verify
+from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of, manifest_of, publish, verify
 from infra.artifacts.shards import put
 from infra.store.store import Store
 from tests.support.small_dataset import Made, draw_images
@@ -257,7 +257,7 @@ def test_gc_leaves_what_is_kept(store_of_runs, capsys: pytest.CaptureFixture[str
 def test_gc_leaves_what_no_run_has_made(store_of_runs, capsys: pytest.CaptureFixture[str]) -> None:
     """Imported weights are in no run."""
     store, _ = store_of_runs
-    plan = Plan(kind="teacher", version=1, config={"imported": "x"})
+    plan = ArtifactPlan(kind="teacher", version=1, config={"imported": "x"})
     files = [put(folder_of(store, "teacher", plan.digest), "x", b"x")]
     publish(store, plan, files=files, counts={}, metrics={}, seconds=0)
     collect(capsys, store, "--keep-last", 1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.exc import InvalidCxxCompiler
 
-from generator.autoregressive import CodeSpace, Generator
+from generator.autoregressive import Generator
+from generator.code_space import CodeSpace
 from generator.config import SampleConfig
 from generator.kinds import prepare_sampler
 from generator.sampling.autoregressive import Sampler, advance_of, pick_of

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from generator.autoregressive import CodeSpace, Generator
+from generator.autoregressive import Generator
+from generator.code_space import CodeSpace
 from generator.config import SampleConfig
 from generator.sampling import prepared as fast_sample
 from generator.sampling.autoregressive import Sampler

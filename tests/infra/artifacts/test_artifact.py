@@ -7,16 +7,16 @@ import pytest
 from infra.artifacts import manifest, signing
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import find_artifact
-from infra.artifacts.manifest import MANIFEST, Plan, folder_of, publish
+from infra.artifacts.manifest import MANIFEST, ArtifactPlan, folder_of, publish
 from infra.artifacts.shards import put, shard_name, write_shard
 from infra.store.store import Store
 
 KEY = "a-key-of-more-than-16-characters"
-IMAGES = Plan(kind="images", version=1, config={"size": 32})
+IMAGES = ArtifactPlan(kind="images", version=1, config={"size": 32})
 ROWS = {shard_name("train", 0, 2): 3, shard_name("train", 1, 2): 4, shard_name("val", 0, 1): 2}
 
 
-def images_in(store: Store, plan: Plan = IMAGES) -> Artifact:
+def images_in(store: Store, plan: ArtifactPlan = IMAGES) -> Artifact:
     """Publish three shards of two splits, and a file that is not a shard."""
     folder = folder_of(store, plan.kind, plan.digest)
     files = [write_shard(folder, name, name.encode(), rows) for name, rows in ROWS.items()]
@@ -113,7 +113,7 @@ def test_shards_of_an_earlier_version_are_read_where_they_lie(store: Store) -> N
     first = images_in(store)
     name = shard_name("train", 0, 2)
     source = first.shards("train")[0].model_copy(update={"source": f"{IMAGES.prefix}/{name}"})
-    plan = Plan(kind="images", version=2, config={}, inputs={"images": first.ref})
+    plan = ArtifactPlan(kind="images", version=2, config={}, inputs={"images": first.ref})
     second = Artifact(store, publish(store, plan, files=[source], counts={}, metrics={}, seconds=1))
     assert second.keys("train") == first.keys("train")[:1]
     assert second.read(second.shards("train")[0]) == name.encode()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from infra.artifacts.made_on import begin_shards, decisive, made_on, record_device, shards_begun_on, summary
-from infra.artifacts.manifest import Plan, folder_of, publish
+from infra.artifacts.manifest import ArtifactPlan, folder_of, publish
 from infra.compute.device import IEEE, NumericsConfig, cpu_features, device_facts, device_kind, use_numerics
 from infra.store.store import Store
 
@@ -49,7 +49,7 @@ def test_names_and_versions_are_told_and_do_not_divide(out: Store) -> None:
 
 
 def test_a_training_may_change_its_device_and_the_manifest_says_so(tmp_path) -> None:
-    store, plan = Store(tmp_path), Plan(kind="tokenizer", version=1, config={})
+    store, plan = Store(tmp_path), ArtifactPlan(kind="tokenizer", version=1, config={})
     folder = folder_of(store, plan.kind, plan.digest)
     record_device(folder, CPU)
     record_device(folder, H200)
@@ -57,7 +57,7 @@ def test_a_training_may_change_its_device_and_the_manifest_says_so(tmp_path) -> 
     manifest = publish(store, plan, files=[], counts={}, metrics={}, seconds=0.0)
     assert sorted(facts["kind"] for facts in manifest.made_on) == ["cpu avx2", "cuda sm90"]
     assert "made_on" not in publish(
-        store, Plan(kind="images", version=1, config={}), files=[], counts={}, metrics={}, seconds=0.0
+        store, ArtifactPlan(kind="images", version=1, config={}), files=[], counts={}, metrics={}, seconds=0.0
     ).model_dump(mode="json")
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from infra import provenance
+from infra.artifacts import made_with
 from infra.artifacts.lineage import lineage, resolve
 from infra.artifacts.manifest import (
     MANIFEST,
+    ArtifactPlan,
     ArtifactRef,
     Manifest,
-    Plan,
     _check_files,
     find,
     folder_of,
@@ -24,12 +24,13 @@ from infra.artifacts.manifest import (
     verify,
 )
 from infra.artifacts.shards import FileEntry, put, shard_entry, write_shard
+from infra.redaction import redact
 from infra.store.store import Store
 
-PLAN = Plan(kind="images", version=1, config={"size": 32, "strength": 0.5})
+PLAN = ArtifactPlan(kind="images", version=1, config={"size": 32, "strength": 0.5})
 
 
-def made(store: Store, plan: Plan = PLAN, data: bytes = b"data", content: str | None = None) -> Manifest:
+def made(store: Store, plan: ArtifactPlan = PLAN, data: bytes = b"data", content: str | None = None) -> Manifest:
     entry = put(folder_of(store, plan.kind, plan.digest), "data.bin", data, rows=3)
     return publish(store, plan, files=[entry], counts={"n": 1}, metrics={"m": 0.5}, seconds=1, content_digest=content)
 
@@ -40,7 +41,7 @@ def ref(digit: str, content: str | None = None, uri: str = "/a") -> ArtifactRef:
 
 class TestDigest:
     def test_is_the_same_on_every_machine_and_in_every_version(self) -> None:
-        plan = Plan(kind="codes", version=2, config={"b": [1, 0.5, None], "a": "é"}, inputs={"x": ref("a")})
+        plan = ArtifactPlan(kind="codes", version=2, config={"b": [1, 0.5, None], "a": "é"}, inputs={"x": ref("a")})
         assert plan.digest == GOLDEN
         assert plan.prefix == f"artifacts/codes/{GOLDEN}"
 
@@ -57,14 +58,14 @@ class TestDigest:
         assert len({plan.digest for plan in plans}) == len(plans)
 
     def test_does_not_change_with_places_and_order(self) -> None:
-        here = Plan(kind="codes", version=1, config={"a": 1, "b": 2}, inputs={"x": ref("a"), "y": ref("b")})
-        there = Plan(
+        here = ArtifactPlan(kind="codes", version=1, config={"a": 1, "b": 2}, inputs={"x": ref("a"), "y": ref("b")})
+        there = ArtifactPlan(
             kind="codes", version=1, config={"b": 2, "a": 1}, inputs={"y": ref("b"), "x": ref("a", uri="s3://other")}
         )
         assert here.digest == there.digest
 
     def test_of_what_is_made_of_outside_data_follows_its_content(self) -> None:
-        plans = [Plan(kind="codes", version=1, config={}, inputs={"x": ref(d, content="c")}) for d in "ab"]
+        plans = [ArtifactPlan(kind="codes", version=1, config={}, inputs={"x": ref(d, content="c")}) for d in "ab"]
         assert plans[0].digest == plans[1].digest
 
 
@@ -223,7 +224,7 @@ class TestReferences:
     def test_leave_manifests_without_them_as_they_were(self, store: Store, entry: FileEntry) -> None:
         made(store)
         text = folder_of(store, "images", PLAN.digest).read(MANIFEST)
-        assert b"source" not in text
+        assert b'"source"' not in text
         old = FileEntry.model_validate_json('{"path": "a", "size": 1, "sha256": "%s", "rows": null}' % ("0" * 64))
         assert old == FileEntry(path="a", size=1, sha256="0" * 64)
         assert old.as_json() == {"path": "a", "size": 1, "sha256": "0" * 64, "rows": None}
@@ -255,7 +256,9 @@ class TestResolve:
                 resolve(store, text)
 
     def test_ambiguous_lists_candidates(self, store: Store) -> None:
-        plans = [Plan(kind="images", version=1, config={"n": n}) for n in range(17)]  # some two share a first digit
+        plans = [
+            ArtifactPlan(kind="images", version=1, config={"n": n}) for n in range(17)
+        ]  # some two share a first digit
         for plan in plans:
             made(store, plan)
         first = [plan.digest[0] for plan in plans]
@@ -274,8 +277,8 @@ class TestLineage:
     def test_goes_back_to_the_sources_and_says_what_is_gone(self, store: Store) -> None:
         images = made(store)
         inputs = {"images": ref_of(store, images), "teacher": ref("f")}
-        codes = made(store, Plan(kind="codes", version=1, config={}, inputs=inputs))
-        last = made(store, Plan(kind="report", version=1, config={}, inputs={"codes": ref_of(store, codes)}))
+        codes = made(store, ArtifactPlan(kind="codes", version=1, config={}, inputs=inputs))
+        last = made(store, ArtifactPlan(kind="report", version=1, config={}, inputs={"codes": ref_of(store, codes)}))
         tree = lineage(store, last)
         assert tree.manifest == last
         assert tree.inputs["codes"].inputs["images"].manifest == images
@@ -284,7 +287,7 @@ class TestLineage:
 
     def test_follows_a_store_that_was_moved(self, store: Store, tmp_path: Path) -> None:
         images = made(store)
-        codes = made(store, Plan(kind="codes", version=1, config={}, inputs={"images": ref_of(store, images)}))
+        codes = made(store, ArtifactPlan(kind="codes", version=1, config={}, inputs={"images": ref_of(store, images)}))
         moved = tmp_path / "moved"
         store.path.rename(moved)
         found = lineage(Store(moved), codes).inputs["images"].manifest
@@ -329,36 +332,36 @@ class TestProvenance:
         ],
     )
     def test_secrets_of_the_command_line_are_hidden(self, argument: str, kept: str) -> None:
-        line = provenance.redact(["/home/me/bin/sftok", "run", argument])
+        line = redact(["/home/me/bin/sftok", "run", argument])
         assert line.replace("'", "") == f"sftok run {kept}"
 
     def test_a_secret_after_its_option_is_hidden(self) -> None:
-        line = provenance.redact(["sftok", "--token", "abc", "--seed", "1", "--key", "--json"])
+        line = redact(["sftok", "--token", "abc", "--seed", "1", "--key", "--json"])
         assert line == "sftok --token '***' --seed 1 --key --json"
 
     def test_revision_is_the_source_s_and_not_the_user_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source = tmp_path / "clone"
-        file = source / "infra" / "provenance.py"
+        file = source / "infra" / "artifacts" / "made_with.py"
         file.parent.mkdir(parents=True)
         file.write_text("")
-        monkeypatch.setattr(provenance, "__file__", str(file))
+        monkeypatch.setattr(made_with, "__file__", str(file))
         git(source, "init", "-q")
-        provenance.git_revision.cache_clear()
-        assert provenance.git_revision() is None  # inside a repository that does not track it
+        made_with.git_revision.cache_clear()
+        assert made_with.git_revision() is None  # inside a repository that does not track it
 
         git(source, "add", ".")
         git(source, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("GIT_DIR", "/nowhere")
-        provenance.git_revision.cache_clear()
-        revision = provenance.git_revision()
+        made_with.git_revision.cache_clear()
+        revision = made_with.git_revision()
         assert revision is not None
         assert re.fullmatch("[0-9a-f]{40}", revision)
 
         file.write_text("changed")
-        provenance.git_revision.cache_clear()
-        assert provenance.git_revision() == f"{revision}-dirty"
-        provenance.git_revision.cache_clear()
+        made_with.git_revision.cache_clear()
+        assert made_with.git_revision() == f"{revision}-dirty"
+        made_with.git_revision.cache_clear()
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -367,7 +370,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 def test_importing_the_ground_floor_is_cheap() -> None:
     heavy = ("torch", "ray", "s3fs", "botocore", "numpy", "pyarrow", "prefect")
-    modules = ("store.store", "artifacts.manifest", "training.checkpoint", "compute.workers", "settings", "provenance")
+    modules = ("store.store", "artifacts.manifest", "training.checkpoint", "compute.workers", "settings", "machine")
     imports = ", ".join(f"infra.{module}" for module in modules)
     script = f"import sys, {imports}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

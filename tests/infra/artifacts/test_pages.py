@@ -8,8 +8,8 @@ import pytest
 
 from infra.artifacts import pages
 from infra.artifacts.manifest import (
+    ArtifactPlan,
     Manifest,
-    Plan,
     files_of,
     find,
     folder_of,
@@ -24,7 +24,7 @@ from infra.artifacts.shards import SHARD, SPREAD_FROM, FileEntry, put, shard_nam
 from infra.artifacts.verify import read_manifest
 from infra.store.store import Store
 
-PLAN = Plan(kind="images", version=1, config={})
+PLAN = ArtifactPlan(kind="images", version=1, config={})
 
 
 def entries(count: int, total: int | None = None) -> list[FileEntry]:

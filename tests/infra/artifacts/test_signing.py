@@ -5,12 +5,12 @@ import json
 import pytest
 
 from infra.artifacts import signing
-from infra.artifacts.manifest import Manifest, Plan, find, folder_of, manifest_of, publish, ref_of
+from infra.artifacts.manifest import ArtifactPlan, Manifest, find, folder_of, manifest_of, publish, ref_of
 from infra.artifacts.shards import put
 from infra.artifacts.verify import read_manifest
 from infra.store.store import Store
 
-PLAN = Plan(kind="images", version=1, config={})
+PLAN = ArtifactPlan(kind="images", version=1, config={})
 KEY = "a-key-of-more-than-16-characters"
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infra.artifacts.manifest import Plan, folder_of, publish
+from infra.artifacts.manifest import ArtifactPlan, folder_of, publish
 from infra.artifacts.shards import FileEntry, put, shard_name, write_shard
 from infra.artifacts.verify import (
     DuplicateIndex,
@@ -26,7 +26,7 @@ from infra.artifacts.verify import (
 )
 from infra.store.store import Store
 
-PLAN = Plan(kind="things", version=1, config={})
+PLAN = ArtifactPlan(kind="things", version=1, config={})
 
 
 def test_a_large_file_is_hashed_in_little_memory(store: Store) -> None:
@@ -91,7 +91,7 @@ def test_buckets_are_the_published_rule() -> None:
 
 def test_artifacts_are_found_as_people_name_them(store: Store) -> None:
     for number in range(3):
-        plan = Plan(kind="things", version=1, config={"number": number})
+        plan = ArtifactPlan(kind="things", version=1, config={"number": number})
         publish(store, plan, files=[], counts={}, metrics={}, seconds=0)
     digest = PLAN.model_copy(update={"config": {"number": 1}}).digest
     for text in (digest, digest[:9], f"things/{digest[:9]}", f"{store.uri}/artifacts/things/{digest}/manifest.json"):

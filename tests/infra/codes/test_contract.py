@@ -23,17 +23,10 @@ from infra.artifacts.manifest import folder_of, manifest_of
 from infra.codes.contract import CodeRows, CodesInfo, from_parquet, load_codes, load_info, read_codes, to_parquet
 from infra.store.store import Store
 from tests.support import ROOT
+from tests.support.codes_info import codes_info
 from tests.support.small_dataset import Made, draw_images
 
-INFO = CodesInfo(
-    tokenizer="0123abcd",
-    codebook_size=300,
-    num_tokens=5,
-    image_size=32,
-    assignment="nearest",
-    precision="fp32",
-    class_names=("kōala", 'a "b"\n', "c"),
-)
+INFO = codes_info(300, 5, tokenizer="0123abcd", image_size=32, class_names=("kōala", 'a "b"\n', "c"))
 
 
 def rows_of(count: int, info: CodesInfo = INFO, seed: int = 0) -> CodeRows:

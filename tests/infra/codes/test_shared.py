@@ -10,20 +10,13 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from infra.codes import shared
-from infra.codes.contract import CodeArrays, CodeRows, CodesInfo, load_codes, to_parquet
+from infra.codes.contract import CodeArrays, CodeRows, load_codes, to_parquet
 from infra.codes.shared import share_codes
 from infra.compute.ranks import ALONE, Ranks, process_group
 from infra.store.store import Store
+from tests.support.codes_info import codes_info
 
-INFO = CodesInfo(
-    tokenizer="t",
-    codebook_size=8192,
-    num_tokens=64,
-    image_size=256,
-    assignment="nearest",
-    precision="fp32",
-    class_names=("a", "b"),
-)
+INFO = codes_info(8192, 64, image_size=256)
 ROWS, RANKS = 20_000, 2
 NAMES = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
 

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.compute.cluster import session
+from infra.compute.cluster import log_errors_of_ray_threads, session
 from infra.compute.workers import WorkerOptions, map_shards
 from infra.errors import TransientError
 from infra.store.store import Store
@@ -30,8 +29,14 @@ MARK = "SFTOK_TEST_MARK"
 
 @pytest.fixture(scope="module")
 def ray_session(s3_server: S3Server) -> Iterator[None]:
-    """One cluster for all tests here, since starting one takes seconds; its processes know the S3 server."""
+    """One cluster for all tests here, since starting one takes seconds; its processes know the S3 server.
+
+    It has two declared GPUs, which need not exist.
+    """
+    import ray
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "init", partial(ray.init, num_gpus=2))
         for name, value in s3_server.environment.items():
             patch.setenv(name, value)
         with session(num_cpus=2):
@@ -93,6 +98,16 @@ def make_storing(store: Store) -> Callable[[str], str]:
     return work
 
 
+def make_which_gpus(folder: str) -> Callable[[int], tuple[int, str]]:
+    def work(workers: int) -> tuple[int, str]:
+        """Return the GPUs that Ray gave this process, once as many processes as there are workers have begun."""
+        Path(folder, str(os.getpid())).touch()
+        _wait_for(lambda: len(os.listdir(folder)) == workers)
+        return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+    return work
+
+
 class TestInProcess:
     def test_needs_no_ray(self) -> None:
         script = (
@@ -139,6 +154,19 @@ def test_a_cluster_that_does_not_answer_is_named_at_once() -> None:
     ):
         map_shards(make_square, [1], options=TWO)
     assert time.monotonic() - start < 10
+
+
+def test_errors_of_rays_own_threads_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Ctrl-C stops a cluster whose driver still subscribes to messages; others are reported as before."""
+    raised: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda error: raised.append(error.thread.name))
+    for _ in range(2):
+        log_errors_of_ray_threads()
+    for name in ("ray_listen_error_messages", "another"):
+        thread = threading.Thread(target=make_impossible, name=name)
+        thread.start()
+        thread.join()
+    assert raised == ["another"]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -199,6 +227,15 @@ class TestActors:
             thread.start()
             thread.join()
         assert results == [[4], [4]]
+
+    @pytest.mark.parametrize("a_gpu", [1, pytest.param(2, marks=pytest.mark.slow)])
+    def test_workers_are_placed_on_gpus(self, a_gpu: int, tmp_path: Path) -> None:
+        """Workers fill the GPUs, and each sees only its own."""
+        workers, share = 2 * a_gpu, 1 / a_gpu
+        options = WorkerOptions(workers=workers, cpus_per_worker=share, gpus_per_worker=share)
+        places = map_shards(partial(make_which_gpus, str(tmp_path)), [workers] * workers, options=options)
+        assert len(dict(places)) == workers
+        assert sorted(gpu for _, gpu in places) == sorted(["0", "1"] * a_gpu)
 
     @pytest.mark.s3
     def test_workers_reach_the_s3_store(self, s3_store: Store) -> None:
@@ -304,36 +341,3 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
-
-
-class WhichGpus:
-    """Worker that returns the GPUs that Ray gave its process."""
-
-    def __call__(self, seconds: float) -> tuple[int, str]:
-        time.sleep(seconds)
-        return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-
-
-PLACED = """
-import json, sys
-import ray
-from infra.compute.workers import WorkerOptions, map_shards
-from tests.infra.compute.test_workers import WhichGpus
-
-ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-options = WorkerOptions(workers=int(sys.argv[1]), gpus_per_worker=float(sys.argv[2]))
-print(json.dumps(map_shards(WhichGpus, [0.3] * 24, options=options)))  # each long enough for every worker to start
-ray.shutdown()
-"""
-
-
-@pytest.mark.parametrize(("workers", "gpus", "a_gpu"), [(2, 1.0, 1), pytest.param(4, 0.5, 2, marks=pytest.mark.slow)])
-def test_workers_are_placed_on_gpus(workers: int, gpus: float, a_gpu: int) -> None:
-    """Uses declared GPUs, which need not exist: workers fill the GPUs, and each sees only its own."""
-    command = [sys.executable, "-c", PLACED, str(workers), str(gpus)]  # a process of its own: a cluster of its own
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    places = dict(json.loads(done.stdout))
-    assert len(places) == workers
-    assert sorted(places.values()) == sorted(["0", "1"] * a_gpu)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from botocore.session import Session
 
-from infra.artifacts.manifest import Plan, find, folder_of, publish
+from infra.artifacts.manifest import ArtifactPlan, find, folder_of, publish
 from infra.artifacts.shards import put
 from infra.store.store import Store
 from infra.training.checkpoint import CHECKPOINTS
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.s3
 POLICIES = ROOT / "infra" / "deploy" / "s3"
 UNKNOWN = {"s3:ListBucketMultipartUploads", "s3:ListMultipartUploadParts"}
 STORE = "s3://artifacts/sftok"
-PLAN = Plan(kind="images", version=1, config={"x": 1})
+PLAN = ArtifactPlan(kind="images", version=1, config={"x": 1})
 
 
 @pytest.fixture(scope="module")

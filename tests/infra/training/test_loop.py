@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from infra.store.store import Store
 from infra.training.best import BestWeights
 from infra.training.config import LoopConfig, OptimizerConfig, TrainingConfig
-from infra.training.faults import SKIPPED_IN_A_ROW
 from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import TrainingRun, Validation, autocast, over_micro_batches, picture_grid, train_loop
+from infra.training.non_finite import SKIPPED_IN_A_ROW
 from infra.training.schedule import learning_rate
 
 OPTIMIZER = OptimizerConfig(lr=0.1, end_lr=0.01, warmup_steps=4, ema_decay=0.5)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from infra.artifacts.manifest import Manifest, Plan, folder_of, key_of, publish, ref_of, verify
+from infra.artifacts.manifest import ArtifactPlan, Manifest, folder_of, key_of, publish, ref_of, verify
 from infra.artifacts.reuse import Reuse
 from infra.artifacts.shards import FileEntry
 from infra.codes.contract import CodeRows, CodesInfo, read_codes, to_parquet
@@ -43,7 +43,7 @@ from tests.support.tiny_tokenizer import SIZE, TOKENIZER, tokenizer
 DATA = DataConfig(image_size=SIZE, val_fraction=0.2, num_shards=6, num_val_shards=2)
 AUGMENT = AugmentConfig(crop="center", flip=True, rotate=10)
 VARIANTS = {"train": ("center", "affine-1"), "val": ("center",)}
-IMAGES = Plan(kind="images", version=1, config={})
+IMAGES = ArtifactPlan(kind="images", version=1, config={})
 HERE, ONE, TWO = (WorkerOptions(workers=workers) for workers in (0, 1, 2))
 FIRST = "train-00000-of-00006.parquet"
 
@@ -66,8 +66,8 @@ def prepared(store: Store, data: Path, version: int = 1) -> Manifest:
     )
 
 
-def plan_of(images: Manifest, store: Store) -> Plan:
-    return Plan(kind="codes", version=1, config={}, inputs={"images": ref_of(store, images)})
+def plan_of(images: Manifest, store: Store) -> ArtifactPlan:
+    return ArtifactPlan(kind="codes", version=1, config={}, inputs={"images": ref_of(store, images)})
 
 
 def job_of(store: Store, images: Manifest, *, micro_batch: int = 4, **changes: object) -> EncodeJob:
@@ -170,10 +170,11 @@ def assert_whole(store: Store, images: Manifest, made: EncodeResult) -> None:
 
 
 @pytest.mark.usefixtures("ray")
-@pytest.mark.parametrize("options", [HERE, ONE, TWO], ids=["0", "1", "2"])
-def test_the_bytes_are_those_of_a_plain_loop_for_any_number_of_workers(copied, reference, options) -> None:
+@pytest.mark.parametrize(("options", "decoders"), [(HERE, None), (ONE, None), (TWO, None), (HERE, 2), (ONE, 2)])
+def test_the_bytes_are_those_of_a_plain_loop_for_any_number_of_processes(copied, reference, options, decoders) -> None:
     store, images = copied()
-    made = encode(job_of(store, images), images, options=options)
+    job = EncodeJob(**{**vars(job_of(store, images)), "decoders": decoders})
+    made = encode(job, images, options=options)
     assert hashes(made.files) == reference
     assert made.counts == {"shards": 8, "reused": 0, "rows": rows_of(images), "failed": 0}
     assert_whole(store, images, made)
@@ -270,26 +271,22 @@ print(sorted(hashes(made.files).items()), made.counts)
 
 def test_two_processes_at_once_do_not_harm_each_other(copied, reference, tmp_path) -> None:
     store, images = copied()
-    places = [tmp_path / name for name in ("one", "other")]
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable, "-c", ENCODE, store.uri, f"artifacts/images/{images.digest}/manifest.json",
-                str(mine), str(theirs),
-            ],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for mine, theirs in (places, places[::-1])
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert outputs[0] == outputs[1]
-    assert str(sorted(reference.items())) in outputs[0]
-    made = encode(job_of(store, images), images, options=HERE)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    manifest = f"artifacts/images/{images.digest}/manifest.json"
+    command = [sys.executable, "-c", ENCODE, store.uri, manifest, str(theirs), str(ours)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while not theirs.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        ours.touch()
+        made = encode(job_of(store, images), images, options=HERE)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
     assert hashes(made.files) == reference
-    assert_whole(store, images, made)
+    assert out == f"{sorted(reference.items())} {made.counts}\n"
+    again = encode(job_of(store, images), images, options=HERE)
+    assert hashes(again.files) == reference
+    assert_whole(store, images, again)
 
 
 # --- images that fail ------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from flows.make import make, run_stage
 from flows.pipeline import graph
 from flows.recipes.schema import EncodeConfig
 from flows.requests.encode import encode_request
-from flows.stage import Job, Work
-from infra.artifacts.manifest import Manifest, Plan, folder_of, key_of, publish, verify
+from flows.stage import StageJob, Work
+from infra.artifacts.manifest import ArtifactPlan, Manifest, folder_of, key_of, publish, verify
 from infra.codes.contract import read_codes
 from infra.compute.cluster import session
 from infra.progress import silent
@@ -56,7 +56,7 @@ class EncodedStore(NamedTuple):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> EncodedStore:
     home = tmp_path_factory.mktemp("prepared")
-    store, plan = Store(home / "store"), Plan(kind="images", version=1, config={})
+    store, plan = Store(home / "store"), ArtifactPlan(kind="images", version=1, config={})
     data = list_source(str(draw(home / "data", range(60))))
     done = prepare(data, MANY, out=folder_of(store, plan.kind, plan.digest))
     images = publish(
@@ -175,7 +175,7 @@ def test_faults_of_every_kind_change_nothing(cloud, prepared, seeds) -> None:
     for seed in seeds:
         cloud.lead_to(cloud.instance.server.endpoint)
         store = cloud.copy(prepared, f"faults-{seed}")
-        proxy = FaultProxy(cloud.instance.server.endpoint, seed=seed, rate=0.05)
+        proxy = FaultProxy(cloud.instance.server.endpoint, seed=seed, rate=0.05, stall=(0.2, 0.5))
         with running_proxy(proxy) as endpoint:
             cloud.lead_to(endpoint)
             began = time.monotonic()
@@ -304,7 +304,7 @@ def test_a_full_disk_ends_in_one_line_and_the_rest_follows(prepared, tmp_path) -
     """On a real file system of 2 MB, which is gone with the process that sees it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    plan = Plan(kind="images", version=1, config={})
+    plan = ArtifactPlan(kind="images", version=1, config={})
     manifest = prepared.store.path / "artifacts/images" / plan.digest / "manifest.json"
     shell = 'mount -t tmpfs -o size=2m tmpfs "$1" && cp -r "$2" "$1/store" && exec "$3" -c "$4" "$1" "$5"'
     shown = [str(disk), str(prepared.store.path), sys.executable, FULL, str(manifest)]
@@ -351,13 +351,13 @@ class Cli:
         for override in OVERRIDES:
             self.command += ["--set", override]
 
-    def job(self, data: str) -> Job:
+    def job(self, data: str) -> StageJob:
         """What the command would do, for doing it here."""
         views = EncodeConfig(variants=VIEWS, micro_batch=4)
         request = encode_request(
             views, tokenizer=self.tokenizer, data=data, store=self.store.uri, overrides=list(OVERRIDES)
         )
-        return Job(request.recipe, self.store, data, HERE)
+        return StageJob(request.recipe, self.store, data, HERE)
 
     def _prepared(self, data: str) -> str:
         return str(make(graph.PREPARE, self.job(data), {})[0])

@@ -1,4 +1,4 @@
-"""Seeded random kills of encoding workers, each while a shard is open: the undisturbed run's bytes, no row lost."""
+"""Kills of encoding workers, while a shard is open or before a group is marked: the undisturbed run's bytes."""
 
 import functools
 import os
@@ -14,6 +14,7 @@ from infra.artifacts.shards import FileEntry
 from infra.compute.workers import map_shards
 from infra.store.store import Store
 from sftok.coding.encode import CodeShard, EncodeJob, ShardEncoder, encode
+from sftok.coding.groups import GroupEncoder
 from tests.sftok.coding.test_encode import (
     HERE,
     TWO,
@@ -26,6 +27,7 @@ from tests.sftok.coding.test_encode import (
     reference,
     rows_of,
 )
+from tests.sftok.coding.test_groups import SIZE, assert_groups
 
 __all__ = ["copied", "home", "ray", "reference"]  # fixtures
 
@@ -108,3 +110,35 @@ def test_random_kills_lose_nothing(kills, rounds, copied, reference, tmp_path, r
     record_property("kills survived", survived)
     print(f"kills survived: {survived}, rows lost: {lost}")  # noqa: T201
     assert lost == 0
+
+
+class DyingEncoder(GroupEncoder):
+    """Dies by kill -9 before a group is marked, once for each group."""
+
+    def __init__(self, job: EncodeJob, folder: str) -> None:
+        super().__init__(job)
+        self.folder = Path(folder)
+        Store.create = self._create(Store.create)  # type: ignore[method-assign]
+
+    def _create(self, create):  # type: ignore[no-untyped-def]
+        def dying(store: Store, key: str, data: bytes) -> bool:
+            mark = self.folder / key.replace("/", "-")
+            if key.startswith("groups/") and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return create(store, key, data)
+
+        return dying
+
+
+@pytest.mark.usefixtures("ray")
+def test_kill_9_before_a_group_is_marked_changes_nothing(copied, reference, tmp_path, monkeypatch) -> None:
+    store, images = copied()
+    (tmp_path / "deaths").mkdir()
+    dying = functools.partial(DyingEncoder, folder=str(tmp_path / "deaths"))
+    monkeypatch.setattr("sftok.coding.encode.GroupEncoder", dying)
+    made = encode(job_of(store, images), images, options=TWO, group=SIZE)
+    assert len(list((tmp_path / "deaths").iterdir())) == 3
+    assert_groups(store, images, made, reference)
+    monkeypatch.undo()
+    assert encode(job_of(store, images), images, options=HERE, group=SIZE) == made

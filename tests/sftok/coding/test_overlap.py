@@ -11,7 +11,6 @@ from torch import Tensor
 
 from infra.artifacts.manifest import Manifest
 from infra.artifacts.shards import FileEntry, write_shard
-from infra.compute.workers import WorkerOptions
 from infra.errors import TransientError
 from infra.store.store import Store
 from sftok.coding.encode import EncodeJob, encode
@@ -20,7 +19,7 @@ from sftok.coding.transfer import DeviceTransfer
 from sftok.config import AugmentConfig
 from sftok.images.dataset import ImageRows, variant_images
 from sftok.images.preprocess import augment, to_float, uniforms
-from tests.sftok.coding.test_encode import HERE, ONE, copied, hashes, home, job_of, ray, reference  # noqa: F401
+from tests.sftok.coding.test_encode import HERE, copied, hashes, home, job_of, reference  # noqa: F401
 
 MOVING = AugmentConfig(crop="center", flip=True, rotate=15, shift=0.1, zoom=0.1)
 
@@ -31,14 +30,6 @@ def shards_of(images: Manifest) -> list[FileEntry]:
 
 def changed(job: EncodeJob, **changes: object) -> EncodeJob:
     return EncodeJob(**{**vars(job), **changes})
-
-
-@pytest.mark.usefixtures("ray")
-@pytest.mark.parametrize("options", [HERE, ONE], ids=["0", "1"])
-def test_processes_that_decode_change_no_byte(copied, reference, options: WorkerOptions) -> None:  # noqa: F811
-    store, images = copied()
-    job = changed(job_of(store, images), decoders=2)
-    assert hashes(encode(job, images, options=options).files) == reference
 
 
 def test_a_process_that_decodes_and_dies_is_trouble_that_passes(copied, reference) -> None:  # noqa: F811

@@ -11,8 +11,6 @@ from sftok.metrics.random_features import RandomFeatures
 from sftok.model.teacher import Teacher
 from tests.support.tiny_tokenizer import SIZE, TEACHER, images, tokenizer
 
-B, P, V = 3, 16, 32
-
 
 def teacher() -> Teacher:
     torch.manual_seed(3)

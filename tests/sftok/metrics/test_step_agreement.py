@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sftok.metrics.step_agreement import StepAgreement, decode_logits, kl_of_truth
-from sftok.model.decoder import decode_steps
+from sftok.model.iterative_decoding import decode_steps
 from tests.support.tiny_tokenizer import tokenizer
 
 B, P, V = 3, 16, 32

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from sftok.model.decoder import decode_steps, random_mask
+from sftok.model.decoder import random_mask
+from sftok.model.iterative_decoding import decode_steps
 from tests.support.tiny_tokenizer import tokenizer
 
 MASK, POSITIONS, CODES = 32, 16, 32

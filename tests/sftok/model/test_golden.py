@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sftok.model.decoder import decode_steps
+from sftok.model.iterative_decoding import decode_steps
 from sftok.model.quantizer import SINKHORN_SHARPNESS, sinkhorn
 from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok

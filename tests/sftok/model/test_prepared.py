@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infra.codes.contract import CodesInfo
 from infra.compute import packed
 from infra.compute.packed import PackedLinear, can_pack
 from infra.store.store import Store
@@ -29,6 +28,7 @@ from sftok.model.teacher import Teacher
 from sftok.model.tokenizer import SFTok
 from sftok.model.transformer import Transformer, attend, initialise
 from sftok.weights.artifacts import save_tokenizer
+from tests.support.codes_info import codes_info
 from tests.support.tiny_tokenizer import SIZE, TEACHER, TOKENIZER, tokenizer
 
 WIDE = TransformerConfig(width=96, layers=3, heads=3, init_std=0.1)
@@ -233,15 +233,7 @@ def test_codes_need_an_id_each() -> None:
 
 def test_a_job_names_its_precision(store: Store) -> None:
     save_tokenizer(model(), store)
-    info = CodesInfo(
-        tokenizer="t",
-        codebook_size=4096,
-        num_tokens=8,
-        image_size=SIZE,
-        assignment="nearest",
-        precision="fp8",
-        class_names=None,
-    )
+    info = codes_info(4096, 8, image_size=SIZE, precision="fp8", class_names=None)
     job = EncodeJob(store, store, store, info, {"train": ("center",)}, AugmentConfig(), 8)
     assert pickle.loads(pickle.dumps(job)) == job
     with pytest.raises(ValueError, match="precision = 'fp8'"):

@@ -15,7 +15,8 @@ import pytest
 
 from infra.store.store import Store
 from sftok.prepare.prepare import prepare
-from sftok.sources.rules import HIDDEN_FILE, HIDDEN_FOLDER, STRAY_FILE, SYSTEM_FOLDER, distinct
+from sftok.sources.class_names import distinct
+from sftok.sources.rules import HIDDEN_FILE, HIDDEN_FOLDER, STRAY_FILE, SYSTEM_FOLDER
 from sftok.sources.sources import list_source
 from tests.support.image_sources import CONFIG, hf_schema, image_bytes, reasons, rows_of, tar_bytes, upload, write_files
 
@@ -166,6 +167,17 @@ def test_each_kind_follows_each_rule(rule, kind, place, tmp_path, store, request
     assert prepared.counts["found"] == len(expected.rows) + len(expected.rejected)
     assert sum("Unicode" in told for told in (*source.remarks, *caplog.messages)) == expected.remarks
     assert not rule.others or prepared.content_digest == plain.content_digest, "what is not read changes nothing"
+
+
+@pytest.mark.parametrize("place", ["disk", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_names_of_one_split_are_refused(kind, place, tmp_path, request):
+    root = tmp_path / "data"
+    name = build(kind, root, Rule("two names", [*four(), "validation/cat/5.png"], FOUR))
+    if place == "s3":
+        request.getfixturevalue("s3_env")
+    with pytest.raises(ValueError, match="named val and validation, which are one split: merge or rename them"):
+        list_source(f"{upload(root) if place == 's3' else root}{name}", CONFIG)
 
 
 def classes_of(store: Store) -> tuple[str, ...]:

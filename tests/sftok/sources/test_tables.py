@@ -221,7 +221,7 @@ def test_csv_with_names_splits_and_odd_paths(tmp_path, store):
         "img/0.png,cat,train",
         "img/folder,cat,train",
         ",cat,train",
-        "nowhere/1.png,cat,val",
+        "nowhere/1.png,cat,validation",
     ]
     lines += ["img/1.png,cat,test"]
     (root / "index.csv").write_text("path,label,split\n" + "\n".join(lines) + "\n")

@@ -110,7 +110,7 @@ def test_a_stage_learns_its_one_batch(stage: Stage, store: Store) -> None:
 
 
 def test_warming_up_overfits_one_batch_to_the_last_code(store: Store) -> None:
-    config = AlignmentStageConfig(training=training(400, log_every=50), replacement="none", quantizer_weight=0.1)
+    config = AlignmentStageConfig(training=training(250, log_every=50), replacement="none", quantizer_weight=0.1)
     train_alignment(
         images(), config, teacher=teacher(), start=TOKENIZER, image_size=SIZE, run=TrainingRun(store, seed=0)
     )
@@ -129,17 +129,16 @@ def test_alignment_overfits_one_batch_to_the_last_code(store: Store) -> None:
 
 def test_pixels_overfit_one_batch(store: Store) -> None:
     """The teacher, then fine-tuning of a tokenizer that knows the teacher's codes: above 30 dB, both."""
-    pixels = training(500, log_every=100)
-    config = TeacherStageConfig(model=TEACHER, training=pixels, restart_every=10, **PLAIN)
+    config = TeacherStageConfig(model=TEACHER, training=training(350, log_every=100), restart_every=10, **PLAIN)
     taught = train_teacher(images(), config, run=TrainingRun(store.at("t"), seed=0), weights=no_weights)
     assert taught.metrics["val_psnr"] > 30
     model = load_teacher(store.at("t"))
-    warm = AlignmentStageConfig(training=training(300, log_every=100), replacement="none", quantizer_weight=0.1)
+    warm = AlignmentStageConfig(training=training(150, log_every=100), replacement="none", quantizer_weight=0.1)
     run = TrainingRun(store.at("w"), seed=0)
     train_alignment(images(), warm, teacher=model, start=TOKENIZER, image_size=SIZE, run=run)
     tuned = train_fine_tune(
         images(),
-        FineTuneStageConfig(training=pixels, assignment="nearest", **PLAIN),
+        FineTuneStageConfig(training=training(250, log_every=100), assignment="nearest", **PLAIN),
         teacher=model,
         start=load_tokenizer(store.at("w")),
         run=TrainingRun(store.at("f"), seed=0),
