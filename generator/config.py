@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveI
 
 from infra.compute.device import default_precision
 from infra.config import RUNTIME, Config
-from infra.training.config import TrainingConfig
+from infra.training.config import Parallel, TrainingConfig
 
 SamplePrecision = Literal["fp32", "bf16"]
 GuidanceSchedule = Literal["constant", "linear", "power_cosine"]
@@ -138,6 +138,11 @@ class GeneratorTrainingConfig(TrainingConfig):
         0.1, ge=0, lt=1, description="share of labels replaced by the null class, for guidance"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    parallel: Annotated[Parallel, RUNTIME] = Field(
+        "auto",
+        description="how ranks share the weights: ddp: each has all of them; fsdp: each has a part; hsdp: each has a "
+        "part of those that its node has; auto: ddp below 0.5 billion parameters, else fsdp",
+    )
     any_tokenizer: Annotated[bool, RUNTIME] = Field(
         False, description="accept codes from another tokenizer than the one their manifest names"
     )

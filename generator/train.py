@@ -16,7 +16,7 @@ from generator.flops import training_flops
 from generator.frequencies import frequency_nll
 from generator.kinds import build_generator
 from generator.network import GeneratorNetwork
-from generator.objectives import held_out_losses
+from generator.objectives import HeldOutPredictions, held_out_losses
 from infra.codes.contract import CodesInfo
 from infra.compute.compiler import compile_in_place
 from infra.compute.transfer import send
@@ -33,6 +33,7 @@ from infra.training.loop import (
     seed_torch,
     train_loop,
 )
+from infra.training.parallel import choose_parallel, is_sharded, shard, whole_weights
 from infra.training.speed import Effort
 
 VALIDATION_BATCH = 256
@@ -72,7 +73,9 @@ def train_generator(
     network.recompute(config.activation_checkpointing)
     if config.compile:
         compile_in_place(network)
-    learner = Learner(network.named_parameters(), OptimizerPlan.of(config, run.ranks))
+    if run.ranks.size > 1:
+        shard_if_large(network, config, run)
+    learner = Learner(network, OptimizerPlan.of(config, run.ranks))
     best = BestWeights(learner, "val_nll", higher=False) if config.keep == "best" else None
     step = training_step(network, learner, train, config, run)
 
@@ -84,7 +87,11 @@ def train_generator(
     tokens, flops = config.batch_size * space.num_tokens, config.batch_size * training_flops(model, space)
     effort = Effort({"tokens": tokens}, flops, config.precision)
     end = train_loop({"model": learner}, step, config, run=run, validate=validate, best=best, effort=effort)
-    network.load_state_dict(learner.ema)
+    learner.take_average()
+    if learner.is_sharded:
+        weights, network = whole_weights(network), build_generator(model, space)
+        if run.ranks.is_first:
+            network.load_state_dict(weights)
     metrics = {
         "train_loss": end.figures["loss"],
         "grad_norm": end.figures["grad_norm"],
@@ -97,6 +104,19 @@ def train_generator(
     frequency_N = frequency_nll(train, val, space)
     metrics |= {"frequency_nll": frequency_N.mean().item()} | _by_position("frequency_nll", frequency_N)
     return TrainResult([*files, *end.files], {"steps": config.steps}, metrics)
+
+
+def shard_if_large(network: GeneratorNetwork, config: GeneratorTrainingConfig, run: TrainingRun) -> None:
+    """Shard a generator's weights over ranks where the config says so, or where it leaves that to the size."""
+    if (kind := choose_parallel(config.parallel, network)) != "ddp":
+        shard(
+            network,
+            network.blocks,
+            run.ranks,
+            device=run.device,
+            param_dtype=torch.bfloat16 if config.precision == "bf16" else None,
+            by_node=kind == "hsdp",
+        )
 
 
 def training_step(
@@ -115,6 +135,7 @@ def training_step(
         class_dropout=config.class_dropout,
         device=run.device,
     )
+    loss_of = learner.spread(network.training_loss)
 
     def step(step: int) -> dict[str, Tensor | float]:
         whole, size = stream.batch(step), config.batch_size // config.micro_batches
@@ -126,7 +147,7 @@ def training_step(
             view_BN = send(views[rows], run.device) if views is not None else None
             network.train()
             with autocast(config.precision, run.device):
-                loss = network.training_loss(
+                loss = loss_of(
                     whole.classes[rows],
                     whole.codes[rows],
                     view_BN,
@@ -135,7 +156,8 @@ def training_step(
             learner.backward(loss)
             return {"loss": loss}
 
-        return over_micro_batches(part, step, config.micro_batches, run=run) | learner.update(step)
+        figures = over_micro_batches(part, step, config.micro_batches, run=run, learners=[learner])
+        return figures | learner.update(step)
 
     return step
 
@@ -159,13 +181,21 @@ def held_out_figures(
     share of codes that the generator finds most likely. A pass has `at_once` sequences.
     """
     network.eval()
+    passes = math.ceil(VALIDATION_BATCH / at_once) if is_sharded(network) else 0
     sums_3N = torch.zeros(3, network.space.num_tokens, dtype=torch.float64, device=run.device)
-    for first in range(run.ranks.rank * VALIDATION_BATCH, len(data.codes), run.ranks.size * VALIDATION_BATCH):
-        rows = slice(first, first + VALIDATION_BATCH)
+
+    def losses_of(rows: slice, noise: torch.Generator) -> HeldOutPredictions:
         class_B = with_null(data.classes[rows], network.space).to(run.device)
-        codes_BN = data.codes[rows].long().to(run.device)
-        predictions = held_out_losses(network, class_B, codes_BN, generator_of(run.seed, "held_out", first), at_once)
-        sums_3N += torch.stack([part.double().sum(0) for part in predictions])
+        return held_out_losses(network, class_B, data.codes[rows].long().to(run.device), noise, at_once)
+
+    for start in range(0, len(data.codes), run.ranks.size * VALIDATION_BATCH):
+        first = start + run.ranks.rank * VALIDATION_BATCH
+        rows = range(len(data.codes))[first : first + VALIDATION_BATCH]
+        if rows:
+            predictions = losses_of(slice(rows.start, rows.stop), generator_of(run.seed, "held_out", first))
+            sums_3N += torch.stack([part.double().sum(0) for part in predictions])
+        for _ in range(passes - math.ceil(len(rows) / at_once)):  # keep the other ranks company
+            losses_of(slice(0, 1), generator_of(run.seed))
     loss_N, right_N, count_N = run.ranks.total(sums_3N).cpu()
     nll = float(loss_N.sum() / count_N.sum())
     return {

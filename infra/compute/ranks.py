@@ -26,7 +26,6 @@ Report = tuple[int, int, Mapping[str, float]]
 RESTARTS = 3  # of all ranks, after one of them was lost
 WAIT_SECONDS = 0.5  # between polls of the ranks and their progress
 GRACE_SECONDS = 10.0  # for the other ranks to report their errors after one has failed
-BUCKET = 1 << 24  # elements that are reduced at once
 
 
 class Ranks(NamedTuple):
@@ -53,33 +52,23 @@ class Ranks(NamedTuple):
             )
         return range(self.rank * parts // self.size, (self.rank + 1) * parts // self.size)
 
-    def total(self, tensor: "Tensor") -> "Tensor":
-        """Return the sum of every rank's `tensor`; for a single rank the tensor itself."""
+    def total(self, tensor: "Tensor", group: Any = None) -> "Tensor":
+        """Return the sum of every rank's `tensor`, or of the ranks in a group; for a single rank the tensor itself."""
         if self.size == 1:
             return tensor
         import torch.distributed as dist
 
         summed = tensor.clone()
-        dist.all_reduce(summed)
+        dist.all_reduce(summed, group=group)
         return summed
 
-    def totals_(self, tensors: list["Tensor"]) -> None:
-        """Replace each tensor by its sum over all ranks, bucket by bucket, in an order that all ranks share."""
-        if self.size == 1:
-            return
+    def all_of(self, number: int, device: str) -> list[int]:
+        """Return every rank's number, in rank order."""
         import torch
-        import torch.distributed as dist
 
-        bucket: list[Tensor] = []
-        for index, tensor in enumerate(tensors):
-            bucket.append(tensor)
-            if sum(t.numel() for t in bucket) < BUCKET and index + 1 < len(tensors):
-                continue
-            flat = torch.cat([t.flatten() for t in bucket])
-            dist.all_reduce(flat)
-            for whole, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                whole.copy_(part.view_as(whole))
-            bucket = []
+        table = torch.zeros(self.size, dtype=torch.int64, device=device)
+        table[self.rank] = number
+        return [int(value) for value in self.total(table).tolist()]
 
     def wait(self) -> None:
         """Wait until all ranks have reached this call."""

@@ -6,6 +6,9 @@ from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from infra.config import RUNTIME, Config, Precision
 
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
+"""How ranks share the weights of a network."""
+
 COMPILED_WIDTH = 512  # narrower networks finish training before compiling them would pay
 
 

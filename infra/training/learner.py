@@ -1,8 +1,9 @@
 """Train the parameters of one network: gradient accumulation, optimizer, schedule, and EMA of the weights."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 from infra.compute.ranks import ALONE, Ranks
 from infra.training.config import OptimizerConfig, TrainingConfig
 from infra.training.non_finite import Faults
+from infra.training.parallel import as_part_of, own_part, replicate, shard_group
 from infra.training.schedule import learning_rate
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def decay_matrices(name: str, parameter: nn.Parameter) -> bool:
@@ -48,35 +53,87 @@ class OptimizerPlan:
 
 
 class Learner:
-    """Parameters with their optimizer and EMA; accumulates gradients over micro-batches and ranks for each step."""
+    """The trained parameters of a network with their optimizer and EMA; sums gradients of micro-batches over ranks.
+
+    Parameters may be sharded (`infra.training.parallel.shard`): everything is then kept for this rank's parts only.
+    """
 
     def __init__(
         self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
+        network: nn.Module,
         plan: OptimizerPlan,
         *,
         is_decayed: Callable[[str, nn.Parameter], bool] = decay_matrices,
     ) -> None:
-        self.plan = plan
-        self.parameters = dict(parameters)
-        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        """Train those parameters of a network that require gradients."""
+        self.network, self.plan = network, plan
+        self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._parts: dict[str, Tensor] = {name: own_part(p) for name, p in self.parameters.items()}
+        self.ema = {name: part.detach().clone() for name, part in self._parts.items()}
         self.optimizer = self._optimizer(is_decayed)
-        device = next(iter(self.parameters.values())).device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.is_scaled)
-        self.faults = Faults(device, are_skipped=plan.is_scaled or plan.may_skip)
-        self._loss = torch.zeros((), device=device)
+        first = next(iter(self._parts.values()))
+        self.scaler = torch.amp.GradScaler(first.device.type, enabled=plan.is_scaled)
+        self.faults = Faults(first.device, are_skipped=plan.is_scaled or plan.may_skip)
+        self._loss = torch.zeros((), device=first.device)
+        self._group = shard_group(next(iter(self.parameters.values())))
+        self._replica: nn.parallel.DistributedDataParallel | None = None
+        self._is_idle = False
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the parameters, and so have to make equally many passes."""
+        return self._group is not None
+
+    def spread(self, call: Callable[P, T]) -> Callable[P, T]:
+        """Return a function of the network that computes what the loss is made of, ready for several ranks.
+
+        Args:
+            call: uses the trained parameters; returns tensors, or tuples and dicts of them.
+        """
+        if self.plan.ranks.size == 1 or self.is_sharded:
+            return call
+        assert self._replica is None, "a learner has one function"
+        self._replica = replicate(self.network, call)
+        return cast(Callable[P, T], self._replica)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Accumulate gradients within the block without summing them over ranks, as before a step's last micro-batch.
+
+        Shards are summed all the same, over the ranks that hold them: whole gradients would not fit.
+        """
+        with ExitStack() as stack:
+            if self._replica is not None:
+                stack.enter_context(self._replica.no_sync())
+            if self.is_sharded:
+                self.network.set_requires_all_reduce(False)  # type: ignore[operator]
+                stack.callback(self.network.set_requires_all_reduce, True)  # type: ignore[arg-type]
+            yield
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Let passes within the block count for nothing: they keep other ranks company."""
+        self._is_idle = True
+        try:
+            yield
+        finally:
+            self._is_idle = False
 
     def _optimizer(self, is_decayed: Callable[[str, nn.Parameter], bool]) -> torch.optim.AdamW:
         config = self.plan.optimizer
-        decayed = [p for n, p in self.parameters.items() if is_decayed(n, p)]
-        plain = [p for n, p in self.parameters.items() if not is_decayed(n, p)]
+        decayed = [self._parts[n] for n, p in self.parameters.items() if is_decayed(n, p)]
+        plain = [self._parts[n] for n, p in self.parameters.items() if not is_decayed(n, p)]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss."""
+        if self._is_idle:
+            (loss * 0).backward()
+            return
         self._loss += loss.detach()
-        self.scaler.scale(loss / self.plan.micro_batches).backward()
+        # Ranks average their gradients, so each counts for as many micro-batches as it does not compute itself.
+        self.scaler.scale(loss / (self.plan.micro_batches / self.plan.ranks.size)).backward()
 
     def update(self, step: int) -> dict[str, Tensor | float]:
         """Take one optimizer step; return the learning rate and the gradient norm before clipping.
@@ -84,28 +141,47 @@ class Learner:
         A step whose loss or gradient is not finite changes no weights and no moments; `faults` records it. If losses
         are scaled, the scale is then lowered.
         """
-        trained = list(self.parameters.values())
-        # All ranks must skip the same steps, so the losses are summed as well.
-        self.plan.ranks.totals_([*(p.grad for p in trained if p.grad is not None), self._loss])
+        if self.is_sharded:
+            for name, parameter in self.parameters.items():
+                self._parts[name].grad = None if parameter.grad is None else own_part(parameter.grad)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(trained, self.plan.optimizer.grad_clip)
+        norm = self._clip()
         local = step - self.plan.start
         rate = learning_rate(self.plan.optimizer, local + 1, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # The fused step reads the flag on the device, so the host does not wait for it.
-        self.optimizer.found_inf = self.faults.record(step, self._loss, norm).float()  # type: ignore[attr-defined]
+        # All ranks must skip the same steps, so the losses are summed as the gradients are. The fused step reads the
+        # flag on the device, so the host does not wait for it.
+        is_bad = self.faults.record(step, self.plan.ranks.total(self._loss), norm)
+        self.optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         self._loss.zero_()
         self._average(local)
         return {"lr": rate, "grad_norm": norm, **self.faults.figures}
 
+    def _clip(self) -> Tensor:
+        """Scale gradients down to the largest norm that is allowed; return the norm before."""
+        trained = [part for part in self._parts.values() if part.grad is not None]
+        norm = nn.utils.get_total_norm([part.grad for part in trained if part.grad is not None])
+        if self._group is not None:
+            norm = self.plan.ranks.total(norm.square(), self._group).sqrt()
+        nn.utils.clip_grads_with_norm_(trained, self.plan.optimizer.grad_clip, norm)
+        return norm
+
     @torch.no_grad()
     def _average(self, step: int) -> None:
         decay = 0.0 if step == 0 else min((1 + step) / (10 + step), self.plan.optimizer.ema_decay)
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        torch._foreach_lerp_(list(self.ema.values()), [part.detach() for part in self._parts.values()], 1 - decay)
+
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Replace the weights by their EMA, at the end of the training."""
+        for name, part in self._parts.items():
+            part.copy_(self.ema[name])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -118,29 +194,34 @@ class Learner:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, parameter in self.parameters.items():
-            kept = parameter.detach().clone()
-            parameter.copy_(self.ema[name])
+        for name, part in self._parts.items():
+            kept = part.detach().clone()
+            part.copy_(self.ema[name])
             self.ema[name].copy_(kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint needs, by name."""
         moments = {
-            f"{key}.{name}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
+            f"{key}.{name}": self._of_shape(name, value)
+            for name, part in self._parts.items()
+            for key, value in self.optimizer.state.get(part, {}).items()
         }
-        weights = {f"weight.{n}": p.detach() for n, p in self.parameters.items()}
+        weights = {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
+        ema = {f"ema.{name}": self._of_shape(name, part) for name, part in self.ema.items()}
         scale = self.scaler.state_dict()
         scaler = {f"scaler.{key}": torch.tensor(scale[key], dtype=torch.float64) for key in _SCALER if key in scale}
-        return weights | {f"ema.{n}": t for n, t in self.ema.items()} | moments | scaler | self.faults.tensors()
+        return weights | ema | moments | scaler | self.faults.tensors()
+
+    def _of_shape(self, name: str, state: Tensor) -> Tensor:
+        """Return state of a parameter as a part of the whole, if this rank's part of the parameter is one."""
+        return as_part_of(self.parameters[name], state) if state.shape == self._parts[name].shape else state
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that `tensors` returned."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
-            self.ema[name].copy_(tensors[f"ema.{name}"])
+        for name, part in self._parts.items():
+            part.copy_(own_part(tensors[f"weight.{name}"]))
+            self.ema[name].copy_(own_part(tensors[f"ema.{name}"]))
         self._load_optimizer(tensors)
         if "skipped_steps" in tensors:
             self.faults.load(tensors["skipped_steps"])
@@ -156,13 +237,13 @@ class Learner:
         of one device can be loaded on another.
         """
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        names = {parameter: name for name, parameter in self.parameters.items()}
+        names = {part: name for name, part in self._parts.items()}
         state = {}
-        for index, parameter in enumerate(trained):
-            if f"exp_avg.{names[parameter]}" in tensors:
-                saved = {key: tensors[f"{key}.{names[parameter]}"] for key in _STATE}
+        for index, part in enumerate(trained):
+            if f"exp_avg.{names[part]}" in tensors:
+                saved = {key: own_part(tensors[f"{key}.{names[part]}"]) for key in _STATE}
                 # Moments take the parameter's memory layout, since the fused step walks both in parallel.
-                moments = {key: torch.empty_like(parameter).copy_(saved[key]) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: torch.empty_like(part).copy_(saved[key]) for key in ("exp_avg", "exp_avg_sq")}
                 state[index] = {"step": saved["step"].clone(), **moments}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})

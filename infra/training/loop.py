@@ -7,7 +7,7 @@ the weights, the optimizer's moments, the EMA and the step number: a resumed run
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -121,7 +121,12 @@ def autocast(precision: Precision, device: str) -> AbstractContextManager[object
 
 
 def over_micro_batches(
-    work: Callable[[int], Mapping[str, Tensor]], step: int, parts: int, *, run: TrainingRun
+    work: Callable[[int], Mapping[str, Tensor]],
+    step: int,
+    parts: int,
+    *,
+    run: TrainingRun,
+    learners: Sequence[Learner] = (),
 ) -> dict[str, Tensor]:
     """Call `work` for each of this rank's micro-batches of a step; return figures averaged over all ranks, in float64.
 
@@ -132,17 +137,34 @@ def over_micro_batches(
         step: together with the index of the micro-batch, seeds torch's global generators (dropout).
         parts: micro-batches per step.
         run: seed and ranks.
+        learners: those whose gradients `work` accumulates; they are summed over ranks in the last micro-batch.
     """
     names: list[str] = []
     sums: Tensor | None = None
-    for part in run.ranks.share(parts):
+    own = run.ranks.share(parts)
+    passes = _passes(own, parts, run.ranks, learners)
+    for index, part in enumerate(passes):
         seed_torch(seed_of(run.seed, "step", step, part), run.device)
-        figures = work(part)
+        with ExitStack() as stack:
+            for learner in learners:
+                if index >= len(own):
+                    stack.enter_context(learner.idle())
+                if index + 1 < len(passes):
+                    stack.enter_context(learner.accumulating())
+            figures = work(part)
+        if index >= len(own):
+            continue
         names = names or list(figures)
         row = torch.stack([figures[name].detach().double() for name in names])
         sums = row if sums is None else sums + row
     assert sums is not None
     return dict(zip(names, (run.ranks.total(sums) / parts).unbind(), strict=True))
+
+
+def _passes(own: range, parts: int, ranks: Ranks, learners: Sequence[Learner]) -> list[int]:
+    """Return the micro-batches that this rank passes; with shards, as many as any other rank, the last one again."""
+    most = -(-parts // ranks.size) if any(learner.is_sharded for learner in learners) else len(own)
+    return [*own, *[own[-1]] * (most - len(own))]
 
 
 def train_loop(

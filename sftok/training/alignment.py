@@ -3,6 +3,8 @@
 Shapes: B images, P proxy positions, V proxy codes.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,8 @@ def train_alignment(
     set_up([model.encoder, model.decoder], training)
     if training.compile and torch.device(run.device).type == "cuda":
         set_up([teacher.encoder.to(memory_format=torch.channels_last)], training)
-    learner = Learner(model.named_parameters(), OptimizerPlan.of(training, run.ranks))
+    learner = Learner(model, OptimizerPlan.of(training, run.ranks))
+    losses_of = learner.spread(functools.partial(alignment_losses, model, config=config))
     stream, held_out = images.stream(run, training), images.held_out(run)
     same = teacher_agreement(teacher, held_out, config, run)
 
@@ -76,11 +79,13 @@ def train_alignment(
         def part(part: int) -> dict[str, Tensor]:
             batch = stream.batch(step, part)
             proxy_BP = teacher_codes(teacher, batch, config)
-            losses = alignment_losses(model, proxy_BP, batch, config, generator_of(run.seed, "mask", step, part))
+            losses = losses_of(proxy_BP, batch, generator=generator_of(run.seed, "mask", step, part))
             learner.backward(losses["loss"])
             return losses
 
-        return over_micro_batches(part, step, training.micro_batches, run=run) | learner.update(step)
+        return over_micro_batches(part, step, training.micro_batches, run=run, learners=[learner]) | learner.update(
+            step
+        )
 
     def validate(_: int) -> Validation:
         with learner.averaged():
@@ -121,7 +126,7 @@ def teacher_agreement(
 
 
 def alignment_losses(
-    model: SFTok, proxy_BP: Tensor, images: Tensor, config: AlignmentStageConfig, generator: torch.Generator
+    model: SFTok, proxy_BP: Tensor, images: Tensor, *, config: AlignmentStageConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Compute the losses of one micro-batch; images are encoded once, for the guide and the pass with gradients."""
     with autocast(config.training.precision, images.device.type):

@@ -3,6 +3,8 @@
 Shapes: B images, P proxy positions, V proxy codes.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -53,26 +55,27 @@ def train_fine_tune(
     """
     seed_torch(run.seed, run.device)
     training = config.training
-    model = with_pixel_decoder(start, teacher).to(run.device).requires_grad_(False)
+    model = with_pixel_decoder(start, teacher).to(run.device)
     assert model.pixel_decoder is not None
     model.pixel_decoder.to(memory_format=torch.channels_last)
-    trained = [(n, p) for n, p in model.named_parameters() if n.startswith(("decoder.", "pixel_"))]
-    for _, parameter in trained:
-        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("decoder.", "pixel_")))
     set_up([model.encoder, model.decoder, model.pixel_decoder], training)
-    learner = Learner(trained, OptimizerPlan.of(training, run.ranks))
+    learner = Learner(model, OptimizerPlan.of(training, run.ranks))
+    reconstruct = learner.spread(functools.partial(fine_tune_pass, model, config=config))
     pixels = PixelLosses.of(config, model.image_size, run=run, weights=weights)
     stream, held_out = images.stream(run, training), images.held_out(run)
 
     def step(step: int) -> dict[str, Tensor | float]:
         def part(part: int) -> dict[str, Tensor]:
             batch, masks = stream.batch(step, part), generator_of(run.seed, "mask", step, part)
-            reconstruction = fine_tune_pass(model, batch, config, masks)
+            reconstruction = reconstruct(batch, masks=masks)
             loss, metrics = pixels.of_batch(reconstruction, batch, step, part)
             learner.backward(loss)
             return {"loss": loss, **metrics}
 
-        metrics = over_micro_batches(part, step, training.micro_batches, run=run)
+        learners = [learner, *pixels.learners]
+        metrics = over_micro_batches(part, step, training.micro_batches, run=run, learners=learners)
         return metrics | learner.update(step) | pixels.update(step)
 
     @torch.no_grad()
@@ -103,7 +106,7 @@ def with_pixel_decoder(start: SFTok, teacher: Teacher) -> SFTok:
     return model
 
 
-def fine_tune_pass(model: SFTok, images: Tensor, config: FineTuneStageConfig, masks: torch.Generator) -> Tensor:
+def fine_tune_pass(model: SFTok, images: Tensor, *, config: FineTuneStageConfig, masks: torch.Generator) -> Tensor:
     """Reconstruct images by frozen encoder, partly masked self-prediction and pixel decoder, (B, 3, H, W)."""
     with autocast(config.training.precision, images.device.type):
         with torch.no_grad():

@@ -19,7 +19,10 @@ class PixelLosses:
         self, config: PixelStageConfig, *, run: TrainingRun, lpips: Lpips | None, adversary: Adversary | None
     ) -> None:
         self.config, self.run, self.lpips, self.adversary = config, run, lpips, adversary
-        self.learner = _learner(adversary, config, run) if adversary is not None else None
+        self.learner = None
+        if adversary is not None:
+            self.learner = _learner(adversary, config, run)
+            self._discriminator_loss = self.learner.spread(adversary.discriminator_loss)
 
     @classmethod
     def of(cls, config: PixelStageConfig, image_size: int, *, run: TrainingRun, weights: Weights) -> "PixelLosses":
@@ -61,9 +64,8 @@ class PixelLosses:
         return loss + adversarial, metrics | self._discriminate(images, targets, step, part)
 
     def _discriminate(self, fakes: Tensor, reals: Tensor, step: int, part: int) -> dict[str, Tensor]:
-        assert self.adversary is not None
         assert self.learner is not None
-        loss, metrics = self.adversary.discriminator_loss(reals, fakes, self._noise("discriminator", step, part))
+        loss, metrics = self._discriminator_loss(reals, fakes, self._noise("discriminator", step, part))
         self.learner.backward(loss)
         return metrics
 
@@ -74,6 +76,11 @@ class PixelLosses:
         metrics = {f"d_{name}": value for name, value in self.learner.update(step).items()}
         self.adversary.end_step(self.run.ranks.total)
         return metrics
+
+    @property
+    def learners(self) -> list[Learner]:
+        """Return the learner of the discriminator, if there is one."""
+        return [] if self.learner is None else [self.learner]
 
     def saved(self) -> dict[str, Checkpointable]:
         """Return the state that checkpoints hold."""
@@ -94,4 +101,4 @@ def _learner(adversary: Adversary, config: PixelStageConfig, run: TrainingRun) -
         may_skip=config.training.precision == "fp16",  # its images are computed in half precision
         ranks=run.ranks,
     )
-    return Learner(adversary.named_parameters(), plan)
+    return Learner(adversary.discriminator, plan)

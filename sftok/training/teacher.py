@@ -47,7 +47,8 @@ def train_teacher(
     training = config.training
     model = Teacher(config.model).to(torch.device(run.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     set_up([model.encoder, model.decoder], training)
-    learner = Learner(model.named_parameters(), OptimizerPlan.of(training, run.ranks))
+    learner = Learner(model, OptimizerPlan.of(training, run.ranks))
+    forward = learner.spread(model)
     stream, held_out = images.stream(run, training), images.held_out(run)
     pixels = PixelLosses.of(config, held_out.shape[-1], run=run, weights=weights)
     restart = CodebookRestart(model, config, run)
@@ -59,7 +60,7 @@ def train_teacher(
         def part(part: int) -> dict[str, Tensor]:
             batch = stream.batch(step, part)
             with autocast(training.precision, run.device):
-                out = model(batch)
+                out = forward(batch)
             latents, quantized = out.latents.float(), out.quantized.float()
             loss, metrics = pixels.of_batch(out.images.float(), batch, step, part)
             loss = loss + vq_loss(latents, quantized, config.commitment_weight)
@@ -67,7 +68,8 @@ def train_teacher(
             restart.count(out.codes)
             return {"loss": loss, **metrics}
 
-        metrics = over_micro_batches(part, step, training.micro_batches, run=run)
+        learners = [learner, *pixels.learners]
+        metrics = over_micro_batches(part, step, training.micro_batches, run=run, learners=learners)
         return metrics | learner.update(step) | pixels.update(step)
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ def our_step(model: Generator, batch: int, precision: Precision, *, is_compiled:
     classes = torch.randint(model.space.num_classes, (ROWS,), dtype=torch.int32)
     codes = torch.randint(model.space.codebook_size, (ROWS, model.space.num_tokens), dtype=torch.int16)
     run = TrainingRun(Store("."), seed=0, threads=machine.THREADS, device=model.device.type)  # nothing is written
-    learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(config, run.ranks)), itertools.count()
+    learner, steps = Learner(model, OptimizerPlan.of(config, run.ranks)), itertools.count()
     step = training_step(model, learner, CodeData(classes, codes), config, run)
     return lambda: step(next(steps))
 

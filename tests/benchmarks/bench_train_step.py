@@ -47,11 +47,13 @@ def our_step(teacher: Teacher, images: Tensor, precision: Precision) -> Callable
     model = models.small_tokenizer()
     training = TrainingConfig(steps=1000, batch_size=BATCH, optimizer=OPTIMIZER, precision=precision)
     config = AlignmentStageConfig(training=training, replacement="self_forcing")
-    learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(training, ALONE)), itertools.count()
+    learner, steps = Learner(model, OptimizerPlan.of(training, ALONE)), itertools.count()
 
     def step() -> None:
         generator = torch.Generator().manual_seed(0)
-        learner.backward(alignment_losses(model, teacher.encode(images), images, config, generator)["loss"])
+        learner.backward(
+            alignment_losses(model, teacher.encode(images), images, config=config, generator=generator)["loss"]
+        )
         learner.update(next(steps))
 
     return step

@@ -73,10 +73,12 @@ def our_step(bench: Bench, images: Tensor, *, is_compiled: bool) -> Callable[[Te
     model = models.tokenizer(bench, pixels=False).requires_grad_(True).train()
     config = stage(len(images), "fp32", is_compiled=is_compiled)
     set_up([model.encoder, model.decoder], config.training)
-    learner, steps = Learner(model.named_parameters(), OptimizerPlan.of(config.training, ALONE)), itertools.count()
+    learner, steps = Learner(model, OptimizerPlan.of(config.training, ALONE)), itertools.count()
 
     def step(proxy_BP: Tensor) -> None:
-        learner.backward(alignment_losses(model, proxy_BP, images, config, torch.Generator().manual_seed(0))["loss"])
+        learner.backward(
+            alignment_losses(model, proxy_BP, images, config=config, generator=torch.Generator().manual_seed(0))["loss"]
+        )
         learner.update(next(steps))
 
     return step

@@ -59,10 +59,9 @@ def trained_parts(bench: Bench) -> tuple[SFTok, list[tuple[str, nn.Parameter]]]:
     model = models.tokenizer(bench)
     assert model.pixel_decoder is not None
     model.pixel_decoder.to(memory_format=torch.channels_last)
-    trained = [(name, p) for name, p in model.named_parameters() if name.startswith(("decoder.", "pixel_"))]
-    for _, parameter in trained:
-        parameter.requires_grad_(True)
-    return model, trained
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("decoder.", "pixel_")))
+    return model, [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def stage(batch: int, *, is_compiled: bool) -> FineTuneStageConfig:
@@ -74,10 +73,10 @@ def stage(batch: int, *, is_compiled: bool) -> FineTuneStageConfig:
 def our_step(bench: Bench, images: Tensor, size: int, *, is_compiled: bool) -> Callable[[], object]:
     """As the stage does it."""
     config = stage(len(images), is_compiled=is_compiled)
-    model, trained = trained_parts(bench)
+    model, _ = trained_parts(bench)
     assert model.pixel_decoder is not None
     set_up([model.encoder, model.decoder, model.pixel_decoder], config.training)
-    learner, steps = Learner(trained, OptimizerPlan.of(config.training, ALONE)), itertools.count()
+    learner, steps = Learner(model, OptimizerPlan.of(config.training, ALONE)), itertools.count()
     adversary = Adversary(
         config.adversarial, steps=STEPS, image_size=size, micro_batch=len(images), dino=dino_file(), device=bench.device
     )
@@ -86,7 +85,7 @@ def our_step(bench: Bench, images: Tensor, size: int, *, is_compiled: bool) -> C
 
     def step() -> None:
         number = next(steps)
-        reconstruction = fine_tune_pass(model, images, config, Masks().manual_seed(number))
+        reconstruction = fine_tune_pass(model, images, config=config, masks=Masks().manual_seed(number))
         loss, _ = pixels.of_batch(reconstruction, images, number, 0)
         learner.backward(loss)
         learner.update(number)
@@ -102,7 +101,7 @@ def bare_step(bench: Bench, images: Tensor) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(parameters, OPTIMIZER.lr, fused=True)
 
     def step() -> None:
-        reconstruction = fine_tune_pass(model, images, config, Masks().manual_seed(0))
+        reconstruction = fine_tune_pass(model, images, config=config, masks=Masks().manual_seed(0))
         (F.mse_loss(reconstruction, images) + perceptual(reconstruction, images).mean()).backward()
         nn.utils.clip_grad_norm_(parameters, OPTIMIZER.grad_clip)
         optimizer.step()

@@ -33,7 +33,7 @@ def linear() -> nn.Linear:
 
 
 def learner(layer: nn.Module, **changes: object) -> Learner:
-    return Learner(layer.named_parameters(), OptimizerPlan(OPTIMIZER, 20, **changes))  # type: ignore[arg-type]
+    return Learner(layer, OptimizerPlan(OPTIMIZER, 20, **changes))  # type: ignore[arg-type]
 
 
 def test_the_rate_rises_linearly_then_falls_by_half_a_cosine() -> None:
@@ -291,7 +291,7 @@ def test_half_precision_leaves_an_overflow_out_and_lowers_the_scale() -> None:
 def test_fp16_trains_on_the_cpu_too() -> None:
     layer = linear()
     config = TrainingConfig(steps=12, batch_size=4, optimizer=OPTIMIZER, precision="fp16")
-    made = Learner(layer.named_parameters(), OptimizerPlan.of(config, TrainingRun(Store("."), 0).ranks))
+    made = Learner(layer, OptimizerPlan.of(config, TrainingRun(Store("."), 0).ranks))
     losses = []
     for step in range(12):  # the first ones overflow until the scale has come down
         with autocast("fp16", "cpu"):

@@ -48,11 +48,11 @@ def train_and_die(stage: str, folder: Store, victim: Path, ranks: Ranks, progres
     """A stage in one rank; the second rank kills itself within the step after the first checkpoint, once."""
 
     class Doomed(Ranks):
-        def totals_(self, tensors: list[torch.Tensor]) -> None:
+        def total(self, tensor: torch.Tensor, group: object = None) -> torch.Tensor:
             if any(name.endswith("checkpoint.json") for name in folder.list("checkpoints")):
                 victim.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            super().totals_(tensors)
+            return super().total(tensor, group)
 
     return train(stage, folder, Doomed(*ranks) if ranks.rank == 1 and not victim.exists() else ranks)
 

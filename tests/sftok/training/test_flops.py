@@ -61,7 +61,9 @@ def test_an_alignment_step(replacement: str, guide_steps: int) -> None:
     images = torch.rand(BATCH, 3, SIZE, SIZE)
     effort = alignment_effort(config, TOKENIZER, TEACHER, SIZE)
     found = counted(
-        lambda: alignment_losses(model, teacher.encode(images), images, config, seeded())["loss"].backward()
+        lambda: alignment_losses(model, teacher.encode(images), images, config=config, generator=seeded())[
+            "loss"
+        ].backward()
     )
     assert found == effort.flops == effort.flops_of(8)
     assert effort.items == {"images": BATCH}
@@ -95,7 +97,7 @@ def test_a_step_of_fine_tuning(adversary: AdversarialConfig, step: int) -> None:
     pixels = PixelLosses.of(config, SIZE, run=RUN, weights=weights)
 
     def work() -> None:
-        reconstruction = fine_tune_pass(model, images, config, seeded())
+        reconstruction = fine_tune_pass(model, images, config=config, masks=seeded())
         pixels.of_batch(reconstruction, images, step, 0)[0].backward()
 
     assert counted(work) == fine_tune_effort(config, TOKENIZER, TEACHER, SIZE).flops_of(step)

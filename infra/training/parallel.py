@@ -1,0 +1,141 @@
+"""Spread the training of a network over ranks: replicas by DistributedDataParallel, or shards by FSDP2.
+
+A replica holds all of the weights, gradients and optimizer state of a rank's network; their gradients are summed bucket
+by bucket while the backward pass goes on. With shards, each rank holds its part of them, and gathers the weights of one
+block at a time.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from infra.compute.ranks import Ranks
+from infra.training.config import Parallel
+
+SHARDED_FROM = 500_000_000
+"""Parameters from which "auto" shards: a replica's weights, gradients, moments and EMA take 20 bytes for each."""
+
+
+class _Call(nn.Module):
+    """A function of a network as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, network: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network, self.call = network, call
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """Call the function."""
+        return self.call(*args, **options)
+
+
+def replicate(network: nn.Module, call: Callable[..., Any]) -> nn.parallel.DistributedDataParallel:
+    """Wrap a function of a network: gradients of what it returns are averaged over ranks in the backward pass.
+
+    Args:
+        network: the same on every rank.
+        call: computes the tensors of which the loss is made; tensors, or tuples and dicts of them.
+    """
+    # Buckets must not be arranged anew after the first step: sums over more than two ranks round as they are arranged,
+    # and a resumed training would begin with the first arrangement again. They stay if unused parameters are sought.
+    return nn.parallel.DistributedDataParallel(
+        _Call(network, call), broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+    )
+
+
+def choose_parallel(asked: Parallel, network: nn.Module) -> Literal["ddp", "fsdp", "hsdp"]:
+    """Resolve "auto" by the number of parameters."""
+    if asked != "auto":
+        return asked
+    return "fsdp" if sum(p.numel() for p in network.parameters()) >= SHARDED_FROM else "ddp"
+
+
+def shard(
+    network: nn.Module,
+    blocks: Iterable[nn.Module],
+    ranks: Ranks,
+    *,
+    device: str,
+    param_dtype: torch.dtype | None = None,
+    by_node: bool = False,
+) -> None:
+    """Shard the parameters of a network over all ranks, in place.
+
+    Args:
+        network: the same on every rank, on its device.
+        blocks: its parts that are gathered one at a time.
+        ranks: all ranks; a process group must be there.
+        device: type of the device.
+        param_dtype: type in which parameters are gathered and used; gradients are reduced in float32.
+        by_node: shard over the ranks of a node, and replicate over nodes (HSDP).
+
+    Raises:
+        ValueError: nodes have different numbers of ranks.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind = torch.device(device).type
+    inner = _on_node(ranks, device) if by_node else ranks.size
+    outer = (ranks.size // inner,) if by_node else ()
+    mesh = init_device_mesh(kind, (*outer, inner), mesh_dim_names=("nodes", "ranks")[-1 - len(outer) :])
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*blocks, network):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _on_node(ranks: Ranks, device: str) -> int:
+    """Return the number of ranks on each node."""
+    counts = ranks.all_of(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), device)
+    if min(counts) != max(counts):
+        raise ValueError(
+            f'parallel = "hsdp": nodes have {min(counts)} to {max(counts)} ranks; set it to "fsdp", or --ranks to a '
+            "multiple of the GPUs of a node"
+        )
+    return counts[0]
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Tell whether `shard` was called: all ranks then have to make their passes together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(network, FSDPModule)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this rank holds, sharing its memory; any other tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part_of(whole: Tensor, part: Tensor) -> Tensor:
+    """Return a tensor like `whole` of which this rank holds `part`; `part` itself if `whole` is not sharded."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(whole, DTensor):
+        return part
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def shard_group(parameter: Tensor) -> Any:
+    """Return the process group over which a parameter is sharded; None if it is not."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return None
+    return parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+
+
+def whole_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Gather the weights of a network on the CPU of the first rank; the others, which must call it too, get none."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return cast(
+        dict[str, Tensor],
+        get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True)),
+    )

@@ -1,0 +1,125 @@
+"""Ranks that share a generator's weights learn what one rank learns, whether they hold all of them or a part."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from generator.code_space import CodeSpace
+from generator.config import GENERATORS, AnyGeneratorConfig, GeneratorConfig, GeneratorTrainingConfig, MaskedConfig
+from generator.data import space_of
+from generator.kinds import build_generator
+from generator.train import shard_if_large, train_generator
+from infra.compute.cluster import session
+from infra.compute.ranks import ALONE, Ranks, run_ranks
+from infra.progress import Progress
+from infra.store.store import Store
+from infra.training.learner import Learner, OptimizerPlan
+from infra.training.loop import TrainingRun, TrainResult
+from infra.training.parallel import choose_parallel
+from tests.generator.test_train import INFO, config, data
+from tests.sftok.training.test_stages import losses
+
+KINDS: dict[str, AnyGeneratorConfig] = {
+    "autoregressive": GeneratorConfig(width=32, layers=2, heads=2, ffn_width=48, dropout=0.1),
+    "tied": GeneratorConfig(width=32, layers=2, heads=2, ffn_width=48, dropout=0.0, tied=True),
+    "masked": MaskedConfig(width=32, layers=2, heads=2, ffn_width=48, dropout=0.0),
+}
+STEPS = 6
+
+
+class Case(NamedTuple):
+    """How a generator is trained."""
+
+    kind: str
+    parallel: str
+    ranks: int
+    on_node: int
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+
+CASES = [
+    Case("autoregressive", "ddp", 2, 2),
+    Case("autoregressive", "fsdp", 2, 2),
+    Case("autoregressive", "fsdp", 4, 4),
+    Case("autoregressive", "hsdp", 4, 2),
+    Case("tied", "fsdp", 2, 2),
+    Case("masked", "fsdp", 2, 2),
+    Case("autoregressive", "fsdp", 2, 2, "bf16"),
+]
+
+
+def train(store: Store, case: Case, ranks: Ranks) -> TrainResult:
+    training = config(STEPS, micro_batch=4, keep="best", validate_every=3, parallel=case.parallel)
+    training = GeneratorTrainingConfig.model_validate({**training.as_json(), "precision": case.precision})
+    run = TrainingRun(store.at(case.name), seed=0, ranks=ranks)
+    return train_generator(data(), data(40, seed=1), INFO, KINDS[case.kind], training, run=run)
+
+
+def train_all(store: Store, cases: list[Case], ranks: Ranks, progress: Progress) -> dict[str, TrainResult]:
+    done = {}
+    for case in cases:
+        os.environ["LOCAL_WORLD_SIZE"] = str(case.on_node)
+        done[case.name] = train(store, case, ranks)
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, dict[str, TrainResult]]]:
+    store, results = Store(tmp_path_factory.mktemp("parallel")), dict[str, TrainResult]()
+    with session(num_cpus=4):
+        for count in {case.ranks for case in CASES}:
+            results |= run_ranks(partial(train_all, store, [c for c in CASES if c.ranks == count]), count)
+        yield store, results
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_ranks_learn_what_one_learns(case: Case, store: Store, trained: tuple[Store, dict[str, TrainResult]]) -> None:
+    folder, results = trained
+    alone, shared = train(store, case, ALONE), results[case.name]
+    rounding = 1e-4 if case.precision == "fp32" else 2e-2
+    assert losses(folder.at(case.name)) == pytest.approx(losses(store.at(case.name)), rel=rounding)
+    assert shared.metrics["val_nll"] == pytest.approx(alone.metrics["val_nll"], rel=rounding)
+    assert [file.path for file in shared.files] == [file.path for file in alone.files]
+    ours, theirs = (load(root.at(case.name).read("model.safetensors")) for root in (folder, store))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 50 * rounding
+
+
+def held(model: AnyGeneratorConfig, parallel: str, ranks: Ranks, progress: Progress) -> tuple[int, int]:
+    """Count the values that a rank keeps between steps, and those of the whole network."""
+    network = build_generator(model, space_of(INFO))
+    whole = sum(p.numel() for p in network.parameters())
+    training = config(1, parallel=parallel)
+    shard_if_large(network, training, TrainingRun(Store("."), seed=0, ranks=ranks))
+    learner = Learner(network, OptimizerPlan.of(training, ranks))
+    (learner.network(torch.zeros(2, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)).sum()).backward()
+    learner.update(0)
+    states = [t for state in learner.optimizer.state.values() for t in state.values() if t.ndim]
+    kept = [*learner.optimizer.param_groups[0]["params"], *learner.optimizer.param_groups[1]["params"]]
+    mine = sum(t.numel() for t in [*kept, *learner.ema.values(), *states])
+    return sum(ranks.all_of(mine, "cpu")), whole
+
+
+@pytest.mark.parametrize(("parallel", "copies"), [("fsdp", 1), ("ddp", 2)])
+def test_shards_hold_each_value_once(parallel: str, copies: int, trained: tuple[Store, dict[str, TrainResult]]) -> None:
+    """Weights, EMA and two moments: four values a parameter, in all ranks together."""
+    del trained  # its Ray session
+    total, whole = run_ranks(partial(held, KINDS["autoregressive"], parallel), 2)
+    assert total == 4 * whole * copies
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("XL", "fsdp"), ("L", "ddp")])
+def test_large_generators_are_sharded_unless_asked_otherwise(preset: str, expected: str) -> None:
+    with torch.device("meta"):
+        network: Any = build_generator(GENERATORS[preset], CodeSpace(8192, 64, 1000))
+    assert choose_parallel("auto", network) == expected
+    assert choose_parallel("hsdp", network) == "hsdp"
