@@ -6,14 +6,18 @@ block at a time.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from infra.compute.ranks import Ranks
 from infra.training.config import Parallel
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 SHARDED_FROM = 500_000_000
 """Parameters from which "auto" shards: a replica's weights, gradients, moments and EMA take 20 bytes for each."""
@@ -99,36 +103,34 @@ def _on_node(ranks: Ranks, device: str) -> int:
 
 def is_sharded(network: nn.Module) -> bool:
     """Tell whether `shard` was called: all ranks then have to make their passes together."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(network, FSDPModule)
+    return _sharded(next(network.parameters())) is not None
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that this rank holds, sharing its memory; any other tensor itself."""
-    from torch.distributed.tensor import DTensor
-
-    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
+    sharded = _sharded(tensor)
+    return tensor if sharded is None else cast("DTensor", sharded.detach()).to_local()
 
 
 def as_part_of(whole: Tensor, part: Tensor) -> Tensor:
     """Return a tensor like `whole` of which this rank holds `part`; `part` itself if `whole` is not sharded."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(whole, DTensor):
+    if (sharded := _sharded(whole)) is None:
         return part
-    return DTensor.from_local(
-        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return type(sharded).from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def shard_group(parameter: Tensor) -> Any:
     """Return the process group over which a parameter is sharded; None if it is not."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
+    if (sharded := _sharded(parameter)) is None:
         return None
-    return parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+    return sharded.device_mesh.get_group(sharded.device_mesh.ndim - 1)
+
+
+def _sharded(tensor: Tensor) -> "DTensor | None":
+    """Return the tensor if it is sharded; does not load torch's module for that, which takes half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
 
 
 def whole_weights(network: nn.Module) -> dict[str, Tensor]:
