@@ -117,13 +117,16 @@ AnyGeneratorConfig = Annotated[
     Discriminator(_kind_of),
 ]
 
-# With 64 codes out of 8,192 and 1,001 classes: B 98.3, L 326.1, XL 753.7, masked 183.5 million parameters.
+# With 64 codes out of 8,192 and 1,001 classes: B 98.3, L 326.1, XL 753.7, XXL 1,385.8, 3B 3,044.2, masked 183.5 million
+# parameters. B to 3B have the shapes of LlamaGen (arXiv 2406.06525, autoregressive/models/gpt.py).
 GENERATORS: dict[str, GeneratorConfig] = {
     "toy": GeneratorConfig(width=128, layers=4, heads=4, ffn_width=344),
     "small": GeneratorConfig(width=256, layers=6, heads=4, ffn_width=688),
     "B": GeneratorConfig(width=768, layers=12, heads=12, ffn_width=2048),
     "L": GeneratorConfig(width=1024, layers=24, heads=16, ffn_width=2816),
     "XL": GeneratorConfig(width=1280, layers=36, heads=20, ffn_width=3584),
+    "XXL": GeneratorConfig(width=1536, layers=48, heads=24, ffn_width=4096),
+    "3B": GeneratorConfig(width=3200, layers=24, heads=32, ffn_width=8704),
 }
 MASKED_GENERATORS: dict[str, MaskedConfig] = {
     "toy": MaskedConfig(width=128, layers=4, heads=4, ffn_width=512),

@@ -187,6 +187,30 @@ def imagenet256_ar_xl() -> Recipe:
     )
 
 
+def imagenet256_ar_xxl() -> Recipe:
+    """Autoregressive generator XXL on SFTok-B's codes: `sftok run imagenet256_ar_xxl --data DIR --ranks 8`.
+
+    As `imagenet256_ar_b` with 1.386 B parameters (48 layers of width 1,536: the shape of LlamaGen's XXL, arXiv
+    2406.06525). About 75 hours on eight A100 of 80 GB, estimated. Published: no gFID of these codes; expected: a gFID
+    below XL's. Not trained here.
+    """
+    return _imagenet256(
+        "imagenet256_ar_xxl", "B", "autoregressive, 1.4 B, on codes of SFTok-B", _autoregressive("XXL", 64)
+    )
+
+
+def imagenet256_ar_3b() -> Recipe:
+    """Autoregressive generator 3B on SFTok-B's codes: `sftok run imagenet256_ar_3b --data DIR --ranks 8`.
+
+    As `imagenet256_ar_b` with 3.044 B parameters (24 layers of width 3,200: the shape of LlamaGen's 3B, arXiv
+    2406.06525). About 165 hours on eight A100 of 80 GB, estimated. Published: no gFID of these codes; expected: a gFID
+    below XXL's. Not trained here.
+    """
+    return _imagenet256(
+        "imagenet256_ar_3b", "B", "autoregressive, 3.0 B, on codes of SFTok-B", _autoregressive("3B", 64)
+    )
+
+
 def imagenet256_maskgit() -> Recipe:
     """The paper's masked generator on SFTok-B's codes: `sftok run imagenet256_maskgit --data DIR --ranks 8`.
 

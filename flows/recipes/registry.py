@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from flows.recipes.imagenet import (
+    imagenet256_ar_3b,
     imagenet256_ar_b,
     imagenet256_ar_l,
     imagenet256_ar_xl,
+    imagenet256_ar_xxl,
     imagenet256_maskgit,
     imagenet256_sftok_b,
     imagenet256_sftok_l,
@@ -25,6 +27,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         imagenet256_ar_b,
         imagenet256_ar_l,
         imagenet256_ar_xl,
+        imagenet256_ar_xxl,
+        imagenet256_ar_3b,
         imagenet256_maskgit,
     )
 }

@@ -29,7 +29,10 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize(("size", "millions"), [("B", 98.3), ("L", 326.1), ("XL", 753.7)])
+SIZES = {"B": 98.3, "L": 326.1, "XL": 753.7, "XXL": 1385.8, "3B": 3044.2}
+
+
+@pytest.mark.parametrize(("size", "millions"), SIZES.items())
 def test_presets_have_the_stated_sizes(size: str, millions: float) -> None:
     with torch.device("meta"):
         model = Generator(GENERATORS[size], IMAGENET)

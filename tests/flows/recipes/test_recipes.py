@@ -86,11 +86,14 @@ def test_ranks_share_the_second_generators_batches_too() -> None:
     check_ranks(load_recipe("digits", overrides=[*parts[:1], "evaluate.sweep.cfg_scales=[]"]), 2, stages)
 
 
-# Millions of parameters before the norms of queries and keys, which are 2 x 64 a block; billions of operations a row.
+# Millions of parameters before the norms of queries and keys, which are twice a head's width a block; billions of
+# operations a row.
 GENERATORS = {
     "imagenet256_ar_b": ("autoregressive", 98.3, 12, 35.5),
     "imagenet256_ar_l": ("autoregressive", 326.1, 24, 122.8),
     "imagenet256_ar_xl": ("autoregressive", 753.7, 36, 287.1),
+    "imagenet256_ar_xxl": ("autoregressive", 1385.8, 48, 530.3),
+    "imagenet256_ar_3b": ("autoregressive", 3044.2, 24, 1161.4),
     "imagenet256_maskgit": ("masked", 183.5, 24, 69.6),
 }
 STAGES_TO_CODES = (graph.PREPARE, graph.TEACHER, graph.WARM_UP, graph.ALIGN, graph.FINE_TUNE, graph.ENCODE)
@@ -105,7 +108,8 @@ def test_generators_have_the_stated_sizes(name: str) -> None:
     with torch.device("meta"):
         model = build_generator(recipe.generator, space)
     norms = sum(p.numel() for n, p in model.named_parameters() if "q_norm" in n or "k_norm" in n)
-    assert norms == (layers * 2 * 64 if kind == "autoregressive" else 0)
+    head = recipe.generator.width // recipe.generator.heads
+    assert norms == (layers * 2 * head if kind == "autoregressive" else 0)
     assert millions(model) - norms / MILLION == pytest.approx(size, abs=0.05)
     assert training_flops(recipe.generator, space) / 1e9 == pytest.approx(operations, abs=0.05)
     for ranks in (1, 4, 8):

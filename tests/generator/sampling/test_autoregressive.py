@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "tied": {"tied": True},
     "fixed": {"order": {"kind": "fixed", "seed": 2}},
     "annealed": {"order": RANDOM},
+    "heads of 10": {"width": 20, "heads": 2},  # no power of two, as those of the preset 3B, which are 100 wide
 }
 
 
