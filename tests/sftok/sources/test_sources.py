@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from infra.store.s3 import Bucket
 from sftok.config import DataConfig
 from sftok.images.preprocess import to_rgb
+from sftok.sources import digits
 from sftok.sources.sources import RejectedEntryError, Source, check_source, list_source
 from sftok.sources.summary import summarize
 
@@ -44,6 +45,7 @@ def test_digits():
     assert source.class_names == tuple("0123456789")
     assert ids(source)[7] == "digits/0007.png"
     scans = load_digits()
+    assert np.array_equal(digits._digits()[0], scans.images)
     assert [int(entry.class_name) for entry in source.entries] == scans.target.tolist()
     for index in (0, 7, 1796):
         data = source.read(source.entries[index])
