@@ -16,23 +16,12 @@ from torch import Tensor, nn
 
 from generator.code_space import CodeSpace
 from generator.config import AnnealedOrder, FixedOrder, GeneratorConfig
+from generator.key_value_cache import Cache, check_cache
 from generator.network import GeneratorNetwork
 from generator.orders import draw_orders, fixed_order, inverse
 
 ROTARY_BASE = 10_000.0
 NORM_EPSILON = 1e-6
-
-
-class Cache(NamedTuple):
-    """Key-value cache of static size.
-
-    One tensor per layer: from a single tensor for all layers, a compiled step would copy the whole at each layer.
-    """
-
-    keys: tuple[Tensor, ...]
-    """(B, H, N, D) per layer."""
-    values: tuple[Tensor, ...]
-    """(B, H, N, D) per layer."""
 
 
 class StepPosition(NamedTuple):
@@ -233,10 +222,7 @@ class Generator(GeneratorNetwork):
     def empty_cache(self, batch: int) -> Cache:
         """Allocate a cache for `batch` sequences."""
         shape = (batch, self.config.heads, self.space.num_tokens, self.cos.shape[-1])
-        keys, values = (
-            tuple(self.code_embed.weight.new_zeros(shape) for _ in range(self.config.layers)) for _ in range(2)
-        )
-        return Cache(keys, values)
+        return Cache.empty(shape, self.config.layers, like=self.code_embed.weight)
 
     def step(self, x_BW: Tensor, position: Tensor, cache: Cache) -> Tensor:
         """Return logits (B, V) of the code at `position` of the order; shapes do not depend on the position.
@@ -261,17 +247,3 @@ class Generator(GeneratorNetwork):
             assert isinstance(block, Block)
             x_B1W = block.step(x_B1W, at, keys_BHND, values_BHND)
         return self.logits(x_B1W)[:, 0]
-
-
-def check_cache(cache: Cache, batch: int, num_tokens: int) -> None:
-    """Check a cache's sizes.
-
-    Raises:
-        ValueError: the cache has other sizes; names both.
-    """
-    expected, actual = (batch, num_tokens), cache.keys[0].shape[::2]
-    if actual != expected:
-        raise ValueError(
-            f"the cache holds {actual[0]} sequences of {actual[1]} codes, not {expected[0]} of {expected[1]}: make it "
-            f"with empty_cache({expected[0]})"
-        )

@@ -39,7 +39,8 @@ def serve(
     """Run pipelines, re-tokenizations and reports by schedule, until stopped; needs nothing but this process."""
     shown: dict[str, Any] = {}
     with stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
-        from flows.service.serve import as_json, check_options, plan
+        from flows.service.schedules import plan
+        from flows.service.serve import as_json, check_options
         from flows.service.serve import serve as serve_until_stopped
 
         check_options(options, contact=not dry_run)

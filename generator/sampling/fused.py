@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generator.autoregressive import NORM_EPSILON, Block, Cache, Generator, check_cache, rotate
+from generator.autoregressive import NORM_EPSILON, Block, Generator, rotate
+from generator.key_value_cache import Cache, check_cache
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 

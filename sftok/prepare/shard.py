@@ -22,7 +22,7 @@ from sftok.images.contract import METADATA_KEY
 from sftok.images.decode import UnreadableImageError, to_rgb
 from sftok.images.resize_and_crop import resized
 from sftok.prepare.plan import ShardJob
-from sftok.sources.class_names import class_name
+from sftok.sources.class_ids import class_name
 from sftok.sources.listing import Entry, RejectedEntryError, Source
 
 _REJECTS_KEY = b"sftok.rejects"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from sftok.config import DataConfig
-from sftok.sources.class_names import class_name, distinct
+from sftok.sources.class_ids import class_name, distinct
 from sftok.sources.rules import listed, shown
 
 PATHS = ("path", "file_name", "filename", "filepath", "file", "image", "image_path")

@@ -19,7 +19,7 @@ from infra.compute.workers import WorkerOptions, map_shards
 from infra.progress import Progress
 from infra.store.store import Store
 from sftok.config import DataConfig
-from sftok.sources.class_names import unicode_remarks
+from sftok.sources.class_ids import unicode_remarks
 from sftok.sources.files import FolderReader, is_of_storage, locate, open_files
 from sftok.sources.labels import are_numbers, names_of, nothing_labelled
 from sftok.sources.listing import POSSIBLE, Container, ContainerTask, Entries, Entry, ParquetEntries, Source, Unpacker

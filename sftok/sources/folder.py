@@ -13,7 +13,7 @@ from infra.store.disk import Disk
 from infra.store.types import FileInfo
 from sftok.config import DataConfig
 from sftok.images.contract import SPLITS
-from sftok.sources.class_names import class_name, ordered, shared_names, unicode_remarks
+from sftok.sources.class_ids import class_name, ordered, shared_names, unicode_remarks
 from sftok.sources.files import FOLDER_AS_IMAGE, Files, FolderReader, is_image_name, is_utf8, open_files, visible
 from sftok.sources.labels import stated_names
 from sftok.sources.listing import POSSIBLE, Entries, Entry, Source, collect

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from infra.store.location import SCHEME, parse_location
 from infra.store.types import FileInfo
 from sftok.config import DataConfig
-from sftok.sources.class_names import class_name, unicode_remarks
+from sftok.sources.class_ids import class_name, unicode_remarks
 from sftok.sources.columns import (
     LABELS,
     PATHS,

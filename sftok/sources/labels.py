@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sftok.config import DataConfig
-from sftok.sources.class_names import class_name, distinct, ordered, shared_names
+from sftok.sources.class_ids import class_name, distinct, ordered, shared_names
 from sftok.sources.files import beside
 from sftok.sources.listing import Entries, Entry, RejectedEntryError, batches_of
 from sftok.sources.rules import LEFT_OUT, shown

@@ -49,7 +49,7 @@ class Entry(NamedTuple):
     image_id: str  # path within the source, with /
     size: int  # bytes
     version: str = ""  # of the file, as known from a listing: modification time or etag
-    class_name: str | None = None  # as the source writes it; `class_names.class_name` normalises it
+    class_name: str | None = None  # as the source writes it; `class_ids.class_name` normalises it
     split: str | None = None  # None: by hash of the image id
     problem: str | None = None  # reason to reject it without reading it
     file: str = ""  # file of the bytes, if it is not the one that the image id names

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from infra.config import Config
 from sftok.config import DataConfig
-from sftok.sources.class_names import shared_names
+from sftok.sources.class_ids import shared_names
 from sftok.sources.listing import Source, batches_of
 from sftok.sources.rules import LEFT_OUT, listed
 

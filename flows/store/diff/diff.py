@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
-from flows.store.diff.pairs import Dataset, pairs_of
-from flows.store.diff.tally import Agreement, Drift, Frequencies, Tally, drift, frequencies
+from flows.store.diff.agreement import Agreement, Drift, Frequencies, Tally, drift, frequencies
+from flows.store.diff.compare_rows import Dataset, pairs_of
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.lineage import resolve, store_of
 from infra.artifacts.made_on import summary
@@ -66,7 +66,7 @@ class CodesDiff(NamedTuple):
 
     def as_rich(self) -> "RenderableType":
         """Render facts, the table of before and after, and the least equal images."""
-        from flows.store.diff.shown import shown
+        from flows.store.diff.render import shown
 
         return shown(self)
 

@@ -75,7 +75,8 @@ class TestDeployments:
     def test_prefect_has_forms_schedules_and_limits(self, store) -> None:
         from prefect.client.orchestration import get_client
 
-        from flows.service.serve import deployment_of, plan
+        from flows.service.schedules import plan
+        from flows.service.serve import deployment_of
 
         options = ServeOptions(
             store=store.uri, pipeline_cron="30 2 * * 6", check_cron="off", timezone="Europe/Berlin", overlap="cancel"
@@ -105,7 +106,8 @@ class TestDeployments:
         from prefect.deployments import run_deployment
         from prefect.exceptions import PrefectHTTPStatusError
 
-        from flows.service.serve import deployment_of, plan
+        from flows.service.schedules import plan
+        from flows.service.serve import deployment_of
 
         options = ServeOptions(store=store.uri)
         deployment_of(plan(options)[0], options).apply()
@@ -382,7 +384,8 @@ class TestCheckData:
 
     @pytest.fixture
     def asked(self, store: Store, tmp_path: Path) -> CheckDataParameters:
-        from flows.service.serve import deployment_of, plan
+        from flows.service.schedules import plan
+        from flows.service.serve import deployment_of
 
         options = ServeOptions(store=store.uri)
         deployment_of(plan(options)[1], options).apply()

@@ -9,8 +9,8 @@ import torch
 
 from flows.cli.main import main
 from flows.pipeline import graph
+from flows.store.diff.agreement import drift, frequencies
 from flows.store.diff.diff import diff
-from flows.store.diff.tally import drift, frequencies
 from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, folder_of, publish, ref_of
 from infra.artifacts.shards import put, shard_name
 from infra.artifacts.verify import bucket_of

@@ -15,7 +15,7 @@ import pytest
 
 from infra.store.store import Store
 from sftok.prepare.prepare import prepare
-from sftok.sources.class_names import distinct
+from sftok.sources.class_ids import distinct
 from sftok.sources.rules import HIDDEN_FILE, HIDDEN_FOLDER, STRAY_FILE, SYSTEM_FOLDER
 from sftok.sources.sources import list_source
 from tests.support.image_sources import CONFIG, hf_schema, image_bytes, reasons, rows_of, tar_bytes, upload, write_files

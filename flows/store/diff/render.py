@@ -10,8 +10,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from flows.store.diff.agreement import Agreement
     from flows.store.diff.diff import CodesDiff
-    from flows.store.diff.tally import Agreement
 
 
 def shown(made: "CodesDiff") -> "RenderableType":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flows.store.diff.pairs import Pair
+from flows.store.diff.compare_rows import Pair
 from infra.codes.contract import CodesInfo
 
 Counts = NDArray[np.int64]

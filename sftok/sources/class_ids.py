@@ -1,4 +1,4 @@
-"""Names of classes: their normal form, the order that gives them their ids, and equal ones told apart."""
+"""Give classes their ids: the normal form of their names, their order, and equal names told apart."""
 
 import functools
 import re
