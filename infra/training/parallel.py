@@ -5,6 +5,7 @@ by bucket while the backward pass goes on. With shards, each rank holds its part
 block at a time.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -44,9 +45,10 @@ def replicate(network: nn.Module, call: Callable[..., Any]) -> nn.parallel.Distr
     """
     # Buckets must not be arranged anew after the first step: sums over more than two ranks round as they are arranged,
     # and a resumed training would begin with the first arrangement again. They stay if unused parameters are sought.
-    return nn.parallel.DistributedDataParallel(
-        _Call(network, call), broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
-    )
+    options: dict[str, Any] = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False  # torch < 2.14
+    return nn.parallel.DistributedDataParallel(_Call(network, call), **options)
 
 
 def choose_parallel(asked: Parallel, network: nn.Module) -> Literal["ddp", "fsdp", "hsdp"]:
