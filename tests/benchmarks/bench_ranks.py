@@ -2,8 +2,8 @@
 
 All ranks together take the same steps on the same batch; the ideal is the step of one rank divided by the number of
 ranks, or of cores where those are fewer. Volume and overlap are read from a trace of the first rank: the bytes of each
-collective's tensors (a ring sends up to twice as many), and the share of the collectives' time during which the backward
-pass went on. Ranks are on one machine: over a network, sums take longer.
+collective's tensors (a ring sends up to twice as many), and the share of the collectives' time that falls into the
+backward pass. Ranks are on one machine: over a network, sums take longer.
 """
 
 import os
