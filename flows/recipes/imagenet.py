@@ -40,7 +40,6 @@ def _imagenet_training(
             lr=1e-4, end_lr=1e-5, warmup_steps=warmup_steps, betas=(0.9, beta_2), weight_decay=1e-4, ema_decay=0.999
         ),
         precision="fp16",
-        checkpoint_every=25_000,
         keep_checkpoints=2,
         log_every=100,
         validate_every=50_000,
@@ -94,7 +93,6 @@ def _generator_training(
         optimizer=optimizer,
         precision="bf16",
         class_dropout=0.1,
-        checkpoint_every=25_000,
         keep_checkpoints=2,
         log_every=100,
         validate_every=25_000,

@@ -42,7 +42,7 @@ class Disk:
             file.seek(start)
             return file.read(end - start)
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """Replace a file by rename, so that readers see all of it or none."""
         self._write_atomically(key, lambda partial: _write(partial, data), os.replace)
 
@@ -190,7 +190,7 @@ def _inode(path: Path) -> tuple[int, int]:
     return state.st_dev, state.st_ino
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     with path.open("xb") as file:
         file.write(data)
         _sync(file)

@@ -33,6 +33,7 @@ OPTIONS = {
 }
 FIRST_CONTACT_SECONDS = 3.0  # for an endpoint that has not responded yet: its address may be mistyped
 READ_AHEAD = 1 << 20  # bytes
+PART = 50 << 20  # bytes; an object of two or more is uploaded in parts
 WRITER = "writer"  # metadata key of created objects: identifies the call that created them
 CONFLICTS = 8  # attempts at a create while the server reports conflicting concurrent writes
 DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
@@ -91,9 +92,10 @@ class Bucket:
             return b""  # S3 has no empty ranges
         return cast(bytes, self._run(key, lambda s3: s3.cat_file(self._path(key), start=start, end=end)))
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """Replace an object; a large one is uploaded in parts and appears when complete."""
-        self._run(key, lambda s3: s3.pipe_file(self._path(key), data))
+        body = bytes(data) if len(data) < 2 * PART else _Parts(memoryview(data))
+        self._run(key, lambda s3: s3.pipe_file(self._path(key), body, chunksize=PART))
 
     def create(self, key: str, data: bytes) -> bool:
         """Create an object by a conditional put.
@@ -298,6 +300,19 @@ def _of_response(response: dict[str, Any], uri: str, bucket: Bucket) -> Exceptio
     if (status >= 500 and status not in NEVER) or code in PASSING:
         return TransientError(f"{uri}: {bucket._endpoint()} failed ({code or status})")
     return ValueError(f"{uri}: {bucket._endpoint()} refused ({code or status}); check endpoint, region and bucket")
+
+
+class _Parts:
+    """A buffer whose slices are bytes, since S3's client takes no other; a whole copy would double the memory."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, part: slice) -> bytes:
+        return bytes(self._data[part])
 
 
 class _Ranges(io.RawIOBase):

@@ -111,7 +111,7 @@ class Store:
         """Read the whole file `key`; FileNotFoundError with the URI if it does not exist."""
         return self._backend.read(self._key(key))
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """Write the file atomically, replacing an existing one."""
         self._backend.write(self._key(key), data)
 

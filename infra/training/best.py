@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from infra.training.learner import Learner
+from infra.training.parallel import own_part
 
 
 class BestWeights:
@@ -35,10 +36,10 @@ class BestWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint needs, by name."""
-        return {"value": self.value, **{f"best.{n}": t for n, t in self.weights.items()}}
+        return {"value": self.value, **{f"best.{n}": self.learner.as_saved(n, t) for n, t in self.weights.items()}}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that `tensors` returned."""
         self.value.copy_(tensors["value"])
         for name, weight in self.weights.items():
-            weight.copy_(tensors[f"best.{name}"])
+            weight.copy_(own_part(tensors[f"best.{name}"]))

@@ -1,87 +1,105 @@
-"""Save and load checkpoints of a training run: tensors first, marker last, so that a kill in between does no harm."""
+"""Save and load checkpoints of a training run: files first, marker last, so that a kill in between does no harm.
 
-import hashlib
-import json
+A save copies the state into memory and returns; a thread writes it while training goes on. Every rank writes its part,
+and any number of ranks can load it.
+"""
+
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pydantic import JsonValue
 
-from infra.config import Config
+from infra.compute.ranks import ALONE, Ranks
 from infra.store.store import Store
+from infra.training.marker import DAMAGE, MARKER, read_marker
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from infra.training.rank_group import RankGroup
+    from infra.training.staging import Staging
+
 log = logging.getLogger(__name__)
 
-MARKER = "checkpoint.json"
 FOLDER = "step-"
 CHECKPOINTS = "checkpoints"
 """Folder of an artifact that holds the checkpoints of its training."""
 
 
-class Checkpoint(NamedTuple):
-    """A state to resume from."""
+class Restored(NamedTuple):
+    """What a checkpoint holds besides the tensors."""
 
     step: int
     """completed steps."""
-    tensors: "dict[str, Tensor]"
-    """on the CPU."""
-    state: dict[str, JsonValue]
-
-
-class CheckpointFile(Config):
-    """checkpoint.json: the marker, whose existence means that the checkpoint is complete."""
-
-    step: int
-    file: str
-    sha256: str
     state: dict[str, JsonValue]
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run; `save`, `wait` and `load_into` are called by all ranks together.
+
+    As a context manager it waits at the end for what is being written, also after an error of the training, but not
+    when the process is asked to end.
 
     Args:
         folder: holds these checkpoints and nothing else.
         keep: number of newest checkpoints to keep; with 2 or more, a corrupted one leaves another to resume from.
+        ranks: that train together.
     """
 
-    def __init__(self, folder: Store, keep: int = 1) -> None:
+    def __init__(self, folder: Store, keep: int = 1, ranks: Ranks = ALONE) -> None:
         if keep < 1:
             raise ValueError(f"keep = {keep}: at least one checkpoint has to be kept")
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.ranks = folder, keep, ranks
         self._unreadable: set[int] = set()
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._staging: Staging | None = None
 
     def save(self, step: int, tensors: "Mapping[str, Tensor]", state: Mapping[str, JsonValue]) -> None:
-        """Write a checkpoint, mark it as complete, then remove all but the newest `keep`."""
-        from safetensors.torch import save
+        """Copy the state, and write it, mark it as complete and remove all but the newest `keep` in a thread.
 
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        sha256 = hashlib.sha256(data).hexdigest()
-        folder = self.folder.at(_name(step))
-        if step in self._unreadable:
-            folder.delete(MARKER)
-        # Named by content, so that a second writer of the same step cannot change what the first one's marker covers.
-        file = f"{sha256[:16]}.safetensors"
-        folder.write(file, data)
-        marker = CheckpointFile(step=step, file=file, sha256=sha256, state=dict(state))
-        if not folder.create(MARKER, json.dumps(marker.model_dump(), indent=1).encode()):
-            log.info("%s was already saved by another run", folder.uri)
-            file = CheckpointFile.model_validate_json(folder.read(MARKER)).file
-        for leftover in set(folder.list()) - {MARKER, file}:
-            folder.delete(leftover)
-        self._unreadable.discard(step)
-        self._prune(step)
+        Args:
+            step: completed steps.
+            tensors: plain ones, equal on all ranks, or DTensors; they may change once this returns.
+            state: equal on all ranks.
 
-    def latest(self) -> Checkpoint | None:
-        """Load the newest complete checkpoint with a matching hash; damaged ones are skipped with a warning."""
-        for step in reversed(self._marked()):
+        Raises:
+            Exception: the save before has failed.
+        """
+        from infra.training.staging import Staging, share_out
+
+        self.wait()
+        self._staging = self._staging or Staging()
+        own = {name: tensors[name] for name in share_out(tensors, self.ranks.rank, self.ranks.size)}
+        copies = self._staging.copy(own)
+        self._writing = self._writer.submit(self._write, self._group, step, own, copies, dict(state))
+
+    def wait(self) -> None:
+        """Wait until the last save is complete, and raise its error if it has failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def load_into(self, tensors: "Mapping[str, Tensor]", optional: Collection[str] = ()) -> Restored | None:
+        """Fill tensors from the newest complete checkpoint; damaged ones are skipped with a warning.
+
+        Args:
+            tensors: of the right shapes; changed only if a checkpoint could be loaded, which need not have been saved
+                by as many ranks, or with the same tensors sharded.
+            optional: names that a checkpoint may lack: these tensors then stay as they are.
+
+        Returns:
+            The rest of the state; None if there is no checkpoint, or none that is whole.
+        """
+        self.wait()
+        for step in reversed(self._group.of_first(self._marked)):
             try:
-                return self._load(step)
-            except (FileNotFoundError, ValueError) as error:
+                return self._load(step, tensors, optional)
+            except DAMAGE as error:
                 log.warning("skipping the damaged %s: %s", self.folder.at(_name(step)).uri, str(error).splitlines()[0])
                 self._unreadable.add(step)
         return None
@@ -91,15 +109,63 @@ class Checkpoints:
         for name in self._folders():
             self._remove(name)
 
-    def _load(self, step: int) -> Checkpoint:
-        from safetensors.torch import load
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is None or isinstance(error, Exception):
+                self.wait()
+        except Exception:
+            if error is None:
+                raise
+            log.warning("the last checkpoint was not written", exc_info=True)
+        finally:
+            self._writer.shutdown(wait=False)
+
+    @cached_property
+    def _group(self) -> "RankGroup":
+        from infra.training.rank_group import RankGroup
+
+        return RankGroup(self.ranks)
+
+    def _write(
+        self,
+        group: "RankGroup",
+        step: int,
+        tensors: "Mapping[str, Tensor]",
+        copies: "Mapping[str, Tensor]",
+        state: dict[str, JsonValue],
+    ) -> None:
+        from infra.training.sharded_files import ShardWriter
+
+        writer = ShardWriter(self.folder.at(_name(step)), step, state, is_replaced=step in self._unreadable)
+        group.save(writer, tensors, copies)
+        self._unreadable.discard(step)
+        if self.ranks.is_first:
+            self._prune(step)
+
+    def _load(self, step: int, tensors: "Mapping[str, Tensor]", optional: Collection[str]) -> Restored:
+        import torch
+
+        from infra.training.parallel import own_part
+        from infra.training.sharded_files import NAMES, ShardReader
 
         folder = self.folder.at(_name(step))
-        marker = CheckpointFile.model_validate_json(folder.read(MARKER))
-        data = folder.read(marker.file)
-        if hashlib.sha256(data).hexdigest() != marker.sha256:
-            raise ValueError(f"{folder.uri}/{marker.file} does not match {MARKER}")
-        return Checkpoint(marker.step, load(data), dict(marker.state))
+        marker = self._group.of_first(lambda: read_marker(folder))
+        if lacking := tensors.keys() - marker.tensors.keys() - set(optional):
+            raise ValueError(f"it lacks {len(lacking)} tensors, {min(lacking)!r} among them")
+        for name, tensor in tensors.items():
+            stored = marker.tensors.get(name)
+            if stored is not None and stored.dtype != NAMES[tensor.dtype]:
+                raise ValueError(f"{name!r} has the type {stored.dtype}, not {NAMES[tensor.dtype]}")
+        held = {name: tensor for name, tensor in tensors.items() if name in marker.tensors}
+        # Into copies, so that a damaged file leaves the tensors as they are.
+        copies = {n: torch.empty(own_part(t).shape, dtype=t.dtype) for n, t in held.items()}
+        self._group.load(ShardReader(folder, marker), held, copies)
+        for name, copied in copies.items():
+            own_part(held[name]).copy_(copied)
+        return Restored(marker.step, dict(marker.state))
 
     def _marked(self) -> list[int]:
         """List steps with a marker, ascending."""

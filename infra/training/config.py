@@ -37,7 +37,7 @@ class LoopConfig(Config):
     model_config = ConfigDict(allow_inf_nan=False)
 
     steps: PositiveInt = Field(description="optimizer steps")
-    checkpoint_every: Annotated[PositiveInt, RUNTIME] = Field(1000, description="steps between checkpoints")
+    checkpoint_every: Annotated[PositiveInt, RUNTIME] = Field(500, description="steps between checkpoints")
     keep_checkpoints: Annotated[PositiveInt, RUNTIME] = Field(1, description="number of newest checkpoints to keep")
     log_every: Annotated[PositiveInt, RUNTIME] = Field(10, description="steps between logged lines")
     validate_every: int = Field(0, ge=0, description="steps between validations; 0 validates at the end only")

@@ -71,6 +71,7 @@ class Learner:
         self._parts: dict[str, Tensor] = {name: own_part(p) for name, p in self.parameters.items()}
         self.ema = {name: part.detach().clone() for name, part in self._parts.items()}
         self.optimizer = self._optimizer(is_decayed)
+        self._begin_optimizer()
         first = next(iter(self._parts.values()))
         self.scaler = torch.amp.GradScaler(first.device.type, enabled=plan.is_scaled)
         self.faults = Faults(first.device, are_skipped=plan.is_scaled or plan.may_skip)
@@ -125,6 +126,13 @@ class Learner:
         plain = [self._parts[n] for n, p in self.parameters.items() if not is_decayed(n, p)]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+    def _begin_optimizer(self) -> None:
+        """Make the optimizer's state, as its first step would, so that a checkpoint can be loaded into it."""
+        for part in self._parts.values():
+            zeros = (torch.zeros_like(part, memory_format=torch.preserve_format) for _ in range(2))
+            step = torch.zeros((), dtype=torch.float32, device=part.device)
+            self.optimizer.state[part] = dict(zip(STATE, (step, *zeros), strict=True))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss."""
@@ -202,17 +210,17 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that a checkpoint needs, by name."""
         moments = {
-            f"{key}.{name}": self._of_shape(name, value)
+            f"{key}.{name}": self.as_saved(name, value)
             for name, part in self._parts.items()
-            for key, value in self.optimizer.state.get(part, {}).items()
+            for key, value in self.optimizer.state[part].items()
         }
         weights = {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
-        ema = {f"ema.{name}": self._of_shape(name, part) for name, part in self.ema.items()}
+        ema = {f"ema.{name}": self.as_saved(name, part) for name, part in self.ema.items()}
         scale = self.scaler.state_dict()
         scaler = {f"scaler.{key}": torch.tensor(scale[key], dtype=torch.float64) for key in _SCALER if key in scale}
         return weights | ema | moments | scaler | self.faults.tensors()
 
-    def _of_shape(self, name: str, state: Tensor) -> Tensor:
+    def as_saved(self, name: str, state: Tensor) -> Tensor:
         """Return state of a parameter as a part of the whole, if this rank's part of the parameter is one."""
         return as_part_of(self.parameters[name], state) if state.shape == self._parts[name].shape else state
 
@@ -231,23 +239,14 @@ class Learner:
             self.scaler.load_state_dict({**state, "scale": scale, "_growth_tracker": tracker})
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the optimizer's state through `load_state_dict`, which places each tensor, `step` too, on its device.
-
-        The right device for `step` depends on the device and on the optimizer's implementation there, so a checkpoint
-        of one device can be loaded on another.
-        """
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        names = {part: name for name, part in self._parts.items()}
-        state = {}
-        for index, part in enumerate(trained):
-            if f"exp_avg.{names[part]}" in tensors:
-                saved = {key: own_part(tensors[f"{key}.{names[part]}"]) for key in _STATE}
-                # Moments take the parameter's memory layout, since the fused step walks both in parallel.
-                moments = {key: torch.empty_like(part).copy_(saved[key]) for key in ("exp_avg", "exp_avg_sq")}
-                state[index] = {"step": saved["step"].clone(), **moments}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        """Fill the optimizer's state, which lies on the right device and in the parameter's memory layout."""
+        for name, part in self._parts.items():
+            for key, value in self.optimizer.state[part].items():
+                # Older checkpoints lack the state of an optimizer that had not begun.
+                if f"{key}.{name}" in tensors:
+                    value.copy_(own_part(tensors[f"{key}.{name}"]))
 
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state per parameter
+STATE = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state per parameter."""
 _SCALER = ("scale", "_growth_tracker")

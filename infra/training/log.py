@@ -17,7 +17,7 @@ from infra.training.events import Events
 from infra.training.speed import Clock, Effort, peak_flops
 
 if TYPE_CHECKING:
-    from infra.training.loop import Checkpointable, TrainingRun
+    from infra.training.loop import TrainingRun
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ LOG, PICTURES = "log.jsonl", "pictures"
 
 
 class TrainingLog:
-    """Writer of a training run's outputs; only the first rank writes, the others wait where needed."""
+    """Writer of a training run's outputs; only the first rank writes, except for checkpoints."""
 
     def __init__(self, run: "TrainingRun", lines: list[dict[str, float]], first: int, effort: Effort) -> None:
         self.run, self.lines, self.first = run, lines, first
@@ -58,14 +58,12 @@ class TrainingLog:
             self._events.add_picture(done, name, image)
             self.run.out.at(PICTURES).write(f"{name}-{done:09d}.png", self._pictures[name])
 
-    def save_checkpoint(self, done: int, checkpoints: Checkpoints, saved: "Mapping[str, Checkpointable]") -> None:
-        """Write a checkpoint, and the log so far, so that it can be watched."""
+    def save_checkpoint(self, done: int, checkpoints: Checkpoints, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to write a checkpoint, with all ranks, and write the log so far, so that it can be watched."""
+        checkpoints.save(done, tensors, {"lines": [dict(line) for line in self.lines]})
         if self.run.ranks.is_first:
-            tensors = {f"{name}/{k}": t for name, part in saved.items() for k, t in part.tensors().items()}
-            checkpoints.save(done, tensors, {"lines": [dict(line) for line in self.lines]})
             self.run.out.write(LOG, self._text())
             self._events.flush(done)
-        self.run.ranks.wait()
 
     def close(self, done: int) -> list[FileEntry]:
         """Write the log and the latest pictures as files of the artifact."""

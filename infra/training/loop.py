@@ -26,7 +26,7 @@ from infra.store.store import Store
 from infra.training.best import BestWeights
 from infra.training.checkpoint import CHECKPOINTS, Checkpoints
 from infra.training.config import LoopConfig, TrainingConfig
-from infra.training.learner import Learner
+from infra.training.learner import STATE, Learner
 from infra.training.log import TrainingLog
 from infra.training.speed import Effort
 
@@ -36,13 +36,13 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Checkpointable(Protocol):
-    """Interface of an object whose state is saved in checkpoints."""
+    """Interface of an object whose state is saved in checkpoints; all ranks call its methods together."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state, by name."""
+        """Return the state, by name: DTensors, or plain tensors that are equal on all ranks."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the state that `tensors` returned."""
+        """Restore the state from tensors like those that `tensors` returned; some may be these very tensors."""
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,11 @@ def train_loop(
     torch.set_num_threads(run.threads)
     use_numerics(run.numerics, run.device)
     saved = {**saved, "best": best} if best is not None else saved
-    checkpoints = Checkpoints(run.out.at(CHECKPOINTS), keep=config.keep_checkpoints)
-    first, lines = _resume(saved, checkpoints)
-    output = TrainingLog(run, lines, first, effort or Effort())
     learners = [part for part in saved.values() if isinstance(part, Learner)]
-    with reraise_out_of_memory(_remedy(config)):
+    folder = run.out.at(CHECKPOINTS)
+    with Checkpoints(folder, config.keep_checkpoints, run.ranks) as checkpoints, reraise_out_of_memory(_remedy(config)):
+        first, lines = _resume(saved, checkpoints)
+        output = TrainingLog(run, lines, first, effort or Effort())
         for step in range(first, config.steps):
             done = step + 1
             is_last = done == config.steps
@@ -227,7 +227,7 @@ def train_loop(
             if is_logged:
                 output.log_step(done, config.steps, figures)
             if is_saved:
-                output.save_checkpoint(done, checkpoints, saved)
+                output.save_checkpoint(done, checkpoints, _tensors(saved))
     if best is not None:
         best.restore()
     return LoopEnd(output.lines[-1], output.close(config.steps), output.lines, output.clock.figures())
@@ -265,16 +265,22 @@ def _falls_on(step: int, interval: int) -> bool:
 
 def _resume(saved: Mapping[str, Checkpointable], checkpoints: Checkpoints) -> tuple[int, list[dict[str, float]]]:
     """Restore the newest checkpoint, if any; return the step to resume from and the lines logged before it."""
-    checkpoint = checkpoints.latest()
-    if checkpoint is None:
+    tensors = _tensors(saved)
+    begun = [name for name in tensors if name.partition("/")[2].startswith(tuple(f"{key}." for key in STATE))]
+    restored = checkpoints.load_into(tensors, optional=begun)
+    if restored is None:
         return 0, []
     for name, part in saved.items():
         prefix = f"{name}/"
-        part.load({k.removeprefix(prefix): t for k, t in checkpoint.tensors.items() if k.startswith(prefix)})
-    log.info("resuming from step %d", checkpoint.step)
-    lines = checkpoint.state["lines"]
+        part.load({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+    log.info("resuming from step %d", restored.step)
+    lines = restored.state["lines"]
     assert isinstance(lines, list)
-    return checkpoint.step, [dict(line) for line in lines]  # type: ignore[arg-type]
+    return restored.step, [dict(line) for line in lines]  # type: ignore[arg-type]
+
+
+def _tensors(saved: Mapping[str, Checkpointable]) -> dict[str, Tensor]:
+    return {f"{name}/{key}": tensor for name, part in saved.items() for key, tensor in part.tensors().items()}
 
 
 def picture_grid(rows: Sequence[Tensor]) -> Tensor:

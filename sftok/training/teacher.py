@@ -125,12 +125,12 @@ class CodebookRestart:
         self.used.scatter_add_(0, codes_M, torch.ones_like(codes_M))  # bincount would make the host wait for the codes
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the counts since the last restart."""
-        return {"used": self.used}
+        """Return the counts of all ranks since the last restart."""
+        return {"used": self.run.ranks.total(self.used)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the counts."""
-        self.used.copy_(tensors["used"])
+        """Restore the counts, which from now on are the first rank's."""
+        self.used.copy_(tensors["used"] * self.run.ranks.is_first)
 
 
 def spread_out(latents_MC: Tensor, kept_VC: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -26,11 +26,12 @@ class Steps:
 
     def __call__(self, work: Work) -> Result:
         checkpoints = Checkpoints(work.out.at(CHECKPOINTS))
-        last = checkpoints.latest()
+        last = checkpoints.load_into({})
         for step in range(last.step + 1 if last else 0, 4):
             if step == self.kill_at:
                 raise self.error
             checkpoints.save(step, {}, {})
+            checkpoints.wait()
             self.done.append(step)
             work.progress(step + 1, 4, {})
         return Result([put(work.out, "steps.txt", b"0123")], {"steps": 4}, {"loss": 0.5})

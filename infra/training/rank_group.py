@@ -1,0 +1,115 @@
+"""Save and load tensors by torch.distributed.checkpoint, all ranks together."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+
+from infra.compute.ranks import Ranks
+from infra.training.marker import DAMAGE
+
+T = TypeVar("T")
+
+# It reports each error of a save or a load with a traceback, also those that are handled.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.CRITICAL + 1)
+
+_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+class RankGroup:
+    """Ranks with a process group of their own on CPUs: so a thread may use it while a step uses the training's."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Make the group, with all ranks, unless this process has it already."""
+        self.ranks = ranks
+        self._group: dist.ProcessGroup | None = None
+        if ranks.size > 1:
+            world = dist.group.WORLD
+            assert world is not None
+            if world not in _groups:
+                _groups[world] = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            self._group = _groups[world]
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """Return on all ranks what the first one makes, or raise its error."""
+        if self.ranks.size == 1:
+            return make()
+        made: list[T | None] = [None]
+        failed: list[Exception | None] = [None]
+        if self.ranks.is_first:
+            try:
+                made[0] = make()
+            except Exception as error:
+                failed[0] = error
+        dist.broadcast_object_list(failed, src=0, group=self._group)
+        if failed[0] is not None:
+            raise failed[0]
+        dist.broadcast_object_list(made, src=0, group=self._group)
+        return cast(T, made[0])
+
+    def save(self, writer: StorageWriter, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+        """Write copies of tensors, and raise the error of any rank.
+
+        Args:
+            writer: writes what torch plans.
+            tensors: those that this rank has a part in, for their shapes and placements alone.
+            copies: of the local part of each.
+        """
+        planner = _SavePlanner(copies)
+        with _unwrapped():
+            save(dict(tensors), storage_writer=writer, planner=planner, **self._whom())
+
+    def load(self, reader: StorageReader, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
+        """Read into copies of tensors; as of `save`, except that all ranks pass all tensors."""
+        planner = _LoadPlanner(copies)
+        with _unwrapped():
+            load(dict(tensors), storage_reader=reader, planner=planner, **self._whom())
+
+    def _whom(self) -> dict[str, Any]:
+        if self._group is not None:
+            return {"process_group": self._group}
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        return {"no_dist": True}
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Plans by tensors, and hands out their copies."""
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._copies[index.fqn]
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Plans by tensors, and hands out their copies."""
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._copies = copies
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._copies[index.fqn]
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise the error of a rank itself, one that is no sign of damage first; torch gathers those of all ranks."""
+    try:
+        yield
+    except CheckpointException as gathered:
+        errors = [error for _, (error, _) in sorted(gathered.failures.items())]
+        raise min(errors, key=lambda error: isinstance(error, DAMAGE)) from gathered
