@@ -52,6 +52,12 @@ class Settings(BaseSettings):
         validation_alias="SFTOK_RAY_MAX_GPUS",
         description="most GPUs that the joined, autoscaling Ray cluster can have; if unset, its current GPUs count",
     )
+    rank_patience: float = Field(
+        120.0,
+        gt=0,
+        validation_alias="SFTOK_RANK_PATIENCE",
+        description="seconds after which a training process that does not respond counts as lost",
+    )
     prefect_api_url: str | None = Field(
         None,
         validation_alias="PREFECT_API_URL",

@@ -27,6 +27,8 @@ PINNED = {canonicalize_name(name): Version(version) for name, version in PINS.it
 # Declared though nothing imports them by name.
 BOUND = {"fastapi", "sqlalchemy"}  # of Prefect's server, which breaks with newer ones
 INDIRECT = {
+    "pandas": "ray.train",  # imports it
+    "requests": "ray.train",  # imports it
     "tensorboard": "torch.utils.tensorboard",  # imports it
     "torchmetrics": "sftok.losses.perceptual",  # reads a file of it
 }

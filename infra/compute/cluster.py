@@ -1,4 +1,4 @@
-"""Connect to Ray: start a local cluster or join one. Only this module imports Ray; `workers` and `ranks` use it."""
+"""Connect to Ray: start a local cluster or join one. Only this module and `launch` import Ray."""
 
 import logging
 import math
@@ -29,6 +29,14 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would upload the working directory
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in ranks
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # between polls of the ranks, whose end is noticed so late
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that nobody asks
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
 
 
@@ -52,6 +60,20 @@ class Session:
         _restore_sigterm_handler()
         self._check_room(ray, cpus, gpus)
         return ray
+
+    def check_room(self, *, cpus: float, gpus: float, processes: int) -> None:
+        """Refuse processes that this machine has no room for all at once; a joined cluster may grow.
+
+        Raises:
+            ValueError: names what there is.
+        """
+        import ray
+
+        there = ray.cluster_resources()
+        for what, each, name in (("GPU", gpus, "a GPU"), ("CPU", cpus, "a core")):
+            if there.get(what, 0) < each * processes and not self.address:
+                has = f"{there.get(what, 0):g}"
+                raise ValueError(f"{processes} processes need {name} each, and this machine has {has}: lower --ranks")
 
     def close(self) -> None:
         """Stop a cluster started here, or leave one that was joined; waits for an interrupted start to finish."""
@@ -123,14 +145,6 @@ def interruptible() -> Iterator[None]:
         yield
     except SystemError as error:
         raise (error.__cause__ or error) from None
-
-
-def node_address() -> str:
-    """Return the address at which other machines reach this Ray process; a host name may resolve to a loopback."""
-    import ray.util
-
-    address: str = ray.util.get_node_ip_address()
-    return address
 
 
 def cluster_gpus(address: str) -> float:
@@ -236,7 +250,7 @@ def _log_worker_lines(data: dict[str, Any], *_: Any, **__: Any) -> None:
     """Log what Ray would print: a worker's death as a warning of one line, the rest at debug level."""
     for line in data.get("lines", ()):
         if line.startswith("A worker died"):
-            log.warning("a worker process died; it is restarted and its shard is processed again")
+            log.warning("a worker process died; its work is done again")
         log.debug("ray: %s", line)
 
 

@@ -12,9 +12,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from infra.codes import shared
 from infra.codes.contract import CodeArrays, CodeRows, load_codes, to_parquet
 from infra.codes.shared import share_codes
-from infra.compute.ranks import ALONE, Ranks, process_group
+from infra.compute.ranks import ALONE, Ranks
 from infra.store.store import Store
 from tests.support.codes_info import codes_info
+from tests.support.process_group import process_group
 
 INFO = codes_info(8192, 64, image_size=256)
 ROWS, RANKS = 20_000, 2
@@ -65,7 +66,7 @@ def work(rank: int, host: str, port: int, uri: str, names: list[str], results: A
     os.environ["OMP_NUM_THREADS"] = "1"
     ranks = Ranks(rank, RANKS)
     try:
-        with process_group(ranks, (host, port)):
+        with process_group(ranks, host, port):
             results.put((rank, checked(Store(uri), ranks, names)))
     except Exception as error:  # the test looks at it
         results.put((rank, error))

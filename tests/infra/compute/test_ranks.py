@@ -1,4 +1,4 @@
-"""Ranks share, sum and wait; errors in one are raised unchanged; lost ones are replaced."""
+"""Ranks share, sum and wait; errors in one are raised unchanged; lost ones are replaced; nothing of them stays."""
 
 import os
 import signal
@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from infra.compute.cluster import session
-from infra.compute.ranks import ALONE, WAIT_SECONDS, Ranks, process_group, run_ranks
+from infra.compute.ranks import ALONE, Ranks, run_ranks
 from infra.compute.workers import WorkerOptions, map_shards
+from infra.errors import TransientError
 from infra.progress import Progress, silent
+from tests.support.serving_process import command_of, until
+
+PATIENCE = 60.0  # seconds
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,16 +47,12 @@ def sum_up_and_report(ranks: Ranks, progress: Progress) -> tuple[list[float], li
     for step in range(50):
         progress(step, 50, {"val_nll": float(step)} if step == 20 else {})
         ranks.wait()
-    time.sleep(1.5 * WAIT_SECONDS)  # the caller asks that often
     return sums
 
 
-@pytest.mark.parametrize("wait", [WAIT_SECONDS, 0.001])  # the latter: most answers are late
-def test_two_ranks_sum_and_every_report_of_the_first_arrives_in_order(
-    wait: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ranks_sum_and_every_report_of_the_first_arrives_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Validations are judged while a training goes on: the one in 50 that holds a validation was lost."""
-    monkeypatch.setattr("infra.compute.ranks.WAIT_SECONDS", wait)
+    monkeypatch.setattr("infra.compute.launch.train.WAIT_SECONDS", 0.001)  # most answers are late
     reports: list[tuple[int, int, dict[str, float]]] = []
     listen: Progress = lambda done, total, figures: reports.append((done, total, dict(figures)))  # noqa: E731
     assert run_ranks(sum_up_and_report, 2, progress=listen) == ([3.0, 20.0], [0, 1])
@@ -72,45 +73,82 @@ def test_parts_that_cannot_be_shared_are_refused() -> None:
         Ranks(0, 2).share(3)
 
 
-def fail_in_the_second(ranks: Ranks, progress: Progress) -> None:
+class Own(Exception):
+    pass
+
+
+class Odd(ValueError):
+    """An error that cannot be made again from its arguments."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def fail_in_the_second(attempts: Path, ranks: Ranks, progress: Progress) -> None:
     if ranks.rank == 1:
-        raise ValueError("a broken config")
+        attempts.open("a").write("x")
+        raise Own("a broken config")
     ranks.wait()  # the first one waits for somebody who will not come
 
 
-def test_an_error_of_one_rank_is_the_error_of_all() -> None:
-    with pytest.raises(ValueError, match="a broken config"):
-        run_ranks(fail_in_the_second, 2)
+def test_an_error_of_one_rank_is_the_error_of_all_and_is_not_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(Own, match=r"^a broken config$"):
+        run_ranks(partial(fail_in_the_second, tmp_path / "attempts"), 2)
+    assert (tmp_path / "attempts").read_text() == "x"
 
 
-@pytest.mark.parametrize(("backend", "left"), [("gloo", 1), ("nccl", 0)])
-def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave(
-    backend: str, left: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Leaving an NCCL group is collective while the others wait for a sum: the error would never be reported."""
-    leaving: list[str] = []
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: leaving.append(backend))
-    with process_group(Ranks(1, 2), ("there", 0), object(), backend=backend):
-        pass
-    assert len(leaving) == 1
-    leaving.clear()
-    with pytest.raises(ValueError, match="memory"), process_group(Ranks(1, 2), ("there", 0), object(), backend=backend):
-        raise ValueError("memory ran out")
-    assert len(leaving) == left
+def test_an_error_that_cannot_be_sent_is_replaced_by_its_text() -> None:
+    from infra.compute.launch.rank import WorkError
+
+    same, other = (WorkError.of(error).original() for error in (Own("a broken config"), Odd("a", "b")))
+    assert (type(same), str(same)) == (Own, "a broken config")
+    assert (type(other), str(other)) == (RuntimeError, "a: b")
 
 
-def die_once(marker: Path, ranks: Ranks, progress: Progress) -> str:
-    if ranks.rank == 1 and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+def harm_once(marker: Path, harm: signal.Signals, ranks: Ranks, progress: Progress) -> str:
     ranks.wait()
-    return "done"
+    if ranks.rank == 1 and not marker.exists():
+        time.sleep(1)  # until Ray Train knows that all have begun
+        marker.write_text(str(os.getpid()))
+        os.kill(os.getpid(), harm)
+    ranks.wait()
+    return os.getcwd()
 
 
-def test_a_killed_rank_is_replaced(tmp_path: Path) -> None:
-    assert run_ranks(partial(die_once, tmp_path / "died"), 2) == "done"
-    assert (tmp_path / "died").exists()
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [("SIGKILL", "Worker exit type: SYSTEM_ERROR"), ("SIGSTOP", "it did not respond within SFTOK_RANK_PATIENCE")],
+)
+def test_a_lost_rank_is_replaced(
+    harm: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The other one, whose connection is closed, is not what is said to be lost."""
+    monkeypatch.setenv("SFTOK_RANK_PATIENCE", "3")
+    work = partial(harm_once, tmp_path / "lost", signal.Signals[harm])
+    assert run_ranks(work, 2) == os.getcwd()
+    warned = [record.getMessage() for record in caplog.records if record.name == "infra.compute.launch.train"]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"a training process was lost (rank 1: {said}")
+    assert "\n" not in warned[0]
+    assert len(warned[0]) < 300
+    until(lambda: not psutil.pid_exists(int((tmp_path / "lost").read_text())), PATIENCE, "it is there still")
+    assert capfd.readouterr() == ("", "")
+
+
+def die(ranks: Ranks, progress: Progress) -> None:
+    """Be lost before Ray Train knows that all have begun."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_ranks_that_are_lost_again_and_again_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.compute.launch.train.RESTARTS", 1)
+    with pytest.raises(TransientError, match=r"^lost a training process 2 times \(.*Worker exit type: SYSTEM_ERROR"):
+        run_ranks(die, 2)
 
 
 def place_and_workers(ranks: Ranks, progress: Progress) -> tuple[int, str, list[str]]:
@@ -140,27 +178,45 @@ def ring(*_: object) -> None:
     raise Rung
 
 
-def ring_and_wait(driver: int, ranks: Ranks, progress: Progress) -> None:
+def ring_and_wait(driver: int, begun: Path, ranks: Ranks, progress: Progress) -> None:
+    (begun / str(os.getpid())).touch()
     os.kill(driver, signal.SIGALRM)
     time.sleep(60)
 
 
-def make_ringing(driver: int) -> partial[None]:
-    return partial(ring_and_wait, driver, ALONE)
+def make_ringing(driver: int, begun: Path) -> partial[None]:
+    return partial(ring_and_wait, driver, begun, ALONE)
 
 
 WAITS = {
-    "ranks": lambda: run_ranks(partial(ring_and_wait, os.getpid()), 2),
-    "workers": lambda: map_shards(partial(make_ringing, os.getpid()), [silent], options=WorkerOptions(workers=1)),
+    "ranks": lambda begun: run_ranks(partial(ring_and_wait, os.getpid(), begun), 2),
+    "workers": lambda begun: map_shards(
+        partial(make_ringing, os.getpid(), begun), [silent], options=WorkerOptions(workers=1)
+    ),
 }
 
 
 @pytest.mark.parametrize("what", WAITS)
-def test_a_signal_while_ray_waits_comes_out_as_itself(what: str) -> None:
+def test_a_signal_while_ray_waits_comes_out_as_itself_and_ends_the_processes(what: str, tmp_path: Path) -> None:
     """Guards against Ray's compiled code, whose SystemError was reported as a failure of the stage."""
     before = signal.signal(signal.SIGALRM, ring)
     try:
         with pytest.raises(Rung):
-            WAITS[what]()
+            WAITS[what](tmp_path)
     finally:
         signal.signal(signal.SIGALRM, before)
+    until(
+        lambda: not any(psutil.pid_exists(int(path.name)) for path in tmp_path.iterdir()), PATIENCE, "it is there still"
+    )
+
+
+def test_nothing_of_them_stays() -> None:
+    """Neither a process of Ray Train's nor a reservation, which the next ranks would wait for."""
+    import ray
+
+    def left() -> list[str]:
+        names = [command_of(one) for one in psutil.Process().children(recursive=True)]
+        return [name for name in names if "Train" in name or "Messenger" in name or "Synchronization" in name]
+
+    until(lambda: not left(), PATIENCE, "it is there still")
+    assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
