@@ -58,6 +58,11 @@ class Settings(BaseSettings):
         validation_alias="SFTOK_RANK_PATIENCE",
         description="seconds after which a training process that does not respond counts as lost",
     )
+    gpu_memory: PositiveFloat | None = Field(
+        None,
+        validation_alias="SFTOK_GPU_MEMORY",
+        description="memory of each GPU, in GB, in which trainings have to fit; if unset, the GPUs are asked",
+    )
     prefect_api_url: str | None = Field(
         None,
         validation_alias="PREFECT_API_URL",

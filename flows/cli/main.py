@@ -85,7 +85,7 @@ Examples:
   sftok run digits
   sftok run small64 --data ~/pictures --store s3://bucket/prefix
   sftok run digits --set train_generator.steps=1200 --seed 1
-  sftok run imagenet256_sftok_b --data s3://bucket/imagenet --dry-run
+  sftok run imagenet256_ar_3b --data s3://bucket/imagenet --ranks 8 --dry-run --gpu-memory 80
   sftok recipes digits --toml > mine.toml && sftok run mine.toml
 """,
 )
@@ -102,6 +102,12 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what each stage would do and take; nothing is trained or written.")
     ] = False,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Plan for GPUs of so many GB, with --dry-run. [default: SFTOK_GPU_MEMORY, or as GPUs have]"
+        ),
+    ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -109,14 +115,18 @@ def run(
     with one_line_termination(), stdout_for_results(), logging_on_stderr(verbose), one_line_refusals():
         from flows.requests.checks import check_request
 
+        if gpu_memory is not None and not dry_run:
+            raise Refused("--gpu-memory is what is planned for: add --dry-run, or state it in SFTOK_GPU_MEMORY")
         if max_reject_rate is not None:
             overrides = (*asked.overrides, f"data.max_reject_rate={max_reject_rate}")
             asked = asked.model_copy(update={"overrides": overrides})
         request = check_request(asked, is_run=not dry_run)
         if dry_run:
             from flows.pipeline.dry_run import dry_run as plan
+            from flows.requests.gpu_card import find_card
+            from infra.settings import Settings
 
-            planned = plan(request)
+            planned = plan(request, find_card(Settings(), gpu_memory), on_gpus=asked.request().recipe)
         else:
             from flows.cli.launch import launch
 
@@ -279,11 +289,13 @@ def _show_plan(planned: "DryRun", *, as_json: bool) -> None:
 
     if as_json:
         typer.echo(json.dumps(planned.as_json()))
-        return
-    print_table(HEAD, [stage.as_row() for stage in planned.stages])
-    typer.echo(f"computed on {planned.device}")
-    for note in planned.notes():
-        typer.echo(note)
+    else:
+        print_table(HEAD, [stage.as_row() for stage in planned.stages])
+        typer.echo(f"computed on {planned.device}")
+        for note in planned.notes():
+            typer.echo(note)
+    if planned.refusal:
+        raise Refused(planned.refusal)
 
 
 def _show_record(record: "RunRecord") -> None:

@@ -1,7 +1,7 @@
-"""Plan a run without running it: each stage's artifact, its state, what it asks of Ray, estimates of time and size.
+"""Plan a run without running it: each stage's artifact, its state, what it asks of Ray, time, memory of a GPU and size.
 
-Nothing is written and nothing trained. Arithmetic is counted on networks without memory (torch's meta device); hours
-are that arithmetic at an assumed rate, and say so.
+Nothing is written and nothing trained. Arithmetic and memory are counted on networks without contents (torch's meta
+device); hours are that arithmetic at an assumed rate, and say so.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import JsonValue
 
 from flows.pipeline import graph
+from flows.pipeline.gpu_memory import MEMORY_SOURCE, UNKNOWN, Card, Ranked, StageMemory, memory_of, refusal_of
 from flows.pipeline.graph import ENCODE, PREPARE, SAMPLE
 from flows.pipeline.space import MAX_CLASSES, SIZE_SOURCE, Sizes
 from flows.recipes.schema import Recipe
@@ -17,6 +18,7 @@ from flows.runs.run_request import RunRequest
 from flows.stage import Listing, Stage, StageJob, plan_of, planned_ref
 from flows.store.inventory import size_text
 from infra.artifacts.manifest import ArtifactRef, find, ref_of
+from infra.training.config import or_list
 
 if TYPE_CHECKING:
     from sftok.sources.summary import SourceSummary
@@ -37,17 +39,39 @@ class PlannedStage(NamedTuple):
     """Cached, to do, or after prepare."""
     resources: str
     gpu_hours: float | None
+    hours: float | None
+    """with all ranks, or workers, at work."""
+    memory: StageMemory | None
+    """of each GPU, for what is trained."""
+    rank_counts: tuple[int, ...]
+    """numbers of ranks that can share a step of a training."""
     bytes: int | None
 
     def as_row(self) -> tuple[str, ...]:
         """Cells of a table."""
-        hours = "" if self.gpu_hours is None else f"{self.gpu_hours:,.{0 if self.gpu_hours >= 10 else 2}f}"
         name = f"{self.kind}/{self.digest[:12]}" if self.digest else self.kind
         size = "" if self.bytes is None else size_text(self.bytes)
-        return (self.stage, self.state, name, self.resources, hours, size)
+        memory = "" if self.memory is None else str(self.memory)
+        return (self.stage, self.state, name, self.resources, _told(self.gpu_hours), _told(self.hours), memory, size)
+
+    def told(self) -> str:
+        """Say what each rank of a training takes of a GPU, and how many ranks there can be."""
+        assert self.memory is not None
+        count = self.rank_counts[-1]
+        micro_batches = f"{count} micro-batch{'es' if count > 1 else ''} a step"
+        return f"{self.stage}: {self.memory.told()}; {micro_batches}, so ranks: {or_list(self.rank_counts)}"
+
+    def as_json(self) -> dict[str, JsonValue]:
+        """Return all fields."""
+        memory = None if self.memory is None else self.memory.as_json()
+        return {**self._asdict(), "memory": memory, "rank_counts": list(self.rank_counts)}
 
 
-HEAD = ("stage", "state", "artifact", "Ray", "GPU hours", "size")
+HEAD = ("stage", "state", "artifact", "Ray", "GPU hours", "hours", "GPU memory", "size")
+
+
+def _told(hours: float | None) -> str:
+    return "" if hours is None else f"{hours:,.{0 if hours >= 10 else 2}f}"
 
 
 class DryRun(NamedTuple):
@@ -60,6 +84,9 @@ class DryRun(NamedTuple):
     images: int | None
     listing: "SourceSummary"
     stages: tuple[PlannedStage, ...]
+    card: Card
+    refusal: str | None
+    """what of it cannot fit in such a GPU, and what would."""
 
     def as_json(self) -> dict[str, JsonValue]:
         """Return one object, with the assumptions behind the estimates."""
@@ -70,8 +97,10 @@ class DryRun(NamedTuple):
             "source": self.source,
             "images": self.images,
             "listing": self.listing.as_json(),
-            "stages": [dict(stage._asdict()) for stage in self.stages],
-            "estimates": {"gpu_hours": RATE_SOURCE, "bytes": SIZE_SOURCE},
+            "stages": [stage.as_json() for stage in self.stages],
+            "gpu_memory": {"bytes": self.card.bytes, "source": self.card.place},
+            "estimates": {"gpu_hours": RATE_SOURCE, "memory": MEMORY_SOURCE, "bytes": SIZE_SOURCE},
+            **({"error": self.refusal} if self.refusal else {}),
         }
 
     def notes(self) -> tuple[str, ...]:
@@ -80,19 +109,27 @@ class DryRun(NamedTuple):
         return (
             *self.listing.lines(),
             f"{count} images; GPU hours of what is still to do: {RATE_SOURCE}; none where a CPU is enough",
+            "hours: GPU hours by the ranks that train, or the workers that encode",
+            *(stage.told() for stage in self.stages if stage.memory is not None),
+            f"memory of a GPU: {self.card}; {MEMORY_SOURCE}",
             f"sizes: {SIZE_SOURCE}",
         )
 
 
-def dry_run(request: RunRequest) -> DryRun:
+def dry_run(request: RunRequest, card: Card = UNKNOWN, *, on_gpus: Recipe | None = None) -> DryRun:
     """Plan all stages of a run; the source is listed once, nothing is written.
+
+    Args:
+        request: what was asked for.
+        card: memory of the GPUs that it is planned for.
+        on_gpus: the recipe before its settings were resolved for this machine; None: the request's.
 
     Raises:
         ValueError: the source cannot be listed.
     """
     from sftok.sources.summary import summarize
 
-    recipe, listed = request.recipe, Listing()
+    recipe, listed, trained = request.recipe, Listing(), Ranked.on_gpus(on_gpus or request.recipe, request.ranks)
     job = StageJob.of(request, listing=listed)
     store = job.store
     known: dict[str, ArtifactRef] = {}
@@ -119,12 +156,25 @@ def dry_run(request: RunRequest) -> DryRun:
                 known.pop(stage.name, None)  # what follows depends on what the images hold
         needed = operations.get(stage.name) if found is None else None
         hours = None if needed is None else needed / RATE / 3600
+        memory = memory_of(trained, stage.name) if found is None and stage.name in recipe.trainings() else None
         size = sizes.get(stage.name) if found is None else found.num_bytes
         state = "Cached" if found else "to do" if is_known else FIRST
         resources = _resources(stage, request)
         digest = plan.digest if plan else None
-        planned.append(PlannedStage(stage.name, stage.kind, digest, state, resources, hours, size))
-    return DryRun(recipe.name, recipe.compute.device, store.uri, request.source, images, listing, tuple(planned))
+        wall = None if hours is None else hours / _width(stage, request)
+        counts = tuple(recipe.trainings()[stage.name].rank_counts) if stage.name in recipe.trainings() else ()
+        told = stage.name, stage.kind, digest, state, resources, hours, wall, memory, counts, size
+        planned.append(PlannedStage(*told))
+    refusal = refusal_of(trained, {s.stage: s.memory for s in planned if s.memory is not None}, card)
+    place = recipe.compute.device, store.uri, request.source
+    return DryRun(recipe.name, *place, images, listing, tuple(planned), card, refusal)
+
+
+def _width(stage: Stage, request: RunRequest) -> float:
+    """Return the GPUs that a stage's work is shared by, if there are as many as were asked for."""
+    if stage.is_trained:
+        return request.ranks
+    return max(request.workers * (request.gpus_per_worker or 1), 1) if stage is ENCODE else 1
 
 
 def _resources(stage: Stage, request: RunRequest) -> str:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
+from infra.training.config import TrainingConfig, or_list
 
 Section = dict[str, Any]
 SHOWN = 3  # problems of a recipe named at once
@@ -38,6 +39,18 @@ def load_recipe(name: str, *, overrides: Sequence[str] = (), seed: int | None = 
         return Recipe.model_validate(settings)
     except ValidationError as error:
         raise ValueError(f"{where}: {_problems(error, settings)}") from None
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """Return a recipe with `section.field=value` overrides.
+
+    Raises:
+        ValueError: a setting does not fit.
+    """
+    settings = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply(settings, override)
+    return Recipe.model_validate(settings)
 
 
 def _named(name: str) -> Section:
@@ -157,6 +170,8 @@ def to_toml(recipe: Recipe) -> str:
 def _table(model: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
     """Yield the lines of one table: values first, since a value after a sub-table would belong to that."""
     values = model.model_dump(mode="json")
+    if isinstance(model, TrainingConfig):
+        yield from (f"# {line}" for line in textwrap.wrap(_ranks_of(model), 110))
     sections = []
     for name, field in type(model).model_fields.items():
         inner = getattr(model, name)
@@ -170,6 +185,13 @@ def _table(model: BaseModel, path: tuple[str, ...]) -> Iterator[str]:
         about = (inspect.getdoc(type(inner)) or "").splitlines()
         yield from ("", f"# {about[0]}" if about else "#", f"[{'.'.join((*path, name))}]")
         yield from _table(inner, (*path, name))
+
+
+def _ranks_of(training: TrainingConfig) -> str:
+    """Say how many ranks a training allows, and why."""
+    count = training.micro_batches
+    steps = f"{count} micro-batch{'es' if count > 1 else ''} a step, which ranks share equally"
+    return f"{steps}: --ranks {or_list(training.rank_counts)}"
 
 
 def _commented(name: str, value: object, field: FieldInfo) -> Iterator[str]:

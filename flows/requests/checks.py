@@ -7,15 +7,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from flows.pipeline.gpu_memory import Ranked, check_memory
 from flows.pipeline.graph import GRAPH
 from flows.prefect_server.environment import check_environment
 from flows.prefect_server.temporary import health
 from flows.recipes.schema import Recipe
-from flows.requests.choose_device import choose_device
+from flows.requests.choose_device import choose_device, gpus_there
+from flows.requests.gpu_card import find_card
 from flows.requests.precisions import precisions_of, warn_of_slow
 from flows.results.health.rules import SETTINGS
 from flows.runs.journal import read_record
 from flows.runs.run_request import RunArguments, RunRequest
+from infra.artifacts.artifact import Artifact
 from infra.artifacts.pretrained import WEIGHTS_ROOT, PretrainedConfig, check_pretrained
 from infra.compute.cluster import check_reachable
 from infra.environment import named
@@ -73,6 +76,7 @@ def checked(request: RunRequest, *, is_run: bool = True, flags: Mapping[str, str
     request = request.on(*choose_device(compute, gpus=gpus, settings=settings, ranks=request.ranks, is_run=is_run))
     if is_run:
         _check_tools(request.recipe, stages, settings)
+        _check_gpu_memory(request, stages, settings)
     if "prepare" in stages:
         check_source(request.source, request.recipe.data)
     if is_run:
@@ -144,6 +148,28 @@ def _check_tools(recipe: Recipe, stages: Collection[str], settings: Settings) ->
     is_compiled |= "encode" in stages and bool(recipe.encode.compile)
     is_compiled |= "sample" in stages and compiles_steps(recipe)
     check_compilers(is_compiled, device=recipe.compute.device, settings=settings)
+
+
+def _check_gpu_memory(request: RunRequest, stages: Collection[str], settings: Settings) -> None:
+    """Refuse a training that cannot fit in the GPUs that it runs on, if their memory is known."""
+    if request.device != "cuda" or not trainings_of(request.recipe, stages):
+        return
+    if (card := find_card(settings)).bytes is not None:
+        asked = Ranked.on_gpus(_with_vocabulary(request), request.ranks)
+        check_memory(asked, card, stages, most_ranks=int(gpus_there(settings, is_run=True)))
+
+
+def _with_vocabulary(request: RunRequest) -> Recipe:
+    """Return the recipe with the vocabulary and the length of the codes that are given, if any are."""
+    from infra.codes.contract import load_info
+
+    recipe = request.recipe
+    if (given := request.given.get("encode")) is None:
+        return recipe
+    codes = Artifact.load(Store(request.store), given)
+    info = load_info(codes.store, codes.keys("train")[0])
+    sizes = {"codebook_size": info.codebook_size, "num_latent_tokens": info.num_tokens}
+    return recipe.model_copy(update={"tokenizer": recipe.tokenizer.model_copy(update=sizes)})
 
 
 def check_weights(recipe: Recipe, stages: Collection[str] = GRAPH) -> None:

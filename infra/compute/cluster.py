@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 * 2**20  # shards are named, not sent: only names and small results pass through
 
 CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 60.0  # of the machines of a cluster that are asked for their GPUs
 RAY_VARIABLES = ("SFTOK_RAY_ADDRESS", "RAY_ADDRESS")
 RAY_REMEDY = "start it, correct SFTOK_RAY_ADDRESS or RAY_ADDRESS (with RAY_AUTH_MODE=token if it asks so), or unset it"
 SOCKET = "ray/session_2026-01-31_12-00-00_000000_1234567/sockets/plasma_store"
@@ -156,6 +157,34 @@ def cluster_gpus(address: str) -> float:
     with session(address) as connection:
         ray = connection.connect(cpus=0, gpus=0, processes=1)
         return float(sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]))
+
+
+def cluster_gpu_memory(address: str) -> int | None:
+    """Return the bytes of the smallest GPU that the machines of a running Ray cluster have now; None if unknown."""
+    from infra.compute.device import gpu_memory
+
+    try:
+        with session(address) as connection, interruptible():
+            ray = connection.connect(cpus=0, gpus=0, processes=1)
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0)]
+            # Without a GPU of its own, a task sees all that its machine has, and waits for none.
+            tasks = [
+                ray.remote(num_cpus=0)(gpu_memory)
+                .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+                .remote()
+                for node in nodes
+            ]
+            try:
+                sizes = ray.get(tasks, timeout=ANSWER_SECONDS)
+            except ray.exceptions.RayError:  # late answers, too
+                for task in tasks:
+                    ray.cancel(task)
+                return None
+    except ValueError:
+        return None
+    return min((size for size in sizes if size is not None), default=None)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import re
+import subprocess
 import sys
 from typing import Literal
 
@@ -14,6 +15,9 @@ from infra.machine import gpu_names
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+ASK_MEMORY = (
+    "import torch; print(*(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))"
+)
 # GPUs below compute capability 8.0, by name: asking CUDA would occupy memory on the card.
 WITHOUT_BF16 = re.compile(r"\b(?:[KMPT]\d{1,4}G?|G?V100S?|GTX|TITAN|Quadro RTX|RTX 20\d\d)\b")
 
@@ -45,6 +49,18 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def gpu_memory() -> int | None:
+    """Return the bytes of the smallest GPU that this process may use; None if there is none, or it cannot be asked.
+
+    Another process asks, since asking occupies memory on the cards as long as the process lasts.
+    """
+    if default_device() != "cuda":
+        return None
+    asked = subprocess.run([sys.executable, "-c", ASK_MEMORY], capture_output=True, text=True, check=False)
+    sizes = [int(word) for word in asked.stdout.split() if word.isdigit()]
+    return min(sizes, default=None)
 
 
 def default_precision(device: str) -> Literal["fp32", "bf16"]:

@@ -1,5 +1,6 @@
 """Configs of optimizers and training loops; imports no torch, so that the command line starts fast."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
@@ -9,6 +10,7 @@ from infra.config import RUNTIME, Config, Precision
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 """How ranks share the weights of a network."""
 
+MOST_NAMED = 6  # numbers of ranks that are listed in full
 COMPILED_WIDTH = 512  # narrower networks finish training before compiling them would pay
 
 
@@ -84,6 +86,24 @@ class TrainingConfig(LoopConfig):
         return self.batch_size // (self.micro_batch or self.batch_size)
 
     @property
+    def rank_counts(self) -> list[int]:
+        """Return the numbers of ranks that can share a step's micro-batches equally."""
+        return divisors(self.micro_batches)
+
+    @property
     def at_once(self) -> int:
         """Return the number of images or sequences per forward pass, also in validations."""
         return self.micro_batch or self.batch_size
+
+
+def or_list(numbers: Sequence[int]) -> str:
+    """Write a choice of numbers: 1, 2, 4 or 8; the middle of a long one is left out."""
+    words = [str(number) for number in numbers]
+    if len(words) > MOST_NAMED:
+        return f"{', '.join(words[: MOST_NAMED - 2])} ... {words[-1]}"
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, from 1 on."""
+    return [each for each in range(1, number + 1) if number % each == 0]

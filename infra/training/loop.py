@@ -17,6 +17,7 @@ from torch import Tensor
 from infra.artifacts.shards import FileEntry
 from infra.compute.device import IEEE, NumericsConfig, use_numerics
 from infra.compute.device import default_device as default_device
+from infra.compute.dry_pass import AUTOCAST_AS, META
 from infra.compute.memory import reraise_out_of_memory
 from infra.compute.ranks import ALONE, Ranks
 from infra.compute.transfer import fetch
@@ -117,7 +118,8 @@ def autocast(precision: Precision, device: str) -> AbstractContextManager[object
     """Return the autocast context of a precision; for fp32 it does nothing."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(torch.device(device).type, _TYPES[precision])
+    kind = torch.device(device).type
+    return torch.autocast(AUTOCAST_AS if kind == META else kind, _TYPES[precision])
 
 
 def over_micro_batches(

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from sftok.config import AdversarialConfig
 from sftok.losses.diff_augment import diff_augment
-from sftok.losses.dino import check_dino_size, dino_view, load_dino
+from sftok.losses.dino import Dino, check_dino_size, dino_view, load_dino
 from sftok.losses.discriminator import (
     DinoDiscriminator,
     PatchDiscriminator,
@@ -91,7 +91,7 @@ class Adversary:
         steps: int,
         image_size: int,
         micro_batch: int,
-        dino: bytes | None = None,
+        dino: bytes | Dino | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Build the discriminator, and check now what would otherwise fail at `start_step`.
@@ -101,7 +101,7 @@ class Adversary:
             steps: steps of the whole stage.
             image_size: side of the images, in pixels.
             micro_batch: images per call.
-            dino: the file that `config.dino` names; given if and only if `config.kind` is "dino".
+            dino: the file that `config.dino` names, or its network; given if and only if `config.kind` is "dino".
             device: device of the images.
 
         Raises:
@@ -121,9 +121,10 @@ class Adversary:
         self.config = config
         self.steps = steps - config.start_step
         """of the discriminator: the length of its schedule, which begins at `config.start_step`."""
-        made = (
-            PatchDiscriminator(config.channels, config.layers) if dino is None else DinoDiscriminator(load_dino(dino))
-        )
+        if dino is None:
+            made: nn.Module = PatchDiscriminator(config.channels, config.layers)
+        else:
+            made = DinoDiscriminator(dino if isinstance(dino, Dino) else load_dino(dino))
         self.discriminator = made.to(device)
         self.lecam = LeCam(config.lecam_decay, device)
 

@@ -122,11 +122,15 @@ class Teacher(nn.Module):
         self.codebook = nn.Embedding(config.codebook_size, config.latent_channels)
         self.decoder = TeacherDecoder(config)
 
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def nearest(self, latents_BChw: Tensor) -> Tensor:
-        """Find the nearest code of every position by squared distance, (B, P) int64, row-major."""
+        """Find the nearest code of every position by squared distance, (B, P) int64, row-major.
+
+        In float32 whatever the autocast, because near-ties decide codes.
+        """
         x_BPC, codebook_VC = latents_BChw.flatten(2).transpose(1, 2).float(), self.codebook.weight.float()
-        with torch.autocast(x_BPC.device.type, enabled=False):  # near-ties decide codes
-            return (codebook_VC.square().sum(1) - 2 * x_BPC @ codebook_VC.T).argmin(-1)
+        return (codebook_VC.square().sum(1) - 2 * x_BPC @ codebook_VC.T).argmin(-1)
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:

@@ -58,8 +58,7 @@ def train_fine_tune(
     model = with_pixel_decoder(start, teacher).to(run.device)
     assert model.pixel_decoder is not None
     model.pixel_decoder.to(memory_format=torch.channels_last)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(("decoder.", "pixel_")))
+    give_gradients_to_decoders(model)
     set_up([model.encoder, model.decoder, model.pixel_decoder], training)
     learner = Learner(model, OptimizerPlan.of(training, run.ranks))
     reconstruct = learner.spread(functools.partial(fine_tune_pass, model, config=config))
@@ -104,6 +103,12 @@ def with_pixel_decoder(start: SFTok, teacher: Teacher) -> SFTok:
     model.take_weights(start)
     model.take_pixel_decoder(teacher)
     return model
+
+
+def give_gradients_to_decoders(model: SFTok) -> None:
+    """Choose what is trained: decoder and pixel decoder with its codebook; encoder and quantizer are frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("decoder.", "pixel_")))
 
 
 def fine_tune_pass(model: SFTok, images: Tensor, *, config: FineTuneStageConfig, masks: torch.Generator) -> Tensor:
