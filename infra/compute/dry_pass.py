@@ -9,7 +9,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -91,20 +90,20 @@ class _AsOnCuda(TorchFunctionMode):
         super().__init__()
         self._casts: dict[tuple[int, bool], Tensor] = {}  # of weights, as autocast caches them
         self._clear_torchs = torch.clear_autocast_cache
-        self._patch = patch.object(torch, "clear_autocast_cache", self._clear)
         self._kernels: dict[str, Callable[..., Tensor]] = {"dropout": _dropout, "rms_norm": _rms_norm}
         if fused_attention:
             self._kernels["scaled_dot_product_attention"] = _attention
 
     def __enter__(self) -> Self:
         """Begin; until the end, torch forgets our casts when it forgets its own, at the end of each autocast."""
-        self._patch.start()
-        return super().__enter__()
+        torch.clear_autocast_cache = self._clear
+        super().__enter__()
+        return self
 
     def __exit__(self, *raised: Any) -> None:
         """End."""
         super().__exit__(*raised)
-        self._patch.stop()
+        torch.clear_autocast_cache = self._clear_torchs
 
     def _clear(self) -> None:
         self._casts.clear()
