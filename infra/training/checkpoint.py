@@ -75,8 +75,8 @@ class Checkpoints:
         self.wait()
         self._staging = self._staging or Staging()
         own = {name: tensors[name] for name in share_out(tensors, self.ranks.rank, self.ranks.size)}
-        copies = self._staging.copy(own)
-        self._writing = self._writer.submit(self._write, self._group, step, own, copies, dict(state))
+        self._staging.copy(own)
+        self._writing = self._writer.submit(self._write, self._group, self._staging, step, own, dict(state))
 
     def wait(self) -> None:
         """Wait until the last save is complete, and raise its error if it has failed."""
@@ -100,7 +100,8 @@ class Checkpoints:
             try:
                 return self._load(step, tensors, optional)
             except DAMAGE as error:
-                log.warning("skipping the damaged %s: %s", self.folder.at(_name(step)).uri, str(error).splitlines()[0])
+                level = logging.WARNING if self.ranks.is_first else logging.DEBUG
+                log.log(level, "skipping the damaged %s: %s", self._at(step).uri, str(error).splitlines()[0])
                 self._unreadable.add(step)
         return None
 
@@ -132,15 +133,15 @@ class Checkpoints:
     def _write(
         self,
         group: "RankGroup",
+        staging: "Staging",
         step: int,
         tensors: "Mapping[str, Tensor]",
-        copies: "Mapping[str, Tensor]",
         state: dict[str, JsonValue],
     ) -> None:
         from infra.training.sharded_files import ShardWriter
 
-        writer = ShardWriter(self.folder.at(_name(step)), step, state, is_replaced=step in self._unreadable)
-        group.save(writer, tensors, copies)
+        writer = ShardWriter(self._at(step), staging, step, state, is_replaced=step in self._unreadable)
+        group.save(writer, tensors)
         self._unreadable.discard(step)
         if self.ranks.is_first:
             self._prune(step)
@@ -149,9 +150,10 @@ class Checkpoints:
         import torch
 
         from infra.training.parallel import own_part
-        from infra.training.sharded_files import NAMES, ShardReader
+        from infra.training.sharded_files import ShardReader
+        from infra.training.staging import NAMES
 
-        folder = self.folder.at(_name(step))
+        folder = self._at(step)
         marker = self._group.of_first(lambda: read_marker(folder))
         if lacking := tensors.keys() - marker.tensors.keys() - set(optional):
             raise ValueError(f"it lacks {len(lacking)} tensors, {min(lacking)!r} among them")
@@ -166,6 +168,9 @@ class Checkpoints:
         for name, copied in copies.items():
             own_part(held[name]).copy_(copied)
         return Restored(marker.step, dict(marker.state))
+
+    def _at(self, step: int) -> Store:
+        return self.folder.at(_name(step))
 
     def _marked(self) -> list[int]:
         """List steps with a marker, ascending."""

@@ -122,6 +122,16 @@ def as_part_of(whole: Tensor, part: Tensor) -> Tensor:
     return type(sharded).from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
+def takes_turn(tensor: Tensor, turn: int) -> bool | None:
+    """Tell whether this rank, of those that hold the same part of a sharded tensor, has a turn; None if all hold it."""
+    if (sharded := _sharded(tensor)) is None:
+        return None
+    mesh, coordinates = sharded.device_mesh, sharded.device_mesh.get_coordinate()
+    assert coordinates is not None
+    along = [axis for axis, placement in enumerate(sharded.placements) if placement.is_replicate()]
+    return all(coordinates[axis] == turn % mesh.size(axis) for axis in along)
+
+
 def shard_group(parameter: Tensor) -> Any:
     """Return the process group over which a parameter is sharded; None if it is not."""
     if (sharded := _sharded(parameter)) is None:

@@ -58,20 +58,19 @@ class RankGroup:
         dist.broadcast_object_list(made, src=0, group=self._group)
         return cast(T, made[0])
 
-    def save(self, writer: StorageWriter, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
-        """Write copies of tensors, and raise the error of any rank.
+    def save(self, writer: StorageWriter, tensors: Mapping[str, Tensor]) -> None:
+        """Write what a writer holds, and raise the error of any rank.
 
         Args:
             writer: writes what torch plans.
-            tensors: those that this rank has a part in, for their shapes and placements alone.
-            copies: of the local part of each.
+            tensors: those that this rank writes, for their shapes and placements alone; they may change meanwhile.
         """
-        planner = _SavePlanner(copies)
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with _unwrapped():
             save(dict(tensors), storage_writer=writer, planner=planner, **self._whom())
 
     def load(self, reader: StorageReader, tensors: Mapping[str, Tensor], copies: Mapping[str, Tensor]) -> None:
-        """Read into copies of tensors; as of `save`, except that all ranks pass all tensors."""
+        """Read into copies of tensors, or of this rank's parts of them, and raise the error of any rank."""
         planner = _LoadPlanner(copies)
         with _unwrapped():
             load(dict(tensors), storage_reader=reader, planner=planner, **self._whom())
@@ -81,17 +80,6 @@ class RankGroup:
             return {"process_group": self._group}
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         return {"no_dist": True}
-
-
-class _SavePlanner(DefaultSavePlanner):
-    """Plans by tensors, and hands out their copies."""
-
-    def __init__(self, copies: Mapping[str, Tensor]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._copies = copies
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._copies[index.fqn]
 
 
 class _LoadPlanner(DefaultLoadPlanner):

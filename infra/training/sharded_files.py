@@ -5,12 +5,11 @@ ours. A file is named by its content, and its hash is in the marker, which is wr
 """
 
 import hashlib
-import json
 import logging
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import JsonValue
@@ -33,7 +32,6 @@ from infra.store.store import Store
 from infra.training.marker import (
     MARKER,
     Chunk,
-    Dtype,
     Marker,
     StoredTensor,
     file_name,
@@ -41,24 +39,11 @@ from infra.training.marker import (
     read_marker,
     tensor_key,
 )
+from infra.training.staging import DTYPES, NAMES, Staging
 
 log = logging.getLogger(__name__)
 
-DTYPES: dict[Dtype, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 T = TypeVar("T")
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Written(NamedTuple):
@@ -73,13 +58,17 @@ class ShardWriter(StorageWriter):
 
     Args:
         folder: the checkpoint's own.
+        staging: holds the tensors that this rank writes.
         step: completed steps.
         state: what the marker holds besides the tensors.
         is_replaced: whether a marker that is there is damaged.
     """
 
-    def __init__(self, folder: Store, step: int, state: Mapping[str, JsonValue], *, is_replaced: bool) -> None:
-        self.folder, self.step, self.state, self.is_replaced = folder, step, state, is_replaced
+    def __init__(
+        self, folder: Store, staging: Staging, step: int, state: Mapping[str, JsonValue], *, is_replaced: bool
+    ) -> None:
+        self.folder, self.staging = folder, staging
+        self.step, self.state, self.is_replaced = step, state, is_replaced
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:  # noqa: ARG003
@@ -100,26 +89,25 @@ class ShardWriter(StorageWriter):
         """Accept the plans."""
         return plans
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:  # noqa: ARG002
         """Write this rank's tensors and chunks as one file; none if they have no elements."""
-        tensors: dict[str, Tensor] = {}
+        keys: dict[str, str] = {}
         places = {}
         for item in plan.items:
             assert item.tensor_data is not None
             box = item.tensor_data.chunk
             if all(box.sizes):
                 places[item.index] = Chunk(offsets=tuple(box.offsets), sizes=tuple(box.sizes), file="")
-                key = tensor_key(item.index.fqn, places[item.index], tuple(item.tensor_data.size))
-                tensors[key] = cast(Tensor, planner.resolve_data(item))
-        if not tensors:
+                keys[item.index.fqn] = tensor_key(item.index.fqn, places[item.index], tuple(item.tensor_data.size))
+        if not keys:
             return _done([])
         with _sendable():
-            image = safetensors_image(tensors).numpy().data
-            sha256 = hashlib.sha256(image).hexdigest()
+            data = self.staging.file(keys)
+            sha256 = hashlib.sha256(data).hexdigest()
             file = file_name(sha256)
-            self.folder.write(file, image)
+            self.folder.write(file, data)
         written = {index: Written(place.model_copy(update={"file": file}), sha256) for index, place in places.items()}
-        return _done([WriteResult(index, len(image), place) for index, place in written.items()])
+        return _done([WriteResult(index, len(data), place) for index, place in written.items()])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Create the marker, when all ranks have written, and remove the files that it does not list."""
@@ -217,29 +205,6 @@ class ShardReader(StorageReader):
         if stored is None or stored.shape != chunk.sizes or stored.dtype != DTYPES[dtype]:
             raise ValueError(f"{self.folder.uri}/{chunk.file} does not hold {key!r} as {MARKER} says")
         return stored
-
-
-def safetensors_image(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the bytes of a safetensors file, as uint8.
-
-    safetensors' own `save` would keep Python, and so the training, from running for as long as it copies.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
-    header, places, end = {}, {}, 0
-    for name in names:
-        tensor, start = tensors[name], end
-        end = start + tensor.numel() * tensor.element_size()
-        places[name] = slice(start, end)
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    beginning = bytearray(len(text).to_bytes(8, "little") + text)
-    image = torch.empty(len(beginning) + end, dtype=torch.uint8)
-    image[: len(beginning)] = torch.frombuffer(beginning, dtype=torch.uint8)
-    for name in names:
-        tensor = tensors[name]
-        image[len(beginning) :][places[name]].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    return image
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from infra.errors import TransientError
 from infra.store.store import Store
 from infra.training.checkpoint import Checkpoints
 from infra.training.marker import MARKER
-from infra.training.sharded_files import safetensors_image
 from tests.support.s3_faults import Asked, FaultProxy, running_proxy
 from tests.support.s3_server import S3Server
 
@@ -86,7 +85,6 @@ def test_the_file_is_one_that_others_read(store: Store) -> None:
     found = load(store.read(file))
     assert found.keys() == {name for name, tensor in tensors(0).items() if tensor.numel()}
     assert all(torch.equal(tensor, tensors(0.1)[name]) for name, tensor in found.items())
-    assert safetensors_image({"a": torch.ones(3)}).numpy().tobytes() == save({"a": torch.ones(3)})
 
 
 def test_only_the_newest_stay(folder: Store) -> None:

@@ -43,7 +43,7 @@ def test_every_rank_writes_its_part(outcomes: dict[str, list[str]], saved: Path)
         assert len(marker.files) == count
         sizes = [Store(saved / f"sharded-{count}" / "step-000000007").size(file) for file in marker.files]
         values = sum(tensor.nbytes for tensor in VALUES.values())
-        assert values < sum(sizes) < values + 1000 * count  # headers: nothing is there twice
+        assert values < sum(sizes) < values + 1200 * count  # headers: nothing is there twice
         assert len(marker.tensors["rows"].chunks) == min(count, 3)
         assert len(marker.tensors["by_node"].chunks) == min(count, 2)
         assert len(marker.tensors["whole"].chunks) == 1
