@@ -32,11 +32,11 @@ STAGES = [
     "prepare", "teacher", "warm_up", "align", "fine_tune", "encode", "train_generator", "sample",
     "train_second_generator", "evaluate", "report",
 ]  # fmt: skip
-# Long enough to be killed in the middle of it.
-SETTINGS = {
-    "align.training.steps": "60",
-    "encode.variants": json.dumps(["center", *(f"affine-{k}" for k in range(1, 9))]),
-}
+VARIANTS = ["center", *(f"affine-{k}" for k in range(1, 6))]
+# Long enough to be killed in the middle of it, with few images to validate on.
+SETTINGS = {"align.training.steps": "24", "encode.variants": json.dumps(VARIANTS), "data.val_fraction": "0.05"}
+OVERRIDES = [f"{key}={value}" for key, value in SETTINGS.items()]
+RUN = ["run", "digits_tiny", "--json", *(word for override in OVERRIDES for word in ("--set", override))]
 PATIENCE = 240  # seconds
 
 pytestmark = pytest.mark.timeout(600)
@@ -52,11 +52,8 @@ class Runner:
             self.environment.pop(name, None)
 
     def start(self, store: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        command = [str(Path(sys.executable).parent / "sftok"), "run", "digits_tiny", "--store", store, "--json"]
-        for key, value in SETTINGS.items():
-            command += ["--set", f"{key}={value}"]
         return subprocess.Popen(
-            [*command, *arguments],
+            [str(Path(sys.executable).parent / "sftok"), *RUN, "--store", store, *arguments],
             env={**self.environment, **environment},
             cwd=self.folder,
             stdout=subprocess.PIPE,
@@ -170,13 +167,13 @@ def test_the_codes_are_those_of_all_images_and_variants(reference: Reference) ->
     info, rows = read_codes(reference.store.at("artifacts", "codes", digest), [f.path for f in manifest.files])
     counts = resolve(reference.store, reference.result["stages"]["prepare"]["digest"]).counts
     assert counts["found"] == 1797 == counts["accepted"] + counts["rejected"]
-    assert len(rows.image_id) == counts["train"] * 9 + counts["val"]
+    assert len(rows.image_id) == counts["train"] * len(VARIANTS) + counts["val"]
     assert len(set(zip(rows.image_id, rows.variant, strict=True))) == len(rows.image_id)
     assert info.tokenizer == reference.result["stages"]["fine_tune"]["digest"]
 
 
 def test_stages_take_the_space_that_is_estimated(reference: Reference) -> None:
-    recipe = load_recipe("digits_tiny", overrides=[f"{key}={value}" for key, value in SETTINGS.items()])
+    recipe = load_recipe("digits_tiny", overrides=OVERRIDES)
     counts = resolve(reference.store, reference.result["stages"]["prepare"]["digest"]).counts
     sizes = Sizes.of(recipe, counts["accepted"], counts["classes"]).artifacts
     for stage in ("teacher", "align", "fine_tune", "encode", "train_generator", "sample"):
@@ -186,9 +183,15 @@ def test_stages_take_the_space_that_is_estimated(reference: Reference) -> None:
             assert found > 0.5 * sizes[stage], (stage, found, sizes[stage])
 
 
-def test_a_second_run_finds_everything_done(reference: Reference) -> None:
+def test_a_second_run_finds_everything_done(
+    reference: Reference, prefect_api: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, on a server that is there: others are begun as a user begins them."""
     before = reference.store.list("artifacts")
-    again = reference.runner.run(reference.store.uri)
+    monkeypatch.delenv("SFTOK_STORE", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        main([*RUN, "--store", reference.store.uri, "--workers", "2"])
+    again = json.loads(capsys.readouterr().out)
     assert {stage["state"] for stage in again["stages"].values()} == {"Cached"}
     assert again["metrics"] == reference.result["metrics"]
     assert again["findings"] == reference.result["findings"]
@@ -204,9 +207,10 @@ def test_killed_in_training_and_in_encoding_it_ends_with_the_same_bytes(referenc
     )
 
     checkpoints = align.at("checkpoints")
-    faster = ("--workers", "1", "--set", "align.training.checkpoint_every=2")
+    often = ("--set", "align.training.checkpoint_every=2")
+    faster = ("--workers", "1", *often)
     kill_when(
-        reference.runner.start(store.uri, *faster),
+        reference.runner.start(store.uri, "--workers", "0", *often),
         lambda: any(name.endswith("checkpoint.json") for name in checkpoints.list()),
     )
     assert not align.exists("manifest.json")

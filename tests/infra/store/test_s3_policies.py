@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         assert instance.start(), (instance.home / "log").read_text(errors="replace")[-2000:]
         yield instance.server
     finally:
-        instance.stop()
+        instance.kill()
 
 
 @pytest.fixture(scope="module")

@@ -309,6 +309,7 @@ class TestS3:
 
     def test_unreachable_endpoint(self, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        monkeypatch.setattr("infra.store.s3.FIRST_CONTACT_SECONDS", 0.5)
         start = time.monotonic()
         _fails_in_one_line(Store("s3://tests/x"), "http://127.0.0.1:9 does not answer.*AWS_ENDPOINT_URL", s3_env)
         with pytest.raises(TransientError, match=r"does not answer .*; start the server or correct AWS_ENDPOINT_URL$"):
