@@ -10,7 +10,7 @@ import pytest
 
 from infra.compute.threads import limit_spinning
 from infra.store.store import Store
-from tests.support.prefect_database import copy_prefect_database
+from tests.support.prefect_database import MigratedDatabase, migrated_database
 from tests.support.s3_server import S3Server, running_server
 
 # Before any test loads torch: its threads share the cores with those of the other processes of pytest-xdist.
@@ -50,13 +50,18 @@ def _torch_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def give_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """Gives a new SFTOK_HOME the database of Prefect's servers; most tests are not about its migrations."""
+def database(tmp_path_factory: pytest.TempPathFactory) -> MigratedDatabase:
+    """A database of Prefect's servers; most tests are not about its migrations."""
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return migrated_database(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="session")
+def give_database(database: MigratedDatabase) -> Callable[[Path], Path]:
+    """Gives a new SFTOK_HOME the database of Prefect's servers."""
 
     def give(home: Path) -> Path:
-        copy_prefect_database(shared, home)
+        database.copy(home)
         return home
 
     return give

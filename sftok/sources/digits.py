@@ -25,7 +25,12 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def read_digit(entry: Entry) -> bytes:
     """Read a digit, 8x8 with 17 grey levels, as the PNG of a 32x32 RGB image (bicubic)."""
-    scan = _digits()[0][int(entry.image_id[len("digits/") : -len(".png")])]
+    return _png(int(entry.image_id[len("digits/") : -len(".png")]))
+
+
+@functools.cache  # 3 MB for all: they are listed with their sizes, and then read
+def _png(index: int) -> bytes:
+    scan = _digits()[0][index]
     grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
     file = io.BytesIO()
     grey.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB").save(file, "PNG", compress_level=6)

@@ -16,23 +16,21 @@ def home(tmp_path_factory: pytest.TempPathFactory, give_database: Callable[[Path
 
 
 @pytest.fixture(scope="session")
-def servers(home: Path) -> Iterator[tuple[Server, Server]]:
-    """Two servers started at the same moment, as by two runs."""
-    both = start_server(home), start_server(home)
+def running_server(home: Path) -> Iterator[Server]:
+    """The server of this process's tests."""
+    server = start_server(home)
     try:
-        for server in both:
-            server.wait()
-        yield both
+        server.wait()
+        yield server
     finally:
-        for server in both:
-            server.stop()
+        server.stop()
 
 
 @pytest.fixture
-def prefect_api(servers: tuple[Server, Server], home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def prefect_api(running_server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a Prefect API that this process talks to."""
     monkeypatch.setenv("PREFECT_HOME", str(home / "client"))
-    with prefect_server(home, api_url=servers[0].url) as server:
+    with prefect_server(home, api_url=running_server.url) as server:
         yield server.url
 
 

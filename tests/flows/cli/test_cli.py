@@ -245,10 +245,10 @@ def test_store_that_cannot_be_written_is_refused(sftok, tmp_path):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_json_is_one_object_and_show_explains_it(environment, servers, sftok):
+def test_json_is_one_object_and_show_explains_it(environment, running_server, sftok):
     master, terminal = pty.openpty()
     arguments = ["run", "digits", "--json", "--workers", "0"]
-    with start(environment, *arguments, stderr=terminal, PREFECT_API_URL=servers[0].url, TERM="xterm") as run:
+    with start(environment, *arguments, stderr=terminal, PREFECT_API_URL=running_server.url, TERM="xterm") as run:
         os.close(terminal)
         err = read_terminal(master)
         out = run.stdout.read()
@@ -282,9 +282,9 @@ def test_json_is_one_object_and_show_explains_it(environment, servers, sftok):
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_failed_stage_is_one_line(sftok, environment, servers, fakes, tmp_path):
+def test_failed_stage_is_one_line(sftok, environment, running_server, fakes, tmp_path):
     fakes.failures["align"] = [ValueError("nothing\nto align")]
-    environment["PREFECT_API_URL"] = servers[0].url
+    environment["PREFECT_API_URL"] = running_server.url
     code, out, err = sftok("run", "digits", "--json", "--workers", "0")
     assert code == 1
     record = read_record(Store(tmp_path / "store"), json.loads(out)["run"])
@@ -299,9 +299,9 @@ def test_failed_stage_is_one_line(sftok, environment, servers, fakes, tmp_path):
     assert json.loads(out)["stages"]["align"]["state"] == "Failed"
 
 
-def test_long_reasons_and_requests_still_end_with_a_whole_command(sftok, environment, servers, fakes, tmp_path):
+def test_long_reasons_and_requests_still_end_with_a_whole_command(sftok, environment, running_server, fakes, tmp_path):
     fakes.failures["align"] = [ValueError(f"nothing to align in {'x' * 500}, {'a b ' * 500}")]
-    environment["PREFECT_API_URL"] = servers[0].url
+    environment["PREFECT_API_URL"] = running_server.url
     settings = [
         f"{stage}.training.{size}={k}"
         for stage in ("teacher", "warm_up", "align")
@@ -316,8 +316,8 @@ def test_long_reasons_and_requests_still_end_with_a_whole_command(sftok, environ
     assert len(last.removeprefix("sftok: ")) == 400
 
 
-def test_rerun_does_what_the_record_says(sftok, environment, servers, fakes):
-    environment["PREFECT_API_URL"] = servers[0].url
+def test_rerun_does_what_the_record_says(sftok, environment, running_server, fakes):
+    environment["PREFECT_API_URL"] = running_server.url
     code, out, _ = sftok("run", "digits", "--set", "sample.per_class=3", "--seed", "7", "--workers", "0", "--json")
     assert code == 0
     first = json.loads(out)

@@ -1,6 +1,5 @@
 """Temporary servers: two at once on a new home, quiet, usable, and gone when the run is."""
 
-import importlib.metadata
 import re
 import signal
 import sqlite3
@@ -16,20 +15,15 @@ from flows.prefect_server.database import set_damaged_aside
 from flows.prefect_server.temporary import ServerError, health, prefect_server, start_server
 
 
-def test_two_servers_started_at_once_on_a_new_home_both_answer(tmp_path):
-    """Guards against the race of two migrations of one SQLite file, and against the leftovers of a killed one."""
-    folder = tmp_path / "home ?#%41" / "prefect"
-    folder.mkdir(parents=True)
-    (folder / f"prefect-{importlib.metadata.version('prefect')}.new").write_bytes(b"half a database")
-    both = start_server(folder.parent), start_server(folder.parent)
-    try:
-        for server in both:
-            server.wait()
-        assert both[0].pid != both[1].pid
-        assert len(list(folder.glob("prefect-*.db"))) == 1, "the database is elsewhere"
-    finally:
-        for server in both:
-            server.stop()
+def test_two_servers_started_at_once_on_a_new_home_both_answer(database, tmp_path):
+    """Guards against the race of two migrations of one SQLite file, and against the leftovers of a killed one.
+
+    They were started for the database that all tests copy, which is not there if one of them does not answer.
+    """
+    assert len(set(database.pids)) == 2
+    assert [file.name for file in database.folder.glob("prefect-*.db")] == [database.name], "the database is elsewhere"
+    assert not list(database.folder.glob("*.new*")), "half a database was left"
+    assert database.copy(tmp_path).exists()
 
 
 def test_every_kind_of_object_can_be_read(prefect_api):
@@ -51,14 +45,17 @@ def test_nothing_is_reported_to_prefects_makers(prefect_api):
         assert client.request("GET", "/admin/settings").json()["server"]["analytics_enabled"] is False
 
 
-def test_server_says_nothing_while_all_is_well(servers, home):
+def test_server_says_nothing_while_all_is_well(running_server, home):
     """But for what two servers on one SQLite file may do to each other: an event waits for the lock and is retried."""
+    second = start_server(home)
+    second.wait()
+    second.stop()
     log = (home / "prefect" / "server.log").read_text()
     told = [text for text in re.split(r"^(?=\d\d:\d\d:\d\d\.\d+ \| )", log, flags=re.MULTILINE) if text]
     assert [text for text in told if "to retry, 0 dropped" not in text or "database is locked" not in text] == []
 
 
-def test_stopped_server_leaves_no_process(servers, home):
+def test_stopped_server_leaves_no_process(running_server, home):
     server = start_server(home)
     process = psutil.Process(server.pid)
     family = [process, *process.children(recursive=True)]
@@ -66,7 +63,7 @@ def test_stopped_server_leaves_no_process(servers, home):
     assert not [member for member in family if member.is_running()]
 
 
-def test_killed_run_takes_its_server_along(servers, home):
+def test_killed_run_takes_its_server_along(running_server, home):
     """kill -9 of the run: nobody is left to stop the server, so the system does."""
     script = "import sys, time; from pathlib import Path; from flows.prefect_server.temporary import start_server\n"
     script += "print(start_server(Path(sys.argv[1])).pid, flush=True); time.sleep(60)"
@@ -88,7 +85,7 @@ def test_server_that_cannot_start_says_where_to_look(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 50, 4096, 100_000, None])
-def test_damaged_database_is_set_aside_and_a_sound_one_is_kept(servers, home, tmp_path, caplog, left):
+def test_damaged_database_is_set_aside_and_a_sound_one_is_kept(running_server, home, tmp_path, caplog, left):
     (sound,) = (home / "prefect").glob("prefect-*.db")
     copy = tmp_path / "a ?#%41" / sound.name
     copy.parent.mkdir()
@@ -110,12 +107,12 @@ def test_text_in_place_of_a_database_is_set_aside(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["database.lock", "prefect.db.damaged-1"]
 
 
-def test_settings_are_given_back(servers, monkeypatch):
+def test_settings_are_given_back(running_server, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://before")
     import os
 
-    with prefect_server(servers[0].log.parent, api_url=servers[0].url):
-        assert os.environ["PREFECT_API_URL"] == servers[0].url
+    with prefect_server(running_server.log.parent, api_url=running_server.url):
+        assert os.environ["PREFECT_API_URL"] == running_server.url
     assert os.environ["PREFECT_API_URL"] == "http://before"
 
 

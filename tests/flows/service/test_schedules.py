@@ -11,18 +11,21 @@ from pathlib import Path
 import pytest
 
 from flows.prefect_server.temporary import health
+from tests.support.prefect_database import MigratedDatabase
 
 PATIENCE = 90  # seconds
 
 
 @pytest.fixture
-def whole_server(tmp_path: Path) -> Iterator[str]:
+def whole_server(tmp_path: Path, database: MigratedDatabase) -> Iterator[str]:
     """A server as a team runs it, scheduler included, on a database of its own."""
+    file = database.copy(tmp_path).rename(tmp_path / "prefect.db")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {
         "PREFECT_HOME": str(tmp_path),
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{file}",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
         "DO_NOT_TRACK": "1",
