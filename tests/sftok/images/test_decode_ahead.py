@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import psutil
@@ -104,32 +104,57 @@ def test_processes_end_with_their_decoders() -> None:
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-WORKER = """
-import sys, time
+WORKERS = """
+import os, signal, sys, time
 from tests.sftok.images.test_decode_ahead import Decoders, decoded, picture
 
-decoders = Decoders(2)
-decoded(decoders, [picture(0)] * 9, [None] * 9)
-print(*decoders.pids, flush=True)
-if sys.argv[1] == "busy":
-    while True:
-        decoded(decoders, [picture(0)] * 9, [None] * 9)
-time.sleep(600)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # whoever is killed is gone at once
+for moment in sys.stdin:
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    decoders = Decoders(2)
+    decoded(decoders, [picture(0)] * 9, [None] * 9)
+    print(os.getpid(), *decoders.pids, flush=True)
+    if moment == "busy\\n":
+        while True:
+            decoded(decoders, [picture(0)] * 9, [None] * 9)
+    time.sleep(600)
 """
+
+
+@pytest.fixture(scope="module")
+def start_worker() -> Iterator[Callable[[str], list[psutil.Process]]]:
+    """Starts what has decoders, as a copy of a process that has imported all that it takes; it and the decoders."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKERS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+
+        def start(moment: str) -> list[psutil.Process]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(f"{moment}\n")
+            process.stdin.flush()
+            return [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+
+        yield start
+        process.kill()
 
 
 @pytest.mark.parametrize("moment", ["idle", "busy"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_process_outlives_whom_it_decodes_for(number: signal.Signals, moment: str) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", WORKER, moment], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
-    ) as worker:
-        assert worker.stdout is not None
-        processes = [psutil.Process(int(pid)) for pid in worker.stdout.readline().split()]
-        assert processes
-        worker.send_signal(number)
-        worker.wait(60)
-    _, alive = psutil.wait_procs(processes, timeout=30)
+def test_no_process_outlives_whom_it_decodes_for(
+    number: signal.Signals, moment: str, start_worker: Callable[[str], list[psutil.Process]]
+) -> None:
+    worker, *processes = start_worker(moment)
+    assert processes
+    worker.send_signal(number)
+    _, alive = psutil.wait_procs([worker, *processes], timeout=60)
     assert not alive
 
 
