@@ -50,10 +50,24 @@ def _torch_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> MigratedDatabase:
-    """A database of Prefect's servers; most tests are not about its migrations."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of the tests share."""
     base = tmp_path_factory.getbasetemp()
-    return migrated_database(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def random_inception(shared_folder: Path) -> "RandomInception":  # noqa: F821
+    """A seeded Inception in the published layout, and its file."""
+    from tests.support.random_inception import shared_inception  # here, since it loads torch
+
+    return shared_inception(shared_folder)
+
+
+@pytest.fixture(scope="session")
+def database(shared_folder: Path) -> MigratedDatabase:
+    """A database of Prefect's servers; most tests are not about its migrations."""
+    return migrated_database(shared_folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Inception with seeded random weights, in the files of the tools that read it, and images whose features differ."""
 
+import fcntl
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,19 @@ def write(folder: Path) -> RandomInception:
     """As pytorch-fid and torch-fidelity read it, where pytorch-fid looks for it if TORCH_HOME is `folder`."""
     path = folder / "hub" / "checkpoints" / PUBLISHED_NAME
     path.parent.mkdir(parents=True)
-    torch.save(network().state_dict(), path)
+    torch.save(network().state_dict(), path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
     return RandomInception(folder, path, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def shared_inception(folder: Path) -> RandomInception:
+    """That of all processes of the tests, which the first caller writes: 95 MB, and seconds to draw them."""
+    with (folder / "inception.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / "inception" / "hub" / "checkpoints" / PUBLISHED_NAME
+        if not path.exists():
+            return write(folder / "inception")
+    return RandomInception(folder / "inception", path, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def pictures(count: int, size: int, seed: int) -> Tensor:

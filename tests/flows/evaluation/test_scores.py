@@ -38,7 +38,7 @@ from sftok.metrics.measure import Features, Reference
 from sftok.metrics.protocols import TORCH_FIDELITY
 from sftok.metrics.reference_file import read_statistics
 from sftok.weights.artifacts import load_teacher, load_tokenizer
-from tests.support.random_inception import RandomInception, pictures, write
+from tests.support.random_inception import RandomInception, pictures
 from tests.support.small_dataset import Made, draw_images
 
 IMAGES = 21  # one more than scores take at least
@@ -57,11 +57,6 @@ class Remembering(PreparedInception):
             rows = zip(*super().__call__(images[new], how), strict=True)
             self.seen.update(zip((keys[at] for at in new), rows, strict=True))
         return InceptionOutputs(*(torch.stack(rows) for rows in zip(*map(self.seen.get, keys), strict=True)))
-
-
-@pytest.fixture(scope="module")
-def random_inception(tmp_path_factory: pytest.TempPathFactory) -> RandomInception:
-    return write(Path(tmp_path_factory.mktemp("inception")))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +180,7 @@ class TestScores:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, random_inception: RandomInception) -> Made:
     place = tmp_path_factory.mktemp("made")
-    draw_images(place / "source")
+    draw_images(place / "source", 13)
     scores = [
         "evaluate.scores.protocol=clean",
         f"evaluate.scores.inception.sha256={random_inception.sha256}",
