@@ -155,6 +155,8 @@ class Checkpoints:
 
         folder = self._at(step)
         marker = self._group.of_first(lambda: read_marker(folder))
+        if marker.step != step:
+            raise ValueError(f"its marker is that of step {marker.step}")
         if lacking := tensors.keys() - marker.tensors.keys() - set(optional):
             raise ValueError(f"it lacks {len(lacking)} tensors, {min(lacking)!r} among them")
         for name, tensor in tensors.items():

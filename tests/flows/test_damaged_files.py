@@ -19,6 +19,8 @@ from flows.recipes.files import load_recipe
 from infra.artifacts.manifest import MANIFEST, ArtifactPlan, folder_of, manifest_of, publish, ref_of
 from infra.artifacts.shards import put
 from infra.store.store import Store
+from infra.training.checkpoint import Checkpoints
+from infra.training.marker import MARKER, read_marker
 from sftok.config import DataConfig
 from sftok.prepare.prepare import prepare
 from sftok.sources.sources import list_source
@@ -191,6 +193,22 @@ def fuzz_checkpoints(seed: int, count: int, folder: Path) -> None:
             one_line(error)
 
 
+def fuzz_markers(seed: int, count: int, folder: Path) -> None:
+    chance, store = random.Random(seed), Store(folder / "store")
+    tensors = {f"encoder.{at}.weight": torch.zeros(4, at + 1) for at in range(4)}
+    with Checkpoints(store) as checkpoints:
+        checkpoints.save(1, tensors, {"lines": [{"step": 1.0}]})
+    (key,) = (key for key in store.list() if key.endswith(MARKER))
+    whole = store.read(key)
+    for _ in range(count):
+        store.write(key, damaged(chance, whole))
+        try:
+            read_marker(store.at("step-000000001"))
+        except ValueError as error:
+            one_line(error)
+        Checkpoints(store).load_into({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+
+
 # What is damaged, how, and how often of 20,000.
 KINDS: dict[str, tuple[Callable[[int, int, Path], None], int]] = {
     "images": (fuzz_images, 11_000),
@@ -200,6 +218,7 @@ KINDS: dict[str, tuple[Callable[[int, int, Path], None], int]] = {
     "recipes": (fuzz_recipes, 1_500),
     "manifests": (fuzz_manifests, 1_000),
     "checkpoints": (fuzz_checkpoints, 1_000),
+    "markers": (fuzz_markers, 1_000),
 }
 
 

@@ -58,7 +58,7 @@ CASES = [
 
 
 def train(store: Store, case: Case, ranks: Ranks) -> TrainResult:
-    training = config(STEPS, micro_batch=4, keep="best", validate_every=3, parallel=case.parallel)
+    training = config(STEPS, micro_batch=4, keep="best", validate_every=3, checkpoint_every=4, parallel=case.parallel)
     training = GeneratorTrainingConfig.model_validate({**training.as_json(), "precision": case.precision})
     run = TrainingRun(store.at(case.name), seed=0, ranks=ranks)
     return train_generator(data(), data(40, seed=1), INFO, KINDS[case.kind], training, run=run)
@@ -92,6 +92,22 @@ def test_ranks_learn_what_one_learns(case: Case, store: Store, trained: tuple[St
     ours, theirs = (load(root.at(case.name).read("model.safetensors")) for root in (folder, store))
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 50 * rounding
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_rank_goes_on_from_what_several_have_saved(
+    case: Case, store: Store, trained: tuple[Store, dict[str, TrainResult]]
+) -> None:
+    folder = trained[0].at(case.name)
+    for key in folder.list("checkpoints/"):
+        store.at(case.name).write(key, folder.read(key))
+    train(store, case, ALONE)
+    rounding = 1e-4 if case.precision == "fp32" else 2e-2
+    ours, theirs = losses(store.at(case.name)), losses(folder)
+    assert ours[:4] == theirs[:4]
+    assert ours == pytest.approx(theirs, rel=rounding)
+    weights = [load(place.read("model.safetensors")) for place in (store.at(case.name), folder)]
+    assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 50 * rounding
 
 
 def held(model: AnyGeneratorConfig, parallel: str, ranks: Ranks, progress: Progress) -> tuple[int, int]:

@@ -197,6 +197,14 @@ def test_tensors_of_another_network_are_not_loaded(
     assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in wanted.values())
 
 
+def test_the_marker_of_another_step_is_not_believed(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    save_whole(store, 1, 1)
+    for key in store.list("step-000000001/"):
+        store.write(key.replace("1/", "2/"), store.read(key))
+    assert step_of(latest(Checkpoints(store, keep=2))) == 1
+    assert "its marker is that of step 1" in caplog.text
+
+
 BOX = {"offsets": [0], "sizes": [2], "file": "0" * 16 + ".safetensors"}
 
 

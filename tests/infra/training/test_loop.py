@@ -1,6 +1,8 @@
 """The learner and the loop: rates, EMA, gradient accumulation, loss scaling, bad steps, best weights, outputs."""
 
+import hashlib
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from infra.progress import Progress, silent
 from infra.store.store import Store
 from infra.training.best import BestWeights
 from infra.training.config import LoopConfig, OptimizerConfig, TrainingConfig
 from infra.training.learner import Learner, OptimizerPlan
 from infra.training.loop import TrainingRun, Validation, autocast, over_micro_batches, picture_grid, train_loop
+from infra.training.marker import MARKER, file_name, read_marker
 from infra.training.non_finite import SKIPPED_IN_A_ROW
 from infra.training.schedule import learning_rate
 
@@ -270,6 +275,47 @@ def test_a_restored_optimizer_goes_on_as_the_first() -> None:
             second.update(step)
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, second.tensors()[name]), name
+
+
+def test_a_training_goes_on_from_a_checkpoint_of_an_older_version(store: Store) -> None:
+    """It lacks the moments of an optimizer that had not begun, such as a discriminator's."""
+
+    def train(folder: Store, progress: Progress = silent) -> dict[str, Tensor]:
+        first, second = linear(), linear()
+        early, late = learner(first), learner(second, start=3)
+
+        def step(at: int) -> dict[str, Tensor | float]:
+            if at >= 3:
+                stepper(second, late)(at)
+            return stepper(first, early)(at)
+
+        config = LoopConfig(steps=6, checkpoint_every=2, log_every=1)
+        run = TrainingRun(folder, seed=0, progress=progress)
+        train_loop({"early": early, "late": late}, step, config, run=run, validate=lambda _: Validation({}, {}))
+        made = {"early": early, "late": late}
+        return {f"{name}/{key}": t.clone() for name, part in made.items() for key, t in part.tensors().items()}
+
+    def stop(done: int, total: int, figures: object) -> None:
+        if done == 3:
+            raise KeyError
+
+    whole, folder = train(store.at("whole")), store.at("parts", "checkpoints", "step-000000002")
+    with pytest.raises(KeyError):
+        train(store.at("parts"), stop)
+    marker = read_marker(folder)
+    (file,) = marker.files
+    begun = ("late/exp_avg", "late/step")
+    data = save({name: t for name, t in load(folder.read(file)).items() if not name.startswith(begun)})
+    folder.delete_tree()
+    old = {"step": 2, "file": file_name(hashlib.sha256(data).hexdigest()), "sha256": hashlib.sha256(data).hexdigest()}
+    folder.write(str(old["file"]), data)
+    folder.write(MARKER, json.dumps({**old, "state": marker.state}, indent=1).encode())
+    done: list[int] = []
+    parts = train(store.at("parts"), lambda step, total, figures: done.append(step))
+    assert done == [3, 4, 5, 6]
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    assert store.read("parts/log.jsonl") == store.read("whole/log.jsonl")
 
 
 def test_half_precision_leaves_an_overflow_out_and_lowers_the_scale() -> None:

@@ -71,6 +71,21 @@ def test_two_ranks_learn_what_one_learns(stage: str, store: Store, both: Shared)
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 5e-3
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_goes_on_from_what_two_have_saved(stage: str, store: Store, both: Shared) -> None:
+    two = both.store.at(stage)
+    for key in two.list("checkpoints/"):
+        store.write(key, two.read(key))
+    done: list[int] = []
+    run = TrainingRun(store, seed=0, progress=lambda step, total, figures: done.append(step))
+    STAGES[stage](run, STEPS, checkpoint_every=2, batch_size=12, micro_batch=3)
+    assert done == [STEPS - 1, STEPS]
+    assert losses(store)[:-2] == losses(two)[:-2]
+    assert losses(store) == pytest.approx(losses(two), rel=1e-4)
+    ours, theirs = (load(folder.read("model.safetensors")) for folder in (store, two))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 5e-3
+
+
 @pytest.mark.parametrize("stage", ["align", *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s != "align")])
 def test_a_killed_rank_is_recovered_from_the_checkpoint(stage: str, store: Store, tmp_path: Path, both: Shared) -> None:
     run_ranks(partial(train_and_die, stage, store, tmp_path / "died"), 2)
