@@ -5,7 +5,7 @@ and any number of ranks can load it.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import TracebackType
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from infra.training.rank_group import RankGroup
+    from infra.training.sharded_files import ShardWriter
     from infra.training.staging import Staging
 
 log = logging.getLogger(__name__)
@@ -55,28 +56,39 @@ class Checkpoints:
             raise ValueError(f"keep = {keep}: at least one checkpoint has to be kept")
         self.folder, self.keep, self.ranks = folder, keep, ranks
         self._unreadable: set[int] = set()
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._staging: Staging | None = None
 
-    def save(self, step: int, tensors: "Mapping[str, Tensor]", state: Mapping[str, JsonValue]) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: "Mapping[str, Tensor]",
+        state: Mapping[str, JsonValue],
+        *,
+        beside: Callable[[], None] | None = None,
+    ) -> None:
         """Copy the state, and write it, mark it as complete and remove all but the newest `keep` in a thread.
 
         Args:
             step: completed steps.
             tensors: plain ones, equal on all ranks, or DTensors; they may change once this returns.
             state: equal on all ranks.
+            beside: called by the first rank's thread in the end, to write what else belongs to this step.
 
         Raises:
             Exception: the save before has failed.
         """
+        from infra.training.sharded_files import ShardWriter
         from infra.training.staging import Staging, share_out
 
         self.wait()
         self._staging = self._staging or Staging()
         own = {name: tensors[name] for name in share_out(tensors, self.ranks.rank, self.ranks.size)}
         self._staging.copy(own)
-        self._writing = self._writer.submit(self._write, self._group, self._staging, step, own, dict(state))
+        is_replaced = step in self._unreadable
+        writer = ShardWriter(self._at(step), self._staging, step, dict(state), is_replaced=is_replaced)
+        self._writing = self._thread.submit(self._write, self._group, writer, own, beside)
 
     def wait(self) -> None:
         """Wait until the last save is complete, and raise its error if it has failed."""
@@ -122,7 +134,7 @@ class Checkpoints:
                 raise
             log.warning("the last checkpoint was not written", exc_info=True)
         finally:
-            self._writer.shutdown(wait=False)
+            self._thread.shutdown(wait=False)
 
     @cached_property
     def _group(self) -> "RankGroup":
@@ -133,18 +145,16 @@ class Checkpoints:
     def _write(
         self,
         group: "RankGroup",
-        staging: "Staging",
-        step: int,
+        writer: "ShardWriter",
         tensors: "Mapping[str, Tensor]",
-        state: dict[str, JsonValue],
+        beside: Callable[[], None] | None,
     ) -> None:
-        from infra.training.sharded_files import ShardWriter
-
-        writer = ShardWriter(self._at(step), staging, step, state, is_replaced=step in self._unreadable)
         group.save(writer, tensors)
-        self._unreadable.discard(step)
+        self._unreadable.discard(writer.step)
         if self.ranks.is_first:
-            self._prune(step)
+            self._prune(writer.step)
+            if beside is not None:
+                beside()
 
     def _load(self, step: int, tensors: "Mapping[str, Tensor]", optional: Collection[str]) -> Restored:
         import torch

@@ -5,7 +5,7 @@ They lie beside an artifact and are not part of it: event files contain times, a
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 FOLDER = "events"
 
+Figures = tuple[int, float, dict[str, float]]  # step, time and values
+Picture = tuple[int, float, str, "Tensor"]  # step, time, name and pixels
+
 
 class Events:
     """Buffers figures and pictures, and writes them as an event file on `flush`."""
 
     def __init__(self, folder: Store) -> None:
         self._folder = folder
-        self._scalars: list[tuple[int, float, dict[str, float]]] = []
-        self._pictures: list[tuple[int, float, str, Tensor]] = []
+        self._scalars: list[Figures] = []
+        self._pictures: list[Picture] = []
 
     def add_figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Add the figures of a step."""
@@ -35,22 +38,31 @@ class Events:
 
     def flush(self, step: int) -> None:
         """Write what was added since the last flush to a file named by `step`; does nothing if nothing was added."""
-        if not self._scalars and not self._pictures:
-            return
-        # TensorBoard names files by machine and time: a resumed run would leave two files for the same steps.
-        self._folder.write(f"events.out.tfevents.{step:010d}.sftok", self._file())
+        self.taken(step)()
+
+    def taken(self, step: int) -> Callable[[], None]:
+        """Take what was added since the last flush; return a function that writes it, which a thread may call."""
+        scalars, pictures = self._scalars, self._pictures
         self._scalars, self._pictures = [], []
 
-    def _file(self) -> bytes:
-        from torch.utils.tensorboard import SummaryWriter
+        def write() -> None:
+            if scalars or pictures:
+                # TensorBoard names files by machine and time: a resumed run would leave two files for the same steps.
+                self._folder.write(f"events.out.tfevents.{step:010d}.sftok", _file(scalars, pictures))
 
-        with tempfile.TemporaryDirectory() as folder:
-            writer = SummaryWriter(folder)
-            for step, at, figures in self._scalars:
-                for name, value in figures.items():
-                    writer.add_scalar(name, value, step, walltime=at)
-            for step, at, name, image in self._pictures:
-                writer.add_image(name, image, step, walltime=at)
-            writer.close()
-            (path,) = Path(folder).iterdir()
-            return path.read_bytes()
+        return write
+
+
+def _file(scalars: list[Figures], pictures: list[Picture]) -> bytes:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        writer = SummaryWriter(folder)
+        for step, at, figures in scalars:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step, walltime=at)
+        for step, at, name, image in pictures:
+            writer.add_image(name, image, step, walltime=at)
+        writer.close()
+        (path,) = Path(folder).iterdir()
+        return path.read_bytes()

@@ -59,11 +59,14 @@ class TrainingLog:
             self.run.out.at(PICTURES).write(f"{name}-{done:09d}.png", self._pictures[name])
 
     def save_checkpoint(self, done: int, checkpoints: Checkpoints, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to write a checkpoint, with all ranks, and write the log so far, so that it can be watched."""
-        checkpoints.save(done, tensors, {"lines": [dict(line) for line in self.lines]})
-        if self.run.ranks.is_first:
-            self.run.out.write(LOG, self._text())
-            self._events.flush(done)
+        """Begin to write a checkpoint, with all ranks, and the log so far, so that it can be watched."""
+        lines, events = [dict(line) for line in self.lines], self._events.taken(done)
+
+        def write() -> None:
+            self.run.out.write(LOG, _text(lines))
+            events()
+
+        checkpoints.save(done, tensors, {"lines": [{**line} for line in lines]}, beside=write)
 
     def close(self, done: int) -> list[FileEntry]:
         """Write the log and the latest pictures as files of the artifact."""
@@ -71,10 +74,11 @@ class TrainingLog:
             return []
         self._events.flush(done)
         pictures = [put(self.run.out, f"{name}.png", data) for name, data in sorted(self._pictures.items())]
-        return [put(self.run.out, LOG, self._text()), *pictures]
+        return [put(self.run.out, LOG, _text(self.lines)), *pictures]
 
-    def _text(self) -> bytes:
-        return "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+
+def _text(lines: list[dict[str, float]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _png(image: Tensor) -> bytes:

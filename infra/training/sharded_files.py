@@ -111,25 +111,26 @@ class ShardWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Create the marker, when all ranks have written, and remove the files that it does not list."""
-        chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
-        files = {}
-        for result in (result for rank in results for result in rank):
-            written: Written = result.storage_data
-            chunks[result.index.fqn].append(written.chunk)
-            files[written.chunk.file] = written.sha256
-        tensors = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata)
-            dtype, shape = NAMES[entry.properties.dtype], tuple(entry.size)
-            tensors[name] = StoredTensor(dtype=dtype, shape=shape, chunks=tuple(chunks[name]))
-        marker = Marker(step=self.step, files=files, tensors=tensors, state=dict(self.state))
-        if self.is_replaced:
-            self.folder.delete(MARKER)
-        if not self.folder.create(MARKER, marker_bytes(marker)):
-            log.info("%s was already saved by another run", self.folder.uri)
-            marker = read_marker(self.folder)
-        for leftover in set(self.folder.list()) - {MARKER, *marker.files}:
-            self.folder.delete(leftover)
+        with _sendable():
+            chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
+            files = {}
+            for result in (result for rank in results for result in rank):
+                written: Written = result.storage_data
+                chunks[result.index.fqn].append(written.chunk)
+                files[written.chunk.file] = written.sha256
+            tensors = {}
+            for name, entry in metadata.state_dict_metadata.items():
+                assert isinstance(entry, TensorStorageMetadata)
+                dtype, shape = NAMES[entry.properties.dtype], tuple(entry.size)
+                tensors[name] = StoredTensor(dtype=dtype, shape=shape, chunks=tuple(chunks[name]))
+            marker = Marker(step=self.step, files=files, tensors=tensors, state=dict(self.state))
+            if self.is_replaced:
+                self.folder.delete(MARKER)
+            if not self.folder.create(MARKER, marker_bytes(marker)):
+                log.info("%s was already saved by another run", self.folder.uri)
+                marker = read_marker(self.folder)
+            for leftover in set(self.folder.list()) - {MARKER, *marker.files}:
+                self.folder.delete(leftover)
 
 
 class ShardReader(StorageReader):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,29 @@ def test_a_training_goes_on_from_a_checkpoint_of_an_older_version(store: Store) 
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
     assert store.read("parts/log.jsonl") == store.read("whole/log.jsonl")
+
+
+def test_a_store_that_does_not_answer_stops_no_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the checkpoint nor the log and events beside it; the next checkpoint waits for them."""
+    layer, go, write = linear(), threading.Event(), Store.write
+    made, seen = learner(layer), dict[int, list[str]]()
+
+    def late(self: Store, key: str, data: bytes) -> None:
+        assert go.wait(20)
+        write(self, key, data)
+
+    def progress(done: int, total: int, figures: object) -> None:
+        seen[done] = [name for name in store.list() if name.endswith(("checkpoint.json", "log.jsonl", ".sftok"))]
+        if done == 3:
+            go.set()
+
+    monkeypatch.setattr(Store, "write", late)
+    config = LoopConfig(steps=5, checkpoint_every=2, log_every=1)
+    run = TrainingRun(store, seed=0, progress=progress)
+    train_loop({"model": made}, stepper(layer, made), config, run=run, validate=lambda _: Validation({}, {}))
+    assert seen[3] == []
+    assert {"log.jsonl", "events/events.out.tfevents.0000000002.sftok"} < set(seen[5])
+    assert f"checkpoints/step-{4:09d}/checkpoint.json" in store.list()
 
 
 def test_half_precision_leaves_an_overflow_out_and_lowers_the_scale() -> None:
