@@ -13,6 +13,7 @@ from infra.artifacts.artifact import Artifact
 from infra.artifacts.made_on import record_device
 from infra.artifacts.manifest import ArtifactPlan, folder_of, publish
 from infra.compute.device import IEEE, device_facts, use_numerics
+from infra.compute.rank_count import ONE
 from infra.compute.ranks import Ranks, run_ranks
 from infra.progress import Progress, silent
 from infra.store.store import Store
@@ -88,7 +89,7 @@ def run_stage(stage: Stage, work: Work) -> Result:
         job = job._replace(workers=job.workers.model_copy(update={"gpus_per_worker": left}))
     this = functools.partial(_in_process, stage, job, work.plan, work.out)
     gpus = 0.0 if job.device == CPU else 1.0 if stage.is_trained else MEASURING
-    return run_ranks(this, job.ranks if stage.is_trained else 1, gpus=gpus, progress=work.progress)
+    return run_ranks(this, job.ranks if stage.is_trained else ONE, gpus=gpus, progress=work.progress)
 
 
 def _in_process(

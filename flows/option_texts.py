@@ -9,7 +9,10 @@ OVERRIDES = "settings to change, as section.field=value"
 SEED = "seed of everything random; not given: the recipe's"
 WORKERS = "Ray workers; 0: none, all in one process; not given: 2, or the cores if fewer"
 GPUS_PER_WORKER = "GPUs of a Ray worker; 0.5 lets two share one; not given: 1 where there are GPUs"
-RANKS = "training processes, on a GPU each where Ray has as many; they share a step's micro-batches"
+RANKS = (
+    "training processes, with a GPU each on CUDA; they share a step's micro-batches. A range, such as 2:8, takes as "
+    "many of them as there is room for, and goes on with fewer when a machine is lost"
+)
 DEVICE = (
     "device to compute on: cpu; cuda: a GPU for each worker and rank; or auto: cuda if this machine, or the Ray "
     "cluster to join, has one; results of the two have digests of their own"

@@ -15,6 +15,7 @@ from infra.artifacts.made_on import decisive, describe_kind, shards_begun_on
 from infra.artifacts.manifest import ArtifactPlan, ArtifactRef, Manifest, folder_of
 from infra.artifacts.pages import Page
 from infra.artifacts.shards import FileEntry
+from infra.compute.rank_count import ONE, RankCount
 from infra.compute.ranks import ALONE, Ranks
 from infra.compute.workers import WorkerOptions
 from infra.progress import Progress
@@ -65,7 +66,7 @@ class StageJob(NamedTuple):
     source: str
     workers: WorkerOptions
     run: str = ""
-    ranks: int = 1
+    ranks: RankCount = ONE
     listing: Listing | None = None  # shared by the parts of an attempt; without it each lists the source itself
     anew: bool = False  # discard shards that were begun on another kind of device
     images: str | None = None  # the content digest that its images must have

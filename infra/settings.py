@@ -50,7 +50,13 @@ class Settings(BaseSettings):
         0,
         ge=0,
         validation_alias="SFTOK_RAY_MAX_GPUS",
-        description="most GPUs that the joined, autoscaling Ray cluster can have; if unset, its current GPUs count",
+        description="most GPUs that the joined Ray cluster can have; if unset, what its autoscaler says or what it has",
+    )
+    ray_wait: float = Field(
+        900.0,
+        ge=0,
+        validation_alias="SFTOK_RAY_WAIT",
+        description="seconds that training waits for the joined Ray cluster to have room for its processes",
     )
     rank_patience: float = Field(
         120.0,

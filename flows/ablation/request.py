@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flows.recipes.ablations import load_ablation
 from flows.requests.checks import checked
 from flows.runs.run_request import RunRequest, store_uri, usual_workers
+from infra.compute.rank_count import RankCount
 
 
 def check_ablation_request(
@@ -15,7 +16,7 @@ def check_ablation_request(
     overrides: Sequence[str],
     seeds: str | None,
     workers: int | None,
-    ranks: int,
+    ranks: RankCount,
     gpus: float | None = None,
 ) -> RunRequest:
     """Turn what the user asked for into a request that can begin."""

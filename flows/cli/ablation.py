@@ -51,7 +51,7 @@ def ablation(
     ] = None,
     workers: WorkersOption = None,
     gpus_per_worker: GpusPerWorkerOption = None,
-    ranks: RanksOption = 1,
+    ranks: RanksOption = "1",
     device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,

@@ -93,7 +93,10 @@ def run(
     *,
     asked: Annotated[
         "RunArguments",
-        OptionsOf("flows.runs.run_request", names={"recipe": "recipe", "overrides": "--set SECTION.FIELD=VALUE"}),
+        OptionsOf(
+            "flows.runs.run_request",
+            names={"recipe": "recipe", "overrides": "--set SECTION.FIELD=VALUE", "ranks": "--ranks N|LEAST:MOST"},
+        ),
     ],
     max_reject_rate: Annotated[
         float | None,

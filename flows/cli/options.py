@@ -1,10 +1,13 @@
 """Options that commands share."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flows.option_texts import ANEW, DEVICE, GPUS_PER_WORKER, RANKS, SEED, STORE, WORKERS, sentence
+
+if TYPE_CHECKING:
+    from infra.compute.rank_count import RankCount
 
 RefArgument = Annotated[str, typer.Argument(help="kind/digest, the beginning of a digest, or a full URI.")]
 StoreOption = Annotated[str | None, typer.Option(help=sentence(STORE))]
@@ -14,7 +17,18 @@ DataOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option(min=0, help=sentence(SEED))]
 WorkersOption = Annotated[int | None, typer.Option(min=0, help=sentence(WORKERS))]
 GpusPerWorkerOption = Annotated[float | None, typer.Option(min=0, help=sentence(GPUS_PER_WORKER))]
-RanksOption = Annotated[int, typer.Option(min=1, help=sentence(RANKS))]
+
+
+def _rank_count(text: str) -> "RankCount":
+    from infra.compute.rank_count import RankCount
+
+    try:
+        return RankCount.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+RanksOption = Annotated[Any, typer.Option(parser=_rank_count, metavar="N|LEAST:MOST", help=sentence(RANKS))]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"] | None, typer.Option(help=sentence(f"{DEVICE}; not given: auto, or the recipe's"))
 ]

@@ -31,7 +31,10 @@ def serve(
     *,
     options: Annotated[
         "ServeOptions",
-        OptionsOf("flows.service.parameters", names={"recipes": "--recipe", "overrides": "--set SECTION.FIELD=VALUE"}),
+        OptionsOf(
+            "flows.service.parameters",
+            names={"recipes": "--recipe", "overrides": "--set SECTION.FIELD=VALUE", "ranks": "--ranks N|LEAST:MOST"},
+        ),
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print as JSON what would be registered.")] = False,
     verbose: VerboseOption = False,

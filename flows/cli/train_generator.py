@@ -48,7 +48,7 @@ def train_generator(
         str, typer.Option(help="A recipe, or a .toml file, whose generator and its training are meant.")
     ] = "digits",
     store: StoreOption = None,
-    ranks: RanksOption = 1,
+    ranks: RanksOption = "1",
     device: DeviceOption = None,
     seed: SeedOption = None,
     set_: Annotated[

@@ -179,7 +179,8 @@ def _width(stage: Stage, request: RunRequest) -> float:
 
 def _resources(stage: Stage, request: RunRequest) -> str:
     if stage.is_trained:
-        return f"{request.ranks} rank{'s' if request.ranks > 1 else ''}, a GPU each where there are any"
+        each = "a GPU each" if request.gpus_per_worker else "a core each"
+        return f"{request.ranks} rank{'s' if request.ranks.most > 1 else ''}, {each}"
     if stage in (PREPARE, ENCODE, SAMPLE):
         gpus = f", {request.gpus_per_worker:g} GPU each" if request.gpus_per_worker and stage is not PREPARE else ""
         return f"{request.workers} workers, 1 core each{gpus}"

@@ -21,6 +21,7 @@ from flows.runs.run_request import RunArguments, RunRequest
 from infra.artifacts.artifact import Artifact
 from infra.artifacts.pretrained import WEIGHTS_ROOT, PretrainedConfig, check_pretrained
 from infra.compute.cluster import check_reachable
+from infra.compute.rank_count import RankCount
 from infra.environment import named
 from infra.settings import Settings
 from infra.store.store import Store
@@ -266,7 +267,7 @@ def check_scores(recipe: Recipe, store: Store) -> None:
         )
 
 
-def check_ranks(recipe: Recipe, ranks: int, stages: Collection[str] = GRAPH) -> None:
+def check_ranks(recipe: Recipe, ranks: RankCount, stages: Collection[str] = GRAPH) -> None:
     """Refuse a number of ranks that cannot share the micro-batches of every training of these stages."""
     for name, config in trainings_of(recipe, stages).items():
         check_share(name, config, ranks)
@@ -278,9 +279,15 @@ def trainings_of(recipe: Recipe, stages: Collection[str]) -> dict[str, TrainingC
     return {SETTINGS[stage]: training for stage, training in recipe.trainings().items() if stage in wanted}
 
 
-def check_share(name: str, config: TrainingConfig, ranks: int) -> None:
-    """Refuse a number of ranks that cannot share a step of one training."""
-    if config.micro_batches % ranks:
+def check_share(name: str, config: TrainingConfig, ranks: RankCount) -> None:
+    """Refuse a number of ranks that cannot share a step of one training equally; of a range, too many of them."""
+    if ranks.is_elastic:
+        if config.micro_batches < ranks.most:
+            raise ValueError(
+                f"{name}: {config.micro_batches} micro-batches a step are fewer than the ranks of --ranks {ranks}; "
+                f"lower it, or set {name}.micro_batch so that batch_size = {config.batch_size} holds as many"
+            )
+    elif config.micro_batches % ranks.most:
         raise ValueError(
             f"{name}: {config.micro_batches} micro-batches a step do not divide by --ranks {ranks}; set "
             f"{name}.micro_batch so that batch_size = {config.batch_size} holds a multiple of {ranks} of them"

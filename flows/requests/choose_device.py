@@ -3,11 +3,12 @@
 from flows.recipes.schema import ComputeConfig
 from infra.compute.cluster import cluster_gpus
 from infra.compute.device import default_device
+from infra.compute.rank_count import ONE, RankCount
 from infra.settings import Settings
 
 
 def choose_device(
-    compute: ComputeConfig, *, gpus: float | None, settings: Settings, ranks: int = 1, is_run: bool = True
+    compute: ComputeConfig, *, gpus: float | None, settings: Settings, ranks: RankCount = ONE, is_run: bool = True
 ) -> tuple[str, float]:
     """Choose the device ("cpu" or "cuda") and the GPUs of each worker.
 
@@ -43,8 +44,9 @@ def choose_device(
             other = "say what it grows to in SFTOK_RAY_MAX_GPUS" if settings.ray_address else "join a Ray cluster"
             raise ValueError(f"{asked}, but {place} no GPU that torch can use: ask for --device cpu, or {other}")
         return "cpu", 0.0
-    if ranks > there:
-        raise ValueError(f"--ranks {ranks}, but {place} {there:g} GPUs: give one rank a GPU, or --device cpu")
+    if ranks.least > there:
+        grows = ", or say what it grows to in SFTOK_RAY_MAX_GPUS" if settings.ray_address else ""
+        raise ValueError(f"--ranks {ranks}, but {place} {there:g} GPUs: give one rank a GPU, or --device cpu{grows}")
     return "cuda", 1.0 if gpus is None else gpus
 
 

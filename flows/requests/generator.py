@@ -6,13 +6,14 @@ from flows.recipes.files import load_recipe
 from flows.requests.checks import checked
 from flows.runs.run_request import RunRequest
 from infra.artifacts.lineage import find_artifact
+from infra.compute.rank_count import RankCount
 
 SECTIONS = ("generator", "train_generator", "compute")  # of a recipe, that decide a generator of codes that are there
 SINGLE = ("seed", "threads")
 
 
 def check_generator_request(
-    recipe: str, *, codes: str, store: str | None, overrides: Sequence[str], ranks: int, seed: int | None
+    recipe: str, *, codes: str, store: str | None, overrides: Sequence[str], ranks: RankCount, seed: int | None
 ) -> RunRequest:
     """Turn what the user asked for into a request that can begin.
 

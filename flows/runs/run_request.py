@@ -19,6 +19,7 @@ from flows.recipes.schema import Recipe
 from flows.runs.command_line import command_line
 from infra.artifacts.manifest import ArtifactRef
 from infra.compute.device import DeviceChoice
+from infra.compute.rank_count import ONE, RankCount
 from infra.compute.workers import WorkerOptions
 from infra.config import Config
 from infra.redaction import USER_INFO, redact
@@ -33,7 +34,7 @@ class RunRequest(Config):
     source: str = Field(description="images: a folder, the name of a built-in source, or artifacts instead of images")
     workers: int = Field(0, ge=0, description="Ray workers; 0: none, all in one process")
     gpus_per_worker: float | None = Field(None, ge=0, description="None: 1 on CUDA, 0 on CPUs")
-    ranks: int = Field(1, ge=1, description=RANKS)
+    ranks: RankCount = Field(ONE, description=RANKS)
     anew: bool = Field(False, description=ANEW)
     last: str | None = Field(None, description="the stage that the run is for; None: all stages")
     given: dict[str, ArtifactRef] = Field({}, description="artifacts to use instead of running the stages named")
@@ -61,7 +62,7 @@ class RunRequest(Config):
     def gpus(self) -> int:
         """GPUs that the run occupies: its stages follow each other, so the widest one counts."""
         each = self.gpus_per_worker
-        return max(math.ceil(self.workers * each), self.ranks) if each else 0
+        return max(math.ceil(self.workers * each), self.ranks.most) if each else 0
 
     def changed(self, **changes: object) -> Self:
         """Return the request with fields changed."""
@@ -132,7 +133,7 @@ class RunArguments(Config):
     overrides: tuple[str, ...] = Field((), description=OVERRIDES)
     workers: int | None = Field(None, ge=0, description=WORKERS)
     gpus_per_worker: float | None = Field(None, ge=0, description=GPUS_PER_WORKER)
-    ranks: int = Field(1, ge=1, description=RANKS)
+    ranks: RankCount = Field(ONE, description=RANKS)
     device: DeviceChoice | None = Field(None, description=f"{DEVICE}; not given: the recipe's")
     anew: bool = Field(False, description=ANEW)
 
@@ -169,7 +170,7 @@ class RunArguments(Config):
             set=self.overrides,
             workers=self.workers,
             gpus_per_worker=self.gpus_per_worker,
-            ranks=self.ranks if self.ranks > 1 else None,
+            ranks=None if self.ranks == ONE else str(self.ranks),
             device=self.device,
             anew=self.anew,
         )

@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # would upload the working directory
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in ranks
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # between polls of the ranks, whose end is noticed so late
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # then it is looked anew how many ranks there is room for
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that nobody asks
@@ -149,14 +150,16 @@ def interruptible() -> Iterator[None]:
 
 
 def cluster_gpus(address: str) -> float:
-    """Count the GPUs that the machines of a running Ray cluster have now.
+    """Count the GPUs that the machines of a running Ray cluster have, or those that its autoscaler may start.
 
     Raises:
         ValueError: the cluster cannot be reached.
     """
     with session(address) as connection:
         ray = connection.connect(cpus=0, gpus=0, processes=1)
-        return float(sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]))
+        now = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+        most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+        return float(max(now, most.get("GPU", 0)))
 
 
 def cluster_gpu_memory(address: str) -> int | None:

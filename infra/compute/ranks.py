@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from infra.compute.cluster import session
+from infra.compute.rank_count import ONE, RankCount
 from infra.progress import Progress, silent
 from infra.settings import Settings
 
@@ -31,15 +32,15 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     def share(self, parts: int) -> range:
-        """Return the indices of this rank's share of a step's `parts` equal parts.
+        """Return the indices of this rank's share of a step's `parts` equal parts; shares differ by one at most.
 
         Raises:
-            ValueError: the parts cannot be shared equally.
+            ValueError: there are more ranks than parts.
         """
-        if parts % self.size:
+        if parts < self.size:
             raise ValueError(
-                f"{parts} micro-batches per step cannot be shared equally by {self.size} ranks; "
-                "set training.micro_batch so that batch_size / micro_batch does"
+                f"{parts} micro-batches per step cannot be shared by {self.size} ranks; lower --ranks, or set "
+                "training.micro_batch so that a batch holds more of them"
             )
         return range(self.rank * parts // self.size, (self.rank + 1) * parts // self.size)
 
@@ -72,28 +73,39 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
-def run_ranks(work: Callable[[Ranks, Progress], R], count: int, *, gpus: float = 0.0, progress: Progress = silent) -> R:
+def run_ranks(
+    work: Callable[[Ranks, Progress], R],
+    count: RankCount | int | str,
+    *,
+    gpus: float = 0.0,
+    progress: Progress = silent,
+) -> R:
     """Call `work` in `count` ranks and return the first rank's result.
 
     Args:
         work: importable, since it is sent to other processes; idempotent, since a lost rank restarts them all.
-        count: number of ranks; each gets a core.
+        count: number of ranks, or a range: then as many as there is room for, and after a loss as many as are left.
+            Each gets a core.
         gpus: GPUs per rank; with 0, a single rank works in this process.
         progress: called with the first rank's reports.
 
     Raises:
         Exception: any error that the work raised, unchanged.
-        ValueError: Ray has too few GPUs.
+        ValueError: Ray has too few GPUs, and does not get more in time.
         TransientError: ranks were lost repeatedly, or Ray did not start.
     """
-    if count == 1 and not gpus:
+    count = RankCount.parse(count)
+    if count == ONE and not gpus:
         return work(ALONE, progress)
+    settings = Settings()
     with session() as connection:
-        connection.connect(cpus=1, gpus=gpus, processes=count)
-        connection.check_room(cpus=1, gpus=gpus, processes=count)
+        connection.connect(cpus=1, gpus=gpus, processes=count.most)
+        connection.check_room(cpus=1, gpus=gpus, processes=count.least)
+        from infra.compute.launch.room import Room
         from infra.compute.launch.train import train
 
-        return train(partial(_in_rank, work), count, gpus=gpus, progress=progress, patience=Settings().rank_patience)
+        room = Room(count, gpus, settings.ray_wait, is_joined=bool(connection.address))
+        return train(partial(_in_rank, work), room, progress=progress, patience=settings.rank_patience)
 
 
 def _in_rank(work: Callable[[Ranks, Progress], R], rank: int, size: int, progress: Progress) -> R:

@@ -1,6 +1,7 @@
 """Decide in Ray Train's controller: when ranks restart, what a loss is called, how they are joined and ended."""
 
 import contextlib
+import time
 from typing import Any
 
 import ray
@@ -8,12 +9,20 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    RunningState,
+    TrainControllerState,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
@@ -25,6 +34,7 @@ from infra.compute.launch.rank import GroupBrokenError, WorkError
 
 remote: Any = ray.remote  # its types know a few resources only
 
+REST_SECONDS = 0.5  # between looks for room
 KILL_SECONDS = 30.0  # for a node to kill a process
 
 # Parts of Ray's messages that say nothing of this loss.
@@ -42,11 +52,12 @@ class Policy(FailurePolicy):
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Decide whether to restart; called by the controller."""
         if isinstance(getattr(training_failed_error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-            return FailureDecision.RETRY  # there is no room yet
+            return FailureDecision.RETRY  # there is no room; Tidy says how long
         if not is_loss(training_failed_error) or self._losses == self.failure_config.max_failures:
             return FailureDecision.RAISE
         self._losses += 1
-        self._messenger.lose.remote(describe_loss(training_failed_error))
+        loss = describe_loss(training_failed_error)
+        self._messenger.warn.remote(f"a training process was lost ({loss}); all resume from the last checkpoint")
         return FailureDecision.RETRY
 
 
@@ -102,11 +113,44 @@ class GroupConfig(TorchConfig):
         return Group
 
 
-class Tidy(WorkerGroupCallback):
-    """Ends what the controller would leave behind."""
+class NoRoomError(Exception):
+    """There was no room for ranks in time."""
 
-    def __init__(self) -> None:
+
+NO_ROOM = (NoRoomError, InsufficientClusterResourcesError)
+
+
+class Tidy(ControllerCallback, WorkerGroupCallback):
+    """Ends what the controller would leave behind, and its waits."""
+
+    def __init__(self, seconds: float, messenger: Any) -> None:
+        """Let ranks wait for room for so many seconds."""
+        self._seconds, self._messenger = seconds, messenger
         self._group: Any = None
+        self._since: float | None = None  # when no ranks trained any more
+        self._count: int | None = None
+
+    def after_controller_state_update(
+        self, previous_state: TrainControllerState, current_state: TrainControllerState
+    ) -> None:
+        """Rest while the controller waits for room, since it looks again at once; and end the wait in time."""
+        if isinstance(current_state, RunningState):
+            self._since = None
+        elif isinstance(current_state, InitializingState | RestartingState | ReschedulingState):
+            began, self._since = self._since, self._since or time.monotonic()
+            waited = 0.0 if began is None else time.monotonic() - began
+            if waited > self._seconds:
+                raise NoRoomError(f"no room within {self._seconds:g} s")
+            if type(previous_state) is type(current_state):
+                time.sleep(REST_SECONDS)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Tell how many ranks train, where that changes."""
+        count, self._count = self._count, resize_decision.num_workers
+        if count not in (None, self._count):
+            self._messenger.warn.remote(
+                f"the number of ranks is {self._count} from the last checkpoint on, instead of {count}"
+            )
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:  # noqa: ARG002
         """End ranks that were placed and did not start, which the controller forgets, but not their reservation."""

@@ -1,4 +1,4 @@
-"""Carry progress and losses of a training from its processes to the driver; what other processes load quickly."""
+"""Carry progress and warnings of a training from its processes to the driver; what other processes load quickly."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ class News(NamedTuple):
     """What has happened since the driver last asked."""
 
     reports: list[Report]
-    losses: list[str]
+    warnings: list[str]
 
 
 class Messenger:
-    """Actor on the driver's machine: brings the first rank's progress and the controller's losses to the driver."""
+    """Actor on the driver's machine: brings the first rank's progress and the controller's warnings to the driver."""
 
     def __init__(self) -> None:
         self._news = News([], [])
@@ -26,9 +26,9 @@ class Messenger:
         """Keep a progress report of the first rank."""
         self._news.reports.append((done, total, figures))
 
-    def lose(self, what: str) -> None:
-        """Keep word of a loss, after which all ranks restart."""
-        self._news.losses.append(what)
+    def warn(self, warning: str) -> None:
+        """Keep a warning of the controller's."""
+        self._news.warnings.append(warning)
 
     def take(self) -> News:
         """Return the news since the last call."""

@@ -23,15 +23,25 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.compute.cluster import interruptible, one_line
-from infra.compute.launch.controller import GroupConfig, Policy, Tidy, describe_loss, is_loss, own_error, remote
+from infra.compute.launch.controller import (
+    NO_ROOM,
+    GroupConfig,
+    Policy,
+    Tidy,
+    describe_loss,
+    is_loss,
+    own_error,
+    remote,
+)
 from infra.compute.launch.messenger import Messenger, News
 from infra.compute.launch.rank import RankWork, Work
+from infra.compute.launch.room import Room
 from infra.errors import TransientError
 from infra.progress import Progress
 
@@ -42,19 +52,22 @@ R = TypeVar("R")
 RESTARTS = 3  # of all ranks, after one of them was lost
 WAIT_SECONDS = 0.5  # between polls of the first rank's progress
 END_SECONDS = 5.0  # for the controller to end
+RESIZE_SECONDS = 300.0  # between looks for room for more ranks, which cost the steps since the last checkpoint
 COLLECTIVE_SECONDS = 1800  # of a sum that somebody does not join; the first rank may be writing results
 
 
-def train(work: Work[R], count: int, *, gpus: float, progress: Progress, patience: float) -> R:
-    """Call `work` in `count` ranks and return the first rank's result; see `run_ranks`.
+def train(work: Work[R], room: Room, *, progress: Progress, patience: float) -> R:
+    """Call `work` in ranks and return the first one's result; see `run_ranks`.
 
     Args:
         work: what each rank does.
-        count: number of ranks.
-        gpus: GPUs per rank.
+        room: how many ranks, and what each needs.
         progress: called with the first rank's reports.
         patience: seconds after which a rank that does not respond counts as lost.
     """
+    if room.is_joined:
+        room.wait(progress)
+    count = room.ranks
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messenger = remote(num_cpus=0, scheduling_strategy=here)(Messenger).remote()
     try:
@@ -62,11 +75,14 @@ def train(work: Work[R], count: int, *, gpus: float, progress: Progress, patienc
             RankWork(work, messenger),
             torch_config=GroupConfig(
                 # One rank has nothing to sum. Checkpoints talk over CPUs.
-                backend="cpu:gloo,cuda:nccl" if gpus and count > 1 else "gloo",
+                backend="cpu:gloo,cuda:nccl" if room.gpus and count.most > 1 else "gloo",
                 timeout_s=COLLECTIVE_SECONDS,
             ),
             scaling_config=ScalingConfig(
-                num_workers=count, use_gpu=bool(gpus), resources_per_worker={"CPU": 1, "GPU": gpus}
+                num_workers=(count.least, count.most) if count.is_elastic else count.most,
+                use_gpu=bool(room.gpus),
+                resources_per_worker=room.each,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=RunConfig(
                 name="ranks",
@@ -75,11 +91,11 @@ def train(work: Work[R], count: int, *, gpus: float, progress: Progress, patienc
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        trainer.messenger, trainer.progress, trainer.patience = messenger, progress, patience
+        trainer.messenger, trainer.progress, trainer.patience, trainer.room = messenger, progress, patience, room
         result: R = cloudpickle.loads(trainer.fit().return_value)  # type: ignore[attr-defined]
         return result
     except TrainingFailedError as error:
-        _raise_cause(error)
+        _raise_cause(error, room)
     except RayError as error:
         raise TransientError(f"lost the process that supervises training ({one_line(error)})") from error
     finally:
@@ -87,10 +103,12 @@ def train(work: Work[R], count: int, *, gpus: float, progress: Progress, patienc
     raise AssertionError("unreachable")
 
 
-def _raise_cause(error: TrainingFailedError) -> None:
+def _raise_cause(error: TrainingFailedError, room: Room) -> None:
     own = own_error(error)
     if own is not None:
         raise own.original() from None
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, NO_ROOM):
+        raise ValueError(room.refusal) from None
     if is_loss(error):
         raise TransientError(f"lost a training process {RESTARTS + 1} times ({describe_loss(error)})") from error
     raise TransientError(f"Ray Train cannot supervise the training ({one_line(error)})") from error
@@ -102,12 +120,13 @@ class _Trainer(TorchTrainer):
     messenger: Any
     progress: Progress
     patience: float
+    room: Room
 
     def _create_default_callbacks(self) -> list[Any]:
         """Leave out two processes: one for data sets of Ray's, and one that releases what `_end` does."""
         made = super()._create_default_callbacks()
         kept = [each for each in made if not isinstance(each, DatasetsCallback | PlacementGroupCleanerCallback)]
-        return [Tidy(), *kept]
+        return [Tidy(self.room.seconds, self.messenger), *kept]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["failure_policy"] = Policy(FailureConfig(max_failures=RESTARTS), self.messenger)
@@ -142,8 +161,8 @@ class _Trainer(TorchTrainer):
             if not ray.wait([taking], timeout=seconds)[0]:
                 return False
             news: News = ray.get(taking)
-        for what in news.losses:
-            log.warning("a training process was lost (%s); all resume from the last checkpoint", what)
+        for warning in news.warnings:
+            log.warning(warning)
         for report in news.reports:
             self.progress(*report)
         return True

@@ -13,6 +13,7 @@ from flows.requests.generator import check_generator_request
 from generator.artifacts import load_generator
 from generator.config import SampleConfig
 from infra.artifacts.manifest import ArtifactRef, folder_of
+from infra.compute.rank_count import RankCount
 from infra.settings import Settings
 from infra.store.store import Store
 from tests.support.small_codes import TINY, TOKENIZER, codes, names
@@ -25,7 +26,9 @@ def ref(store: Store, tmp_path: Path) -> ArtifactRef:
 
 
 def check(store: Store, ref: object, *overrides: str, recipe: str = "digits", ranks: int = 1) -> ArtifactRef:
-    request = check_generator_request(recipe, codes=str(ref), store=store.uri, overrides=overrides, ranks=ranks, seed=3)
+    request = check_generator_request(
+        recipe, codes=str(ref), store=store.uri, overrides=overrides, ranks=RankCount(ranks, ranks), seed=3
+    )
     assert request.recipe.seed == 3
     return request.given["encode"]
 

@@ -15,6 +15,7 @@ from flows.stage import StageJob, plan_of
 from generator.code_space import CodeSpace
 from generator.flops import training_flops
 from generator.kinds import build_generator
+from infra.compute.rank_count import RankCount
 from infra.compute.workers import WorkerOptions
 from infra.store.store import Store
 from infra.training.learner import decay_matrices
@@ -72,18 +73,28 @@ def test_the_schedule_is_the_published_one(name: str) -> None:
     assert [s.training.batch_size for s in (recipe.warm_up, recipe.align, recipe.fine_tune)] == [256, 256, 128]
     assert recipe.fine_tune.training.micro_batches == 16  # eight GPUs, two each
     assert recipe.align.replace_prob == 1.0
-    check_ranks(recipe, 8)
+    check_ranks(recipe, RankCount(8, 8))
     with pytest.raises(ValueError, match=r"warm_up.training: 8 micro-batches a step do not divide by --ranks 3"):
-        check_ranks(recipe, 3)
+        check_ranks(recipe, RankCount(3, 3))
+
+
+def test_a_range_of_ranks_is_refused_only_where_some_would_have_nothing_to_do() -> None:
+    recipe = RECIPES["imagenet256_sftok_b"]()
+    check_ranks(recipe, RankCount(3, 8))
+    with pytest.raises(
+        ValueError, match=r"warm_up.training: 8 micro-batches a step are fewer than .* --ranks 3:9; low"
+    ):
+        check_ranks(recipe, RankCount(3, 9))
 
 
 def test_ranks_share_the_second_generators_batches_too() -> None:
     parts = [f"{name}.micro_batch=32" for name in ("train_generator", "evaluate.sweep.train_generator")]
     stages = ("train_generator", "train_second_generator")
-    check_ranks(load_recipe("digits", overrides=parts), 2, stages)
+    two = RankCount(2, 2)
+    check_ranks(load_recipe("digits", overrides=parts), two, stages)
     with pytest.raises(ValueError, match=r"evaluate\.sweep\.train_generator: 1 micro-batches a step do not divide"):
-        check_ranks(load_recipe("digits", overrides=parts[:1]), 2, stages)
-    check_ranks(load_recipe("digits", overrides=[*parts[:1], "evaluate.sweep.cfg_scales=[]"]), 2, stages)
+        check_ranks(load_recipe("digits", overrides=parts[:1]), two, stages)
+    check_ranks(load_recipe("digits", overrides=[*parts[:1], "evaluate.sweep.cfg_scales=[]"]), two, stages)
 
 
 # Millions of parameters before the norms of queries and keys, which are twice a head's width a block; billions of
@@ -113,7 +124,7 @@ def test_generators_have_the_stated_sizes(name: str) -> None:
     assert millions(model) - norms / MILLION == pytest.approx(size, abs=0.05)
     assert training_flops(recipe.generator, space) / 1e9 == pytest.approx(operations, abs=0.05)
     for ranks in (1, 4, 8):
-        check_ranks(recipe, ranks)
+        check_ranks(recipe, RankCount(ranks, ranks))
 
 
 def test_the_masked_recipe_is_the_published_one() -> None:

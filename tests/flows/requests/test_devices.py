@@ -16,6 +16,7 @@ from flows.requests.checks import check_request, compiles_steps
 from flows.requests.choose_device import choose_device
 from flows.runs.run_request import RunArguments
 from flows.stage import StageJob, plan_of
+from infra.compute.rank_count import RankCount
 from infra.compute.workers import WorkerOptions
 from infra.settings import Settings
 from infra.store.store import Store
@@ -70,7 +71,10 @@ def test_gpus_where_there_are_none_are_refused_in_a_line(gpus, device, asked, ad
     gpus(there, there)
     with pytest.raises(ValueError, match=said) as refused:
         choose_device(
-            ComputeConfig(device=device), gpus=asked, settings=Settings(SFTOK_RAY_ADDRESS=address), ranks=ranks
+            ComputeConfig(device=device),
+            gpus=asked,
+            settings=Settings(SFTOK_RAY_ADDRESS=address),
+            ranks=RankCount(ranks, ranks),
         )
     assert "\n" not in str(refused.value)
 
@@ -82,7 +86,7 @@ def test_a_cluster_counts_the_gpus_that_it_grows_to(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match=r"has no GPU .* say what it grows to in SFTOK_RAY_MAX_GPUS"):
         choose_device(ComputeConfig(device="cuda"), gpus=None, settings=Settings())
     monkeypatch.setenv("SFTOK_RAY_MAX_GPUS", "32")
-    assert choose_device(ComputeConfig(), gpus=None, settings=Settings(), ranks=8) == ("cuda", 1.0)
+    assert choose_device(ComputeConfig(), gpus=None, settings=Settings(), ranks=RankCount(8, 8)) == ("cuda", 1.0)
 
 
 def digests(name: str, *overrides: str) -> dict[str, str]:

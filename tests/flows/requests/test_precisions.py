@@ -16,6 +16,7 @@ from flows.requests.generator import check_generator_request
 from flows.requests.precisions import precisions_of, warn_of_slow
 from flows.runs.run_request import RunArguments
 from infra.compute import precision
+from infra.compute.rank_count import ONE
 from infra.settings import Settings
 from infra.store.store import Store
 from tests.flows.inference.test_sample import a_generator, run
@@ -121,7 +122,7 @@ def test_encoding_and_training_a_generator_say_so(
     encode = {"tokenizer": tokenizer, "data": "sklearn:digits", "workers": 0, "gpus_per_worker": None, **place}
     check_encode_request(EncodeConfig(precision="bf16"), **encode)
     ref = str(codes(Made(store, tmp_path), names(TOKENIZER, TOKENIZER, TOKENIZER)))
-    check_generator_request("imagenet256_ar_b", codes=ref, ranks=1, seed=None, **place)
+    check_generator_request("imagenet256_ar_b", codes=ref, ranks=ONE, seed=None, **place)
     assert [line.partition(":")[0] for line in lines(caplog)] == [
         "--precision = bf16",
         "train_generator.precision = bf16",

@@ -20,6 +20,7 @@ from flows.runs.command_line import command_line
 from flows.runs.journal import RunRecord, read_record, start_journal
 from flows.runs.run_request import RunArguments, RunRequest
 from infra.artifacts.manifest import ArtifactRef
+from infra.compute.rank_count import ONE, RankCount
 from infra.store.store import Store
 
 Asked = Callable[[str], RunRequest]
@@ -79,7 +80,7 @@ def requests(draw: st.DrawFn) -> RunRequest:
         overrides=(*overrides, f"compute.device={device}"),
         workers=draw(st.integers(0, 300)),
         gpus_per_worker=draw(st.none() | st.floats(0, 1)) if device == "auto" else draw(st.floats(0, 1)),
-        ranks=draw(st.integers(1, 64)),
+        ranks=draw(st.sampled_from([1, 4, "2:8", "7"])),
         anew=draw(st.booleans()),
     )
     request = arguments.request()
@@ -112,7 +113,7 @@ def record_of(request: RunRequest, run: str = "a-run") -> RunRecord:
 def wide(store: Store, **changes: object) -> RunRequest:
     """A run on two GPUs and four ranks."""
     recipe = load_recipe("digits", overrides=["align.training.micro_batch=16"], seed=7).on("cuda")
-    facts = {"workers": 3, "gpus_per_worker": 0.5, "ranks": 4, "anew": True}
+    facts = {"workers": 3, "gpus_per_worker": 0.5, "ranks": RankCount(4, 4), "anew": True}
     return RunRequest(recipe=recipe, store=store.uri, source="/data/images").changed(**{**facts, **changes})
 
 
@@ -167,7 +168,7 @@ class TestEarlierVersions:
     def test_their_records_can_be_read_and_run_again(self, asked: Asked, store: Store) -> None:
         self.write(store, {"prepare": {"state": "Completed"}})
         request = asked(f"sftok rerun a-run --store {store.uri}")
-        assert request == wide(store, gpus_per_worker=None, ranks=1, anew=False)
+        assert request == wide(store, gpus_per_worker=None, ranks=ONE, anew=False)
 
     @pytest.mark.parametrize("stages", [["train_generator"], ["prepare", "SFVR, seed 0: teacher"]])
     def test_a_part_of_a_run_that_does_not_say_so_is_refused(self, store: Store, stages: list[str]) -> None:

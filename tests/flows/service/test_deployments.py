@@ -17,6 +17,7 @@ from flows.runs.journal import RunRecord, start_journal
 from flows.runs.run_request import RunRequest
 from flows.service.parameters import CheckDataParameters, PipelineParameters, RetokenizeParameters, ServeOptions
 from flows.service.serve import check_options
+from infra.compute.rank_count import ONE, RankCount
 from infra.settings import Settings
 from infra.store.store import Store
 from tests.flows.pipeline.test_encode import draw
@@ -278,9 +279,9 @@ class TestOverlap:
 
     def test_the_widest_stage_counts(self) -> None:
         request = RunRequest(recipe=load_recipe("digits_tiny"), store="x", source="x")
-        assert request.changed(workers=8, gpus_per_worker=0.5, ranks=1).gpus == 4
-        assert request.changed(workers=2, gpus_per_worker=1, ranks=8).gpus == 8
-        assert request.changed(workers=8, gpus_per_worker=0, ranks=8).gpus == 0
+        assert request.changed(workers=8, gpus_per_worker=0.5, ranks=ONE).gpus == 4
+        assert request.changed(workers=2, gpus_per_worker=1, ranks=RankCount(2, 8)).gpus == 8
+        assert request.changed(workers=8, gpus_per_worker=0, ranks=RankCount(8, 8)).gpus == 0
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -59,18 +59,16 @@ def test_two_ranks_sum_and_every_report_of_the_first_arrives_in_order(monkeypatc
     assert reports == [(step, 50, {"val_nll": 20.0} if step == 20 else {}) for step in range(50)]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_part_is_some_ranks_and_in_order(size: int) -> None:
+@pytest.mark.parametrize("size", range(1, 9))
+def test_every_part_is_some_ranks_in_order_and_shares_are_alike(size: int) -> None:
     shares = [list(Ranks(rank, size).share(8)) for rank in range(size)]
     assert [part for share in shares for part in share] == list(range(8))
+    assert {len(share) for share in shares} <= {8 // size, -(-8 // size)}
 
 
-def test_parts_that_cannot_be_shared_are_refused() -> None:
-    assert list(ALONE.share(3)) == [0, 1, 2]
-    with pytest.raises(
-        ValueError, match=r"3 micro-batches .* cannot be shared equally by 2 ranks; set training\.micro_batch"
-    ):
-        Ranks(0, 2).share(3)
+def test_fewer_parts_than_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^3 micro-batches per step cannot be shared by 4 ranks; lower --ranks, or"):
+        Ranks(0, 4).share(3)
 
 
 class Own(Exception):
