@@ -129,7 +129,7 @@ def dry_run(request: RunRequest, card: Card = UNKNOWN, *, on_gpus: Recipe | None
     """
     from sftok.sources.summary import summarize
 
-    recipe, listed, trained = request.recipe, Listing(), Ranked.on_gpus(on_gpus or request.recipe, request.ranks)
+    recipe, listed, trained = request.recipe, Listing(), Ranked.on_gpus(on_gpus or request.recipe, request.ranks.least)
     job = StageJob.of(request, listing=listed)
     store = job.store
     known: dict[str, ArtifactRef] = {}
@@ -173,7 +173,7 @@ def dry_run(request: RunRequest, card: Card = UNKNOWN, *, on_gpus: Recipe | None
 def _width(stage: Stage, request: RunRequest) -> float:
     """Return the GPUs that a stage's work is shared by, if there are as many as were asked for."""
     if stage.is_trained:
-        return request.ranks
+        return request.ranks.most
     return max(request.workers * (request.gpus_per_worker or 1), 1) if stage is ENCODE else 1
 
 

@@ -156,7 +156,7 @@ def _check_gpu_memory(request: RunRequest, stages: Collection[str], settings: Se
     if request.device != "cuda" or not trainings_of(request.recipe, stages):
         return
     if (card := find_card(settings)).bytes is not None:
-        asked = Ranked.on_gpus(_with_vocabulary(request), request.ranks)
+        asked = Ranked.on_gpus(_with_vocabulary(request), request.ranks.least)
         check_memory(asked, card, stages, most_ranks=int(gpus_there(settings, is_run=True)))
 
 

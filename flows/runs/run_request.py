@@ -19,7 +19,7 @@ from flows.recipes.schema import Recipe
 from flows.runs.command_line import command_line
 from infra.artifacts.manifest import ArtifactRef
 from infra.compute.device import DeviceChoice
-from infra.compute.rank_count import ONE, RankCount
+from infra.compute.rank_count import ONE, RankCountField
 from infra.compute.workers import WorkerOptions
 from infra.config import Config
 from infra.redaction import USER_INFO, redact
@@ -34,7 +34,7 @@ class RunRequest(Config):
     source: str = Field(description="images: a folder, the name of a built-in source, or artifacts instead of images")
     workers: int = Field(0, ge=0, description="Ray workers; 0: none, all in one process")
     gpus_per_worker: float | None = Field(None, ge=0, description="None: 1 on CUDA, 0 on CPUs")
-    ranks: RankCount = Field(ONE, description=RANKS)
+    ranks: RankCountField = Field(ONE, description=RANKS)
     anew: bool = Field(False, description=ANEW)
     last: str | None = Field(None, description="the stage that the run is for; None: all stages")
     given: dict[str, ArtifactRef] = Field({}, description="artifacts to use instead of running the stages named")
@@ -133,7 +133,7 @@ class RunArguments(Config):
     overrides: tuple[str, ...] = Field((), description=OVERRIDES)
     workers: int | None = Field(None, ge=0, description=WORKERS)
     gpus_per_worker: float | None = Field(None, ge=0, description=GPUS_PER_WORKER)
-    ranks: RankCount = Field(ONE, description=RANKS)
+    ranks: RankCountField = Field(ONE, description=RANKS)
     device: DeviceChoice | None = Field(None, description=f"{DEVICE}; not given: the recipe's")
     anew: bool = Field(False, description=ANEW)
 

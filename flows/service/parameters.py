@@ -10,7 +10,7 @@ from pydantic import Field
 from flows.option_texts import GPUS_PER_WORKER, OVERLAP, OVERRIDES, RANKS, SEED, STORE, WORKERS
 from flows.runs.command_line import command_line
 from flows.runs.run_request import RunArguments
-from infra.compute.rank_count import ONE, RankCount
+from infra.compute.rank_count import ONE, RankCountField
 from infra.config import Config
 
 Overlap = Literal["wait", "cancel"]
@@ -85,7 +85,7 @@ class ServeOptions(Config):
     seed: int | None = Field(None, ge=0, description=SEED)
     workers: int | None = Field(None, ge=0, description=WORKERS)
     gpus_per_worker: float | None = Field(None, ge=0, description=GPUS_PER_WORKER)
-    ranks: RankCount = Field(ONE, description=RANKS)
+    ranks: RankCountField = Field(ONE, description=RANKS)
     overlap: Overlap = Field("wait", description=OVERLAP)
     pipeline_cron: str = Field("0 3 * * 0", description="when the whole pipeline runs, or off")
     check_cron: str = Field(

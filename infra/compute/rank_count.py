@@ -2,10 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,12 @@ class RankCount:
         """Return it as JSON holds it."""
         return str(self) if self.is_elastic else self.most
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Validate as `parse` does, and write plain values."""
-        written = core_schema.plain_serializer_function_ser_schema(cls.as_plain)
-        return core_schema.no_info_plain_validator_function(cls.parse, serialization=written)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Describe a number or a range."""
-        return {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^[1-9]\d*(:[1-9]\d*)?$"}]}
-
 
 ONE = RankCount()
+
+SCHEMA = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^[1-9]\d*(:[1-9]\d*)?$"}]}
+
+# The type of a config's field.
+RankCountField = Annotated[
+    RankCount, PlainValidator(RankCount.parse), PlainSerializer(RankCount.as_plain), WithJsonSchema(SCHEMA)
+]

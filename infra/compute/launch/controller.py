@@ -156,10 +156,15 @@ class Tidy(ControllerCallback, WorkerGroupCallback):
         """End ranks that were placed and did not start, which the controller forgets, but not their reservation."""
         if self._group is not None and self._group.has_started():
             self._group.shutdown()
+        self._messenger.start.remote(is_done=False)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Remember the ranks."""
         self._group = worker_group
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:  # noqa: ARG002
+        """Tell that the ranks work."""
+        self._messenger.start.remote(is_done=True)
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         """Kill ranks that do not respond: Ray asks a process to end, and waits for it with the rank's resources."""

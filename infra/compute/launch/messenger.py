@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ class News(NamedTuple):
 
     reports: list[Report]
     warnings: list[str]
+    starting: float = 0.0
+    """seconds for which ranks have been starting, if they are."""
 
 
 class Messenger:
@@ -21,6 +24,7 @@ class Messenger:
 
     def __init__(self) -> None:
         self._news = News([], [])
+        self._starting: float | None = None
 
     def report(self, done: int, total: int, figures: Mapping[str, float]) -> None:
         """Keep a progress report of the first rank."""
@@ -30,10 +34,14 @@ class Messenger:
         """Keep a warning of the controller's."""
         self._news.warnings.append(warning)
 
+    def start(self, is_done: bool) -> None:
+        """Keep that ranks begin to start, or have started."""
+        self._starting = None if is_done else time.monotonic()
+
     def take(self) -> News:
         """Return the news since the last call."""
         taken, self._news = self._news, News([], [])
-        return taken
+        return taken if self._starting is None else taken._replace(starting=time.monotonic() - self._starting)
 
 
 def kill_process(node: str, pid: int) -> None:

@@ -51,6 +51,7 @@ R = TypeVar("R")
 
 RESTARTS = 3  # of all ranks, after one of them was lost
 WAIT_SECONDS = 0.5  # between polls of the first rank's progress
+START_SECONDS = 600.0  # for ranks to load the code and join, once they are placed
 END_SECONDS = 5.0  # for the controller to end
 RESIZE_SECONDS = 300.0  # between looks for room for more ranks, which cost the steps since the last checkpoint
 COLLECTIVE_SECONDS = 1800  # of a sum that somebody does not join; the first rank may be writing results
@@ -165,6 +166,8 @@ class _Trainer(TorchTrainer):
             log.warning(warning)
         for report in news.reports:
             self.progress(*report)
+        if news.starting > START_SECONDS:  # Ray Train itself would wait for ever
+            raise TransientError(f"the training processes did not start within {START_SECONDS:g} s; look at the nodes")
         return True
 
 

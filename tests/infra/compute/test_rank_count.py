@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from infra.compute.rank_count import ONE, RankCount
+from infra.compute.rank_count import ONE, RankCount, RankCountField
 
-ADAPTER = TypeAdapter(RankCount)
+ADAPTER = TypeAdapter(RankCountField)
 
 
 @given(st.integers(1, 999_999), st.integers(1, 999_999))

@@ -138,6 +138,24 @@ def test_a_lost_rank_is_replaced(
     assert capfd.readouterr() == ("", "")
 
 
+class Stuck:
+    """An argument that takes a minute to read."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return time.sleep, (60,)
+
+
+def take(argument: object, ranks: Ranks, progress: Progress) -> None:
+    raise AssertionError("it has not been read")
+
+
+def test_ranks_that_do_not_start_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train would wait for them without end."""
+    monkeypatch.setattr("infra.compute.launch.train.START_SECONDS", 3.0)
+    with pytest.raises(TransientError, match=r"^the training processes did not start within 3 s"):
+        run_ranks(partial(take, Stuck()), 2)
+
+
 def die(ranks: Ranks, progress: Progress) -> None:
     """Be lost before Ray Train knows that all have begun."""
     os.kill(os.getpid(), signal.SIGKILL)
