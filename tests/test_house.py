@@ -33,6 +33,7 @@ MATHS += [
 ]
 MATHS += [
     "generator/code_space",
+    "generator/key_value_cache",
     "generator/orders",
     "generator/sampling/filters",
     "generator/sampling/sampler",

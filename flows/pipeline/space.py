@@ -56,23 +56,24 @@ def check_space(job: StageJob, stages: Iterable[Stage], made: Mapping[str, Artif
     """
     if not job.store.is_local:
         return
-    images, classes = None, MAX_CLASSES
-    if "prepare" in made:
-        counts = manifest_of(job.store, made["prepare"]).counts
-        images, classes = counts["accepted"], max(counts["classes"], 1)
-    sizes = Sizes.of(job.recipe, images, classes)
-    known, missing, written = dict(made), list[str](), 0
+    known, written = dict(made), dict[str, int]()
     for stage in stages:
         plan = plan_of(stage, job, {need: known[of] for need, of in stage.inputs(job.recipe).items()})
         if (found := find(job.store, plan)) is not None:
             known[stage.name] = ref_of(job.store, found)
             continue
         known[stage.name] = planned_ref(job, plan)
-        missing.append(stage.name)
         folder = folder_of(job.store, plan.kind, plan.digest).path
-        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        written += min(there, sizes.artifacts.get(stage.name) or 0)
-    refuse_full_disk(job.store, sizes.total(missing) - written)
+        written[stage.name] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if not written:
+        return  # before the models are made whose weights are counted, which loads torch's compiler: a second or two
+    images, classes = None, MAX_CLASSES
+    if "prepare" in made:
+        counts = manifest_of(job.store, made["prepare"]).counts
+        images, classes = counts["accepted"], max(counts["classes"], 1)
+    sizes = Sizes.of(job.recipe, images, classes)
+    there = sum(min(size, sizes.artifacts.get(stage) or 0) for stage, size in written.items())
+    refuse_full_disk(job.store, sizes.total(written) - there)
 
 
 def refuse_full_disk(store: Store, needed: int, remedy: str = "") -> None:
