@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import closing
 
+import httpx
 import psutil
 import pytest
 
@@ -34,6 +35,13 @@ def test_every_kind_of_object_can_be_read(prefect_api):
         for kind in ("flows", "flow_runs", "task_runs", "artifacts", "deployments", "block_documents", "work_pools"):
             assert getattr(client, f"read_{kind}")(limit=5) is not None, kind
         assert client.read_concurrency_limits(limit=5, offset=0) == []
+
+
+def test_an_answer_waits_for_no_acknowledgement(running_server):
+    """Guards against 40 ms for each call, which Nagle's algorithm takes where a delayed acknowledgement meets it."""
+    with httpx.Client() as client:
+        seconds = [client.get(f"{running_server.url}/health").elapsed.total_seconds() for _ in range(30)]
+    assert min(seconds[1:]) < 0.03
 
 
 def test_nothing_is_reported_to_prefects_makers(prefect_api):
