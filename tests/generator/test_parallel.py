@@ -65,10 +65,10 @@ LARGER = [
 ]
 
 
-def train(store: Store, case: Case, ranks: Ranks) -> TrainResult:
+def train(store: Store, case: Case, ranks: Ranks, device: str = "cpu") -> TrainResult:
     training = config(STEPS, micro_batch=4, keep="best", validate_every=3, checkpoint_every=4, parallel=case.parallel)
     training = GeneratorTrainingConfig.model_validate({**training.as_json(), "precision": case.precision})
-    run = TrainingRun(store.at(case.name), seed=0, ranks=ranks)
+    run = TrainingRun(store.at(case.name), seed=0, ranks=ranks, device=device)
     return train_generator(data(), data(40, seed=1), INFO, KINDS[case.kind], training, run=run)
 
 
@@ -144,6 +144,24 @@ def test_one_rank_goes_on_from_what_several_have_saved(case: Case, store: Store,
     assert ours == pytest.approx(theirs, rel=rounding)
     weights = [load(place.read("model.safetensors")) for place in (store.at(case.name), folder)]
     assert max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]) < 50 * rounding
+
+
+def train_on_gpu(store: Store, case: Case, ranks: Ranks, progress: Progress) -> TrainResult:
+    del progress
+    return train(store, case, ranks, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_gpus_learn_what_one_learns(parallel: str, store: Store) -> None:
+    """Sums by NCCL, beside and between the kernels of the backward pass."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = Case("tied", parallel, 2, 2)  # without dropout, whose noise depends on the device
+    shared = run_ranks(partial(train_on_gpu, store.at("two"), case), 2, gpus=1.0)
+    alone = train(store.at("one"), case, ALONE, "cuda")
+    assert losses(store.at("two", case.name)) == pytest.approx(losses(store.at("one", case.name)), rel=1e-3)
+    assert shared.metrics["val_nll"] == pytest.approx(alone.metrics["val_nll"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("parallel", "copies"), [("fsdp", 1), ("ddp", 2)])
