@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from generator.code_space import CodeSpace
 from generator.config import AnnealedOrder, FixedOrder, GeneratorConfig
+from generator.dropout import drop
 from generator.key_value_cache import Cache, check_cache
 from generator.network import GeneratorNetwork
 from generator.orders import draw_orders, fixed_order, inverse
@@ -99,12 +100,23 @@ class Block(nn.Module):
         super().__init__()
         self.norm_1, self.norm_2 = nn.RMSNorm(config.width, NORM_EPSILON), nn.RMSNorm(config.width, NORM_EPSILON)
         self.attention, self.feed_forward = Attention(config), FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, x_BSW: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-        """Map (B, S, W) to (B, S, W)."""
-        x_BSW = x_BSW + self.dropout(self.attention(self.norm_1(x_BSW), cos_SD, sin_SD))
-        return x_BSW + self.dropout(self.feed_forward(self.norm_2(x_BSW)))
+    def forward(
+        self,
+        x_BSW: Tensor,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        lines: Tensor | None = None,
+        constants_W: Tensor | None = None,
+    ) -> Tensor:
+        """Map (B, S, W) to (B, S, W); residuals are dropped from by their lines (2, 2, B, S), if there are any."""
+        y_BSW = self.attention(self.norm_1(x_BSW), cos_SD, sin_SD)
+        if lines is None or constants_W is None:
+            x_BSW = x_BSW + y_BSW
+            return x_BSW + self.feed_forward(self.norm_2(x_BSW))
+        x_BSW = x_BSW + drop(y_BSW, lines[0], constants_W, self.dropout)
+        return x_BSW + drop(self.feed_forward(self.norm_2(x_BSW)), lines[1], constants_W, self.dropout)
 
     def step(self, x_B1W: Tensor, at: StepPosition, keys_BHND: Tensor, values_BHND: Tensor) -> Tensor:
         """Compute one position with the layer's cache."""
@@ -116,6 +128,7 @@ class Generator(GeneratorNetwork):
     """Class-conditional autoregressive model of code sequences."""
 
     config: GeneratorConfig
+    places_per_block = 2
     cos: Tensor
     sin: Tensor
     order: Tensor
@@ -126,7 +139,6 @@ class Generator(GeneratorNetwork):
         self.code_embed = nn.Embedding(space.codebook_size, config.width)
         is_annealed = config.order.kind == "annealed"
         self.target_positions = nn.Embedding(space.num_tokens, config.width) if is_annealed else None
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_out = nn.RMSNorm(config.width, NORM_EPSILON)
         self.head = None if config.tied else nn.Linear(config.width, space.codebook_size, bias=False)
@@ -168,10 +180,16 @@ class Generator(GeneratorNetwork):
         return draw_orders(order, batch, self.space.num_tokens, step=step, generator=generator)
 
     def training_loss(
-        self, class_B: Tensor, codes_BN: Tensor, view_BN: Tensor | None, *, label_smoothing: float
+        self,
+        class_B: Tensor,
+        codes_BN: Tensor,
+        view_BN: Tensor | None,
+        keys_B: Tensor | None = None,
+        *,
+        label_smoothing: float,
     ) -> Tensor:
         """Return the mean cross-entropy of every code given those before it in its order."""
-        logits_BNV = self(class_B, codes_BN, view_BN)
+        logits_BNV = self(class_B, codes_BN, view_BN, keys_B)
         return F.cross_entropy(logits_BNV.float().flatten(0, 1), codes_BN.flatten(), label_smoothing=label_smoothing)
 
     def draw_targets(self, codes_BN: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002  # nothing to draw
@@ -182,13 +200,16 @@ class Generator(GeneratorNetwork):
         """Return logits (B, N, V) of every code given those before it."""
         return self(class_B, codes_BN)
 
-    def forward(self, class_B: Tensor, codes_BN: Tensor, order_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, class_B: Tensor, codes_BN: Tensor, order_BN: Tensor | None = None, keys_B: Tensor | None = None
+    ) -> Tensor:
         """Return logits of every code given those before it in the order, (B, N, V) in the dataset's layout.
 
         Args:
             class_B: class ids in [0, num_classes].
             codes_BN: codes in the dataset's layout.
             order_BN: from `draw_orders`, for annealed orders only; None is the config's fixed order or the natural one.
+            keys_B: of the rows' dropout, in training; None: nothing is dropped.
 
         Raises:
             ValueError: the number of codes is wrong, or an order is given but the config's orders are not annealed.
@@ -202,7 +223,8 @@ class Generator(GeneratorNetwork):
         x_BNW = torch.cat([self.class_embed(class_B)[:, None], self.code_embed(ordered_BN[:, :-1])], dim=1)
         if self.target_positions is not None:
             x_BNW = x_BNW + self.target_positions(order)
-        x_BNW = self.through_blocks(self.dropout(x_BNW), *self._angles(order_BN))
+        masks = self.masks(keys_B)
+        x_BNW = self.through_blocks(self.drop_input(x_BNW, masks), *self._angles(order_BN), masks=masks)
         if not is_natural:  # back to the dataset's layout before the head: hidden states are narrower than logits
             x_BNW = x_BNW.gather(1, inverse(order).expand(len(x_BNW), -1)[..., None].expand_as(x_BNW))
         return self.logits(x_BNW)

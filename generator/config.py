@@ -141,6 +141,12 @@ class GeneratorTrainingConfig(TrainingConfig):
         0.1, ge=0, lt=1, description="share of labels replaced by the null class, for guidance"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    micro_batch: Annotated[int, RUNTIME] = Field(
+        0,
+        ge=0,
+        description="sequences per forward pass; 0: the whole batch. Ranks share the micro-batches of a step; how many "
+        "there are changes results by rounding only, as masks of dropout belong to sequences",
+    )
     parallel: Annotated[Parallel, RUNTIME] = Field(
         "auto",
         description="how ranks share the weights: ddp: each has all of them; fsdp: each has a part; hsdp: each has a "

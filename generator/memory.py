@@ -110,7 +110,7 @@ def _pass(key: _Pass) -> tuple[int, ...]:
     def forward() -> None:
         view = None if view_BN is None else view_BN.to(META)
         with autocast(key.precision, META):
-            losses.append(network.training_loss(class_B, codes_BN, view, label_smoothing=0.0))
+            losses.append(network.training_loss(class_B, codes_BN, view, class_B, label_smoothing=0.0))
 
     given += [class_B, codes_BN]
     peaks = peak_bytes(forward, lambda: backward(losses.pop()), given=given, fused_attention=key.fused_attention)

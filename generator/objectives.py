@@ -30,8 +30,13 @@ def masked_loss(
     loss_BN = F.cross_entropy(
         logits_BNV.float().transpose(1, 2), codes_BN, reduction="none", label_smoothing=label_smoothing
     )
-    weight_BN = hidden_BN.float() + unmasked_weight * (~hidden_BN).float()
+    weight_BN = code_weights(hidden_BN, unmasked_weight)
     return (loss_BN * weight_BN).sum() / (weight_BN.sum() + EPSILON)
+
+
+def code_weights(hidden_BN: Tensor, unmasked_weight: float) -> Tensor:
+    """Return the weight of each code in the loss, (B, N): 1 if it is masked."""
+    return hidden_BN.float() + unmasked_weight * (~hidden_BN).float()
 
 
 class HeldOutPredictions(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 from generator.artifacts import save_generator
 from generator.config import AnyGeneratorConfig, GeneratorTrainingConfig
 from generator.data import CodeData, TrainCodes, check_rows, space_of, with_null
+from generator.dropout import draw_keys
 from generator.flops import training_flops
 from generator.frequencies import frequency_nll
 from generator.kinds import build_generator
@@ -141,18 +142,24 @@ def training_step(
         whole, size = stream.batch(step), config.batch_size // config.micro_batches
         # Drawn for the whole batch and cut like it, so that micro-batches and ranks change nothing.
         views = network.draw_view(config.batch_size, step=step, generator=generator_of(run.seed, "view", step))
+        keys = draw_keys(config.batch_size, generator_of(run.seed, "dropout", step))
+        weights = network.row_weights(views, config.batch_size)
 
         def part(part: int) -> dict[str, Tensor]:
             rows = slice(part * size, (part + 1) * size)
             view_BN = send(views[rows], run.device) if views is not None else None
+            keys_B = send(keys[rows], run.device) if network.config.dropout else None
+            share = float(weights[rows].mean() / weights.mean())
             network.train()
             with autocast(config.precision, run.device):
                 loss = loss_of(
                     whole.classes[rows],
                     whole.codes[rows],
                     view_BN,
+                    keys_B,
                     label_smoothing=config.label_smoothing,
                 )
+            loss = share * loss
             learner.backward(loss)
             return {"loss": loss}
 

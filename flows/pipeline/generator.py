@@ -101,7 +101,7 @@ def samples_result(files: list[FileEntry]) -> Result:
 TRAIN_GENERATOR = Stage(
     "train_generator",
     "generator",
-    1,
+    2,
     _train_generator_what,
     _train_generator,
     is_trained=True,

@@ -12,9 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-_INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # int64 in place of uint64, as everywhere here
-_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-_SHIFTS = (30, 27, 31)
+from infra.compute.splitmix import INCREMENT, shifted, signed, splitmix
+
 _BITS = 23  # of a uniform number plus a half, which float32 holds exactly: never 0, never 1
 
 
@@ -27,29 +26,13 @@ def gumbel(keys_B: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
         shape: of an image's noise.
     """
     count = math.prod(shape)
-    draw_B = splitmix(keys_B + _signed((draw + 1) * _INCREMENT))
-    places_N = torch.arange(1, count + 1, device=keys_B.device) * _INCREMENT
+    draw_B = splitmix(keys_B + signed((draw + 1) * INCREMENT))
+    places_N = torch.arange(1, count + 1, device=keys_B.device) * INCREMENT
     # On CPUs one image at a time, so that its numbers stay in the cache.
     parts = draw_B.split(1 if keys_B.device.type == "cpu" else len(draw_B))
     return torch.cat([_gumbel_of(splitmix(part[:, None] + places_N)) for part in parts]).view(-1, *shape)
 
 
-def splitmix(state: Tensor) -> Tensor:
-    """Compute the output of SplitMix64 for a state, in place; integers wrap, as the algorithm requires."""
-    for shift, multiplier in zip(_SHIFTS[:2], _MULTIPLIERS, strict=True):
-        state.bitwise_xor_(_shifted(state, shift)).mul_(multiplier)
-    return state.bitwise_xor_(_shifted(state, _SHIFTS[2]))
-
-
-def _signed(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shift right as an unsigned integer."""
-    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
 def _gumbel_of(bits: Tensor) -> Tensor:
-    uniform = _shifted(bits, 64 - _BITS).float().add_(0.5).mul_(2.0**-_BITS)
+    uniform = shifted(bits, 64 - _BITS).float().add_(0.5).mul_(2.0**-_BITS)
     return uniform.log_().neg_().log_().neg_()

@@ -100,8 +100,8 @@ def test_passes_take_more_for_more_rows_codes_and_bits(config: AnyGeneratorConfi
     full = training_memory(config, training(precision="fp32"), SPACE)
     recomputed = training_memory(config, training(activation_checkpointing=True), SPACE)
     assert full.activations > base.activations > recomputed.activations
-    plain = training_memory(config, training(), SPACE, fused_attention=False)
-    assert plain.activations > base.activations
+    if config.kind == "autoregressive":  # the masked one's attention weights are dropped from, so they are there
+        assert training_memory(config, training(), SPACE, fused_attention=False).activations > base.activations
 
 
 @every_kind

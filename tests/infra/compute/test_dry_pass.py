@@ -38,7 +38,7 @@ def passing(network: GeneratorNetwork, rows: int, precision: str = "fp32") -> Ca
     def work() -> None:
         view = None if view_BN is None else view_BN.to(device)
         with autocast(precision, device):  # type: ignore[arg-type]
-            loss = network.training_loss(codes_BN[:, 0], codes_BN, view, label_smoothing=0.0)
+            loss = network.training_loss(codes_BN[:, 0], codes_BN, view, codes_BN[:, 0], label_smoothing=0.0)
         backward(loss)
 
     return work
