@@ -3,8 +3,8 @@
 A row has a key, drawn for each step. From it follow two random integers for each vector that is dropped from, a slope
 and an offset, by SplitMix64. Channel c of the vector is dropped where `slope * constant[c] + offset`, wrapped to 32
 bits, is below a limit. This is the multiply-shift hash of Dietzfelbinger (1996), the constants being random, too: any
-two channels of a vector are independent, and vectors are independent of each other. On CPUs it takes a quarter of the
-time that drawing from a generator takes.
+two channels of a vector are independent, and vectors are independent of each other. On CPUs it takes two thirds of the
+time of `torch.nn.Dropout`.
 
 Shapes: B rows, S positions, K places to drop at, W channels.
 """

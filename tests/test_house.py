@@ -49,6 +49,7 @@ MATHS += [
     "sftok/metrics/scores",
 ]
 MATHS += ["sftok/metrics/resampling", "sftok/model/noise", "sftok/metrics/nearest", "infra/compute/transfer"]
+MATHS += ["generator/dropout", "generator/key_value_cache", "infra/compute/splitmix"]
 # Loading one of these takes from half a second to several.
 HEAVY = {"torch", "prefect", "ray", "pyarrow", "scipy", "sklearn"}
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from infra.compute.splitmix import splitmix
 from sftok.coding.decode import noise_keys
-from sftok.model.noise import gumbel, splitmix
+from sftok.model.noise import gumbel
 
 BITS = 2**64
 
