@@ -98,7 +98,8 @@ def test_disk_and_s3_make_the_same_files(kind, tmp_path, store, s3_store):
     assert list_source(remote).digest == before
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("folder", 1), *((kind, 2) for kind in KINDS)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_makes_the_same_files(kind, workers, tmp_path, store):
     uri = f"{tmp_path}/data{make(kind, tmp_path / 'data')}"
     expected = run(uri, store.at("0"))
