@@ -156,6 +156,15 @@ class GeneratorTrainingConfig(TrainingConfig):
         False, description="accept codes from another tokenizer than the one their manifest names"
     )
 
+    @model_validator(mode="after")
+    def _shards_scale_no_loss(self) -> Self:
+        if self.precision == "fp16" and self.parallel in ("fsdp", "hsdp"):
+            raise ValueError(
+                f'parallel = "{self.parallel}" with precision = "fp16": each rank would scale its losses by itself; '
+                'set precision to "bf16", or parallel to "ddp"'
+            )
+        return self
+
 
 LEAST_TEMPERATURE = 1e-6
 

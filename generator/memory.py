@@ -43,7 +43,7 @@ def training_memory(
         fused_attention: whether fused kernels may be used.
     """
     network = _on_meta(config, space)
-    spread = Spread.of(choose_parallel(training.parallel, network), ranks, ranks_per_node)
+    spread = Spread.of(choose_parallel(training.parallel, network, training.precision), ranks, ranks_per_node)
     with_gradients = spread.is_sharded or spread.has_gradients(training.micro_batches)
     trained = sum(p.numel() for p in network.parameters())
 

@@ -109,7 +109,7 @@ def train_generator(
 
 def shard_if_large(network: GeneratorNetwork, config: GeneratorTrainingConfig, run: TrainingRun) -> None:
     """Shard a generator's weights over ranks where the config says so, or where it leaves that to the size."""
-    if (kind := choose_parallel(config.parallel, network)) != "ddp":
+    if (kind := choose_parallel(config.parallel, network, config.precision)) != "ddp":
         shard(
             network,
             network.blocks,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, Field, PositiveFloat, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+MOST_GPU_MEMORY = 1e6  # GB
 ALL_STAGES = "*"  # key of the timeout that applies to every stage not named
 
 
@@ -66,6 +67,7 @@ class Settings(BaseSettings):
     )
     gpu_memory: PositiveFloat | None = Field(
         None,
+        le=MOST_GPU_MEMORY,
         validation_alias="SFTOK_GPU_MEMORY",
         description="memory of each GPU, in GB, in which trainings have to fit; if unset, the GPUs are asked",
     )

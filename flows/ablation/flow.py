@@ -38,7 +38,7 @@ def ablation(
     plan, this = request.ablation, RunContext.of(request, run)
     assert plan is not None
     store, journal = this.job.store, this.journal
-    with journal.kept(), session(Settings().ray_address, max(request.workers, request.ranks.most)):
+    with journal.kept(), session(Settings().ray_address, request.processes):
         images = tasks.run_task(PREPARE, this, {})
         made = {(arm.name, seed): _arm(this, arm, seed, images) for seed in plan.seeds for arm in plan.arms}
         inputs = {f"{arm}, seed {seed}": ref for (arm, seed), ref in made.items()}

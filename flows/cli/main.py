@@ -108,7 +108,9 @@ def run(
     gpu_memory: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="Plan for GPUs of so many GB, with --dry-run. [default: SFTOK_GPU_MEMORY, or as GPUs have]"
+            min=0.001,
+            max=1e6,
+            help="Plan for GPUs of so many GB, with --dry-run. [default: SFTOK_GPU_MEMORY, or as GPUs have]",
         ),
     ] = None,
     as_json: JsonOption = False,

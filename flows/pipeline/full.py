@@ -28,7 +28,7 @@ def run_stages(
     """Run every stage that is not cached; the stages' artifacts and the record of the run are in the store."""
     this = RunContext.of(request, run)
     store, journal = this.job.store, this.journal
-    with journal.kept(), session(Settings().ray_address, max(request.workers, request.ranks.most)):
+    with journal.kept(), session(Settings().ray_address, request.processes):
         made = tasks.walk(this, last=request.last, given=request.given)
         if "report" in made:
             journal.publish_report(manifest_of(store, made["evaluate"]), made["report"], is_judged=True)

@@ -172,7 +172,8 @@ def refusal_of(
 def _refusal(stage: str, need: MemoryNeed, card: Card, found: list[Remedy]) -> str:
     assert card.bytes is not None
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in list(need.parts().items())[:NAMED])
-    remedy = f"set {', or '.join(map(str, found))}" if found else "use GPUs with more memory, or more of them"
+    more = ", or more of them" if stage.endswith("generator") else ""  # only they are sharded
+    remedy = f"set {', or '.join(map(str, found))}" if found else f"use GPUs with more memory{more}"
     return (
         f"{stage} needs at least {size_text(need.total)} of a GPU's memory (above all {largest}) beside "
         f"{size_text(RESERVED)} for CUDA, and {card.place} have {size_text(card.bytes)}: {remedy}"
@@ -227,8 +228,9 @@ def _smaller(asked: Ranked, stage: str, fits: Callable[[Ranked], bool]) -> Remed
 
 def _sharded(asked: Ranked, stage: str, most_ranks: int | None) -> Iterator[Remedy]:
     """Yield numbers of ranks over which a generator's parameters could be sharded, from as many as are asked for on."""
-    if not stage.endswith("generator"):
+    training = asked.recipe.trainings()[stage]
+    if not stage.endswith("generator") or training.precision == "fp16":
         return
-    for ranks in asked.recipe.trainings()[stage].rank_counts:
+    for ranks in training.rank_counts:
         if max(2, asked.ranks) <= ranks <= (most_ranks or ranks):
             yield Remedy((f"{SETTINGS[stage]}.parallel=fsdp",), ranks if ranks != asked.ranks else None)

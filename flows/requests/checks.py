@@ -271,6 +271,18 @@ def check_ranks(recipe: Recipe, ranks: RankCount, stages: Collection[str] = GRAP
     """Refuse a number of ranks that cannot share the micro-batches of every training of these stages."""
     for name, config in trainings_of(recipe, stages).items():
         check_share(name, config, ranks)
+    check_nodes(recipe, ranks)
+
+
+def check_nodes(recipe: Recipe, ranks: RankCount) -> None:
+    """Refuse a range of ranks for shards by machine, which may then have unequally many."""
+    generators = {"train_generator": recipe, "evaluate.sweep.train_generator": recipe.second}
+    for name, part in generators.items():
+        if ranks.is_elastic and part is not None and part.train_generator.parallel == "hsdp":
+            raise ValueError(
+                f"{name}.parallel = hsdp needs equally many ranks on each machine, which --ranks {ranks} does not "
+                f"promise: give a number, or set {name}.parallel=fsdp"
+            )
 
 
 def trainings_of(recipe: Recipe, stages: Collection[str]) -> dict[str, TrainingConfig]:
@@ -281,17 +293,23 @@ def trainings_of(recipe: Recipe, stages: Collection[str]) -> dict[str, TrainingC
 
 def check_share(name: str, config: TrainingConfig, ranks: RankCount) -> None:
     """Refuse a number of ranks that cannot share a step of one training equally; of a range, too many of them."""
+    parts, whole = config.micro_batches, config.batch_size
+    is_shared = parts >= ranks.most if ranks.is_elastic else parts % ranks.most == 0
+    if is_shared:
+        return
     if ranks.is_elastic:
-        if config.micro_batches < ranks.most:
-            raise ValueError(
-                f"{name}: {config.micro_batches} micro-batches a step are fewer than the ranks of --ranks {ranks}; "
-                f"lower it, or set {name}.micro_batch so that batch_size = {config.batch_size} holds as many"
-            )
-    elif config.micro_batches % ranks.most:
-        raise ValueError(
-            f"{name}: {config.micro_batches} micro-batches a step do not divide by --ranks {ranks}; set "
-            f"{name}.micro_batch so that batch_size = {config.batch_size} holds a multiple of {ranks} of them"
-        )
+        fewer = f"a range up to {parts}" if parts > 1 else "1"
+    else:
+        fewer = " or ".join(str(count) for count in range(1, parts + 1) if parts % count == 0)
+    size = next((size for size in range(whole // ranks.most, 0, -1) if _shares(whole, size, ranks)), None)
+    cut = f"{name}.micro_batch={size}, or " if size else ""
+    steps = f"{parts} micro-batch{'es' * (parts > 1)} a step"
+    raise ValueError(f"{name}: {steps} cannot be shared by --ranks {ranks}: set {cut}--ranks to {fewer}")
+
+
+def _shares(whole: int, size: int, ranks: RankCount) -> bool:
+    """Tell whether batches cut into micro-batches of a size can be shared."""
+    return whole % size == 0 and (ranks.is_elastic or whole // size % ranks.most == 0)
 
 
 def check_home(home: Path) -> None:

@@ -46,7 +46,9 @@ def choose_device(
         return "cpu", 0.0
     if ranks.least > there:
         grows = ", or say what it grows to in SFTOK_RAY_MAX_GPUS" if settings.ray_address else ""
-        raise ValueError(f"--ranks {ranks}, but {place} {there:g} GPUs: give one rank a GPU, or --device cpu{grows}")
+        raise ValueError(
+            f"--ranks {ranks}, but {place} {there:g} GPUs, one a rank: lower it, or ask for --device cpu{grows}"
+        )
     return "cuda", 1.0 if gpus is None else gpus
 
 

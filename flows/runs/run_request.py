@@ -64,6 +64,12 @@ class RunRequest(Config):
         each = self.gpus_per_worker
         return max(math.ceil(self.workers * each), self.ranks.most) if each else 0
 
+    @property
+    def processes(self) -> int:
+        """Processes for which a Ray cluster of the run's own has room; of a range, as many as there are cores."""
+        ranks = max(self.ranks.least, min(self.ranks.most, os.cpu_count() or 1))
+        return max(self.workers, ranks if self.ranks.is_elastic else self.ranks.most)
+
     def changed(self, **changes: object) -> Self:
         """Return the request with fields changed."""
         return self.model_copy(update=changes)

@@ -54,6 +54,13 @@ class Ranks(NamedTuple):
         dist.all_reduce(summed, group=group)
         return summed
 
+    def spread_(self, tensor: "Tensor") -> None:
+        """Replace every rank's `tensor` by the first one's."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.broadcast(tensor, src=0)
+
     def all_of(self, number: int, device: str) -> list[int]:
         """Return every rank's number, in rank order."""
         import torch

@@ -5,6 +5,7 @@ and any number of ranks can load it.
 """
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -186,8 +187,8 @@ class Checkpoints:
 
     def _marked(self) -> list[int]:
         """List steps with a marker, ascending."""
-        names = (key.removesuffix(f"/{MARKER}") for key in self.folder.list(FOLDER) if key.endswith(f"/{MARKER}"))
-        return sorted(int(name.removeprefix(FOLDER)) for name in names)
+        found = (re.fullmatch(rf"{FOLDER}(\d+)/{re.escape(MARKER)}", key) for key in self.folder.list(FOLDER))
+        return sorted(int(match[1]) for match in found if match)
 
     def _folders(self) -> set[str]:
         """List folders of checkpoints, complete or not."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from infra.compute.ranks import Ranks
+from infra.config import Precision
 from infra.training.config import Parallel
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ def replicate(network: nn.Module, call: Callable[..., Any]) -> nn.parallel.Distr
     return nn.parallel.DistributedDataParallel(_Call(network, call), **options)
 
 
-def choose_parallel(asked: Parallel, network: nn.Module) -> Literal["ddp", "fsdp", "hsdp"]:
-    """Resolve "auto" by the number of parameters."""
+def choose_parallel(asked: Parallel, network: nn.Module, precision: Precision) -> Literal["ddp", "fsdp", "hsdp"]:
+    """Resolve "auto" by the number of parameters; losses that are scaled, as for fp16, need replicas."""
     if asked != "auto":
         return asked
+    if precision == "fp16":
+        return "ddp"
     return "fsdp" if sum(p.numel() for p in network.parameters()) >= SHARDED_FROM else "ddp"
 
 

@@ -110,13 +110,17 @@ class CodebookRestart:
 
     @torch.no_grad()
     def replace(self, step: int, images_B3HW: Tensor) -> None:
-        """Replace unused codes by latents of these images, which are the same on every rank, as are the picks."""
+        """Replace unused codes by latents of these images, the same on every rank.
+
+        GPUs may round latents in several ways, and another pick would be another code, so the first rank's count.
+        """
         used = self.run.ranks.total(self.used)
         latents_MC = self.model.encoder(images_B3HW).permute(0, 2, 3, 1).flatten(0, 2)
         unused = (used == 0).nonzero()[:, 0]
         kept_VC = self.model.codebook.weight[used > 0]
         seeds = generator_of(self.run.seed, "restart", step)
         self.model.codebook.weight[unused] = spread_out(latents_MC, kept_VC, len(unused), seeds)
+        self.run.ranks.spread_(self.model.codebook.weight)
         self.used.zero_()
 
     def count(self, codes_BP: Tensor) -> None:

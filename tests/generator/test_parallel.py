@@ -175,5 +175,11 @@ def test_shards_hold_each_value_once(parallel: str, copies: int, trained: Traine
 def test_large_generators_are_sharded_unless_asked_otherwise(preset: str, expected: str) -> None:
     with torch.device("meta"):
         network: Any = build_generator(GENERATORS[preset], CodeSpace(8192, 64, 1000))
-    assert choose_parallel("auto", network) == expected
-    assert choose_parallel("hsdp", network) == "hsdp"
+    assert choose_parallel("auto", network, "bf16") == expected
+    assert choose_parallel("hsdp", network, "bf16") == "hsdp"
+    assert choose_parallel("auto", network, "fp16") == "ddp"
+
+
+def test_shards_with_scaled_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'set precision to "bf16", or parallel to "ddp"'):
+        GeneratorTrainingConfig.model_validate({**config(1).as_json(), "parallel": "fsdp", "precision": "fp16"})

@@ -255,7 +255,7 @@ def test_one_arm_and_a_reference_that_is_none_are_refused() -> None:
         (("small64",), "small64_ablation has no images of its own"),
         (("digits_ablation", "--set", "align.nothing=1"), "align.nothing: unknown field"),
         (("digits_ablation", "--data", "nowhere"), "nowhere"),
-        (("digits_ablation", "--ranks", "3"), "do not divide by --ranks 3"),
+        (("digits_ablation", "--ranks", "3"), "cannot be shared by --ranks 3"),
     ],
 )
 def test_the_command_line_refuses_before_it_begins(

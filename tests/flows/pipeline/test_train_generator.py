@@ -43,7 +43,7 @@ def test_codes_are_found_by_the_beginning_of_their_digest(store: Store, ref: Art
         (["data.image_size=32"], {}, "--set data.image_size=32: the codes are there already; only generator, train_"),
         (["train_generator.stepz=3"], {}, "train_generator.stepz"),
         ([], {"recipe": "digit"}, "unknown recipe 'digit', did you mean"),
-        ([], {"ranks": 3}, "micro-batches a step do not divide by --ranks 3"),
+        ([], {"ranks": 3}, "cannot be shared by --ranks 3"),
         (["generator.heads=3"], {}, "heads"),
     ],
 )

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from flows.pipeline import graph
+from flows.pipeline.graph import GRAPH
 from flows.recipes.files import load_recipe
 from flows.recipes.registry import RECIPES
 from flows.recipes.schema import Recipe
-from flows.requests.checks import check_ranks, check_weights
+from flows.requests.checks import check_ranks, check_share, check_weights, trainings_of
 from flows.stage import StageJob, plan_of
 from generator.code_space import CodeSpace
 from generator.flops import training_flops
@@ -74,7 +75,7 @@ def test_the_schedule_is_the_published_one(name: str) -> None:
     assert recipe.fine_tune.training.micro_batches == 16  # eight GPUs, two each
     assert recipe.align.replace_prob == 1.0
     check_ranks(recipe, RankCount(8, 8))
-    with pytest.raises(ValueError, match=r"warm_up.training: 8 micro-batches a step do not divide by --ranks 3"):
+    with pytest.raises(ValueError, match=r"warm_up.training: 8 micro-batches a step cannot be shared by --ranks 3"):
         check_ranks(recipe, RankCount(3, 3))
 
 
@@ -82,9 +83,38 @@ def test_a_range_of_ranks_is_refused_only_where_some_would_have_nothing_to_do() 
     recipe = RECIPES["imagenet256_sftok_b"]()
     check_ranks(recipe, RankCount(3, 8))
     with pytest.raises(
-        ValueError, match=r"warm_up.training: 8 micro-batches a step are fewer than .* --ranks 3:9; low"
+        ValueError, match=r"warm_up.training: 8 micro-batches a step cannot be shared by --ranks 3:9: set"
     ):
         check_ranks(recipe, RankCount(3, 9))
+
+
+@pytest.mark.parametrize("ranks", ["2", "3", "7", "3:9", "2:64", "1:1000"])
+@pytest.mark.parametrize("name", ["digits", "digits_tiny", "imagenet256_sftok_b"])
+def test_each_remedy_for_a_number_of_ranks_is_one(name: str, ranks: str) -> None:
+    for stage, training in trainings_of(load_recipe(name), tuple(GRAPH)).items():
+        asked = RankCount.parse(ranks)
+        try:
+            check_share(stage, training, asked)
+        except ValueError as error:
+            text = str(error)
+        else:
+            continue
+        if cut := re.search(rf"set {re.escape(stage)}\.micro_batch=(\d+), or", text):
+            check_share(stage, training.model_copy(update={"micro_batch": int(cut[1])}), asked)
+        else:
+            assert training.batch_size % asked.most
+            assert not asked.is_elastic or training.batch_size < asked.most
+        counts = [int(count) for count in re.findall(r"\d+", text.partition("--ranks to ")[2])]
+        assert counts
+        for count in counts:
+            check_share(stage, training, RankCount(1 if asked.is_elastic else count, count))
+
+
+def test_shards_by_machine_take_no_range_of_ranks() -> None:
+    recipe = load_recipe("imagenet256_ar_xl", overrides=["train_generator.parallel=hsdp"])
+    check_ranks(recipe, RankCount(8, 8), ["train_generator"])
+    with pytest.raises(ValueError, match=r"set train_generator\.parallel=fsdp$"):
+        check_ranks(recipe, RankCount(2, 4), ["train_generator"])
 
 
 def test_ranks_share_the_second_generators_batches_too() -> None:
@@ -92,7 +122,7 @@ def test_ranks_share_the_second_generators_batches_too() -> None:
     stages = ("train_generator", "train_second_generator")
     two = RankCount(2, 2)
     check_ranks(load_recipe("digits", overrides=parts), two, stages)
-    with pytest.raises(ValueError, match=r"evaluate\.sweep\.train_generator: 1 micro-batches a step do not divide"):
+    with pytest.raises(ValueError, match=r"evaluate\.sweep\.train_generator: 1 micro-batch a step cannot be shared"):
         check_ranks(load_recipe("digits", overrides=parts[:1]), two, stages)
     check_ranks(load_recipe("digits", overrides=[*parts[:1], "evaluate.sweep.cfg_scales=[]"]), two, stages)
 

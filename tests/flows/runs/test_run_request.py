@@ -197,3 +197,11 @@ class TestSecrets:
 
     def test_no_command_prints_them(self) -> None:
         assert "canary" not in command_line(["sftok", "run", "digits"], data="s3://key:canary@bucket/x")
+
+
+def test_a_range_of_ranks_takes_the_cores_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of the run's own is told how many processes it has room for, so a range would always get its most."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    request = RunRequest(recipe=load_recipe("digits_tiny"), store="store", source="sklearn:digits")
+    found = {text: request.changed(ranks=RankCount.parse(text)).processes for text in ("1", "4", "1:64", "4:64", "1:2")}
+    assert found == {"1": 1, "4": 4, "1:64": 2, "4:64": 4, "1:2": 2}

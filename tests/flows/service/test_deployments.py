@@ -126,7 +126,7 @@ class TestDeployments:
             ({"recipes": ("digit",)}, "unknown recipe 'digit', did you mean digits"),
             ({"overrides": ("data.shards=3",)}, "unknown field, did you mean num_shards"),
             ({"recipes": ("digits", "digits")}, "two of them are called digits"),
-            ({"ranks": 3}, "do not divide by --ranks 3"),
+            ({"ranks": 3}, "cannot be shared by --ranks 3"),
         ],
     )
     def test_what_no_scheduled_run_could_do_is_refused_at_once(self, changes, said) -> None:
