@@ -249,7 +249,7 @@ class TestProcesses:
         process = driver("dies")
         out, err = process.communicate(timeout=120)
         assert (out, process.returncode) == ("[0, 1, 2, 3, 4, 5]\n", 0)
-        assert "a worker process died; it is restarted" in err
+        assert "a worker process died; its work is done again" in err
         assert "Traceback" not in err
         assert _marked(driver.mark) == []
 
