@@ -1,6 +1,7 @@
 """Save and load tensors by torch.distributed.checkpoint, all ranks together."""
 
 import logging
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +50,8 @@ class RankGroup:
         failed: list[Exception | None] = [None]
         if self.ranks.is_first:
             try:
-                made[0] = make()
+                with sendable():
+                    made[0] = make()
             except Exception as error:
                 failed[0] = error
         dist.broadcast_object_list(failed, src=0, group=self._group)
@@ -101,3 +103,16 @@ def _unwrapped() -> Iterator[None]:
     except CheckpointException as gathered:
         errors = [error for _, (error, _) in sorted(gathered.failures.items())]
         raise min(errors, key=lambda error: isinstance(error, DAMAGE)) from gathered
+
+
+@contextmanager
+def sendable() -> Iterator[None]:
+    """Re-raise an error that cannot be sent to the other ranks as one that can: they would wait for it in vain."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise

@@ -6,9 +6,7 @@ ours. A file is named by its content, and its hash is in the marker, which is wr
 
 import hashlib
 import logging
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -39,6 +37,7 @@ from infra.training.marker import (
     read_marker,
     tensor_key,
 )
+from infra.training.rank_group import sendable
 from infra.training.staging import DTYPES, NAMES, Staging
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ class ShardWriter(StorageWriter):
                 keys[item.index.fqn] = tensor_key(item.index.fqn, places[item.index], tuple(item.tensor_data.size))
         if not keys:
             return _done([])
-        with _sendable():
+        with sendable():
             data = self.staging.file(keys)
             sha256 = hashlib.sha256(data).hexdigest()
             file = file_name(sha256)
@@ -111,7 +110,7 @@ class ShardWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Create the marker, when all ranks have written, and remove the files that it does not list."""
-        with _sendable():
+        with sendable():
             chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
             files = {}
             for result in (result for rank in results for result in rank):
@@ -178,7 +177,7 @@ class ShardReader(StorageReader):
         of_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             of_file.setdefault(self._chunks[item.storage_index][1].file, []).append(item)
-        with _sendable():
+        with sendable():
             for file, items in of_file.items():
                 tensors = self._read(file)
                 for item in items:
@@ -206,19 +205,6 @@ class ShardReader(StorageReader):
         if stored is None or stored.shape != chunk.sizes or stored.dtype != DTYPES[dtype]:
             raise ValueError(f"{self.folder.uri}/{chunk.file} does not hold {key!r} as {MARKER} says")
         return stored
-
-
-@contextmanager
-def _sendable() -> Iterator[None]:
-    """Re-raise an error that cannot be sent to the other ranks as one that can: they would wait for it in vain."""
-    try:
-        yield
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        raise
 
 
 def _done(result: T) -> Future[T]:

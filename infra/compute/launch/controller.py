@@ -141,6 +141,8 @@ class Tidy(ControllerCallback, WorkerGroupCallback):
             waited = 0.0 if began is None else time.monotonic() - began
             if waited > self._seconds:
                 raise NoRoomError(f"no room within {self._seconds:g} s")
+            if isinstance(current_state, ReschedulingState):
+                self._messenger.start.remote(is_done=True)  # nothing starts: it waits for room
             if type(previous_state) is type(current_state):
                 time.sleep(REST_SECONDS)
 
