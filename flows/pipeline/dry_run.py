@@ -210,12 +210,9 @@ def _operations(recipe: Recipe, images: int | None) -> dict[str, float]:
 
 def _a_sequence(recipe: Recipe) -> float:
     """Count the operations of a generator's training step for one sequence."""
-    from generator.code_space import CodeSpace
     from generator.flops import training_flops
 
-    tokenizer = recipe.tokenizer
-    space = CodeSpace(tokenizer.codebook_size, tokenizer.num_latent_tokens, MAX_CLASSES)
-    return training_flops(recipe.generator, space)
+    return training_flops(recipe.generator, recipe.code_space(MAX_CLASSES))
 
 
 def _arithmetic(recipe: Recipe) -> dict[str, float]:

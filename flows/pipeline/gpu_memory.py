@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
+from flows.pipeline.space import MAX_CLASSES
 from flows.recipes.files import with_overrides
 from flows.recipes.schema import Recipe
 from flows.results.health.rules import SETTINGS
@@ -17,7 +18,6 @@ from flows.store.inventory import size_text
 from infra.training.config import divisors
 from infra.training.memory import RESERVED, MemoryNeed
 
-MAX_CLASSES = 1000  # of images that have not been read
 RANKS_PER_NODE = 8  # assumed
 NAMED = 3  # parts of a need that an error names
 # What compiled blocks keep at least, of what plain ones keep: torch's partitioner kept 56 to 100 % of it, measured on a
@@ -127,13 +127,12 @@ def _need(asked: Ranked, stage: str) -> MemoryNeed:
 
 
 def _generator_need(recipe: Recipe, asked: Ranked) -> MemoryNeed:
-    from generator.code_space import CodeSpace
     from generator.memory import training_memory
 
     return training_memory(
         recipe.generator,
         recipe.train_generator,
-        CodeSpace(recipe.tokenizer.codebook_size, recipe.tokenizer.num_latent_tokens, MAX_CLASSES),
+        recipe.code_space(MAX_CLASSES),
         ranks=asked.ranks,
         ranks_per_node=RANKS_PER_NODE,
         fused_attention=not asked.recipe.compute.deterministic,

@@ -93,15 +93,13 @@ def _weight_bytes(recipe: Recipe) -> dict[str, int]:
     """Count the bytes of each trained stage's weights, in float32."""
     import torch
 
-    from generator.code_space import CodeSpace
     from generator.kinds import build_generator
     from sftok.model.teacher import Teacher
     from sftok.model.tokenizer import SFTok
 
-    tokenizer = recipe.tokenizer
-    space = CodeSpace(tokenizer.codebook_size, tokenizer.num_latent_tokens, MAX_CLASSES)
+    space = recipe.code_space(MAX_CLASSES)
     with torch.device("meta"):
-        sftok = SFTok(tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True)
+        sftok = SFTok(recipe.tokenizer, recipe.teacher.model, recipe.data.image_size, pixels=True)
         made: dict[str, torch.nn.Module] = {
             "teacher": Teacher(recipe.teacher.model),
             "warm_up": sftok,

@@ -1,6 +1,6 @@
 """The schema of recipes: everything that decides what a run computes, from images to report, as data."""
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -32,6 +32,9 @@ from sftok.config import (
     TokenizerConfig,
 )
 from sftok.images.views import TEN_CROP_RESIZE, expanded, has_crops, ten_crop_side
+
+if TYPE_CHECKING:
+    from generator.code_space import CodeSpace
 
 
 class EncodeConfig(Config):
@@ -234,6 +237,12 @@ class Recipe(Config):
         if not sweep.cfg_scales or sweep.generator is None:
             return None
         return self.model_copy(update={"generator": sweep.generator, "train_generator": sweep.train_generator})
+
+    def code_space(self, num_classes: int) -> "CodeSpace":
+        """Return what a generator is built for: the tokenizer's codes, and so many classes."""
+        from generator.code_space import CodeSpace
+
+        return CodeSpace(self.tokenizer.codebook_size, self.tokenizer.num_latent_tokens, num_classes)
 
     def trainings(self) -> dict[str, TrainingConfig]:
         """Return the training of each stage that trains, by stage."""

@@ -25,7 +25,7 @@ from infra.compute.rank_count import RankCount
 from infra.environment import named
 from infra.settings import Settings
 from infra.store.store import Store
-from infra.training.config import TrainingConfig
+from infra.training.config import TrainingConfig, divisors, or_list
 from sftok.config import AdversarialConfig
 
 ROOM_BYTES = 2**23  # a new database and what is written while it is made
@@ -110,14 +110,11 @@ def compiles_steps(recipe: Recipe) -> bool:
         return bool(recipe.sample.compile)
     import torch
 
-    from generator.code_space import CodeSpace
     from generator.kinds import build_generator
     from generator.sampling.prepared import is_large
 
-    tokenizer = recipe.tokenizer
     with torch.device("meta"):
-        space = CodeSpace(tokenizer.codebook_size, tokenizer.num_latent_tokens, 0)
-        return is_large(build_generator(recipe.generator, space))
+        return is_large(build_generator(recipe.generator, recipe.code_space(0)))
 
 
 def check_compilers(is_compiled: bool | None, *, device: str, settings: Settings) -> None:
@@ -294,22 +291,18 @@ def trainings_of(recipe: Recipe, stages: Collection[str]) -> dict[str, TrainingC
 def check_share(name: str, config: TrainingConfig, ranks: RankCount) -> None:
     """Refuse a number of ranks that cannot share a step of one training equally; of a range, too many of them."""
     parts, whole = config.micro_batches, config.batch_size
-    is_shared = parts >= ranks.most if ranks.is_elastic else parts % ranks.most == 0
-    if is_shared:
+    if _are_shared(parts, ranks):
         return
-    if ranks.is_elastic:
-        fewer = f"a range up to {parts}" if parts > 1 else "1"
-    else:
-        fewer = " or ".join(str(count) for count in range(1, parts + 1) if parts % count == 0)
-    size = next((size for size in range(whole // ranks.most, 0, -1) if _shares(whole, size, ranks)), None)
-    cut = f"{name}.micro_batch={size}, or " if size else ""
+    fewer = f"a range up to {parts}" if ranks.is_elastic and parts > 1 else or_list(config.rank_counts)
+    sizes = [size for size in divisors(whole) if _are_shared(whole // size, ranks)]
+    cut = f"{name}.micro_batch={sizes[-1]}, or " if sizes else ""
     steps = f"{parts} micro-batch{'es' * (parts > 1)} a step"
     raise ValueError(f"{name}: {steps} cannot be shared by --ranks {ranks}: set {cut}--ranks to {fewer}")
 
 
-def _shares(whole: int, size: int, ranks: RankCount) -> bool:
-    """Tell whether batches cut into micro-batches of a size can be shared."""
-    return whole % size == 0 and (ranks.is_elastic or whole // size % ranks.most == 0)
+def _are_shared(micro_batches: int, ranks: RankCount) -> bool:
+    """Tell whether ranks can share micro-batches: equally, or, if their number may change, one each at least."""
+    return micro_batches >= ranks.most if ranks.is_elastic else micro_batches % ranks.most == 0
 
 
 def check_home(home: Path) -> None:

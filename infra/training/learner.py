@@ -165,8 +165,8 @@ class Learner:
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        if self.is_sharded:
+            self.network.zero_grad(set_to_none=True)
         self._loss.zero_()
         self._average(local)
         return {"lr": rate, "grad_norm": norm, **self.faults.figures}

@@ -69,8 +69,7 @@ def train(work: Work[R], room: Room, *, progress: Progress, patience: float) -> 
     if room.is_joined:
         room.wait(progress)
     count = room.ranks
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    messenger = remote(num_cpus=0, scheduling_strategy=here)(Messenger).remote()
+    messenger = remote(num_cpus=0, scheduling_strategy=_here())(Messenger).remote()
     try:
         trainer = _Trainer(
             RankWork(work, messenger),
@@ -132,9 +131,8 @@ class _Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["failure_policy"] = Policy(FailureConfig(max_failures=RESTARTS), self.messenger)
         patience = {constants.WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR: f"{self.patience:g}"}
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         environment = {"env_vars": constants.get_env_vars_to_propagate() | patience}
-        actor = remote(num_cpus=0, scheduling_strategy=here, runtime_env=environment)(TrainController)
+        actor = remote(num_cpus=0, scheduling_strategy=_here(), runtime_env=environment)(TrainController)
         controller = actor.remote(**arguments)
         try:
             self._wait_for(controller.run.remote())
@@ -169,6 +167,11 @@ class _Trainer(TorchTrainer):
         if news.starting > START_SECONDS:  # Ray Train itself would wait for ever
             raise TransientError(f"the training processes did not start within {START_SECONDS:g} s; look at the nodes")
         return True
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    """Place an actor on this machine."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _end(controller: Any) -> None:
